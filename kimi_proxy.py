@@ -5,32 +5,242 @@
 A program that speaks the OpenAI API calls us (the *client*); we drive the Kimi web service (the *service*)
 with the user's own refresh token (the *account*), and answer in the client's form.
 
-    client ──HTTP──▶ handler ─▶ ChatRequest ─▶ merged text + attachments
-                                                     │
-                      Account (token cache) ◀── Asking ─▶ Classic | Connect: upload, open, ask, remove
-                                                     │  bytes, as the network cut them
-                          SSEParser / EnvelopeParser │  frames
-                       ClassicAnswer / ConnectAnswer │  events (Text, Thinking, SearchHit, … Finished)
-                  filters: citations, tool calls, …  │  events
-    client ◀── StreamResponse ◀── reply encoder ◀────┘
+    client ──HTTP──▶ handler ─▶ ChatRequest ─▶ merged text
+                                                    │
+                 Account (token cache) ◀── Asking ──┤  Classic: open, ask, remove
+                                                    │  bytes, as the network cut them
+                                          SSEParser │  frames
+                                      ClassicAnswer │  events (Text, SearchHit, … Finished)
+    client ◀── StreamResponse ◀── reply encoder ◀───┘
 
-Two seams carry the design, and both are plain values: *events* (whatever Kimi says, in either dialect) and
-*reply encoders* (whatever form the client wants). Sections 5 to 10 do no I/O and read no clock; each section knows only what stands above it.
+Two seams carry the design, and both are plain values: *events* (whatever Kimi says) and *reply encoders* (whatever
+form the client wants). Sections 5 to 10 do no I/O and read no clock; each section knows only what stands above it.
 
-Run it with ``python kimi_proxy.py``; ``--help`` lists the settings, ``ask "question"`` is a terminal client,
-``check`` walks every step of the service with your token. To read it, start at ``Asking`` in section 14, the one
-loop through which every chat goes, then ``_chat_completions`` in section 15. What is known of the service, and how
-surely, is told by the docstring of ``tests/kimi_simulator.py``; [ref], [2+], [1] and [open] below are its marks.
+Run it with ``python kimi_proxy.py``; ``--help`` lists the settings, ``ask "question"`` is a terminal client. To read
+it, start at ``Asking`` in section 14, through which every chat goes, then ``_chat_completions`` in section 15. What is
+known of the service, and how surely, is told by the docstring of ``tests/kimi_simulator.py``; [ref], [2+], [1] and
+[open] below are its marks.
 """
 
 from __future__ import annotations
 
+import argparse
+import asyncio
+import hashlib
+import json
+import logging
+import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Final, Literal
+import secrets
+import signal
+import sys
+import time
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass, field, fields
+from functools import partial
+from itertools import cycle
+from json.encoder import encode_basestring
+from typing import Any, Final, Literal, NoReturn, Protocol, TypeVar, cast
+
+import aiohttp
+from aiohttp import web, web_protocol
+from aiohttp.http_exceptions import HttpProcessingError
+from yarl import URL
 
 __version__: Final = "1.0.0"
+
+
+# ==== 2. Settings ===========================================================
+#
+# One row an option: its field's metadata gives the environment variable, the flag, `--help` and the README's table.
+# A flag wins over the variable, the variable over the default. Secrets have no flag: flags show in `ps`.
+
+
+class SettingsError(ValueError):
+    """A setting is not usable. The text is one line for the person who starts the program."""
+
+
+def _text(value: str) -> str:
+    return value.strip()
+
+
+def _one_of(*words: str) -> Callable[[str], str]:
+    def check(value: str) -> str:
+        word = value.strip().lower()
+        if word not in words:
+            raise ValueError(f"must be one of {', '.join(words)}")
+        return word
+
+    return check
+
+
+def _yes_or_no(value: str) -> bool:
+    word = value.strip().lower()
+    if word not in _YES_OR_NO:
+        raise ValueError("must be true or false")
+    return _YES_OR_NO[word]
+
+
+_YES_OR_NO: Final = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False} | {
+    "off": False
+}
+
+
+def _between(low: float, high: float) -> Callable[[str], float]:
+    def check(value: str) -> float:
+        number = float(value)
+        if not low <= number <= high:
+            raise ValueError(f"must be a number from {low:g} to {high:g}")
+        return number
+
+    return check
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def check(value: str) -> int:
+        number = int(value)
+        if not low <= number <= high:
+            raise ValueError(f"must be a whole number from {low} to {high}")
+        return number
+
+    return check
+
+
+def _web_address(value: str) -> str:
+    text = value.strip().rstrip("/")
+    address = URL(text)
+    if text and (address.scheme not in ("http", "https") or not address.host or address.query_string):
+        raise ValueError("must look like https://host or http://host:port")
+    return text
+
+
+def _words(value: str) -> tuple[str, ...]:
+    return tuple(word for word in re.split(r"[,\s]+", value) if word)
+
+
+def _option(variable: str, default: Any, check: Callable[[str], Any], unit: str, help_text: str) -> Any:
+    return field(default=default, metadata={"variable": variable, "check": check, "unit": unit, "help": help_text})
+
+
+_SECONDS: Final = _between(0.01, 86_400)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything that can be set, with its default."""
+
+    host: str = _option("PROXY_HOST", "127.0.0.1", _text, "", "address to listen on")
+    port: int = _option("PROXY_PORT", 8000, _whole(0, 65_535), "", "port to listen on; 0 takes a free one")
+    base_url: str = _option(
+        "KIMI_BASE_URL",
+        "https://kimi.moonshot.cn",
+        _web_address,
+        "",
+        "base URL of the service",
+    )
+    protocol: str = _option("KIMI_PROTOCOL", "classic", _one_of("classic"), "", "protocol of the service")
+    use_search: bool = _option(
+        "KIMI_USE_SEARCH", True, _yes_or_no, "", "search the web where neither request nor model says"
+    )
+    cors_origins: tuple[str, ...] = _option(
+        "PROXY_CORS_ORIGINS", ("*",), _words, "", "web origins whose pages may call, by comma; * is any"
+    )
+    log_level: str = _option(
+        "PROXY_LOG_LEVEL",
+        "info",
+        _one_of("debug", "info", "warning", "error"),
+        "",
+        "debug, info, warning or error; debug adds kind and size of each upstream event",
+    )
+    call_seconds: float = _option("KIMI_CALL_SECONDS", 15.0, _SECONDS, "s", "limit of one ordinary call to the service")
+    silence_seconds: float = _option(
+        "KIMI_SILENCE_SECONDS", 120.0, _SECONDS, "s", "an answer in which no byte came for so long has failed"
+    )
+    answer_seconds: float = _option("KIMI_ANSWER_SECONDS", 1800.0, _SECONDS, "s", "limit of one whole answer")
+    token_seconds: float = _option(
+        "KIMI_TOKEN_SECONDS", 300.0, _SECONDS, "s", "life of an access token that does not tell its own"
+    )
+    first_comment_seconds: float = _option(
+        "PROXY_FIRST_COMMENT_SECONDS", 20.0, _SECONDS, "s", "a stream silent for so long gets a comment line"
+    )
+    comment_seconds: float = _option("PROXY_COMMENT_SECONDS", 15.0, _SECONDS, "s", "and then one at this interval")
+    body_seconds: float = _option(
+        "PROXY_BODY_SECONDS", 60.0, _SECONDS, "s", "limit for the body of a request to arrive"
+    )
+    idle_seconds: float = _option(
+        "PROXY_IDLE_SECONDS", 75.0, _SECONDS, "s", "limit for a request's head to arrive, and of an idle connection"
+    )
+    send_seconds: float = _option(
+        "PROXY_SEND_SECONDS", 60.0, _SECONDS, "s", "a client that takes nothing for so long is dropped"
+    )
+    drain_seconds: float = _option(
+        "PROXY_DRAIN_SECONDS", 30.0, _between(0, 3600), "s", "at the end, running answers may finish for so long"
+    )
+    removal_seconds: float = _option(
+        "PROXY_REMOVAL_SECONDS", 10.0, _between(0, 3600), "s", "at the end, pending removals may take so long"
+    )
+    max_body_mb: int = _option("PROXY_MAX_BODY_MB", 8, _whole(1, 1024), "MB", "largest body of a request")
+    max_accounts: int = _option("PROXY_MAX_ACCOUNTS", 1000, _whole(1, 1_000_000), "", "accounts kept in memory")
+
+    @classmethod
+    def load(cls, environ: Mapping[str, str], argv: Sequence[str] = ()) -> Settings:
+        """The settings that `environ` and the flags in `argv` ask for.
+
+        Raises `SettingsError` for a value that is not usable; `--help`, `--version` and an unknown flag end the
+        program as argparse does.
+        """
+        flags = vars(make_option_parser().parse_args(list(argv)))
+        chosen: dict[str, Any] = {}
+        for option in fields(cls):
+            variable = option.metadata["variable"]
+            text, source = flags.get(option.name), option_flag(variable)
+            if text is None:
+                text, source = environ.get(variable), variable
+            if text is None:
+                continue
+            try:
+                chosen[option.name] = option.metadata["check"](text)
+            except (ValueError, OverflowError) as error:
+                reason = str(error) if str(error).startswith("must") else "is not a number"
+                raise SettingsError(f"{source}={text[:80]!r}: {reason}") from None
+        return cls(**chosen)
+
+
+def option_flag(variable: str) -> str:
+    """The flag of an environment variable: `--log-level` of `PROXY_LOG_LEVEL`, `--kimi-protocol` of `KIMI_PROTOCOL`."""
+    return "--" + variable.removeprefix("PROXY_").lower().replace("_", "-")
+
+
+def make_option_parser() -> argparse.ArgumentParser:
+    """A parser of all flags; a flag that was not given is None."""
+    parser = argparse.ArgumentParser(
+        prog="kimi_proxy.py",
+        description="An OpenAI-compatible gateway in front of the Kimi web service.",
+        epilog='`kimi_proxy.py ask "question"` asks a running proxy; it has its own --help.',
+    )
+    parser.add_argument("--version", action="version", version=f"kimi_proxy {__version__}")
+    for option in fields(Settings):
+        variable, unit = option.metadata["variable"], option.metadata["unit"]
+        shown = f"{render_default(option.default)} {unit}".strip()
+        parser.add_argument(
+            option_flag(variable),
+            dest=option.name,
+            metavar=(unit or option.name).upper(),
+            help=f"{option.metadata['help']} (default {shown}; {variable})".replace("%", "%%"),
+        )
+    return parser
+
+
+def render_default(value: object) -> str:
+    """A default as a person would write it: `true`, `15`, `*`, `(empty)`."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return ",".join(value) or "(empty)"
+    return f"{value:g}" if isinstance(value, float) else str(value) or "(empty)"
 
 
 # ==== 3. Errors =============================================================
@@ -61,8 +271,6 @@ _WORDS = {
     -2000: "请求参数非法",
     -2001: "请求kimi失败",
     -2002: "Token已失效",
-    -2003: "远程文件URL非法",
-    -2004: "远程文件超出大小",
 }
 
 FAILURES: Final[Mapping[str, Failure]] = {
@@ -76,11 +284,7 @@ FAILURES: Final[Mapping[str, Failure]] = {
         "Kimi refused this refresh token. Log in at the Kimi web page and copy a new one: browser developer tools, "
         "Application, Local Storage, refresh_token",
     ),
-    "token_expired": Failure(
-        401, _AUTHENTICATION, -2002, "this access token has expired; send a refresh token, which renews itself"
-    ),
     "not_found": Failure(404, _REQUEST, -2000, "there is nothing at this path"),
-    "conversation_not_found": Failure(404, _REQUEST, -2000, "this conversation is not known to the account"),
     "method_not_allowed": Failure(405, _REQUEST, -2000, "this path does not take that method"),
     "body_timeout": Failure(408, _REQUEST, -2000, "the body of the request did not arrive in time"),
     "body_too_large": Failure(413, _REQUEST, -2000, "the body of the request is too large"),
@@ -88,11 +292,9 @@ FAILURES: Final[Mapping[str, Failure]] = {
         429, _LIMIT, -2001, "Kimi is still answering another question of this account; try again shortly", 5
     ),
     "rate_limited": Failure(429, _LIMIT, -2001, "Kimi limits this account for now", 60),
-    "quota_used_up": Failure(429, _LIMIT, -2001, "this account's research quota is used up", 60),
     "internal_error": Failure(500, _SERVICE, -2001, "the proxy itself failed; its log has the traceback"),
     "service_refused": Failure(502, _SERVICE, -2000, "Kimi did not accept a call"),
     "service_failed": Failure(502, _SERVICE, -2001, "Kimi failed"),
-    "service_moved": Failure(502, _SERVICE, -2001, "Kimi no longer answers in this protocol; see KIMI_PROTOCOL"),
     "service_unreachable": Failure(502, _SERVICE, -2001, "Kimi cannot be reached; check the network and KIMI_BASE_URL"),
     "answer_broken": Failure(502, _SERVICE, -2001, "Kimi's answer broke off or cannot be read"),
     "answer_empty": Failure(502, _SERVICE, -2001, "Kimi ended its answer without any text; try again"),
@@ -161,10 +363,6 @@ class ProxyError(Exception):
         )
 
 
-class RetirementSign(ProxyError):
-    """The service answered a classic call as a retired one would: `auto` asks again with connect."""
-
-
 def render_error(error: ProxyError) -> dict[str, Any]:
     """OpenAI's error object, with the reference's `code` and `message` beside it [ref]."""
     return {
@@ -179,24 +377,259 @@ def render_error(error: ProxyError) -> dict[str, Any]:
     }
 
 
+# ==== 4. Logs and metrics ===================================================
+#
+# A log line says what happened, to which request, and never what was said: no token, key, message text or signed URL.
+# Our own calls see to that; the formatter is the second fence. It prints of a traceback only places and the exception's
+# class, since messages may quote a client's header, and shortens what other packages write to the same.
+
+logger: Final = logging.getLogger("kimi_proxy")
+request_id: Final[ContextVar[str]] = ContextVar("request_id", default="-")
+
+
+class RedactingFormatter(logging.Formatter):
+    """Log lines with the request's id, redacted, tracebacks without messages."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line for the record, and one for each frame of its traceback."""
+        if record.name.startswith("kimi_proxy"):
+            text = record.getMessage()
+        else:
+            # aiohttp puts the bytes of a malformed header into its line, asyncio the repr of an exception.
+            text = f"{record.name}: {str(record.msg).split('%')[0][:120]}".strip()
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(record.created))
+        line = f"{moment} {record.levelname.lower()} [{request_id.get()}] {redact(text)}"
+        if record.exc_info and record.exc_info[1] is not None:
+            line += "".join(f"\n    {place}" for place in render_traceback(record.exc_info[1]))
+        return line
+
+
+def render_traceback(error: BaseException) -> list[str]:
+    """Where `error` came from: its class, then a line for each frame, without any value."""
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [f"at {os.path.basename(frame.filename)}:{frame.lineno} in {frame.name}" for frame in frames]
+    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    before = render_traceback(cause) if cause is not None else []
+    return [*before, f"{type(error).__module__}.{type(error).__qualname__}", *places]
+
+
+def configure_logging(level: str) -> None:
+    """Send all logging of the process to standard error, at `level`, through `RedactingFormatter`."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(RedactingFormatter())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.captureWarnings(True)
+    logger.setLevel(level.upper())
+
+
+class Metrics:
+    """Counts of what happened, by name and labels. One instance belongs to the application."""
+
+    def __init__(self) -> None:
+        self.counts: dict[tuple[str, tuple[tuple[str, str], ...]], int] = {}
+
+    def count(self, name: str, amount: int = 1, **labels: str) -> None:
+        """Add `amount` to the counter `name`."""
+        key = (name, tuple(sorted(labels.items())))
+        self.counts[key] = self.counts.get(key, 0) + amount
+
+    def value(self, name: str, **labels: str) -> int:
+        """What the counter stands at."""
+        return self.counts.get((name, tuple(sorted(labels.items()))), 0)
+
+
+# ==== 5. Wire formats =======================================================
+#
+# Bytes to values and back, without I/O. A parser's `feed` takes the bytes as the network cut them and returns what
+# became complete; any split gives the same values, in linear time. A limit is checked before more is kept.
+
+
+class WireError(ValueError):
+    """The bytes break the format, or exceed the parser's limit. The text names no content."""
+
+
+class ServerSentEvent:
+    """One event of an event stream: its `event` type, its `data` and the stream's last event `id`."""
+
+    __slots__ = ("data", "event", "id")
+
+    def __init__(self, event: str, data: str, id: str = "") -> None:
+        self.event = event
+        self.data = data
+        self.id = id
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ServerSentEvent):
+            return NotImplemented
+        return (self.event, self.data, self.id) == (other.event, other.data, other.id)
+
+    def __hash__(self) -> int:
+        return hash((self.event, self.data, self.id))
+
+    def __repr__(self) -> str:
+        return f"ServerSentEvent({self.event}, {len(self.data)} characters)"
+
+
+class SSEParser:
+    """Parser of `text/event-stream` (WHATWG HTML, section 9.2.6 "Interpreting an event stream").
+
+    `limit_bytes` bounds one event, the line under way included; beyond it `feed` raises `WireError`, after the events
+    before it were returned, and the parser is of no further use. `retry_milliseconds` is the last `retry` field's.
+    """
+
+    def __init__(self, limit_bytes: int = 1_048_576) -> None:
+        self.limit_bytes = limit_bytes
+        self.retry_milliseconds: int | None = None
+        self._line: list[bytes] = []
+        self._line_bytes = 0
+        self._data: list[str] = []
+        self._data_bytes = 0
+        self._event = ""
+        self._id = ""
+        self._bom = b"\xef\xbb\xbf"
+        self._after_cr = False
+        self._error: WireError | None = None
+
+    def feed(self, data: bytes) -> list[ServerSentEvent]:
+        """The events that `data` completed, in order. Raises `WireError` beyond the limit."""
+        if self._error is not None:
+            raise self._error
+        if self._bom and not (data := self._skip_bom(data)):
+            return []
+        if self._after_cr and data:
+            self._after_cr = False
+            if data[0] == 0x0A:
+                data = data[1:]
+        if b"\n" not in data and b"\r" not in data:
+            return self._keep(data, [])
+        if self._line:
+            self._line.append(data)
+            data = b"".join(self._line)
+            self._line.clear()
+        lines = data.splitlines()  # of bytes: at CR, LF and CRLF alone, as the standard has it
+        last = data[-1]
+        self._after_cr = last == 0x0D
+        unfinished = b"" if last in (0x0A, 0x0D) else lines.pop()
+        events: list[ServerSentEvent] = []
+        for line in lines:
+            if not line:
+                if self._data:
+                    events.append(ServerSentEvent(self._event or "message", "\n".join(self._data), self._id))
+                    self._data.clear()
+                self._data_bytes = 0
+                self._event = ""
+            elif len(line) + self._data_bytes > self.limit_bytes:
+                return self._overflow(events)
+            else:
+                self._take_field(line)
+        self._line_bytes = 0
+        return self._keep(unfinished, events)
+
+    def finish(self) -> None:
+        """Say that the input ended: an event without its blank line is dropped. Raises what `feed` had yet to raise."""
+        if self._error is not None:
+            raise self._error
+        self._line.clear()
+        self._data.clear()
+
+    def _skip_bom(self, data: bytes) -> bytes:
+        """`data` without the byte order mark that may open the stream, nothing while that is undecided."""
+        data = b"".join([*self._line, data])
+        if len(data) < len(self._bom) and self._bom.startswith(data):
+            self._line = [data]
+            return b""
+        self._line = []
+        data = data.removeprefix(self._bom)
+        self._bom = b""
+        return data
+
+    def _keep(self, unfinished: bytes, events: list[ServerSentEvent]) -> list[ServerSentEvent]:
+        """`events`, with the line under way kept for the next bytes."""
+        if unfinished:
+            self._line_bytes += len(unfinished)
+            if self._line_bytes + self._data_bytes > self.limit_bytes:
+                return self._overflow(events)
+            self._line.append(unfinished)
+        return events
+
+    def _overflow(self, events: list[ServerSentEvent]) -> list[ServerSentEvent]:
+        self._error = WireError(f"an event of more than {self.limit_bytes} bytes")
+        self._line.clear()
+        self._data.clear()
+        if not events:
+            raise self._error
+        return events
+
+    def _take_field(self, line: bytes) -> None:
+        name, _, value = line.partition(b":")
+        if value[:1] == b" ":
+            value = value[1:]
+        if name == b"data":
+            self._data.append(value.decode("utf-8", "replace"))
+            self._data_bytes += len(value) + 1
+        elif name == b"event":
+            self._event = value.decode("utf-8", "replace")
+        elif name == b"id":
+            if b"\0" not in value:
+                self._id = value.decode("utf-8", "replace")
+        elif name == b"retry" and value.isdigit() and len(value) < 20:
+            self.retry_milliseconds = int(value)
+
+
+def encode_sse(data: str, event: str = "") -> bytes:
+    """One event as bytes; each line of `data` becomes a `data:` line."""
+    head = f"event: {event}\n" if event else ""
+    lines = "".join(f"data: {line}\n" for line in re.split(r"\r\n|\r|\n", data))
+    return f"{head}{lines}\n".encode()
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise WireError(f"{name} is no JSON")
+
+
+def parse_json(data: bytes, *, surrogates: bool = False) -> Any:
+    """The JSON value of `data` (RFC 8259: UTF-8, no NaN). Raises `WireError` for anything else, however deep or long.
+
+    A lone surrogate escape is an error too, unless `surrogates`: the service may cut a pair in two.
+    """
+    try:
+        value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        if not surrogates and (b"\\ud" in data or b"\\uD" in data):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError:
+        raise WireError("not UTF-8") from None
+    except UnicodeEncodeError:
+        raise WireError("half of a surrogate pair") from None
+    except json.JSONDecodeError as error:
+        raise WireError(f"{error.msg} at line {error.lineno} column {error.colno}") from None
+    except RecursionError:
+        raise WireError("nested too deep") from None
+    except WireError:
+        raise
+    except ValueError:
+        raise WireError("a number with too many digits") from None
+    return value
+
+
+def encode_json(value: object) -> str:
+    """`value` as compact JSON on one line, characters beyond ASCII kept, lone surrogates replaced."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+
+
 # ==== 6. Events =============================================================
 #
-# Whatever Kimi says, in either dialect, becomes one small closed set of values. Nothing after this point asks which
-# dialect spoke; `Opened.hits_inline` alone tells how its search hits are shown. The two commonest are plain slotted
-# classes, which are cheaper to make than frozen dataclasses.
+# Whatever Kimi says becomes one small closed set of values; nothing after this point asks how it was said. The
+# commonest is a plain slotted class, which is cheaper to make than a frozen dataclass.
 
-FinishReason = Literal["stop", "length", "content_filter", "tool_calls"]
+FinishReason = Literal["stop", "length", "content_filter"]
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The conversation exists: always the first event of an answer.
-
-    `hits_inline`: search hits are shown where they arrive, in the reference's words; else as a numbered list at the end.
-    """
+    """The conversation exists: always the first event of an answer."""
 
     conversation_id: str
-    hits_inline: bool
 
 
 class Text:
@@ -217,76 +650,1659 @@ class Text:
         return f"{type(self).__name__}({len(self.text)} characters)"
 
 
-class Thinking:
-    """A piece of what the model thought before it answered, never empty."""
-
-    __slots__ = ("text",)
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Thinking) and other.text == self.text
-
-    def __hash__(self) -> int:
-        return hash(("Thinking", self.text))
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({len(self.text)} characters)"
-
-
 @dataclass(frozen=True, slots=True, repr=False)
 class SearchHit:
-    """A page that the service's search found. `key` is the service's name for it (`web_search:1#2`), or empty."""
+    """A page that the service's search found."""
 
     title: str
     url: str
-    key: str = ""
 
     def __repr__(self) -> str:
         return f"SearchHit({len(self.title)} characters)"
 
 
 @dataclass(frozen=True, slots=True)
-class Citation:
-    """A place in the text that cites a hit, shown as `[number]`. Comes in order with the `Text` around it."""
+class Finished:
+    """The answer is over: always the last event."""
 
-    number: int
-    hit: SearchHit
+    reason: FinishReason
 
 
-@dataclass(frozen=True, slots=True)
-class Sources:
-    """All hits of an answer whose hits are listed at its end, each once, in the list's order: number 1 first."""
+Event = Opened | Text | SearchHit | Finished
 
-    hits: tuple[SearchHit, ...]
+# ==== 7. Answers ============================================================
+#
+# Frames in, events out, one object per answer: all that is known of what Kimi streams stands here. What is not known is
+# passed over, never a failure. An answer is judged when it ends: without any text it is an error, not an empty success.
+
+
+class ClassicAnswer:
+    """The events of one classic answer, from its server-sent events [ref].
+
+    `ended` tells that the service said the end: what still comes is of no interest. `kinds` counts the frames by kind.
+    """
+
+    def __init__(self) -> None:
+        self.ended = False
+        self.kinds: dict[str, int] = {}
+        self._has_text = False
+        self._cut_short = False
+        self._high_half = ""
+
+    def feed(self, frame: ServerSentEvent) -> list[Event]:
+        """What one frame says. Raises `ProxyError`: `answer_broken` for what is no JSON object, `answer_empty`, or what
+        an `error_type` in it says.
+        """
+        if self.ended:
+            return []
+        try:
+            value = parse_json(frame.data.encode("utf-8", "replace"), surrogates=True)
+        except WireError as error:
+            raise ProxyError("answer_broken", f"an event of Kimi's stream is no JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise ProxyError("answer_broken", "an event of Kimi's stream is no JSON object")
+        if isinstance(value.get("error_type"), str):
+            raise error_of_reply(200, value, "answer")
+        kind = str(value.get("event"))[:40]
+        self.kinds[kind] = self.kinds.get(kind, 0) + 1
+        if kind == "cmpl":
+            return self._take_text(value.get("text"))
+        if kind == "search_plus":
+            return _take_hit(value.get("msg"))
+        if kind == "length":
+            self._cut_short = True
+        elif kind == "all_done":
+            return self._end("length" if self._cut_short else "stop")
+        elif kind == "error":
+            return self._end("content_filter")
+        return []
+
+    def finish(self) -> list[Event]:
+        """What the end of the stream means: nothing after `ended`, else an answer that was cut short [ref]."""
+        return [] if self.ended else self._end("length")
+
+    def _take_text(self, text: object) -> list[Event]:
+        if not isinstance(text, str) or not text:
+            return []
+        text = self._high_half + text
+        self._high_half = ""
+        if "\ud800" <= text[-1] <= "\udbff":
+            self._high_half, text = text[-1], text[:-1]
+        if not text:
+            return []
+        self._has_text = True
+        return [Text(join_surrogates(text))]
+
+    def _end(self, reason: FinishReason) -> list[Event]:
+        self.ended = True
+        rest: list[Event] = [Text("\ufffd")] if self._high_half else []
+        if not rest and not self._has_text and reason != "content_filter":
+            raise ProxyError("answer_empty")
+        return [*rest, Finished(reason)]
+
+
+def _take_hit(message: object) -> list[Event]:
+    """A search hit, from the `msg` of a `search_plus` event; other types of it say nothing that is shown [ref]."""
+    if not isinstance(message, dict) or message.get("type") != "get_res":
+        return []
+    title, url = message.get("title"), message.get("url")
+    if not isinstance(url, str) or not url:
+        return []
+    return [SearchHit(join_surrogates(title) if isinstance(title, str) else url, join_surrogates(url))]
+
+
+def join_surrogates(text: str) -> str:
+    """`text` with the halves of surrogate pairs joined, and U+FFFD for a half that stays alone."""
+    if text.isascii() or not _SURROGATE.search(text):
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
+
+
+def error_of_reply(
+    status: int, value: object, step: str, *, retry_after_seconds: int | None = None, words: str = ""
+) -> ProxyError:
+    """The failure that a reply of the service means, by its HTTP `status` and JSON `value`, at `step` [ref].
+
+    A string `error_type` is a failure whatever the status. `words` stand in where `value` has none.
+    """
+    kind = value.get("error_type") if isinstance(value, dict) else None
+    message = value.get("message") if isinstance(value, dict) else None
+    said = quote_words(message) if isinstance(message, str) and message else quote_words(words)
+    name = quote_words(kind) if isinstance(kind, str) else ""
+    detail = f"{step}: HTTP {status}" + (f", {name}" if name else "") + (f": {said}" if said else "")
+    if status == 401 or name == "auth.token.invalid":
+        code = "token_dead"
+    elif name == "chat.user_stream_pushing":
+        code = "answer_running"
+    elif status == 429:
+        code = "rate_limited"
+    else:
+        code = "service_refused" if 400 <= status < 500 else "service_failed"
+    wait = retry_after_seconds if code in ("answer_running", "rate_limited") else None
+    return ProxyError(code, detail, retry_after_seconds=wait, upstream_status=status)
+
+
+# ==== 9. Requests ===========================================================
+#
+# What a client sent, checked and made neutral: from here on nobody looks at its JSON again. Unknown fields are ignored,
+# since clients send many; a wrong type in a known one is an error that names the field.
+
+_ROLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,31}")
+_URL: Final = re.compile(
+    r"https?://(?:www\.)?[-a-zA-Z0-9@:%._+~#=]{2,256}\.[a-z]{2,6}\b[-a-zA-Z0-9@:%_+.~#?&/=]*", re.IGNORECASE | re.ASCII
+)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class ToolCall:
-    """A call of one of the client's tools. `arguments` is a JSON object as text."""
+class Message:
+    """One message of the conversation, its text parts joined."""
 
-    id: str
-    name: str
-    arguments: str
+    role: str
+    text: str
 
     def __repr__(self) -> str:
-        return f"ToolCall({len(self.arguments)} characters)"
+        return f"Message({self.role[:32]}, {len(self.text)} characters)"
 
 
 @dataclass(frozen=True, slots=True)
-class Finished:
-    """The answer is over: always the last event.
+class ChatRequest:
+    """A chat that a client asks for. `use_search` is None where neither the request nor its model says."""
 
-    `message_id` is the service's id of this answer, to continue from (connect); `segment_id` is what classic's
-    continuation wants after its length limit; `stop_sequence` is the client's stop text that ended the answer.
+    model: str
+    messages: tuple[Message, ...]
+    stream: bool
+    include_usage: bool | None
+    use_search: bool | None
+
+
+def parse_chat_request(body: bytes) -> ChatRequest:
+    """The request in the body of `POST /v1/chat/completions` (OpenAI API reference, "Create chat completion").
+
+    Raises `ProxyError`: `invalid_json`, or `invalid_request` with the field's name as `param`.
+    """
+    try:
+        value = parse_json(body)
+    except WireError as error:
+        raise ProxyError("invalid_json", f"the body: {error}") from None
+    if not isinstance(value, dict):
+        raise ProxyError("invalid_json", "the body must be a JSON object")
+    model = _take(value, "model", str, "kimi").strip() or "kimi"
+    messages = _take(value, "messages", list, None)
+    if not messages:
+        raise _refuse("messages", "must be a list with at least one message")
+    if _take(value, "n", int, 1) != 1:
+        raise _refuse("n", "only 1 answer at a time")
+    options = _take(value, "stream_options", dict, None)
+    search = _take(value, "use_search", bool, None)
+    return ChatRequest(
+        model=model,
+        messages=tuple(_parse_message(message, f"messages[{index}]") for index, message in enumerate(messages)),
+        stream=_take(value, "stream", bool, False),
+        include_usage=None if options is None else _take(options, "include_usage", bool, False, "stream_options."),
+        use_search=True if search is None and "search" in model.split("-")[1:] else search,
+    )
+
+
+def _refuse(param: str, reason: str) -> ProxyError:
+    return ProxyError("invalid_request", f"{param}: {reason}", param=param)
+
+
+_KINDS: Final[Mapping[type, str]] = {
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+    bool: "true or false",
+    int: "a whole number",
+}
+
+
+def _take(value: dict[str, Any], name: str, kind: type, default: Any, prefix: str = "") -> Any:
+    """The field `name` of `value`, or `default` where it is missing or null. Raises `ProxyError` for another type."""
+    found = value.get(name)
+    if found is None:
+        return default
+    if not isinstance(found, kind) or (kind is int and isinstance(found, bool)):
+        raise _refuse(f"{prefix}{name}", f"must be {_KINDS[kind]}")
+    return found
+
+
+def _parse_message(value: object, place: str) -> Message:
+    if not isinstance(value, dict):
+        raise _refuse(place, "must be an object")
+    role = _take(value, "role", str, "user", f"{place}.") or "user"
+    if not _ROLE.fullmatch(role):
+        raise _refuse(f"{place}.role", "must be a short word such as user")
+    content = value.get("content")
+    if content is None:
+        return Message(role, "")
+    if isinstance(content, str):
+        return Message(role, content)
+    if not isinstance(content, list):
+        raise _refuse(f"{place}.content", "must be a string, a list of parts, or null")
+    parts = [_parse_part(part, f"{place}.content[{index}]") for index, part in enumerate(content)]
+    return Message(role, "".join(parts))
+
+
+def _parse_part(value: object, place: str) -> str:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, dict):
+        raise _refuse(place, "must be an object")
+    kind = _take(value, "type", str, "", f"{place}.")
+    if kind != "text":
+        raise _refuse(f"{place}.type", f"unknown kind of part: {quote_words(kind)[:40] or '(none)'}; known: text")
+    return str(_take(value, "text", str, "", f"{place}."))
+
+
+def merge_messages(messages: Sequence[Message]) -> str:
+    """All messages as the one text that the service takes: `role:text` and a line end each, in order [ref].
+
+    A URL in a user's message is wrapped so that the service reads the page [ref], in the user's alone [2+].
+    """
+    return "".join(
+        f"{message.role}:{wrap_urls(message.text) if message.role == 'user' else message.text}\n"
+        for message in messages
+    )
+
+
+def wrap_urls(text: str) -> str:
+    """`text` with each URL in the tag by which Kimi's own page marks it [ref]."""
+    if "://" not in text:
+        return text
+    return _URL.sub(r'<url id="" type="url" status="" title="" wc="">\g<0></url>', text)
+
+
+# ==== 10. Replies ===========================================================
+#
+# Events in, the client's bytes out: one encoder an API shape and form. `feed` takes an event, `finish` ends a good
+# answer, `fail` a bad one, `alive` fills silence. Nothing before this point knows which shape the client speaks.
+
+MODERATED_SENTENCE: Final = "\n[内容由于不合规被停止生成，我们换个话题吧]"
+_NO_USAGE: Final = '{"prompt_tokens":0,"completion_tokens":0,"total_tokens":0}'
+_NO_CHOICES: Final = '"choices":[]}'
+_LARGEST_TEXT: Final = 8192  # characters in one chunk: some clients take no line beyond 64 KiB
+
+
+class ChatStreamReply:
+    """OpenAI's `chat.completion.chunk` events of one answer (OpenAI API reference, "Streaming").
+
+    `include_usage` as `stream_options` has it; where that is None, the finish chunk carries `usage` [ref].
     """
 
-    reason: FinishReason
-    message_id: str = ""
-    segment_id: str = ""
-    stop_sequence: str = ""
+    content_type = "text/event-stream"
+
+    def __init__(self, model: str, created: int, include_usage: bool | None) -> None:
+        self.chunks = 0
+        self._model = model
+        self._created = created
+        self._include_usage = include_usage
+        self._head = ""
+        self._after_hits = False
+        self._has_role = False
+
+    def feed(self, event: Event) -> bytes:
+        """The chunks that say `event`; empty for an event that shows nothing."""
+        match event:
+            case Text():
+                text = "\n" + event.text if self._after_hits else event.text
+                self._after_hits = False
+                return self._encode_text(text)
+            case SearchHit():
+                self._after_hits = True
+                return self._encode_text(f"检索 {event.title}({event.url}) ...\n")
+            case Opened():
+                self._open(event.conversation_id)
+                return b""
+            case Finished():
+                return self._encode_end(event)
+
+    def finish(self) -> bytes:
+        """The mark of a stream that ended well."""
+        return b"data: [DONE]\n\n"
+
+    def fail(self, error: ProxyError) -> bytes:
+        """The last event of a stream that failed after its head went out: no `[DONE]` follows."""
+        return encode_sse(encode_json({**render_error(error), "choices": []}))
+
+    def alive(self) -> bytes:
+        """A comment line, which clients pass over (WHATWG HTML, section 9.2.7)."""
+        return b": still waiting for Kimi\n\n"
+
+    def _open(self, conversation_id: str) -> None:
+        known = encode_json(
+            {
+                "id": conversation_id,
+                "object": "chat.completion.chunk",
+                "created": self._created,
+                "model": self._model,
+                "choices": [],
+            }
+        )
+        usage = '"usage":null,' if self._include_usage else ""
+        self._head = f'data: {known[: -len(_NO_CHOICES)]}{usage}"choices":[{{"index":0,"delta":'
+
+    def _encode_text(self, text: str) -> bytes:
+        if len(text) > _LARGEST_TEXT:
+            pieces = (text[start : start + _LARGEST_TEXT] for start in range(0, len(text), _LARGEST_TEXT))
+            return b"".join(map(self._encode_text, pieces))
+        role = "" if self._has_role else '"role":"assistant",'
+        self._has_role = True
+        self.chunks += 1
+        return f'{self._head}{{{role}"content":{encode_basestring(text)}}},"finish_reason":null}}]}}\n\n'.encode()
+
+    def _encode_end(self, event: Finished) -> bytes:
+        sentence = b""
+        if event.reason == "content_filter":
+            sentence = self._encode_text(MODERATED_SENTENCE if self._has_role else MODERATED_SENTENCE.lstrip())
+        last = f'{self._head}{{}},"finish_reason":"{event.reason}"}}]'
+        if self._include_usage is None:
+            return sentence + f'{last},"usage":{_NO_USAGE}}}\n\n'.encode()
+        if not self._include_usage:
+            return sentence + f"{last}}}\n\n".encode()
+        totals = self._head.partition('"usage":null,')[0]
+        return sentence + f'{last}}}\n\n{totals}"choices":[],"usage":{_NO_USAGE}}}\n\n'.encode()
 
 
-Event = Opened | Text | Thinking | SearchHit | Citation | Sources | ToolCall | Finished
+class ChatWholeReply:
+    """OpenAI's `chat.completion` object of one answer, made when it ends."""
 
+    content_type = "application/json"
+
+    def __init__(self, model: str, created: int) -> None:
+        self.chunks = 0
+        self._model = model
+        self._created = created
+        self._conversation_id = ""
+        self._texts: list[str] = []
+        self._hits: list[SearchHit] = []
+        self._reason: FinishReason = "stop"
+
+    def feed(self, event: Event) -> bytes:
+        """Nothing yet: the event is kept for `finish`."""
+        match event:
+            case Text():
+                self.chunks += 1
+                self._texts.append(event.text)
+            case SearchHit():
+                self._hits.append(event)
+            case Opened():
+                self._conversation_id = event.conversation_id
+            case Finished():
+                self._reason = event.reason
+        return b""
+
+    def finish(self) -> bytes:
+        """The whole body."""
+        content = "".join(self._texts)
+        if self._reason == "content_filter":
+            content += MODERATED_SENTENCE if content else MODERATED_SENTENCE.lstrip()
+        if self._hits:
+            content += "\n\n搜索结果来自：\n" + "".join(f"{hit.title}({hit.url})\n" for hit in self._hits)
+        message = {"role": "assistant", "content": content}
+        value = {
+            "id": self._conversation_id,
+            "object": "chat.completion",
+            "created": self._created,
+            "model": self._model,
+            "choices": [{"index": 0, "message": message, "finish_reason": self._reason}],
+            "usage": json.loads(_NO_USAGE),
+        }
+        return encode_json(value).encode()
+
+    def fail(self, error: ProxyError) -> bytes:
+        """The whole body of a failure."""
+        return encode_json(render_error(error)).encode()
+
+    def alive(self) -> bytes:
+        """Nothing: a whole answer has no form for silence."""
+        return b""
+
+
+Reply = ChatStreamReply | ChatWholeReply
+
+
+def make_chat_reply(request: ChatRequest, created: int) -> Reply:
+    """The encoder that `request` asks for; `created` in Unix seconds."""
+    if request.stream:
+        return ChatStreamReply(request.model, created, request.include_usage)
+    return ChatWholeReply(request.model, created)
+
+
+# ==== 11. Tasks =============================================================
+#
+# What outlives a request is a tracked task: logged when it fails, waited for at the end. What waits for time is watched
+# by one ticker: a timer for each stream and read would cost more than the stream's own work.
+
+
+_Result = TypeVar("_Result")
+
+
+class BackgroundTasks:
+    """Tasks that belong to the application, not to a request."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def start(self, work: Coroutine[Any, Any, _Result], what: str) -> asyncio.Task[_Result]:
+        """A task that runs `work`; `what` names it in the log, should it fail."""
+        task = asyncio.get_running_loop().create_task(work, name=what)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    async def drain(self, seconds: float) -> int:
+        """Wait for all tasks, those they start included; cancel what is left after `seconds`, and return its number."""
+        deadline = time.monotonic() + seconds
+        while self._tasks and (left := deadline - time.monotonic()) > 0:
+            await asyncio.wait(set(self._tasks), timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        late = set(self._tasks)
+        for task in late:
+            task.cancel()
+        if late:
+            await asyncio.wait(late, timeout=1)
+        return len(late)
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("! background task failed: %s", task.get_name(), exc_info=error)
+
+
+class Watched(Protocol):
+    """Something that the ticker looks at."""
+
+    def tick(self, now: float) -> None:
+        """Look at the clock, `now` in loop time, and do at once what is due; may not raise."""
+
+
+class Ticker:
+    """One task that calls `tick` of all it watches, every `interval_seconds`, and rests while there is nothing."""
+
+    def __init__(self, interval_seconds: float) -> None:
+        self._interval_seconds = interval_seconds
+        self._watched: set[Watched] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, watched: Watched) -> None:
+        """Watch it from now on."""
+        self._watched.add(watched)
+        if self._timer is None:
+            self._wind()
+
+    def discard(self, watched: Watched) -> None:
+        """Watch it no longer; may be called twice."""
+        self._watched.discard(watched)
+
+    def _wind(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(self._interval_seconds, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        now = asyncio.get_running_loop().time()
+        for watched in tuple(self._watched):
+            watched.tick(now)
+        if self._watched:
+            self._wind()
+
+
+class Silence:
+    """Watches one answer of the service: no piece for `silence_seconds`, or no end after `answer_seconds`, and the
+    `asyncio.Timeout` around it fires. The reader adds 1 to `pieces` for each read; `too_long` tells which it was.
+    """
+
+    __slots__ = ("_answer_deadline", "_moved_at", "_seen", "_silence_seconds", "_timeout", "pieces", "too_long")
+
+    def __init__(self, timeout: asyncio.Timeout, silence_seconds: float, answer_seconds: float) -> None:
+        now = asyncio.get_running_loop().time()
+        self.pieces = 0
+        self.too_long = False
+        self._seen = 0
+        self._moved_at = now
+        self._timeout = timeout
+        self._silence_seconds = silence_seconds
+        self._answer_deadline = now + answer_seconds
+
+    def tick(self, now: float) -> None:
+        """End the answer where it is due."""
+        if self.pieces != self._seen:
+            self._seen, self._moved_at = self.pieces, now
+        self.too_long = now >= self._answer_deadline
+        if (self.too_long or now - self._moved_at >= self._silence_seconds) and not self._timeout.expired():
+            self._timeout.reschedule(now)
+
+
+# ==== 12. Accounts ==========================================================
+#
+# One account is one refresh token as the client sends it. Its access token is fetched when needed, by one task of the
+# application, however many requests wait: no waiter that goes away can cancel it, and a rotated token cannot get lost.
+# Each account's state is guarded by its own lock, which is never held across a call to the service.
+
+_REFUSAL_SECONDS: Final = 10.0  # programs repeat a 401 many times; the service is asked once in this time
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class TokenPair:
+    """What a refresh gives: an access token, and the refresh token to use from now on."""
+
+    access_token: str
+    refresh_token: str
+
+    def __repr__(self) -> str:
+        return "TokenPair(…)"
+
+
+class Account:
+    """One refresh token and what is known of it. `label` names it in the log: 8 digits of a keyed hash."""
+
+    __slots__ = (
+        "access_token",
+        "expires_at",
+        "label",
+        "lock",
+        "refresh_token",
+        "refreshing",
+        "refused",
+        "refused_until",
+    )
+
+    def __init__(self, refresh_token: str, label: str) -> None:
+        self.refresh_token = refresh_token
+        self.label = label
+        self.lock = asyncio.Lock()
+        self.access_token = ""
+        self.expires_at = 0.0
+        self.refreshing: asyncio.Task[str | ProxyError] | None = None
+        self.refused: ProxyError | None = None
+        self.refused_until = 0.0
+
+    def __repr__(self) -> str:
+        return f"Account({self.label})"
+
+
+class Accounts:
+    """The token cache. `refresh` asks the service for a new pair, given an account; it raises `ProxyError`.
+
+    At most `max_accounts` are kept: the one longest unused is forgotten first.
+    """
+
+    def __init__(
+        self,
+        refresh: Callable[[Account], Awaitable[TokenPair]],
+        tasks: BackgroundTasks,
+        *,
+        token_seconds: float,
+        max_accounts: int,
+    ) -> None:
+        self._refresh = refresh
+        self._tasks = tasks
+        self._token_seconds = token_seconds
+        self._max_accounts = max_accounts
+        self._accounts: dict[str, Account] = {}
+        self._label_key = secrets.token_bytes(16)
+
+    def __len__(self) -> int:
+        return len(self._accounts)
+
+    def get(self, refresh_token: str) -> Account:
+        """The account of `refresh_token`, made if it is new."""
+        account = self._accounts.pop(refresh_token, None)
+        if account is None:
+            digest = hashlib.blake2b(
+                refresh_token.encode("utf-8", "surrogateescape"), key=self._label_key, digest_size=4
+            )
+            account = Account(refresh_token, digest.hexdigest())
+            self._forget_idle()
+        self._accounts[refresh_token] = account
+        return account
+
+    async def access_token(self, account: Account) -> str:
+        """A live access token. Raises `ProxyError` where the service gives none: `token_dead` if it refuses."""
+        async with account.lock:
+            now = asyncio.get_running_loop().time()
+            if account.access_token and now < account.expires_at:
+                return account.access_token
+            if account.refused is not None and now < account.refused_until:
+                raise account.refused.again()
+            if account.refreshing is None:
+                account.refreshing = self._tasks.start(self._refresh_once(account), "refresh")
+            refreshing = account.refreshing
+        outcome = await asyncio.shield(refreshing)
+        if isinstance(outcome, ProxyError):
+            raise outcome.again()
+        return outcome
+
+    async def drop(self, account: Account, access_token: str) -> None:
+        """Forget `access_token`, which the service no longer takes; a newer one stays."""
+        async with account.lock:
+            if account.access_token == access_token:
+                account.access_token = ""
+
+    async def _refresh_once(self, account: Account) -> str | ProxyError:
+        try:
+            pair = await self._refresh(account)
+        except ProxyError as error:
+            async with account.lock:
+                account.refreshing = None
+                if error.code == "token_dead":
+                    account.refused = error.again()
+                    account.refused_until = asyncio.get_running_loop().time() + _REFUSAL_SECONDS
+            return error.again()
+        except BaseException:
+            account.refreshing = None
+            raise
+        async with account.lock:
+            account.refreshing = None
+            account.refused = None
+            account.access_token = pair.access_token
+            account.refresh_token = pair.refresh_token or account.refresh_token
+            account.expires_at = asyncio.get_running_loop().time() + self._token_seconds
+        logger.debug("= account %s has a new access token", account.label)
+        return pair.access_token
+
+    def _forget_idle(self) -> None:
+        """Make room for one more. An account that is being refreshed stays: its new token would be lost."""
+        for token, account in list(self._accounts.items()):
+            if len(self._accounts) < self._max_accounts:
+                return
+            if account.refreshing is None:
+                del self._accounts[token]
+
+
+# ==== 14. Kimi ==============================================================
+#
+# The service's calls. `Calls` makes one call: headers, token, limits, and what a reply means; it alone repeats a call,
+# where the access token was dead or a kept connection turned out closed. `Classic` knows the paths and bodies.
+# `Asking` is the way of every chat: open, ask, relay, and in the end, however it came, remove.
+
+_REPLY_LIMIT_BYTES: Final = 1_048_576
+_END_SECONDS: Final = 1.0  # what an ended answer still sends is read for so long, so that its connection is reused
+
+# One browser version throughout [ref]: the service may compare them.
+_BROWSER_HEADERS: Final[Mapping[str, str]] = {
+    "User-Agent": "Mozilla/5.0 (Windows NT 10.0; Win64; x64) AppleWebKit/537.36 (KHTML, like Gecko) "
+    "Chrome/122.0.0.0 Safari/537.36",
+    "Sec-Ch-Ua": '"Chromium";v="122", "Not(A:Brand";v="24", "Google Chrome";v="122"',
+    "Sec-Ch-Ua-Mobile": "?0",
+    "Sec-Ch-Ua-Platform": '"Windows"',
+    "Accept-Language": "zh-CN,zh;q=0.9,en;q=0.8",
+}
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Question:
+    """What the service is asked: the merged text, and whether it may search the web."""
+
+    text: str
+    use_search: bool
+
+    def __repr__(self) -> str:
+        return f"Question({len(self.text)} characters)"
+
+
+@dataclass(slots=True)
+class _Connection:
+    """What the tracing tells of the connection that a call went over."""
+
+    kept: bool = False
+
+
+def open_service_session() -> aiohttp.ClientSession:
+    """The pool for every call to the service: no cookies, since it serves many accounts, and no limit of its own."""
+
+    async def note_kept(_session: object, context: Any, _params: object) -> None:
+        context.trace_request_ctx.kept = True
+
+    trace = aiohttp.TraceConfig()
+    trace.on_connection_reuseconn.append(note_kept)
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
+        headers=_BROWSER_HEADERS,
+        trace_configs=[trace],
+    )
+
+
+@contextmanager
+def _network_failures(step: str) -> Iterator[None]:
+    """Turn what aiohttp raises during one call into failures that name the `step`."""
+    try:
+        yield
+    except TimeoutError:
+        raise ProxyError("service_silent", f"{step}: no reply in time") from None
+    except aiohttp.ClientConnectorError as error:
+        raise ProxyError("service_unreachable", f"{step}: {_render_connect_error(error)}") from None
+    except (aiohttp.ClientError, ConnectionError) as error:
+        raise ProxyError("service_failed", f"{step}: the connection broke ({type(error).__name__})") from None
+
+
+def _render_connect_error(error: aiohttp.ClientConnectorError) -> str:
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        return "its TLS certificate is not valid"
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return f"the name {error.host} cannot be resolved"
+    return f"no connection to {error.host}:{error.port} ({os.strerror(error.errno) if error.errno else 'failed'})"
+
+
+def _retry_after(response: aiohttp.ClientResponse) -> int | None:
+    text = response.headers.get("Retry-After", "")
+    return min(int(text), 86_400) if text.isascii() and text.isdigit() and len(text) < 10 else None
+
+
+async def _read_reply(response: aiohttp.ClientResponse, step: str) -> bytes:
+    """The body of a reply, read whole. A failure's is read to 64 KiB, a good one may not exceed the limit."""
+    pieces, size = [], 0
+    limit_bytes = _REPLY_LIMIT_BYTES if response.status < 400 else 65_536
+    while piece := await response.content.readany():
+        pieces.append(piece)
+        size += len(piece)
+        if size > limit_bytes:
+            response.close()
+            if response.status < 400:
+                raise ProxyError("service_failed", f"{step}: a reply of more than {limit_bytes} bytes")
+            break
+    return b"".join(pieces)
+
+
+class Calls:
+    """Makes one call of the service at a time, for an account."""
+
+    def __init__(self, session: aiohttp.ClientSession, accounts: Accounts, call_seconds: float) -> None:
+        self._session = session
+        self._accounts = accounts
+        self._call_seconds = call_seconds
+
+    async def call(
+        self, account: Account, step: str, method: str, url: str, *, body: object = None, referer: str = ""
+    ) -> dict[str, Any]:
+        """The JSON object that the service replies. Raises `ProxyError` for every other outcome.
+
+        A call whose access token is dead is made once more with a new one; a POST on a kept connection that turned
+        out closed too (aiohttp itself repeats GET and DELETE).
+        """
+
+        async def once(token: str) -> dict[str, Any]:
+            with _network_failures(step):
+                async with asyncio.timeout(self._call_seconds):
+                    response = await self._request_again(step, method, url, token, body=body, referer=referer)
+                    async with response:
+                        return await self._parse(response, step)
+
+        return await self._with_token(account, once)
+
+    async def stream(
+        self, account: Account, step: str, url: str, *, body: object, referer: str
+    ) -> aiohttp.ClientResponse:
+        """The response to an answering call, its body unread; the caller closes it. Time is the caller's to watch.
+
+        Raises `ProxyError` for a reply that is no event stream.
+        """
+
+        async def once(token: str) -> aiohttp.ClientResponse:
+            with _network_failures(step):
+                response = await self._request_again(step, "POST", url, token, body=body, referer=referer)
+                if response.status == 200 and response.content_type == "text/event-stream":
+                    return response
+                async with response:
+                    await self._parse(response, step)
+            raise ProxyError("answer_broken", f"{step}: a reply of type {quote_words(response.content_type)}")
+
+        return await self._with_token(account, once)
+
+    async def refresh(self, refresh_token: str, step: str, url: str, referer: str) -> dict[str, Any]:
+        """The JSON object that a token refresh replies: the one call that carries the refresh token."""
+        with _network_failures(step):
+            async with asyncio.timeout(self._call_seconds):
+                async with await self._request(
+                    "GET", url, refresh_token, body=None, referer=referer, connection=_Connection()
+                ) as response:
+                    return await self._parse(response, step)
+
+    async def _with_token(self, account: Account, once: Callable[[str], Awaitable[_Result]]) -> _Result:
+        token = await self._accounts.access_token(account)
+        try:
+            return await once(token)
+        except ProxyError as error:
+            if error.code != "token_dead":
+                raise
+        await self._accounts.drop(account, token)
+        return await once(await self._accounts.access_token(account))
+
+    async def _request_again(
+        self, step: str, method: str, url: str, token: str, *, body: object, referer: str
+    ) -> aiohttp.ClientResponse:
+        connection = _Connection()
+        try:
+            return await self._request(method, url, token, body=body, referer=referer, connection=connection)
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
+            if not connection.kept or isinstance(error, aiohttp.ClientConnectorError):
+                raise
+            logger.debug("! %s: a kept connection was closed, calling once more", step)
+        return await self._request(method, url, token, body=body, referer=referer, connection=_Connection())
+
+    async def _request(
+        self, method: str, url: str, token: str, *, body: object, referer: str, connection: _Connection
+    ) -> aiohttp.ClientResponse:
+        address = URL(url)
+        headers = {"Authorization": f"Bearer {token}", "Origin": str(address.origin()), "Referer": referer}
+        data = None
+        if body is not None:
+            data = encode_json(body).encode()
+            headers["Content-Type"] = "application/json"
+        response = await self._session.request(
+            method, address, data=data, headers=headers, allow_redirects=False, trace_request_ctx=connection
+        )
+        logger.debug("> %s %s HTTP %d", method, address.path, response.status)
+        return response
+
+    async def _parse(self, response: aiohttp.ClientResponse, step: str) -> dict[str, Any]:
+        """The JSON object of a reply that means success, else the failure that it means."""
+        body = await _read_reply(response, step)
+        try:
+            value = parse_json(body, surrogates=True) if body else {}
+        except WireError:
+            value = None
+        good = response.status < 300 and isinstance(value, dict) and not isinstance(value.get("error_type"), str)
+        if good:
+            return cast(dict[str, Any], value)
+        words = (
+            "" if isinstance(value, dict) else f"a body of type {quote_words(response.content_type)}, no JSON object"
+        )
+        raise error_of_reply(response.status, value, step, retry_after_seconds=_retry_after(response), words=words)
+
+
+class Classic:
+    """The classic protocol: paths and bodies [ref]."""
+
+    def __init__(self, calls: Calls, base_url: str) -> None:
+        self._calls = calls
+        self._base_url = base_url
+
+    async def refresh(self, account: Account) -> TokenPair:
+        """A new pair of tokens for `account`."""
+        url = f"{self._base_url}/api/auth/token/refresh"
+        value = await self._calls.refresh(account.refresh_token, "refreshing the token", url, self._base_url)
+        access_token, refresh_token = value.get("access_token"), value.get("refresh_token")
+        if not isinstance(access_token, str) or not _TOKEN.fullmatch(access_token):
+            raise ProxyError("service_failed", "refreshing the token: the reply has no access_token")
+        if not isinstance(refresh_token, str) or not _TOKEN.fullmatch(refresh_token):
+            refresh_token = ""
+        return TokenPair(access_token, refresh_token)
+
+    async def open(self, account: Account) -> str:
+        """The id of a new conversation."""
+        value = await self._calls.call(
+            account,
+            "opening a conversation",
+            "POST",
+            f"{self._base_url}/api/chat",
+            body={"name": f"cmpl-{secrets.token_hex(16)}", "is_example": False},
+            referer=self._base_url,
+        )
+        conversation_id = value.get("id")
+        if not isinstance(conversation_id, str) or not _CONVERSATION_ID.fullmatch(conversation_id):
+            raise ProxyError("service_failed", "opening a conversation: the reply has no id")
+        return conversation_id
+
+    async def ask(self, account: Account, conversation_id: str, question: Question) -> aiohttp.ClientResponse:
+        """The response whose body is the answer's event stream; the caller closes it."""
+        return await self._calls.stream(
+            account,
+            "asking",
+            f"{self._base_url}/api/chat/{conversation_id}/completion/stream",
+            body={
+                "messages": [{"role": "user", "content": question.text}],
+                "refs": [],
+                "use_search": question.use_search,
+            },
+            referer=f"{self._base_url}/chat/{conversation_id}",
+        )
+
+    async def remove(self, account: Account, conversation_id: str) -> None:
+        """Remove the conversation, so that it does not show in the user's history."""
+        url = f"{self._base_url}/api/chat/{conversation_id}"
+        referer = f"{self._base_url}/chat/{conversation_id}"
+        await self._calls.call(account, "removing the conversation", "DELETE", url, referer=referer)
+
+
+_TOKEN: Final = re.compile(r"[!-~]{1,8192}")
+_CONVERSATION_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+Send = Callable[[list[Event]], Awaitable[None]]
+
+
+class Asking:
+    """The way of every chat. It owns the conversation and the response, and lets go of both however it is left."""
+
+    def __init__(
+        self, classic: Classic, tasks: BackgroundTasks, ticker: Ticker, metrics: Metrics, settings: Settings
+    ) -> None:
+        self._classic = classic
+        self._tasks = tasks
+        self._ticker = ticker
+        self._metrics = metrics
+        self._settings = settings
+
+    async def run(self, account: Account, question: Question, send: Send) -> None:
+        """Ask `question`, and `send` the answer's events, those of one network read at a time.
+
+        Raises `ProxyError`. A cancellation stops the answer at once; the conversation is still removed.
+        """
+        silence = None
+        try:
+            async with asyncio.timeout(None) as timeout, self._conversation(account) as conversation:
+                await send([Opened(conversation.id)])
+                silence = Silence(timeout, self._settings.silence_seconds, self._settings.answer_seconds)
+                self._ticker.add(silence)
+                conversation.response = await self._classic.ask(account, conversation.id, question)
+                await self._relay(conversation.response, silence, send)
+                conversation.ended = True
+        except TimeoutError:
+            if silence is None or not timeout.expired():
+                raise
+            raise ProxyError("answer_too_long" if silence.too_long else "service_silent", "asking") from None
+        finally:
+            if silence is not None:
+                self._ticker.discard(silence)
+
+    async def _relay(self, response: aiohttp.ClientResponse, silence: Silence, send: Send) -> None:
+        parser, answer = SSEParser(), ClassicAnswer()
+        while not answer.ended:
+            try:
+                piece = await response.content.readany()
+            except (aiohttp.ClientError, ConnectionError) as error:
+                raise ProxyError("answer_broken", f"the connection broke ({type(error).__name__})") from None
+            silence.pieces += 1
+            events, failure = _read_piece(piece, parser, answer)
+            if events:
+                await send(events)
+            if failure is not None:
+                raise failure
+        logger.debug("< answer ended, frames: %s", answer.kinds)
+
+    @asynccontextmanager
+    async def _conversation(self, account: Account) -> AsyncIterator[_Conversation]:
+        # A client that leaves while the opening call is under way must not leave a conversation behind: the call is
+        # finished as a task of the application, and what it opened is removed.
+        opening = self._tasks.start(self._open(account), "open")
+        try:
+            opened = await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(partial(self._let_go_late, account))
+            raise
+        if isinstance(opened, ProxyError):
+            raise opened
+        conversation = _Conversation(opened)
+        try:
+            yield conversation
+        finally:
+            if conversation.response is not None and not conversation.ended:
+                conversation.response.close()
+            self._tasks.start(self._let_go(account, conversation), "remove")
+
+    async def _open(self, account: Account) -> str | ProxyError:
+        try:
+            return await self._classic.open(account)
+        except ProxyError as error:
+            return error
+
+    def _let_go_late(self, account: Account, opening: asyncio.Task[str | ProxyError]) -> None:
+        if not opening.cancelled() and opening.exception() is None and isinstance(opening.result(), str):
+            self._tasks.start(self._let_go(account, _Conversation(cast(str, opening.result()))), "remove")
+
+    async def _let_go(self, account: Account, conversation: _Conversation) -> None:
+        """Read an ended answer to its end, and remove the conversation. A failure is logged, never the client's."""
+        if conversation.response is not None:
+            await _read_out(conversation.response)
+        try:
+            await self._classic.remove(account, conversation.id)
+        except ProxyError as error:
+            self._metrics.count("kimi_proxy_removals_failed_total")
+            logger.warning("! conversation %s of account %s was not removed: %s", conversation.id, account.label, error)
+
+
+@dataclass(slots=True)
+class _Conversation:
+    """A conversation that is open at the service, and the answer that runs in it."""
+
+    id: str
+    response: aiohttp.ClientResponse | None = None
+    ended: bool = False
+
+
+def _read_piece(piece: bytes, parser: SSEParser, answer: ClassicAnswer) -> tuple[list[Event], ProxyError | None]:
+    """The events in one network read, and the failure that came after them; empty bytes are the stream's end."""
+    events: list[Event] = []
+    try:
+        if not piece:
+            parser.finish()
+            return answer.finish(), None
+        for frame in parser.feed(piece):
+            events += answer.feed(frame)
+    except WireError as error:
+        return events, ProxyError("answer_broken", f"Kimi's stream cannot be read: {error}")
+    except ProxyError as error:
+        return events, error
+    return events, None
+
+
+async def _read_out(response: aiohttp.ClientResponse) -> None:
+    """Read what is left of an ended answer, a second at most, so that its connection can be used again."""
+    try:
+        async with asyncio.timeout(_END_SECONDS):
+            while await response.content.readany():
+                pass
+    except (aiohttp.ClientError, ConnectionError, TimeoutError):
+        response.close()
+    response.release()
+
+
+# ==== 15. Server ============================================================
+#
+# The aiohttp application: state under typed keys, one middleware that gives every request its id, its log line and its
+# errors in JSON, and the handlers. A `Delivery` is one reply on its way: its head goes out with the first visible
+# bytes, so that a failure before them still has its HTTP status.
+
+_MAX_BODY_FACTOR: Final = 1_048_576
+_CHAT_PATHS: Final = ("/v1/chat/completions", "/chat/completions")
+_MODELS: Final = ("kimi", "kimi-search")
+_MODELS_CREATED: Final = 1_704_067_200
+_PATHS: Final = "POST /v1/chat/completions, GET /v1/models, GET /ping, GET /"
+_CLIENT_CLOSED: Final = 499  # as nginx logs a client that went away
+
+
+class ClientGone(Exception):
+    """The client closed its connection: there is nobody to answer."""
+
+
+@dataclass(slots=True)
+class State:
+    """What the application owns: made at its start, closed at its end."""
+
+    settings: Settings
+    metrics: Metrics
+    tasks: BackgroundTasks
+    ticker: Ticker
+    accounts: Accounts
+    asking: Asking
+    draining: asyncio.Event
+    answering: set[asyncio.Task[Any]]
+
+
+STATE: Final = web.AppKey("state", State)
+
+
+class Delivery:
+    """One reply on its way to the client. The ticker fills its silence and drops a client that takes nothing."""
+
+    def __init__(self, request: web.Request, reply: Reply, state: State) -> None:
+        self._request = request
+        self._reply = reply
+        self._state = state
+        self._response: web.StreamResponse | None = None
+        self._writes = 0
+        self._writing = False
+        self._seen = (0, 0)
+        self._quiet_since = asyncio.get_running_loop().time()
+        self._next_comment = self._quiet_since + state.settings.first_comment_seconds
+
+    @property
+    def begun(self) -> bool:
+        """Whether the head went out: from then on a failure is part of the stream."""
+        return self._response is not None
+
+    async def send(self, events: list[Event]) -> None:
+        """Encode `events` and write what they show, in one write. Raises `ClientGone`."""
+        data = b"".join(map(self._reply.feed, events))
+        if data:
+            await self._write(data)
+
+    async def finish(self) -> web.StreamResponse:
+        """End a good reply."""
+        return await self._end(self._reply.finish(), 200)
+
+    async def fail(self, error: ProxyError) -> web.StreamResponse:
+        """End a reply whose head went out and that failed since."""
+        return await self._end(self._reply.fail(error), error.status)
+
+    def tick(self, now: float) -> None:
+        """Comment into a silent stream, and drop a client that took nothing for too long."""
+        transport = self._request.transport
+        waiting_bytes = transport.get_write_buffer_size() if transport is not None else 0
+        if (self._writes, waiting_bytes) != self._seen:
+            if self._writes != self._seen[0]:
+                self._next_comment = now + self._state.settings.first_comment_seconds
+            self._seen = (self._writes, waiting_bytes)
+            self._quiet_since = now
+        if transport is None:
+            return
+        if self._writing and now - self._quiet_since >= self._state.settings.send_seconds:
+            logger.warning("! the client took nothing for %.0f s, dropped", now - self._quiet_since)
+            transport.abort()
+        elif now >= self._next_comment and waiting_bytes == 0 and not self._writing:
+            self._next_comment = now + self._state.settings.comment_seconds
+            if data := self._reply.alive():
+                self._state.tasks.start(self._comment(data), "comment")
+
+    async def _comment(self, data: bytes) -> None:
+        with suppress(ClientGone):
+            response = self._response or await self._begin()
+            with _client_gone():
+                await response.write(data)
+
+    async def _begin(self) -> web.StreamResponse:
+        headers = {
+            "Content-Type": f"{self._reply.content_type}; charset=utf-8",
+            "Cache-Control": "no-cache",
+            "X-Accel-Buffering": "no",
+        }
+        response = self._response = web.StreamResponse(headers=headers)
+        with _client_gone():
+            await response.prepare(self._request)
+        return response
+
+    async def _write(self, data: bytes) -> None:
+        response = self._response or await self._begin()
+        self._writes += 1
+        self._writing = True
+        try:
+            with _client_gone():
+                await response.write(data)
+        finally:
+            self._writing = False
+
+    async def _end(self, data: bytes, status: int) -> web.StreamResponse:
+        self._request["chunks"] = self._reply.chunks
+        if isinstance(self._reply, ChatWholeReply):
+            return web.Response(body=data, status=status, content_type="application/json", charset="utf-8")
+        await self._write(data)
+        response = cast(web.StreamResponse, self._response)
+        with _client_gone():
+            await response.write_eof()
+        return response
+
+
+@contextmanager
+def _client_gone() -> Iterator[None]:
+    """Tell a broken connection to the client from one to the service: aiohttp raises the same for both."""
+    try:
+        yield
+    except (ConnectionError, aiohttp.ClientConnectionError):
+        raise ClientGone from None
+
+
+async def read_body(request: web.Request, limit_bytes: int, seconds: float) -> bytes:
+    """The request's body. Raises `ProxyError`: `body_too_large`, `body_timeout`, or `invalid_json` where its encoding
+    is broken.
+    """
+    if (request.content_length or 0) > limit_bytes:
+        raise ProxyError("body_too_large", f"at most {limit_bytes} bytes; see PROXY_MAX_BODY_MB")
+    try:
+        async with asyncio.timeout(seconds):
+            return await request.read()
+    except TimeoutError:
+        raise ProxyError("body_timeout", f"not within {seconds:g} s") from None
+    except web.HTTPRequestEntityTooLarge:
+        raise ProxyError("body_too_large", f"at most {limit_bytes} bytes; see PROXY_MAX_BODY_MB") from None
+    except (web.RequestPayloadError, aiohttp.ClientPayloadError, HttpProcessingError):
+        raise ProxyError("invalid_json", "the body's encoding is broken") from None
+
+
+def read_bearer(request: web.Request) -> str:
+    """The token in `Authorization: Bearer …` (RFC 6750). Raises `ProxyError` where there is none that could be one."""
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    token = token.strip()
+    if scheme.lower() != "bearer" or not token:
+        raise ProxyError("token_missing")
+    if not re.fullmatch(r"[!-~]{1,8192}", token):
+        raise ProxyError("token_missing", "the token has characters that no token has")
+    return token
+
+
+async def _chat_completions(request: web.Request) -> web.StreamResponse:
+    state = request.app[STATE]
+    settings = state.settings
+    account = state.accounts.get(read_bearer(request))
+    body = await read_body(request, settings.max_body_mb * _MAX_BODY_FACTOR, settings.body_seconds)
+    chat = parse_chat_request(body)
+    use_search = settings.use_search if chat.use_search is None else chat.use_search
+    question = Question(merge_messages(chat.messages), use_search)
+    return await _deliver(request, account, question, make_chat_reply(chat, int(time.time())))
+
+
+async def _deliver(request: web.Request, account: Account, question: Question, reply: Reply) -> web.StreamResponse:
+    """Ask, and send the answer to the client, whatever becomes of it. Failures before the head are raised."""
+    state = request.app[STATE]
+    delivery = Delivery(request, reply, state)
+    task = cast(asyncio.Task[Any], asyncio.current_task())
+    state.ticker.add(delivery)
+    state.answering.add(task)
+    try:
+        await state.asking.run(account, question, delivery.send)
+        return await delivery.finish()
+    except asyncio.CancelledError:
+        if not state.draining.is_set() or request.transport is None:
+            raise
+        error = ProxyError("shutting_down")
+    except ProxyError as failure:
+        error = failure
+    except ClientGone:
+        raise
+    except Exception:
+        logger.exception("! the proxy itself failed")
+        error = ProxyError("internal_error")
+    finally:
+        state.ticker.discard(delivery)
+        state.answering.discard(task)
+        request["chunks"] = reply.chunks
+    if not delivery.begun:
+        raise error
+    _note_failure(request, error)
+    return await delivery.fail(error)
+
+
+async def _models(request: web.Request) -> web.StreamResponse:
+    entries = [{"id": model, "object": "model", "created": _MODELS_CREATED, "owned_by": "kimi"} for model in _MODELS]
+    return _json({"object": "list", "data": entries})
+
+
+async def _ping(request: web.Request) -> web.StreamResponse:
+    return web.Response(text="pong")
+
+
+async def _front_page(request: web.Request) -> web.StreamResponse:
+    return web.Response(text=_PAGE.format(version=__version__), content_type="text/html")
+
+
+_PAGE: Final = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>kimi_proxy</title>
+<meta name="viewport" content="width=device-width">
+<body style="font: 16px/1.5 system-ui; max-width: 40em; margin: 3em auto; padding: 0 1em">
+<h1>kimi_proxy {version}</h1>
+<p>An OpenAI-compatible gateway in front of the Kimi web service.</p>
+<p>Base URL for your program: <code id="base">/v1</code> (this address, with <code>/v1</code>).
+API key: your Kimi refresh token.</p>
+<script>document.getElementById("base").textContent = location.origin + "/v1"</script>
+</body></html>
+"""
+
+
+def _json(value: object, status: int = 200) -> web.Response:
+    return web.Response(
+        body=encode_json(value).encode(), status=status, content_type="application/json", charset="utf-8"
+    )
+
+
+def render_failure(error: ProxyError) -> web.Response:
+    """The whole response to a request that failed."""
+    response = _json(render_error(error), error.status)
+    if error.retry_after_seconds:
+        response.headers["Retry-After"] = str(error.retry_after_seconds)
+    if error.status in (408, 413):
+        response.force_close()
+    return response
+
+
+def _note_failure(request: web.Request, error: ProxyError) -> None:
+    request["failure"] = error.code
+    request["upstream"] = error.upstream_status
+
+
+@web.middleware
+async def _frame(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> Any:
+    """Around every request: its id, its errors in JSON, its log line."""
+    started = time.monotonic()
+    request_id.set(secrets.token_hex(6))
+    status = _CLIENT_CLOSED
+    try:
+        response = await _answer_or_fail(request, handler)
+        status = response.status
+        return response
+    except ClientGone:
+        # Nobody reads this; aiohttp wants an object all the same.
+        return web.Response(status=_CLIENT_CLOSED)
+    finally:
+        logger.info(
+            "%s %s %d %.3fs chunks=%d upstream=%s%s",
+            request.method,
+            quote_words(request.path)[:100],
+            status,
+            time.monotonic() - started,
+            request.get("chunks", 0),
+            request.get("upstream") or "-",
+            f" {request['failure']}" if "failure" in request else "",
+        )
+
+
+async def _answer_or_fail(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    try:
+        if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
+            return web.Response(status=204)
+        return await handler(request)
+    except ProxyError as failure:
+        error = failure
+    except web.HTTPException as failure:
+        error = _error_of_http(request, failure)
+    except (ClientGone, asyncio.CancelledError):
+        raise
+    except Exception:
+        logger.exception("! the proxy itself failed")
+        error = ProxyError("internal_error")
+    _note_failure(request, error)
+    response = render_failure(error)
+    if error.code == "method_not_allowed":
+        response.headers["Allow"] = "POST" if request.path in _CHAT_PATHS else "GET"
+    return response
+
+
+def _error_of_http(request: web.Request, failure: web.HTTPException) -> ProxyError:
+    """What aiohttp's own answers (404, 405, 413 and the like) are here."""
+    if isinstance(failure, web.HTTPMethodNotAllowed):
+        return ProxyError("method_not_allowed", f"here it is {_PATHS}")
+    if isinstance(failure, web.HTTPNotFound):
+        hint = "; your base URL has /v1 twice" if "/v1/v1" in request.path else ""
+        return ProxyError("not_found", f"here it is {_PATHS}{hint}")
+    return ProxyError("invalid_request", f"HTTP {failure.status}")
+
+
+async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
+    """Headers of every response: the request's id, the CORS answer (Fetch standard, "CORS protocol")."""
+    response.headers["X-Request-Id"] = request_id.get()
+    response.headers["Server"] = "kimi_proxy"
+    settings = request.app[STATE].settings
+    origin = request.headers.get("Origin")
+    if origin is None or not ("*" in settings.cors_origins or origin in settings.cors_origins):
+        return
+    response.headers["Access-Control-Allow-Origin"] = "*" if "*" in settings.cors_origins else origin
+    response.headers["Access-Control-Expose-Headers"] = "X-Request-Id, Retry-After"
+    if "*" not in settings.cors_origins:
+        response.headers["Vary"] = "Origin"
+    if request.method == "OPTIONS":
+        asked = request.headers.get("Access-Control-Request-Headers", "Authorization, Content-Type")
+        response.headers["Access-Control-Allow-Headers"] = asked
+        response.headers["Access-Control-Allow-Methods"] = "GET, POST, DELETE, OPTIONS"
+        response.headers["Access-Control-Max-Age"] = "86400"
+
+
+async def _own_state(app: web.Application) -> AsyncIterator[None]:
+    """Open what the application owns, and close it in reverse: removals first, the connections last."""
+    settings = app[_SETTINGS]
+    tasks, metrics = BackgroundTasks(), Metrics()
+    shortest = min(settings.silence_seconds, settings.answer_seconds, settings.first_comment_seconds)
+    ticker = Ticker(max(0.02, min(0.25, shortest / 4, settings.comment_seconds / 4, settings.send_seconds / 4)))
+    session = open_service_session()
+
+    async def refresh(account: Account) -> TokenPair:
+        return await classic.refresh(account)
+
+    accounts = Accounts(refresh, tasks, token_seconds=settings.token_seconds, max_accounts=settings.max_accounts)
+    classic = Classic(Calls(session, accounts, settings.call_seconds), settings.base_url)
+    asking = Asking(classic, tasks, ticker, metrics, settings)
+    app[STATE] = State(settings, metrics, tasks, ticker, accounts, asking, asyncio.Event(), set())
+    yield
+    late = await tasks.drain(settings.removal_seconds)
+    if late:
+        logger.warning("! %d background tasks did not end in %g s", late, settings.removal_seconds)
+    await session.close()
+
+
+_SETTINGS: Final = web.AppKey("settings", Settings)
+
+
+async def end_answers(app: web.Application) -> None:
+    """Let running answers finish for the drain's time, then end them with `shutting_down`."""
+    state = app[STATE]
+    state.draining.set()
+    if state.answering:
+        await asyncio.wait(set(state.answering), timeout=state.settings.drain_seconds)
+    for task in set(state.answering):
+        task.cancel()
+    if state.answering:
+        await asyncio.wait(set(state.answering), timeout=2)
+
+
+def make_app(settings: Settings) -> web.Application:
+    """The application: its routes, its middleware and what it owns."""
+    app = web.Application(middlewares=[_frame], client_max_size=settings.max_body_mb * _MAX_BODY_FACTOR)
+    app[_SETTINGS] = settings
+    app.cleanup_ctx.append(_own_state)
+    app.on_response_prepare.append(_add_headers)
+    app.on_shutdown.append(end_answers)
+    for path in _CHAT_PATHS:
+        app.router.add_post(path, _chat_completions)
+    app.router.add_get("/v1/models", _models)
+    app.router.add_get("/ping", _ping)
+    app.router.add_get("/", _front_page)
+    return app
+
+
+# ==== 16. Service ===========================================================
+#
+# The program around the application: command line, listening, signals, and the terminal client.
+
+
+class _Connected(web_protocol.RequestHandler):
+    """One connection of a client. aiohttp would echo the bytes of a malformed head, which may hold a token."""
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """The response to what is no HTTP, or to a handler that failed outside of our middleware."""
+        if status == 500:
+            logger.error("! the proxy itself failed", exc_info=exc)
+        else:
+            logger.info("a malformed request was refused (%s)", type(exc).__name__)
+        error = ProxyError("internal_error" if status == 500 else "invalid_request", f"HTTP {status}")
+        response = render_failure(error)
+        response.force_close()
+        return response
+
+
+class _Runner(web.AppRunner):
+    """An `AppRunner` whose connections are `_Connected`."""
+
+    @property
+    def server(self) -> Any:
+        """The factory that makes a connection's protocol."""
+        server = super().server
+        if server is None:
+            return None
+        return partial(
+            _Connected,
+            server,
+            loop=asyncio.get_running_loop(),
+            keepalive_timeout=self._idle_seconds,
+        )
+
+    def __init__(self, app: web.Application, settings: Settings) -> None:
+        super().__init__(app, handle_signals=False, handler_cancellation=True, access_log=None, shutdown_timeout=1)
+        self._idle_seconds = settings.idle_seconds
+
+
+@asynccontextmanager
+async def run_server(settings: Settings) -> AsyncIterator[str]:
+    """A running proxy; gives the address that it listens on, as `http://host:port`.
+
+    Raises `SettingsError` where it cannot listen.
+    """
+    runner = _Runner(make_app(settings), settings)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, settings.host, settings.port)
+        try:
+            await site.start()
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise SettingsError(f"cannot listen on {settings.host}:{settings.port}: {quote_words(reason)}") from None
+        port = runner.addresses[0][1]
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        yield f"http://{host}:{port}"
+    finally:
+        await runner.cleanup()
+
+
+async def _serve(settings: Settings) -> None:
+    """Serve until a signal asks to stop."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        try:
+            loop.add_signal_handler(number, stop.set)
+        except NotImplementedError:  # Windows
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
+    async with run_server(settings) as address:
+        print(f"kimi_proxy {__version__} is ready. Base URL for your program: {address}/v1", flush=True)
+        await stop.wait()
+        logger.info("shutting down")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command in `argv`; the exit status: 0, 1 for a failure, 2 for a setting that is not usable."""
+    if argv[:1] == ["ask"]:
+        return ask_command(argv[1:])
+    try:
+        settings = Settings.load(os.environ, argv)
+        configure_logging(settings.log_level)
+        asyncio.run(_serve(settings))
+    except SettingsError as error:
+        print(f"kimi_proxy: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def ask_command(argv: Sequence[str]) -> int:
+    """`ask "question"`: ask a running proxy, and print the answer as it comes. The exit status: 1 for a failure."""
+    parser = argparse.ArgumentParser(prog="kimi_proxy.py ask", description="Ask a running kimi_proxy in the terminal.")
+    parser.add_argument("question", nargs="*", help="the question; text from a pipe is appended to it")
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="address of the proxy (default %(default)s)")
+    parser.add_argument("--model", default="kimi", help="model to ask (default %(default)s)")
+    options = parser.parse_args(list(argv))
+    question = " ".join(options.question)
+    if not sys.stdin.isatty():
+        question = f"{question}\n{sys.stdin.read()}".strip()
+    token = os.environ.get("KIMI_REFRESH_TOKEN", "")
+    if not question or not token:
+        print("kimi_proxy ask: " + ("set KIMI_REFRESH_TOKEN" if question else "ask a question"), file=sys.stderr)
+        return 2
+    url = options.url.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
+    body = {"model": options.model, "stream": True, "messages": [{"role": "user", "content": question}]}
+    try:
+        return asyncio.run(_print_answer(url, token, body))
+    except KeyboardInterrupt:
+        return 130
+
+
+async def _print_answer(url: str, token: str, body: dict[str, Any]) -> int:
+    """Print the streamed answer. The stream is read by code that is not ours, which checks ours."""
+    # Imported here, since serving does not need it.
+    from aiohttp_sse_client.client import EventSource  # noqa: PLC0415
+
+    logging.getLogger("aiohttp_sse_client").setLevel(logging.CRITICAL)
+    refusals: list[bytes] = []
+
+    async def keep_refusal(
+        request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
+    ) -> aiohttp.ClientResponse:
+        response = await handler(request)
+        if response.status != 200:
+            refusals.append(await response.read())
+        return response
+
+    screen = _Screen(sys.stdout.isatty())
+    waiting = asyncio.create_task(screen.show_waiting())
+    try:
+        async with aiohttp.ClientSession(
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
+            headers={"Authorization": f"Bearer {token}"},
+            middlewares=(keep_refusal,),
+        ) as session:
+            source = EventSource(url, option={"method": "POST"}, session=session, max_connect_retry=0, json=body)
+            async with source:
+                return await _print_events(source, screen)
+    except ConnectionError as error:
+        screen.fail(_read_failure(refusals[0]) if refusals else str(error))
+    except aiohttp.ClientError as error:
+        screen.fail(f"cannot reach {url} ({type(error).__name__}); is the proxy running?")
+    finally:
+        waiting.cancel()
+    return 1
+
+
+async def _print_events(source: AsyncIterator[Any], screen: _Screen) -> int:
+    """Print until `[DONE]` or an error: reading on would make the reader ask again."""
+    async for event in source:
+        if event.data == "[DONE]":
+            screen.end()
+            return 0
+        value = json.loads(event.data)
+        if "error" in value:
+            screen.fail(value["error"]["message"])
+            return 1
+        for choice in value["choices"]:
+            delta = choice["delta"]
+            screen.show(delta.get("reasoning_content") or "", dimmed=True)
+            screen.show(delta.get("content") or "")
+    screen.fail("the stream ended without [DONE]")
+    return 1
+
+
+def _read_failure(body: bytes) -> str:
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return "the address answers, but not as kimi_proxy does"
+
+
+class _Screen:
+    """Where `ask` prints: a terminal with a moving mark and dimmed thinking, or plain text."""
+
+    def __init__(self, terminal: bool) -> None:
+        self._terminal = terminal
+        self._waiting = terminal
+
+    def show(self, text: str, *, dimmed: bool = False) -> None:
+        """Print a piece of the answer."""
+        if text:
+            self._clear()
+            print(f"\x1b[2m{text}\x1b[0m" if dimmed and self._terminal else text, end="", flush=True)
+
+    def end(self) -> None:
+        """End the answer's last line."""
+        self._clear()
+        print()
+
+    def fail(self, message: str) -> None:
+        """Print a failure."""
+        self._clear()
+        print(f"kimi_proxy ask: {message}", file=sys.stderr)
+
+    async def show_waiting(self) -> None:
+        """Move a mark until something is shown."""
+        for mark in cycle("|/-\\"):
+            if not self._waiting:
+                return
+            print(f"\r{mark}", end="", flush=True)
+            await asyncio.sleep(0.1)
+
+    def _clear(self) -> None:
+        if self._waiting:
+            self._waiting = False
+            print("\r \r", end="", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
