@@ -1,0 +1,95 @@
+"""What the tests share: a simulator of the service, and proxies in front of it on real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from typing import Any
+
+import aiohttp
+import pytest
+from kimi_simulator import Simulator
+
+from kimi_proxy import RedactingFormatter, Settings, logger, run_server
+
+StartProxy = Callable[..., Awaitable[str]]
+
+
+@pytest.fixture
+async def simulator() -> AsyncIterator[Simulator]:
+    """The service; it fails the test when the proxy broke its rules."""
+    async with Simulator() as running:
+        yield running
+
+
+@pytest.fixture
+async def start_proxy(simulator: Simulator) -> AsyncIterator[StartProxy]:
+    """Starts a proxy with settings by field, and gives its address. All end with the test, and leave no task."""
+    before = asyncio.all_tasks()
+    async with AsyncExitStack() as stack:
+
+        async def start(**settings: Any) -> str:
+            settings = {"base_url": simulator.url, "port": 0, "drain_seconds": 0.2, **settings}
+            return await stack.enter_async_context(run_server(Settings(**settings)))
+
+        yield start
+    left = {task for task in asyncio.all_tasks() - before if not task.done() and task.get_name() != "test-helper"}
+    simulator_tasks = {task for task in left if "RequestHandler" in repr(task.get_coro())}
+    assert not left - simulator_tasks - {asyncio.current_task()}
+
+
+@pytest.fixture
+async def proxy(start_proxy: StartProxy) -> str:
+    """The address of a proxy with all defaults."""
+    return await start_proxy()
+
+
+@pytest.fixture
+async def http() -> AsyncIterator[aiohttp.ClientSession]:
+    """A plain HTTP client."""
+    async with aiohttp.ClientSession() as session:
+        yield session
+
+
+class LogRecorder(logging.Handler):
+    """Keeps the log lines as the proxy's own formatter writes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        self.setFormatter(RedactingFormatter())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(self.format(record))
+
+    @property
+    def text(self) -> str:
+        """All lines."""
+        return "\n".join(self.lines)
+
+
+@pytest.fixture
+def log_lines() -> Any:
+    """Every line of the log, at debug level, of all packages."""
+    recorder = LogRecorder()
+    root = logging.getLogger()
+    levels = (root.level, logger.level)
+    root.addHandler(recorder)
+    root.setLevel(logging.DEBUG)
+    logger.setLevel(logging.DEBUG)
+    yield recorder
+    root.removeHandler(recorder)
+    root.setLevel(levels[0])
+    logger.setLevel(levels[1])
+
+
+def bearer(token: str) -> dict[str, str]:
+    """The headers that carry a token."""
+    return {"Authorization": f"Bearer {token}"}
+
+
+def chat_body(text: str = "hi", **fields: Any) -> dict[str, Any]:
+    """The body of a chat request."""
+    return {"messages": [{"role": "user", "content": text}], **fields}

@@ -1,0 +1,703 @@
+"""A look-alike of the Kimi web service, strict and unsteady on purpose, with faults to order. Imports nothing of the proxy.
+
+``python tests/kimi_simulator.py --port 8010`` runs it by itself; it prints the tokens to try.
+
+What is known of the service
+----------------------------
+Nobody can reach the real service from a test, so each fact carries its standing: **[ref]** taken from the original
+design (kimi-free-api 0.0.7) and its running implementation, **[2+]** told alike by two or more independent public
+sources in 2026, **[1]** told once, **[open]** sources disagree. Code for [1] and [open] bears the other reading too.
+
+*Tokens.* A long-lived refresh token (from the browser's local storage) buys a short-lived access token:
+``GET /api/auth/token/refresh`` with the refresh token as Bearer gives ``{access_token, refresh_token}``; an access
+token is used for 300 s [ref]. HTTP 401 says that the access token is dead: forget it, refresh once, call once more
+[ref]. All other calls carry the access token [ref].
+
+*A JSON body with a string* ``error_type`` is a failure whatever the HTTP status, 200 included; ``message`` says why.
+``auth.token.invalid``: the token is dead. ``chat.user_stream_pushing``: this account has an answer under way [ref].
+
+*Headers.* Each call carries ``Referer`` (the base URL without a slash, or ``…/chat/<id>``) [ref], ``Origin`` [2+], and a
+desktop Chrome's ``User-Agent`` and three ``Sec-Ch-Ua`` headers, all of one version [ref]. No cookies are kept [ref].
+
+*One chat is four calls* [ref]: refresh (above); open, ``POST /api/chat`` ``{"name": "cmpl-<32 hex>", "is_example":
+false}`` → ``{"id": <20 characters>}``; ask, ``POST /api/chat/<id>/completion/stream`` ``{"messages": [{"role": "user",
+"content": <text>}], "refs": [], "use_search": <bool>}`` → ``text/event-stream``; remove, ``DELETE /api/chat/<id>``,
+which may fail after moderation: log it, never show it. The last two carry ``Referer: …/chat/<id>``.
+
+*The text.* The service takes one message, so a chat is merged: ``<role>:<text>`` and a line end for each message, in
+order, ``user`` where the role is missing. A URL in a user's message becomes ``<url id="" type="url" status="" title=""
+wc="">URL</url>`` [ref] (in every role at first, later in the user's alone [2+]). The original lost role and line end
+for array content, and left its URLs bare: faults of its own, mended here.
+
+*The stream.* Each event's data is a JSON object with ``event`` [ref]: ``cmpl`` has a piece of the answer in ``text``
+(missing or null: nothing); ``search_plus`` with ``msg.type`` ``get_res`` has a hit, ``msg.title`` and ``msg.url``, other
+types say nothing; ``all_done`` is the end; ``error`` is the end too, by moderation; ``req`` has a segment's ``id`` and
+``length`` says that the answer met its length limit [2+]; ``resp``, ``ping``, ``loading``, ``rename``, ``k1`` and what
+comes next: pass over. The stream may also just end, or break. Text may be cut inside a pair of surrogate escapes [open].
+
+*What the original answers* [ref]: streamed, a hit is ``检索 TITLE(URL) ...`` and a line end, and the first text after
+hits begins with a line end; whole, the hits stand after the text, under ``搜索结果来自：``, one ``TITLE(URL)`` a line; a
+moderated answer ends with ``[内容由于不合规被停止生成，我们换个话题吧]`` on a line of its own, before the hits; the
+answer's id is the conversation's; usage is zeros. Its numbers: -2000 请求参数非法, -2001 请求失败, -2002 Token已失效.
+
+How to order
+------------
+A refresh token is ``SCRIPT[+FAULT[=VALUE]]…[~ANYTHING]``: ``search``, ``hello+cut-characters``,
+``hello+status=ask:500~42``. So any client can order a fault, and two tests never meet. ``SCRIPTS``, ``SHAPES`` and
+``FAULTS`` list what there is. A refresh token with an unknown script is refused, as a dead one is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import re
+import secrets
+import socket
+import struct
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import count
+from types import TracebackType
+from typing import Any, Final
+
+from aiohttp import web
+
+# ==== 1. Scripts ============================================================
+#
+# What an account answers, as steps that name no protocol.
+
+
+@dataclass(frozen=True, slots=True)
+class Say:
+    """A piece of the answer's text."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A search hit."""
+
+    title: str
+    url: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Silence, in seconds; None is for ever."""
+
+    seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The end of the answer: its `kind` is `all_done`, `error` (moderation) or `length` (then all_done)."""
+
+    kind: str = "all_done"
+
+
+Step = Say | Hit | Wait | End
+
+_HITS: Final = (Hit("Kimi 首页", "https://www.kimi.com/"), Hit("月之暗面", "https://www.moonshot.cn/about?a=1&b=2"))
+HELLO: Final = "你好，世界！Hello 👋🏽 — I am Kimi."
+
+SCRIPTS: Final[dict[str, tuple[Step, ...]]] = {
+    "hello": (*(Say(HELLO[at : at + 4]) for at in range(0, len(HELLO), 4)), End()),
+    "search": (*_HITS, Say("据搜索，"), Say("Kimi 是月之暗面的助手。"), End()),
+    "moderated": (Say("从前有座山，"), Say("山里有"), End("error")),
+    "moderated-search": (*_HITS, Say("从前"), End("error")),
+    "moderated-empty": (End("error"),),
+    "empty": (End(),),
+    "hits-only": (*_HITS, End()),
+    "length": (Say("第一部分"), End("length")),
+    "surrogate": (Say("好\ud83d"), Say("\udc4d了"), End()),
+    "unicode": (Say("e\u0301 ‏עברית \u2028\u2029 "), Say('👩‍👩‍👧‍👦 𠮷 \x00\x7f "\\</script>'), End()),
+    "quiet": (Wait(1.0), Say("late"), End()),
+    "broad": (Say("x" * 200_000), End()),
+}
+_LONG_CHUNKS: Final = 150
+
+
+def make_steps(order: Order, asked: str) -> tuple[Step, ...]:
+    """The steps of the order's script; `echo` says what it was `asked`, `long` counts."""
+    if order.script == "echo":
+        return (*(Say(asked[at : at + 7]) for at in range(0, len(asked), 7)), End())
+    if order.script == "long":
+        return (*(Say(f"{number} ") for number in range(int(order.value("chunks", str(_LONG_CHUNKS))))), End())
+    return SCRIPTS[order.script]
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What a refresh token orders: a script, and faults with their values."""
+
+    script: str
+    faults: dict[str, str]
+
+    def has(self, fault: str) -> bool:
+        """Whether the fault is ordered."""
+        return fault in self.faults
+
+    def value(self, fault: str, default: str = "") -> str:
+        """The value after `=`."""
+        return self.faults.get(fault, default) or default
+
+    def at(self, fault: str, step: str) -> str | None:
+        """The fault's value for `step` (`status=ask:500` → `500`), None where it is not ordered there."""
+        name, _, value = self.faults.get(fault, "").partition(":")
+        return value if fault in self.faults and name == step else None
+
+
+def parse_order(token: str) -> Order | None:
+    """The order in a refresh token, None where it names no script or an unknown fault."""
+    script, *faults = token.partition("~")[0].split("+")
+    table = dict(fault.partition("=")[::2] for fault in faults)
+    known = script in SCRIPTS or script in ("echo", "long")
+    return Order(script, table) if known and all(name in SHAPES or name in FAULTS for name in table) else None
+
+
+# ==== 2. Renderers ==========================================================
+#
+# Steps become the bytes of each event, shapes change them. Pure but for the dice that they are handed.
+
+Pieces = list[bytes]
+
+
+def render_events(steps: tuple[Step, ...], dice: random.Random | None) -> Iterator[dict[str, Any] | Wait]:
+    """The classic stream's JSON objects; with `dice`, events to be ignored stand between them."""
+    noise: list[dict[str, Any]] = [
+        {"event": "ping"},
+        {"event": "loading", "loading": True},
+        {"event": "rename", "text": "a title"},
+        {"event": "k1", "k1": {"event": "thinking", "text": "hm"}},
+        {"event": "cmpl"},
+        {"event": "cmpl", "text": None},
+        {"event": "search_plus", "msg": {"type": "start"}},
+        {"event": "tomorrow", "data": [1, {"a": None}]},
+    ]
+    yield {"event": "req", "id": "cs1segment0000000001"}
+    yield {"event": "resp", "id": "cs1segment0000000002"}
+    for step in steps:
+        if dice is not None and dice.random() < 0.3:
+            yield dice.choice(noise)
+        match step:
+            case Say():
+                yield {"event": "cmpl", "text": step.text, "view": "cmpl"}
+            case Hit():
+                message = {"type": "get_res", "title": step.title, "url": step.url, "snippet": "…", "successNum": 1}
+                yield {"event": "search_plus", "msg": message}
+            case Wait():
+                yield step
+            case End("length"):
+                yield {"event": "length"}
+                yield {"event": "all_done"}
+            case End("error"):
+                yield {"event": "error", "error": {"error_type": "content", "message": "stopped"}}
+            case End():
+                yield {"event": "all_done"}
+
+
+def render_stream(steps: tuple[Step, ...], dice: random.Random | None) -> list[bytes | Wait]:
+    """The bytes of each event, with the waits between; with `dice`, keys come in any order."""
+    rendered: list[bytes | Wait] = []
+    for value in render_events(steps, dice):
+        if isinstance(value, Wait):
+            rendered.append(value)
+            continue
+        keys = list(value)
+        if dice is not None:
+            dice.shuffle(keys)
+        escaped = "\\ud" in json.dumps(value) and any("\ud800" <= letter <= "\udfff" for letter in str(value))
+        text = json.dumps({key: value[key] for key in keys}, ensure_ascii=escaped)
+        rendered.append(f"data: {text}\n\n".encode())
+    return rendered
+
+
+def cut_anywhere(data: bytes, dice: random.Random) -> Pieces:
+    """`data` in pieces of random sizes."""
+    pieces, at = [], 0
+    while at < len(data):
+        size = dice.randint(1, max(1, min(len(data), 65_536)))
+        pieces.append(data[at : at + size])
+        at += size
+    return pieces
+
+
+def _with_comments(pieces: Pieces) -> Pieces:
+    return [extra for piece in pieces for extra in (b": keep alive\n", b":\n\n", piece)]
+
+
+def _with_garbage(pieces: Pieces) -> Pieces:
+    return [*pieces[:-1], b'data: {"event":"cmpl","text":"never\n\n', pieces[-1]]
+
+
+SHAPES: Final[dict[str, Callable[[Pieces], Pieces]]] = {
+    "cut-characters": lambda pieces: [bytes((byte,)) for byte in b"".join(pieces)],
+    "one-piece": lambda pieces: [b"".join(pieces)],
+    "crlf": lambda pieces: [piece.replace(b"\n", b"\r\n") for piece in pieces],
+    "cr": lambda pieces: [piece.replace(b"\n", b"\r") for piece in pieces],
+    "comments": _with_comments,
+    "bom": lambda pieces: [b"\xef\xbb\xbf", *pieces],
+    "garbage": _with_garbage,
+    "no-end": lambda pieces: pieces[:-1],
+    "half-an-event": lambda pieces: [*pieces[:-1], pieces[-1][:9]],
+    "huge-line": lambda pieces: [*pieces[:-1], *[b"data: " + b"x" * 65_536] * 64, pieces[-1]],
+    "steady": lambda pieces: pieces,
+}
+
+# What a token can order beside a shape. STEP is refresh, open, ask or remove.
+FAULTS: Final[dict[str, str]] = {
+    "status": "STEP:CODE, that HTTP status with a JSON error",
+    "html": "STEP:CODE, that HTTP status with 10 MB of HTML",
+    "error-type": "STEP:TYPE, a JSON error of that type under HTTP 200",
+    "retry-after": "SECONDS, the header, on each failing status",
+    "unauthorized-once": "STEP, a 401 the first time",
+    "unauthorized-always": "STEP, a 401 each time",
+    "silent": "STEP, no answer at all",
+    "slow": "STEP:SECONDS, the answer after that time",
+    "close": "STEP, the connection closed without an answer",
+    "close-kept": "STEP, the same, once, and only on a connection that was used before",
+    "redirect": "STEP, a redirect to another host",
+    "wrong-type": "STEP, 200 with HTML",
+    "bomb": "STEP, 200 with JSON without end",
+    "no-id": "an opening reply without an id",
+    "opaque": "access tokens that are no JSON Web Tokens",
+    "rotate": "each refresh gives a new refresh token, and the one before is refused",
+    "one-at-a-time": "a second answer at once is refused",
+    "cut": "the answer's connection reset after N pieces",
+    "cut-chunk": "the answer's transfer coding broken after N pieces",
+    "stall": "silence for ever after N pieces",
+    "linger": "the connection stays open after the last event",
+    "endless": "the first text again and again, for ever",
+    "pace": "SECONDS between two events",
+    "chunks": "N chunks of the script `long`",
+}
+
+# ==== 3. World ==============================================================
+#
+# What the service knows: accounts and their conversations. It is the record that tests look at.
+
+
+@dataclass(slots=True)
+class Call:
+    """One call that arrived."""
+
+    step: str
+    headers: dict[str, str]
+    body: Any
+
+
+@dataclass(slots=True)
+class Conversation:
+    """One conversation: what was asked in it, and how often it was removed."""
+
+    asked: list[dict[str, Any]] = field(default_factory=list)
+    removed: int = 0
+
+
+@dataclass(slots=True)
+class Account:
+    """One account, as the service sees it."""
+
+    order: Order
+    refresh_tokens: list[str]
+    dice: random.Random
+    calls: list[Call] = field(default_factory=list)
+    access_tokens: list[str] = field(default_factory=list)
+    conversations: dict[str, Conversation] = field(default_factory=dict)
+    fired: set[str] = field(default_factory=set)
+    streams_open: int = 0
+    streams_cut: int = 0
+
+    def count(self, step: str) -> int:
+        """How many calls of `step` arrived."""
+        return sum(call.step == step for call in self.calls)
+
+    @property
+    def asked(self) -> list[dict[str, Any]]:
+        """The bodies of all questions."""
+        return [body for conversation in self.conversations.values() for body in conversation.asked]
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing runs, and nothing is left of what was opened."""
+        return self.streams_open == 0 and all(item.removed == 1 for item in self.conversations.values())
+
+    def fires(self, fault: str) -> bool:
+        """Whether a fault that happens once is still to happen: True the first time."""
+        first = fault not in self.fired
+        self.fired.add(fault)
+        return first
+
+
+def make_access_token(dice: random.Random, opaque: bool) -> str:
+    """An access token: like a JSON Web Token, or opaque."""
+    body = "".join(dice.choices("abcdefghijklmnopqrstuvwxyz0123456789", k=40))
+    return body if opaque else f"eyJhbGciOiJIUzUxMiJ9.{body}.c2ln"
+
+
+# ==== 4. Simulator ==========================================================
+#
+# The service on a socket. What the proxy must not do is a violation, and fails the test at its end.
+
+_BROWSER: Final = re.compile(r"Mozilla/5\.0 .* Chrome/(\d+)\.0\.0\.0 Safari/537\.36")
+_HTML: Final = b"<!doctype html><title>502</title>" + b"<p>the page of some machine in between</p>" * 250
+
+
+class Refusal(Exception):
+    """A reply other than success."""
+
+    def __init__(self, response: web.StreamResponse) -> None:
+        super().__init__(response.status)
+        self.response = response
+
+
+class Simulator:
+    """The service, on a port of this machine, while the context lasts. Violations are raised at its end."""
+
+    def __init__(self, *, port: int = 0, seed: int | None = None, unsteady: bool = True) -> None:
+        self.seed = seed if seed is not None else int(os.environ.get("KIMI_SIMULATOR_SEED") or secrets.randbits(32))
+        self.url = ""
+        self.violations: list[str] = []
+        self._dice = random.Random(self.seed)
+        self._unsteady = unsteady
+        self._port = port
+        self._accounts: dict[str, Account] = {}
+        self._numbers = count(1)
+        self._changed = asyncio.Event()
+        self._used_connections: set[int] = set()
+        self._runner: web.AppRunner | None = None
+
+    async def __aenter__(self) -> Simulator:
+        app = web.Application(middlewares=[self._check])
+        app.router.add_get("/api/auth/token/refresh", self._refresh)
+        app.router.add_post("/api/chat", self._open)
+        app.router.add_post("/api/chat/{id}/completion/stream", self._ask)
+        app.router.add_delete("/api/chat/{id}", self._remove)
+        self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", self._port).start()
+        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._runner is not None:
+            await self._runner.cleanup()
+        if kind is None and self.violations:
+            raise AssertionError(f"violations (seed {self.seed}): {self.violations}")
+
+    def token(self, script: str, *faults: str) -> str:
+        """A refresh token that no one else has, ordering `script` with `faults`."""
+        return "+".join([script, *faults]) + f"~{next(self._numbers)}-{secrets.token_hex(4)}"
+
+    def account(self, token: str) -> Account:
+        """The record of the account that this refresh token belongs to."""
+        if token not in self._accounts:
+            order = parse_order(token)
+            if order is None:
+                raise KeyError(f"no such order: {token}")
+            self._accounts[token] = Account(order, [token], random.Random(self._dice.random()))
+        return self._accounts[token]
+
+    async def wait_until(self, condition: Callable[[], bool], seconds: float = 5.0) -> None:
+        """Return once `condition` holds; looked at whenever something changed. Raises `TimeoutError`."""
+        async with asyncio.timeout(seconds):
+            while not condition():
+                self._changed.clear()
+                await self._changed.wait()
+
+    async def settle(self, token: str, seconds: float = 5.0) -> Account:
+        """The account's record, once nothing of it runs and every conversation was removed."""
+        account = self.account(token)
+        await self.wait_until(lambda: account.settled, seconds)
+        return account
+
+    # The calls.
+
+    async def _refresh(self, request: web.Request) -> web.StreamResponse:
+        token = self._bearer(request)
+        account = self._account_of_refresh(token)
+        if account is None:
+            return _failure(401, "auth.token.invalid", "the refresh token is dead")
+        self._note(account, "refresh", request, None)
+        await self._order(account, "refresh", request)
+        access_token = make_access_token(account.dice, account.order.has("opaque"))
+        account.access_tokens.append(access_token)
+        refresh_token = token
+        if account.order.has("rotate"):
+            refresh_token = f"{token.partition('~')[0]}~rotated-{secrets.token_hex(8)}"
+            account.refresh_tokens = [refresh_token]
+        return web.json_response({"access_token": access_token, "refresh_token": refresh_token})
+
+    async def _open(self, request: web.Request) -> web.StreamResponse:
+        body = await self._body(request, {"name": str, "is_example": bool})
+        if not re.fullmatch(r"cmpl-[0-9a-f]{32}", str(body.get("name"))):
+            self._violate("a conversation's name")
+        account = self._account_of_access(request, "open", body)
+        await self._order(account, "open", request)
+        if account.order.has("no-id"):
+            return web.json_response({"name": body["name"]})
+        conversation_id = secrets.token_hex(10)
+        account.conversations[conversation_id] = Conversation()
+        self._changed.set()
+        return web.json_response({"id": conversation_id, "name": body["name"]})
+
+    async def _remove(self, request: web.Request) -> web.StreamResponse:
+        account = self._account_of_access(request, "remove", None)
+        conversation = self._conversation(account, request)
+        if conversation.removed:
+            self._violate("a conversation removed twice")
+        await self._order(account, "remove", request)
+        conversation.removed += 1
+        self._changed.set()
+        return web.json_response({})
+
+    async def _ask(self, request: web.Request) -> web.StreamResponse:
+        body = await self._body(request, {"messages": list, "refs": list, "use_search": bool})
+        account = self._account_of_access(request, "ask", body)
+        conversation = self._conversation(account, request)
+        if conversation.removed:
+            self._violate("a removed conversation asked")
+        if [sorted(message) for message in body["messages"]] != [["content", "role"]]:
+            self._violate("not one message of role and content")
+        conversation.asked.append(body)
+        self._changed.set()
+        await self._order(account, "ask", request)
+        if account.order.has("one-at-a-time") and account.streams_open:
+            return _failure(200, "chat.user_stream_pushing", "another answer is under way")
+        account.streams_open += 1
+        self._changed.set()
+        try:
+            return await self._stream(request, account, body["messages"][0]["content"])
+        except (asyncio.CancelledError, ConnectionError):
+            account.streams_cut += 1
+            raise
+        finally:
+            account.streams_open -= 1
+            self._changed.set()
+
+    async def _stream(self, request: web.Request, account: Account, asked: str) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+        await response.prepare(request)
+        order = account.order
+        pace = float(order.value("pace", "0"))
+        loop = asyncio.get_running_loop()
+        due = loop.time()
+        limits = {name: int(order.value(name, "0")) for name in ("cut", "cut-chunk", "stall") if order.has(name)}
+        number = 0
+        for piece in self._pieces(account, make_steps(order, asked)):
+            if number in limits.values():
+                await self._break(request, account)
+            if isinstance(piece, Wait):
+                await (asyncio.sleep(piece.seconds) if piece.seconds is not None else asyncio.Event().wait())
+                continue
+            await response.write(piece)
+            number += 1
+            if pace:
+                due += pace
+                await asyncio.sleep(max(0.0, due - loop.time()))
+            elif self._unsteady:
+                await asyncio.sleep(0)
+        while order.has("endless"):
+            await response.write(b'data: {"event":"cmpl","text":"again "}\n\n')
+            await asyncio.sleep(0.01)
+        if order.has("linger"):
+            await asyncio.Event().wait()
+        await response.write_eof()
+        return response
+
+    def _pieces(self, account: Account, steps: tuple[Step, ...]) -> Iterator[bytes | Wait]:
+        order = account.order
+        steady = not self._unsteady or order.has("steady") or order.has("pace")
+        dice = None if steady else account.dice
+        if order.has("endless"):
+            steps = steps[:1]
+        if any(order.has(fault) for fault in ("cut", "cut-chunk", "stall")):
+            dice = None  # pieces are counted: one is one event, the first two being `req` and `resp`
+        rendered = render_stream(steps, dice)
+        if any(isinstance(piece, Wait) for piece in rendered):
+            yield from rendered
+            return
+        pieces = [piece for piece in rendered if isinstance(piece, bytes)]
+        shapes = [name for name in order.faults if name in SHAPES]
+        for name in shapes:
+            pieces = SHAPES[name](pieces)
+        yield from pieces if dice is None or shapes else cut_anywhere(b"".join(pieces), dice)
+
+    async def _break(self, request: web.Request, account: Account) -> None:
+        if account.order.has("stall"):
+            await asyncio.Event().wait()
+        transport = request.transport
+        if transport is None:
+            return
+        if account.order.has("cut-chunk"):
+            transport.write(b"zz\r\nthis is no chunk\r\n")  # type: ignore[attr-defined]
+            transport.close()
+        else:
+            self._reset(transport)
+        await asyncio.sleep(0)
+
+    # Checks and orders.
+
+    async def _order(self, account: Account, step: str, request: web.Request) -> None:
+        """Do what the account's order says of `step`. Raises `Refusal` with the reply."""
+        order = account.order
+        if (seconds := order.at("slow", step)) is not None:
+            await asyncio.sleep(float(seconds))
+        if order.at("silent", step) is not None:
+            await asyncio.Event().wait()
+        key = id(request.transport)
+        kept = key in self._used_connections and order.at("close-kept", step) is not None
+        if order.at("close", step) is not None or (kept and account.fires("close-kept")):
+            if request.transport is not None:
+                self._reset(request.transport)
+            await asyncio.Event().wait()
+        if order.at("unauthorized-always", step) is not None:
+            raise Refusal(_failure(401, "auth.token.invalid", "the access token is dead"))
+        if order.at("unauthorized-once", step) is not None and account.fires("unauthorized-once"):
+            raise Refusal(_failure(401, "auth.token.invalid", "the access token is dead"))
+        if (status := order.at("status", step)) is not None:
+            response = _failure(int(status), "order.status", f"ordered status {status}")
+            if order.has("retry-after"):
+                response.headers["Retry-After"] = order.value("retry-after")
+            raise Refusal(response)
+        if (kind := order.at("error-type", step)) is not None:
+            raise Refusal(_failure(200, kind, "ordered error"))
+        if order.at("redirect", step) is not None:
+            raise Refusal(web.Response(status=302, headers={"Location": "http://127.0.0.2:9/elsewhere"}))
+        if order.at("wrong-type", step) is not None:
+            raise Refusal(web.Response(body=_HTML, content_type="text/html"))
+        if (status := order.at("html", step)) is not None:
+            raise Refusal(web.Response(body=_HTML * 1000, status=int(status), content_type="text/html"))
+        if order.at("bomb", step) is not None:
+            await self._bomb(request)
+
+    async def _bomb(self, request: web.Request) -> None:
+        response = web.StreamResponse(headers={"Content-Type": "application/json"})
+        await response.prepare(request)
+        await response.write(b'{"id":"')
+        for _ in range(1000):
+            await response.write(b"x" * 65_536)
+
+    @web.middleware
+    async def _check(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        headers = request.headers
+        if "Cookie" in headers:
+            self._violate("a cookie")
+        browser = _BROWSER.fullmatch(headers.get("User-Agent", ""))
+        if browser is None or f'"Google Chrome";v="{browser[1]}"' not in headers.get("Sec-Ch-Ua", ""):
+            self._violate("no browser of one version")
+        if headers.get("Origin") != self.url or not headers.get("Sec-Ch-Ua-Platform"):
+            self._violate("no Origin, or no platform")
+        place = request.match_info.get("id")
+        if headers.get("Referer") != (f"{self.url}/chat/{place}" if place else self.url):
+            self._violate(f"Referer of {request.method} {request.path}")
+        try:
+            response = await handler(request)
+        except Refusal as refusal:
+            response = refusal.response
+        except web.HTTPException as error:
+            self._violate(f"{request.method} {request.path}: {error.status}")
+            raise
+        self._used_connections.add(id(request.transport))
+        if not response.prepared:
+            response.set_cookie("session", "do-not-send-me-back")
+        return response
+
+    def _violate(self, what: str) -> None:
+        self.violations.append(what)
+        self._changed.set()
+
+    def _note(self, account: Account, step: str, request: web.Request, body: Any) -> None:
+        account.calls.append(Call(step, dict(request.headers), body))
+        self._changed.set()
+
+    @staticmethod
+    def _bearer(request: web.Request) -> str:
+        return request.headers.get("Authorization", "").removeprefix("Bearer ")
+
+    def _account_of_refresh(self, token: str) -> Account | None:
+        for account in self._accounts.values():
+            if token in account.refresh_tokens:
+                return account
+        if "~rotated-" in token or parse_order(token) is None or token in self._accounts:
+            return None
+        return self.account(token)
+
+    def _account_of_access(self, request: web.Request, step: str, body: Any) -> Account:
+        token = self._bearer(request)
+        for account in self._accounts.values():
+            if token in account.access_tokens:
+                self._note(account, step, request, body)
+                return account
+        self._violate(f"{step} without an access token")
+        raise Refusal(_failure(401, "auth.token.invalid", "no such access token"))
+
+    def _conversation(self, account: Account, request: web.Request) -> Conversation:
+        conversation = account.conversations.get(request.match_info["id"])
+        if conversation is None:
+            self._violate("a conversation that is not the account's")
+            raise Refusal(_failure(404, "chat.not_found", "no such conversation"))
+        return conversation
+
+    async def _body(self, request: web.Request, shape: dict[str, type]) -> dict[str, Any]:
+        if request.content_type != "application/json":
+            self._violate(f"Content-Type of {request.path}")
+        body: dict[str, Any] = await request.json()
+        if {key: type(value) for key, value in body.items()} != shape:
+            self._violate(f"keys of {request.path}: {sorted(body)}")
+        return body
+
+    @staticmethod
+    def _reset(transport: asyncio.BaseTransport) -> None:
+        """Reset the connection: its peer sees a broken one, not an orderly end."""
+        raw = transport.get_extra_info("socket")
+        with suppress(OSError, AttributeError):
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        transport.abort()  # type: ignore[attr-defined]
+
+
+def _failure(status: int, kind: str, message: str) -> web.Response:
+    return web.json_response({"error_type": kind, "message": message, "detail": "…"}, status=status)
+
+
+# ==== 5. Program ============================================================
+#
+# The simulator by itself.
+
+
+async def _run(port: int, seed: int | None) -> None:
+    async with Simulator(port=port, seed=seed) as simulator:
+        print(f"The simulator answers at {simulator.url} (seed {simulator.seed}). Start the proxy with")
+        print(f"    KIMI_BASE_URL={simulator.url} python kimi_proxy.py")
+        print("and use as token one of:", ", ".join([*SCRIPTS, "echo", "long"]))
+        print("each with +FAULT[=VALUE] as often as you like:", ", ".join([*SHAPES, *FAULTS]), flush=True)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            simulator.violations.clear()
+
+
+def main() -> int:
+    """Run until interrupted."""
+    parser = argparse.ArgumentParser(description="A look-alike of the Kimi web service.")
+    parser.add_argument("--port", type=int, default=8010)
+    parser.add_argument("--seed", type=int, default=None, help="repeat a run that printed this seed")
+    options = parser.parse_args()
+    with suppress(KeyboardInterrupt):
+        asyncio.run(_run(options.port, options.seed))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""Section 7: what Kimi streams, as events; and what its replies mean as failures."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from golden import WIRE_FOLDER, read_index, render_stream
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kimi_proxy import (
+    ClassicAnswer,
+    Event,
+    Finished,
+    ProxyError,
+    SearchHit,
+    ServerSentEvent,
+    Text,
+    error_of_reply,
+    join_surrogates,
+)
+
+
+def answer(*values: Any, end: bool = True) -> list[Event]:
+    classic = ClassicAnswer()
+    events = [event for value in values for event in classic.feed(ServerSentEvent("message", json.dumps(value)))]
+    return events + (classic.finish() if end else [])
+
+
+def text(piece: Any) -> dict[str, Any]:
+    return {"event": "cmpl", "text": piece}
+
+
+DONE = {"event": "all_done"}
+MODERATED = {"event": "error"}
+HIT = {"event": "search_plus", "msg": {"type": "get_res", "title": "T", "url": "https://a.bc"}}
+
+ANSWERS: dict[str, tuple[list[Any], list[Event]]] = {
+    "text": ([text("a"), text("b"), DONE], [Text("a"), Text("b"), Finished("stop")]),
+    "missing, null and empty text": (
+        [{"event": "cmpl"}, text(None), text(""), text(1), text("a"), DONE],
+        [Text("a"), Finished("stop")],
+    ),
+    "hits": ([HIT, text("a"), DONE], [SearchHit("T", "https://a.bc"), Text("a"), Finished("stop")]),
+    "hits that are none": (
+        [
+            {"event": "search_plus"},
+            {"event": "search_plus", "msg": {"type": "start"}},
+            {"event": "search_plus", "msg": {"type": "get_res", "title": "T"}},
+            {"event": "search_plus", "msg": [1]},
+            text("a"),
+            DONE,
+        ],
+        [Text("a"), Finished("stop")],
+    ),
+    "a hit without a title": (
+        [{"event": "search_plus", "msg": {"type": "get_res", "url": "https://a.bc"}}, text("a"), DONE],
+        [SearchHit("https://a.bc", "https://a.bc"), Text("a"), Finished("stop")],
+    ),
+    "ignorable kinds": (
+        [{"event": kind} for kind in ("resp", "ping", "loading", "rename", "k1", "req", "new", None)]
+        + [{}, text("a"), DONE],
+        [Text("a"), Finished("stop")],
+    ),
+    "moderated": ([text("a"), MODERATED], [Text("a"), Finished("content_filter")]),
+    "moderated at once": ([MODERATED], [Finished("content_filter")]),
+    "no all_done": ([text("a")], [Text("a"), Finished("length")]),
+    "length": ([text("a"), {"event": "length"}, DONE], [Text("a"), Finished("length")]),
+    "nothing after the end": ([text("a"), DONE, text("b"), DONE], [Text("a"), Finished("stop")]),
+    "a pair cut in two": ([text("a\ud83d"), text("\udc4db"), DONE], [Text("a"), Text("👍b"), Finished("stop")]),
+    "half a pair alone": ([text("\ud83d"), text("b"), DONE], [Text("\ufffdb"), Finished("stop")]),
+    "half a pair at the end": ([text("a\ud83d"), DONE], [Text("a"), Text("\ufffd"), Finished("stop")]),
+    "a low half alone": ([text("a\udc4d"), DONE], [Text("a\ufffd"), Finished("stop")]),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_frames_become_events(name: str) -> None:
+    frames, events = ANSWERS[name]
+    assert answer(*frames) == events
+
+
+@pytest.mark.parametrize("frames", [[DONE], [], [HIT, DONE], [HIT], [text(""), DONE], [{"event": "length"}, DONE]])
+def test_an_answer_without_text_is_a_failure(frames: list[Any]) -> None:
+    with pytest.raises(ProxyError) as caught:
+        answer(*frames)
+    assert (caught.value.code, caught.value.status) == ("answer_empty", 502)
+
+
+@pytest.mark.parametrize("data", ["", "{", "[1]", "null", "NaN", "[" * 100_000, '{"event":' + "1" * 5000 + "}"])
+def test_an_event_that_is_no_json_object_breaks_the_answer_without_quoting_it(data: str) -> None:
+    with pytest.raises(ProxyError) as caught:
+        ClassicAnswer().feed(ServerSentEvent("message", data))
+    assert caught.value.code == "answer_broken"
+
+
+def test_an_error_type_in_the_stream_is_that_failure() -> None:
+    with pytest.raises(ProxyError) as caught:
+        answer({"error_type": "chat.user_stream_pushing", "message": "busy"})
+    assert caught.value.code == "answer_running"
+
+
+@given(st.text(max_size=20), st.data())
+def test_text_cut_between_the_halves_of_pairs_comes_out_whole(whole: str, draw: st.DataObject) -> None:
+    units = json.loads(json.dumps([*whole.encode("utf-16-le", "surrogatepass")]))
+    halves = [chr(low | high << 8) for low, high in zip(units[::2], units[1::2], strict=True)]
+    cuts = sorted(draw.draw(st.lists(st.integers(0, len(halves)), max_size=6)))
+    pieces = ["".join(halves[start:end]) for start, end in pairwise([0, *cuts, len(halves)])]
+    events = answer(*map(text, pieces), text("."), DONE)
+    shown = "".join(event.text for event in events if isinstance(event, Text))
+    assert shown == whole.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace") + "."
+
+
+def test_joining_leaves_whole_text_alone() -> None:
+    assert join_surrogates("a 你 👍") == "a 你 👍"
+    assert join_surrogates("\ud83d\udc4d\ud83d") == "👍\ufffd"
+
+
+REPLIES: list[tuple[int, Any, str, int]] = [
+    (401, {"error_type": "auth.token.invalid", "message": "m"}, "token_dead", 401),
+    (401, None, "token_dead", 401),
+    (200, {"error_type": "auth.token.invalid"}, "token_dead", 401),
+    (200, {"error_type": "chat.user_stream_pushing", "message": "m"}, "answer_running", 429),
+    (429, {"error_type": "too.many", "message": "m"}, "rate_limited", 429),
+    (429, None, "rate_limited", 429),
+    (400, {"error_type": "bad", "message": "m"}, "service_refused", 502),
+    (403, None, "service_refused", 502),
+    (404, {}, "service_refused", 502),
+    (200, {"error_type": "odd", "message": "m"}, "service_failed", 502),
+    (302, None, "service_failed", 502),
+    (500, {"error_type": "x", "message": "m"}, "service_failed", 502),
+    (503, None, "service_failed", 502),
+]
+
+
+@pytest.mark.parametrize(("status", "value", "code", "ours"), REPLIES)
+def test_replies_are_failures_with_a_right_status(status: int, value: Any, code: str, ours: int) -> None:
+    error = error_of_reply(status, value, "asking", words="words of the page")
+    assert (error.code, error.status, error.upstream_status) == (code, ours, status)
+    assert "asking" in error.message
+    words = value.get("message") if isinstance(value, dict) and value.get("message") else "words of the page"
+    assert words in error.message
+
+
+def test_the_services_words_are_quoted_short_and_redacted() -> None:
+    token = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJ4In0.c2lnbmF0dXJl"
+    error = error_of_reply(500, {"error_type": "x", "message": f"bad {token}\n" + "long " * 500}, "asking")
+    assert token not in error.message
+    assert "\n" not in error.message
+    assert len(error.message) < 600
+
+
+@pytest.mark.parametrize(("code_status", "wait", "expected"), [(429, 7, 7), (429, None, 60), (500, 7, 0)])
+def test_retry_after_is_the_services_own(code_status: int, wait: int | None, expected: int) -> None:
+    assert error_of_reply(code_status, None, "asking", retry_after_seconds=wait).retry_after_seconds == expected
+
+
+@pytest.mark.parametrize("name", read_index())
+def test_golden_streams_give_their_events(name: str) -> None:
+    expected = json.loads((WIRE_FOLDER / name).with_suffix(".json").read_text("utf-8"))
+    assert render_stream(WIRE_FOLDER / name) == expected
+
+
+def test_every_recorded_stream_is_in_the_index() -> None:
+    streams = {path.relative_to(WIRE_FOLDER).as_posix() for path in WIRE_FOLDER.glob("*/*.sse")}
+    assert streams == set(read_index())

@@ -1,0 +1,161 @@
+"""Section 9: what a client may send, and what each wrong thing is told."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kimi_proxy import Message, ProxyError, merge_messages, parse_chat_request, wrap_urls
+
+
+def parse(**fields: Any) -> Any:
+    body = {"messages": [{"role": "user", "content": "hi"}], **fields}
+    return parse_chat_request(json.dumps(body).encode())
+
+
+def tag(url: str) -> str:
+    return f'<url id="" type="url" status="" title="" wc="">{url}</url>'
+
+
+def test_defaults() -> None:
+    request = parse()
+    assert (request.model, request.stream, request.include_usage, request.use_search) == ("kimi", False, None, None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"use_search": True}, True),
+        ({"use_search": False}, False),
+        ({"use_search": False, "model": "kimi-search"}, False),
+        ({"model": "kimi-search"}, True),
+        ({"model": "kimi-search", "use_search": None}, True),
+        ({"model": "search"}, None),
+        ({"model": "gpt-4o"}, None),
+    ],
+)
+def test_search_is_the_requests_own_then_the_models(fields: dict[str, Any], expected: bool | None) -> None:
+    assert parse(**fields).use_search is expected
+
+
+def test_fields_that_cannot_be_honoured_are_accepted() -> None:
+    request = parse(temperature=0.1, top_k=3, logit_bias={}, seed=None, user="u", whatever=[1], n=1, model=None)
+    assert request.model == "kimi"
+
+
+CONTENTS: dict[str, tuple[Any, str]] = {
+    "string": ("a b", "a b"),
+    "null": (None, ""),
+    "empty": ("", ""),
+    "parts are joined without a separator": ([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "ab"),
+    "bare strings as parts": (["a", "b"], "ab"),
+    "no parts": ([], ""),
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+@pytest.mark.parametrize("role", ["system", "developer", "user", "assistant", "tool"])
+def test_string_and_array_content_merge_alike(role: str, name: str) -> None:
+    content, text = CONTENTS[name]
+    request = parse(messages=[{"role": role, "content": content}])
+    assert merge_messages(request.messages) == f"{role}:{text}\n"
+
+
+def test_messages_merge_in_order_and_a_missing_role_is_user() -> None:
+    request = parse(messages=[{"role": "system", "content": "be short"}, {"content": "hi"}, {"role": "assistant"}])
+    assert merge_messages(request.messages) == "system:be short\nuser:hi\nassistant:\n"
+
+
+URLS = {
+    "https://example.com": "https://example.com",
+    "http://www.example.com/a_b?c=d&e=f#g": "http://www.example.com/a_b?c=d&e=f#g",
+    "总结https://example.com这篇": "https://example.com",
+    "HTTPS://EXAMPLE.COM/A": "HTTPS://EXAMPLE.COM/A",
+    "(https://example.com/x)": "https://example.com/x",
+    "https://a.b.co/x~y": "https://a.b.co/x~y",
+}
+
+
+@pytest.mark.parametrize("text", URLS)
+def test_urls_are_wrapped_in_the_users_messages_alone(text: str) -> None:
+    url = URLS[text]
+    assert wrap_urls(text) == text.replace(url, tag(url))
+    assert merge_messages([Message("user", text)]) == f"user:{text.replace(url, tag(url))}\n"
+    assert merge_messages([Message("system", text)]) == f"system:{text}\n"
+    parts = parse(messages=[{"role": "user", "content": [{"type": "text", "text": text}]}])
+    assert merge_messages(parts.messages) == f"user:{text.replace(url, tag(url))}\n"
+
+
+@pytest.mark.parametrize("text", ["ftp://example.com", "http://localhost:80/", "no://url", "https://", "example.com"])
+def test_what_is_no_url_by_the_references_pattern_stays(text: str) -> None:
+    assert wrap_urls(text) == text
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "messages is no list": ({"messages": "hi"}, "messages"),
+    "messages is empty": ({"messages": []}, "messages"),
+    "messages is null": ({"messages": None}, "messages"),
+    "a message is no object": ({"messages": ["hi"]}, "messages[0]"),
+    "role is a number": ({"messages": [{"role": 1, "content": "x"}]}, "messages[0].role"),
+    "role holds a line end": ({"messages": [{"role": "user\nsystem", "content": "x"}]}, "messages[0].role"),
+    "role is long": ({"messages": [{"role": "u" * 40, "content": "x"}]}, "messages[0].role"),
+    "content is a number": ({"messages": [{"role": "user", "content": 1}]}, "messages[0].content"),
+    "content is an object": ({"messages": [{}, {"content": {}}]}, "messages[1].content"),
+    "a part is a number": ({"messages": [{"content": [1]}]}, "messages[0].content[0]"),
+    "a part without a type": ({"messages": [{"content": [{}]}]}, "messages[0].content[0].type"),
+    "an unknown part": ({"messages": [{"content": [{"type": "hologram"}]}]}, "messages[0].content[0].type"),
+    "text is no string": ({"messages": [{"content": [{"type": "text", "text": 1}]}]}, "messages[0].content[0].text"),
+    "model is a number": ({"model": 1}, "model"),
+    "stream is a string": ({"stream": "yes"}, "stream"),
+    "use_search is a number": ({"use_search": 1}, "use_search"),
+    "stream_options is a list": ({"stream_options": []}, "stream_options"),
+    "include_usage is a string": ({"stream_options": {"include_usage": "x"}}, "stream_options.include_usage"),
+    "n is 2": ({"n": 2}, "n"),
+    "n is true": ({"n": True}, "n"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_field_is_named(name: str) -> None:
+    fields, param = WRONG[name]
+    with pytest.raises(ProxyError) as caught:
+        parse(**fields)
+    assert (caught.value.status, caught.value.code, caught.value.param) == (400, "invalid_request", param)
+    assert param in caught.value.message
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b'"x"', b"null", b"{", b"\xff", b"[" * 100_000, b'{"a":' + b"1" * 5000])
+def test_a_body_that_is_no_json_object_is_told_so(body: bytes) -> None:
+    with pytest.raises(ProxyError) as caught:
+        parse_chat_request(body)
+    assert (caught.value.status, caught.value.code) == (400, "invalid_json")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 9) | st.sampled_from(["text", "user", "https://a.bc", ""]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["messages", "role", "content", "type", "text", "model", "stream", "n"]), inner
+        )
+    ),
+    max_leaves=20,
+)
+
+
+@given(JSON)
+def test_any_json_is_a_request_or_a_clear_refusal(value: object) -> None:
+    try:
+        request = parse_chat_request(json.dumps(value).encode())
+    except ProxyError as error:
+        assert error.status == 400
+    else:
+        assert merge_messages(request.messages)
+
+
+def test_reprs_show_no_content() -> None:
+    assert "hi" not in repr(parse(messages=[{"role": "user", "content": "hi there"}]).messages)

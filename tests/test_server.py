@@ -1,0 +1,387 @@
+"""Section 15: chats through the front door: a real proxy on a real socket, the simulator behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import time
+from typing import Any
+
+import aiohttp
+import pytest
+from conftest import LogRecorder, StartProxy, bearer, chat_body
+from kimi_simulator import HELLO, Simulator
+
+CHAT = "/v1/chat/completions"
+SENTENCE = "[内容由于不合规被停止生成，我们换个话题吧]"
+SEARCH_TEXT = "据搜索，Kimi 是月之暗面的助手。"
+
+
+async def ask(http: aiohttp.ClientSession, url: str, token: str, **fields: Any) -> tuple[int, Any, Any]:
+    """A whole answer: status, JSON, headers."""
+    async with http.post(url + CHAT, json=chat_body(**fields), headers=bearer(token)) as response:
+        return response.status, await response.json(), response.headers
+
+
+async def stream(http: aiohttp.ClientSession, url: str, token: str, **fields: Any) -> tuple[list[Any], str]:
+    """A streamed answer: its JSON chunks, and the raw text."""
+    body = chat_body(stream=True, **fields)
+    async with http.post(url + CHAT, json=body, headers=bearer(token)) as response:
+        assert response.status == 200, await response.text()
+        text = await response.text()
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line.startswith("data: ")]
+    return [json.loads(line) for line in lines if line != "[DONE]"], text
+
+
+def content_of(chunks: list[Any]) -> str:
+    return "".join(choice["delta"].get("content", "") for chunk in chunks for choice in chunk["choices"])
+
+
+async def test_a_whole_answer_has_all_that_clients_read(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession
+) -> None:
+    token = simulator.token("hello")
+    before = int(time.time())
+    status, answer, _ = await ask(http, proxy, token)
+    account = await simulator.settle(token)
+    assert status == 200
+    assert answer["id"] in account.conversations
+    assert (answer["object"], answer["model"]) == ("chat.completion", "kimi")
+    assert before <= answer["created"] <= time.time()
+    (choice,) = answer["choices"]
+    assert choice == {"index": 0, "message": {"role": "assistant", "content": HELLO}, "finish_reason": "stop"}
+    assert set(answer["usage"]) == {"prompt_tokens", "completion_tokens", "total_tokens"}
+    assert [call.step for call in account.calls] == ["refresh", "open", "ask", "remove"]
+
+
+async def test_a_streamed_answer_has_all_that_clients_read(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession
+) -> None:
+    token = simulator.token("hello")
+    body = chat_body(stream=True, model="gpt-4o")
+    async with http.post(proxy + CHAT, json=body, headers=bearer(token)) as response:
+        assert response.headers["Content-Type"].startswith("text/event-stream")
+        assert response.headers["Cache-Control"] == "no-cache"
+        assert response.headers["X-Accel-Buffering"] == "no"
+        text = await response.text()
+    account = await simulator.settle(token)
+    assert text.endswith("data: [DONE]\n\n")
+    chunks = [json.loads(line[6:]) for line in text.split("\n\n")[:-2]]
+    assert content_of(chunks) == HELLO
+    assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
+    assert {(chunk["id"], chunk["created"], chunk["model"], chunk["object"]) for chunk in chunks} == {
+        (next(iter(account.conversations)), chunks[0]["created"], "gpt-4o", "chat.completion.chunk")
+    }
+    reasons = [choice["finish_reason"] for chunk in chunks for choice in chunk["choices"]]
+    assert reasons == [None] * (len(chunks) - 1) + ["stop"]
+    assert all(choice["index"] == 0 for chunk in chunks for choice in chunk["choices"])
+    assert "usage" in chunks[-1] and "usage" not in chunks[0]
+
+
+@pytest.mark.parametrize("include_usage", [True, False])
+async def test_stream_options_decide_where_usage_stands(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession, include_usage: bool
+) -> None:
+    chunks, _ = await stream(http, proxy, simulator.token("hello"), stream_options={"include_usage": include_usage})
+    if include_usage:
+        assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["total_tokens"] >= 0
+        assert all(chunk["usage"] is None for chunk in chunks[:-1])
+        assert len({(chunk["id"], chunk["created"]) for chunk in chunks}) == 1
+    else:
+        assert all("usage" not in chunk for chunk in chunks)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/chat/completions"])
+async def test_both_paths_answer(simulator: Simulator, proxy: str, http: aiohttp.ClientSession, path: str) -> None:
+    async with http.post(proxy + path, json=chat_body(), headers=bearer(simulator.token("hello"))) as response:
+        assert (await response.json())["choices"][0]["message"]["content"] == HELLO
+
+
+async def test_the_merged_text_reaches_the_service(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession
+) -> None:
+    token = simulator.token("echo")
+    messages = [
+        {"role": "system", "content": "see https://a.bc"},
+        {"role": "developer", "content": [{"type": "text", "text": "short"}]},
+        {"role": "user", "content": [{"type": "text", "text": "你好 "}, {"type": "text", "text": "https://a.bc/d"}]},
+        {"role": "assistant", "content": None},
+        {"role": "tool", "content": "42"},
+    ]
+    _, answer, _ = await ask(http, proxy, token, messages=messages)
+    wrapped = '<url id="" type="url" status="" title="" wc="">https://a.bc/d</url>'
+    expected = f"system:see https://a.bc\ndeveloper:short\nuser:你好 {wrapped}\nassistant:\ntool:42\n"
+    assert answer["choices"][0]["message"]["content"] == expected
+    assert simulator.account(token).asked == [
+        {"messages": [{"role": "user", "content": expected}], "refs": [], "use_search": True}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("setting", "fields", "expected"),
+    [
+        (True, {}, True),
+        (False, {}, False),
+        (False, {"model": "kimi-search"}, True),
+        (True, {"use_search": False, "model": "kimi-search"}, False),
+        (False, {"use_search": True}, True),
+    ],
+)
+async def test_use_search_has_its_order(
+    simulator: Simulator,
+    start_proxy: StartProxy,
+    http: aiohttp.ClientSession,
+    setting: bool,
+    fields: dict[str, Any],
+    expected: bool,
+) -> None:
+    proxy = await start_proxy(use_search=setting)
+    token = simulator.token("hello")
+    _, answer, _ = await ask(http, proxy, token, **fields)
+    assert simulator.account(token).asked[0]["use_search"] is expected
+    assert answer["model"] == fields.get("model", "kimi")
+
+
+HIT_LINES = "检索 Kimi 首页(https://www.kimi.com/) ...\n检索 月之暗面(https://www.moonshot.cn/about?a=1&b=2) ...\n"
+SOURCES = "\n\n搜索结果来自：\nKimi 首页(https://www.kimi.com/)\n月之暗面(https://www.moonshot.cn/about?a=1&b=2)\n"
+SHOWN: dict[str, tuple[str, str, str]] = {
+    "search": (HIT_LINES + "\n" + SEARCH_TEXT, SEARCH_TEXT + SOURCES, "stop"),
+    "moderated": (f"从前有座山，山里有\n{SENTENCE}",) * 2 + ("content_filter",),
+    "moderated-search": (f"{HIT_LINES}\n从前\n{SENTENCE}", f"从前\n{SENTENCE}{SOURCES}", "content_filter"),
+    "moderated-empty": (SENTENCE, SENTENCE, "content_filter"),
+    "length": ("第一部分", "第一部分", "length"),
+    "surrogate": ("好👍了",) * 2 + ("stop",),
+    "unicode": ('e\u0301 \u200fעברית \u2028\u2029 👩‍👩‍👧‍👦 𠮷 \x00\x7f "\\</script>',) * 2 + ("stop",),
+    "broad": ("x" * 200_000,) * 2 + ("stop",),
+}
+
+
+@pytest.mark.parametrize("script", SHOWN)
+async def test_answers_are_shown_as_the_reference_shows_them(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession, script: str
+) -> None:
+    streamed, whole, reason = SHOWN[script]
+    chunks, text = await stream(http, proxy, simulator.token(script))
+    assert content_of(chunks) == streamed
+    assert chunks[-1]["choices"][0]["finish_reason"] == reason
+    assert max(map(len, text.encode().split(b"\n"))) < 64_000
+    status, answer, _ = await ask(http, proxy, simulator.token(script))
+    assert (status, answer["choices"][0]["message"]["content"]) == (200, whole)
+    assert answer["choices"][0]["finish_reason"] == reason
+
+
+@pytest.mark.parametrize("shape", ["cut-characters", "one-piece", "crlf", "cr", "comments", "bom"])
+@pytest.mark.parametrize("script", ["hello", "search", "surrogate"])
+async def test_the_cut_of_the_bytes_changes_nothing(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession, script: str, shape: str
+) -> None:
+    expected = HELLO if script == "hello" else SHOWN[script][0]
+    chunks, _ = await stream(http, proxy, simulator.token(script, shape))
+    assert content_of(chunks) == expected
+
+
+async def test_the_first_text_reaches_the_client_while_the_answer_runs(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession
+) -> None:
+    token = simulator.token("long", "stall=5")
+    async with http.post(proxy + CHAT, json=chat_body(stream=True), headers=bearer(token)) as response:
+        first = await asyncio.wait_for(response.content.readuntil(b"\n\n"), 5)
+        assert json.loads(first[6:])["choices"][0]["delta"]["content"]
+        assert simulator.account(token).streams_open == 1
+    await simulator.settle(token)
+
+
+async def test_comments_keep_a_silent_stream_alive_and_then_it_goes_on(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession
+) -> None:
+    proxy = await start_proxy(first_comment_seconds=0.2, comment_seconds=0.1)
+    chunks, text = await stream(http, proxy, simulator.token("quiet"))
+    assert content_of(chunks) == "late"
+    comments = [line for line in text.split("\n\n") if line.startswith(":")]
+    assert 2 <= len(comments) <= 9
+    assert text.index(":") == 0
+
+
+async def test_a_failure_before_the_first_comment_has_its_status_and_after_it_is_an_event(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession
+) -> None:
+    proxy = await start_proxy(first_comment_seconds=0.1)
+    faults = ("slow=ask:0.6", "status=ask:500")
+    chunks, text = await stream(http, proxy, simulator.token("hello", "slow=ask:0.6", "empty" and "garbage"))
+    assert text.startswith(":")
+    assert chunks[-1]["error"]["code"] == "answer_broken"
+    chunks, text = await stream(http, proxy, simulator.token("hello", *faults))
+    assert chunks == [chunks[0]] and chunks[0]["choices"] == []
+    assert chunks[0]["error"]["code"] == "service_failed"
+    assert "[DONE]" not in text
+
+
+async def test_pages_for_people_and_programs(proxy: str, http: aiohttp.ClientSession) -> None:
+    async with http.get(proxy + "/ping") as response:
+        assert (response.status, await response.text()) == (200, "pong")
+    async with http.get(proxy + "/") as response:
+        page = await response.text()
+        assert response.content_type == "text/html" and "/v1" in page and "kimi_proxy" in page
+    async with http.head(proxy + "/") as response:
+        assert response.status == 200
+    async with http.get(proxy + "/v1/models") as response:
+        models = await response.json()
+    assert models["object"] == "list"
+    assert "kimi" in [entry["id"] for entry in models["data"]]
+    for entry in models["data"]:
+        assert entry["object"] == "model" and entry["owned_by"] and isinstance(entry["created"], int)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "says"),
+    [
+        ("GET", "/v1/nothing", 404, "/v1/chat/completions"),
+        ("POST", "/v1/v1/chat/completions", 404, "twice"),
+        ("GET", "/v1/chat/completions", 405, "POST /v1/chat/completions"),
+        ("DELETE", "/ping", 405, "GET /ping"),
+        ("POST", "/%00%ff", 404, "/v1/chat/completions"),
+    ],
+)
+async def test_wrong_paths_and_methods_name_the_right_ones(
+    proxy: str, http: aiohttp.ClientSession, method: str, path: str, status: int, says: str
+) -> None:
+    async with http.request(method, proxy + path) as response:
+        body = await response.json()
+        assert response.status == status
+        assert says in body["error"]["message"]
+        assert (body["code"], body["message"]) == (-2000, body["error"]["message"])
+        if status == 405:
+            assert response.headers["Allow"]
+
+
+async def test_browsers_may_call_from_any_page(simulator: Simulator, proxy: str, http: aiohttp.ClientSession) -> None:
+    asked = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
+    asked["Access-Control-Request-Headers"] = "authorization,content-type,x-stainless-os"
+    async with http.options(proxy + CHAT, headers=asked) as response:
+        assert response.status == 204
+        assert response.headers["Access-Control-Allow-Origin"] == "*"
+        assert "authorization" in response.headers["Access-Control-Allow-Headers"]
+        assert "x-stainless-os" in response.headers["Access-Control-Allow-Headers"]
+        assert "POST" in response.headers["Access-Control-Allow-Methods"]
+    for script, stream_it in (("hello", True), ("hello", False), ("empty", False)):
+        headers = bearer(simulator.token(script)) | {"Origin": "https://page.example"}
+        async with http.post(proxy + CHAT, json=chat_body(stream=stream_it), headers=headers) as response:
+            assert response.headers["Access-Control-Allow-Origin"] == "*"
+
+
+async def test_cors_can_be_kept_to_named_origins(start_proxy: StartProxy, http: aiohttp.ClientSession) -> None:
+    proxy = await start_proxy(cors_origins=("https://mine.example",))
+    for origin, allowed in (("https://mine.example", "https://mine.example"), ("https://other.example", None)):
+        async with http.get(proxy + "/ping", headers={"Origin": origin}) as response:
+            assert response.headers.get("Access-Control-Allow-Origin") == allowed
+
+
+@pytest.mark.parametrize(
+    ("header", "code"),
+    [
+        (None, "token_missing"),
+        ("Basic abc", "token_missing"),
+        ("Bearer", "token_missing"),
+        ("Bearer   ", "token_missing"),
+    ]
+    + [("Bearer a\udcffb", "token_missing"), ("Bearer nobody", "token_dead"), ("Bearer a b", "token_missing")],
+)
+async def test_no_or_a_dead_token_is_a_401_that_says_what_to_do(
+    proxy: str, http: aiohttp.ClientSession, header: str | None, code: str
+) -> None:
+    headers = {"Authorization": header} if header is not None else {}
+    async with http.post(proxy + CHAT, json=chat_body(), headers=headers) as response:
+        body = await response.json()
+    assert (response.status, body["error"]["code"], body["code"]) == (401, code, -2002)
+    assert "refresh" in body["error"]["message"]
+    assert body["error"]["type"] == "authentication_error"
+
+
+BODIES: dict[str, tuple[bytes, dict[str, str], int]] = {
+    "empty": (b"", {}, 400),
+    "no JSON": (b"{", {}, 400),
+    "deep": (b"[" * 100_000, {}, 400),
+    "long number": b'{"n":' + b"1" * 5000 + b"}" and (b'{"n":' + b"1" * 5000 + b"}", {}, 400),
+    "not UTF-8": (b'{"messages":"\xff"}', {}, 400),
+    "lone surrogate": (b'{"messages":[{"content":"\\ud83d"}]}', {}, 400),
+    "NaN": (b'{"messages":NaN}', {}, 400),
+    "unknown charset": (b"{", {"Content-Type": "application/json; charset=no-such"}, 400),
+    "bad gzip": (b"no gzip", {"Content-Encoding": "gzip"}, 400),
+    "too large": (b" " * (2 << 20), {}, 413),
+    "gzip bomb": (gzip.compress(b" " * (40 << 20)), {"Content-Encoding": "gzip"}, 413),
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+async def test_a_hostile_body_is_the_clients_fault_and_the_next_request_works(
+    simulator: Simulator, start_proxy: StartProxy, log_lines: LogRecorder, name: str
+) -> None:
+    proxy = await start_proxy(max_body_mb=1)
+    body, headers, status = BODIES[name]
+    token = simulator.token("hello")
+    async with aiohttp.ClientSession() as http:
+        try:
+            async with http.post(proxy + CHAT, data=body, headers=bearer(token) | headers) as response:
+                assert response.status == status, await response.text()
+                answer = await response.json()
+                assert answer["code"] == -2000 and answer["error"]["type"] == "invalid_request_error"
+        except aiohttp.ClientConnectionError:
+            assert status == 413  # the proxy closed while the body was still on its way
+        assert (await ask(http, proxy, token))[0] == 200
+    assert "Traceback" not in log_lines.text and " at " not in log_lines.text.replace("at most", "")
+
+
+async def test_a_body_that_stalls_is_given_up(start_proxy: StartProxy, simulator: Simulator) -> None:
+    proxy = await start_proxy(body_seconds=0.2)
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(proxy.rpartition(":")[2]))
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer hello\r\nContent-Length: 100\r\n\r\n{{"
+    writer.write(head.encode())
+    answer = await asyncio.wait_for(reader.read(), 5)
+    writer.close()
+    assert b"408" in answer.split(b"\r\n")[0] and b"body_timeout" in answer
+
+
+async def test_a_head_that_stalls_is_closed(start_proxy: StartProxy) -> None:
+    proxy = await start_proxy(idle_seconds=0.3)
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(proxy.rpartition(":")[2]))
+    writer.write(b"POST / HTTP/1.1\r\nHost:")
+    assert b"200" not in await asyncio.wait_for(reader.read(), 5)
+    writer.close()
+
+
+async def test_a_malformed_head_is_refused_without_echo(proxy: str, log_lines: LogRecorder) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(proxy.rpartition(":")[2]))
+    writer.write(b"GET /ping HTTP/1.1\r\nHost: x\r\nAuthorization\x01: Bearer sesame-open\r\n\r\n")
+    answer = await asyncio.wait_for(reader.read(), 5)
+    writer.close()
+    assert b" 400 " in answer and b"sesame" not in answer and json.loads(answer.split(b"\r\n\r\n")[1])["error"]
+    assert "sesame" not in log_lines.text
+
+
+async def test_each_request_is_one_line_and_no_secret_is_in_the_log(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession, log_lines: LogRecorder
+) -> None:
+    token = simulator.token("hello", "unauthorized-once=ask")
+    async with http.post(proxy + CHAT + "?key=in-query", json=chat_body("whisper"), headers=bearer(token)) as response:
+        assert response.status == 200
+        request_id = response.headers["X-Request-Id"]
+    await ask(http, proxy, simulator.token("hello", "status=ask:500"), text="whisper")
+    await ask(http, proxy, "dead-" + token)
+    account = await simulator.settle(token)
+    (line,) = [line for line in log_lines.lines if "POST" in line and request_id in line and " 200 " in line]
+    assert CHAT in line and "chunks=" in line and "upstream=" in line and "s " in line
+    assert any("upstream=500" in line and "service_failed" in line for line in log_lines.lines)
+    for secret in (token, *account.access_tokens, "whisper", "in-query", HELLO, HELLO[:8]):
+        assert secret not in log_lines.text
+
+
+async def test_many_clients_at_once_get_each_their_own_answer(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession
+) -> None:
+    token = simulator.token("echo")
+    answers = await asyncio.gather(*(stream(http, proxy, token, text=f"question {number}") for number in range(40)))
+    assert [content_of(chunks) for chunks, _ in answers] == [f"user:question {number}\n" for number in range(40)]
+    account = await simulator.settle(token)
+    assert account.count("refresh") == 1
+    assert len(account.conversations) == 40

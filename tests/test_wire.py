@@ -1,0 +1,195 @@
+"""Section 5: the SSE parser against the standard's rules, for any split; JSON that must be refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kimi_proxy import ServerSentEvent, SSEParser, WireError, encode_json, encode_sse, parse_json
+
+# What stands in a stream, and the events it must give: (event, data, id).
+CASES = {
+    "one line": (b"data: a\n\n", [("message", "a", "")]),
+    "no space after the colon": (b"data:a\n\n", [("message", "a", "")]),
+    "one space only is taken": (b"data:  a\n\n", [("message", " a", "")]),
+    "several lines": (b"data: a\ndata\ndata: b\n\n", [("message", "a\n\nb", "")]),
+    "an empty data line is dispatched": (b"data\n\n", [("message", "", "")]),
+    "no data, no dispatch": (b"event: x\nid: 1\n\ndata: a\n\n", [("message", "a", "1")]),
+    "event type is for one event": (b"event: x\ndata: a\n\ndata: b\n\n", [("x", "a", ""), ("message", "b", "")]),
+    "an empty event type is message": (b"event: x\nevent:\ndata: a\n\n", [("message", "a", "")]),
+    "id stays": (b"id: 7\ndata: a\n\ndata: b\n\n", [("message", "a", "7"), ("message", "b", "7")]),
+    "an empty id resets": (b"id: 7\ndata: a\n\nid\ndata: b\n\n", [("message", "a", "7"), ("message", "b", "")]),
+    "id with NUL is ignored": (b"id: 7\nid: a\0b\ndata: a\n\n", [("message", "a", "7")]),
+    "comments": (b": hello\n:\ndata: a\n: more\n\n", [("message", "a", "")]),
+    "unknown fields": (b"name: x\nData: b\n data: c\ndata: a\n\n", [("message", "a", "")]),
+    "CRLF": (b"data: a\r\ndata: b\r\n\r\n", [("message", "a\nb", "")]),
+    "CR": (b"data: a\rdata: b\r\r", [("message", "a\nb", "")]),
+    "mixed ends": (b"data: a\r\ndata: b\rdata: c\n\r\n", [("message", "a\nb\nc", "")]),
+    "CR, then an empty line": (b"data: a\r\n\ndata: b\n\n", [("message", "a", ""), ("message", "b", "")]),
+    "byte order mark": (b"\xef\xbb\xbfdata: a\n\n", [("message", "a", "")]),
+    "a second byte order mark is text": (b"\xef\xbb\xbf\xef\xbb\xbfdata: a\n\ndata: b\n\n", [("message", "b", "")]),
+    "half a byte order mark is text": (b"\xef\xbbdata: a\n\ndata: b\n\n", [("message", "b", "")]),
+    "an unfinished event is dropped": (b"data: a\n\ndata: b\n", [("message", "a", "")]),
+    "an unfinished line is dropped": (b"data: a\n\ndata: b", [("message", "a", "")]),
+    "characters of several bytes": ("data: 你好👍\n\n".encode(), [("message", "你好👍", "")]),
+    "what is not UTF-8 is replaced": (b"data: a\xff\xe4\xbd\n\n", [("message", "a\ufffd\ufffd", "")]),
+    "other line ends of Unicode are text": (
+        "data: a\x0b\x0c\x1c\x85\u2028b\n\n".encode(),
+        [("message", "a\x0b\x0c\x1c\x85\u2028b", "")],
+    ),
+    "retry says no event": (b"retry: 10\n\ndata: a\n\n", [("message", "a", "")]),
+    "nothing": (b"", []),
+}
+
+
+def parse_pieces(pieces: list[bytes]) -> list[tuple[str, str, str]]:
+    parser = SSEParser()
+    events = [event for piece in pieces for event in parser.feed(piece)]
+    parser.finish()
+    return [(event.event, event.data, event.id) for event in events]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_standards_rules_hold_whole_byte_by_byte_and_with_more_behind(name: str) -> None:
+    data, expected = CASES[name]
+    assert parse_pieces([data]) == expected
+    assert parse_pieces([data[at : at + 1] for at in range(len(data))]) == expected
+    more = parse_pieces([data + b"\n\ndata: more\n\n"])
+    assert more[-1][1] == "more"
+    assert more[: len(expected)] == expected
+
+
+def parse_by_the_letter(data: bytes) -> list[tuple[str, str, str]]:
+    """The standard's algorithm, written down as it stands there, slow and over the whole stream."""
+    text = data.decode("utf-8", "replace").removeprefix("\ufeff")
+    *lines, _unfinished = re.split("\r\n|\n|\r", text)
+    buffer, event, last_id = "", "", ""
+    events = []
+    for line in lines:
+        if line == "":
+            if buffer:
+                events.append((event or "message", buffer[:-1], last_id))
+            buffer, event = "", ""
+            continue
+        if line.startswith(":"):
+            continue
+        name, _, value = line.partition(":")
+        value = value.removeprefix(" ")
+        if name == "data":
+            buffer += value + "\n"
+        elif name == "event":
+            event = value
+        elif name == "id" and "\0" not in value:
+            last_id = value
+    return events
+
+
+PIECES = st.lists(
+    st.sampled_from(
+        [b"data", b"event", b"id", b"retry", b":", b" ", b"\n", b"\r", b"\r\n", b"\n\n", b"a", b"\0", b"12"]
+        + ["你".encode(), b"\xe4", b"\xbd", b"\xf0\x9f", b"\xff", b"\xef\xbb\xbf", b"data: x\n\n", b": c\n"]
+    ),
+    max_size=40,
+).map(b"".join)
+
+
+@given(PIECES, st.data())
+def test_any_split_gives_the_events_of_the_standards_algorithm(data: bytes, draw: st.DataObject) -> None:
+    cuts = sorted(draw.draw(st.lists(st.integers(0, len(data)), max_size=8)))
+    pieces = [data[start:end] for start, end in pairwise([0, *cuts, len(data)])]
+    assert parse_pieces(pieces) == parse_by_the_letter(data)
+
+
+def test_retry_is_kept_and_only_digits_are_one() -> None:
+    parser = SSEParser()
+    parser.feed(b"retry: 250\nretry: 1x\nretry: -1\nretry:\n")
+    assert parser.retry_milliseconds == 250
+
+
+@pytest.mark.parametrize("field", [b"data: ", b": ", b"unknown"])
+@pytest.mark.parametrize("size", [1, 7, 4096])
+def test_an_event_beyond_the_limit_raises_however_it_is_cut(field: bytes, size: int) -> None:
+    parser = SSEParser(limit_bytes=1000)
+    stream = b"data: before\n\n" + field + b"x" * 5000
+    events: list[ServerSentEvent] = []
+    with pytest.raises(WireError, match="1000"):
+        for at in range(0, len(stream), size):
+            events += parser.feed(stream[at : at + size])
+        parser.finish()
+    assert [event.data for event in events] == ["before"]
+
+
+def test_the_limit_is_on_one_event_not_on_the_stream() -> None:
+    parser = SSEParser(limit_bytes=100)
+    assert len(parser.feed(b"data: 0123456789\n\n" * 1000)) == 1000
+
+
+def test_the_limit_counts_all_lines_of_an_event() -> None:
+    with pytest.raises(WireError):
+        SSEParser(limit_bytes=100).feed(b"data: 0123456789\n" * 20)
+
+
+def test_a_very_long_line_in_small_pieces_costs_no_more_than_its_length() -> None:
+    # Copying the line at each piece would move 45 GB here, and run into the suite's time limit.
+    parser = SSEParser(limit_bytes=4_000_000)
+    parser.feed(b"data: ")
+    for _ in range(30_000):
+        assert parser.feed(b"0123456789" * 10) == []
+    (event,) = parser.feed(b"\n\n")
+    assert len(event.data) == 3_000_000
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])), st.sampled_from(["", "done"]))
+def test_what_is_encoded_is_parsed_back(data: str, event: str) -> None:
+    (parsed,) = SSEParser().feed(encode_sse(data, event))
+    assert parsed.data == "\n".join(re.split("\r\n|\r|\n", data))
+    assert parsed.event == (event or "message")
+
+
+HOSTILE_JSON = {
+    "empty": b"",
+    "deep list": b"[" * 100_000,
+    "deep object": b'{"a":' * 100_000,
+    "long number": b"1" * 5000,
+    "not UTF-8": b'{"a":"\xff"}',
+    "lone surrogate": b'{"a":"\\ud83d"}',
+    "lone low surrogate": b'{"a":"\\uDC4D x"}',
+    "lone surrogate as a key": b'{"\\ud83d":1}',
+    "NaN": b"[NaN]",
+    "Infinity": b"-Infinity",
+    "two values": b"{} {}",
+    "byte order mark": b"\xef\xbb\xbf{}",
+    "unfinished": b'{"a"',
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_JSON)
+def test_hostile_json_is_an_error_with_a_short_text(name: str) -> None:
+    with pytest.raises(WireError) as caught:
+        parse_json(HOSTILE_JSON[name])
+    assert 0 < len(str(caught.value)) < 120
+
+
+def test_a_whole_surrogate_pair_is_a_character() -> None:
+    assert parse_json(b'"\\ud83d\\udc4d"') == "👍"
+
+
+def test_half_a_pair_is_kept_where_it_may_be_completed() -> None:
+    assert parse_json(b'"\\ud83d"', surrogates=True) == "\ud83d"
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists, max_leaves=10))
+def test_json_comes_back_as_it_went(value: object) -> None:
+    text = encode_json(value)
+    assert "\n" not in text
+    if isinstance(value, str):
+        assert json.loads(text) == value.encode("utf-8", "replace").decode()
+
+
+def test_reprs_show_no_content() -> None:
+    assert "secret" not in repr(ServerSentEvent("message", "secret"))
