@@ -286,6 +286,7 @@ FAILURES: Final[Mapping[str, Failure]] = {
     ),
     "not_found": Failure(404, _REQUEST, -2000, "there is nothing at this path"),
     "method_not_allowed": Failure(405, _REQUEST, -2000, "this path does not take that method"),
+    "body_broken": Failure(400, _REQUEST, -2000, "the encoding of the body is broken"),
     "body_timeout": Failure(408, _REQUEST, -2000, "the body of the request did not arrive in time"),
     "body_too_large": Failure(413, _REQUEST, -2000, "the body of the request is too large"),
     "answer_running": Failure(
@@ -1735,7 +1736,17 @@ class State:
     answering: set[asyncio.Task[Any]]
 
 
+@dataclass(slots=True)
+class Outcome:
+    """What the log line of one request tells: filled on the way."""
+
+    chunks: int = 0
+    failure: str = ""
+    upstream_status: int | None = None
+
+
 STATE: Final = web.AppKey("state", State)
+OUTCOME: Final = web.RequestKey("outcome", Outcome)
 
 
 class Delivery:
@@ -1818,7 +1829,6 @@ class Delivery:
             self._writing = False
 
     async def _end(self, data: bytes, status: int) -> web.StreamResponse:
-        self._request["chunks"] = self._reply.chunks
         if isinstance(self._reply, ChatWholeReply):
             return web.Response(body=data, status=status, content_type="application/json", charset="utf-8")
         await self._write(data)
@@ -1838,9 +1848,7 @@ def _client_gone() -> Iterator[None]:
 
 
 async def read_body(request: web.Request, limit_bytes: int, seconds: float) -> bytes:
-    """The request's body. Raises `ProxyError`: `body_too_large`, `body_timeout`, or `invalid_json` where its encoding
-    is broken.
-    """
+    """The request's body. Raises `ProxyError`: `body_too_large`, `body_timeout`, `body_broken`."""
     if (request.content_length or 0) > limit_bytes:
         raise ProxyError("body_too_large", f"at most {limit_bytes} bytes; see PROXY_MAX_BODY_MB")
     try:
@@ -1851,7 +1859,7 @@ async def read_body(request: web.Request, limit_bytes: int, seconds: float) -> b
     except web.HTTPRequestEntityTooLarge:
         raise ProxyError("body_too_large", f"at most {limit_bytes} bytes; see PROXY_MAX_BODY_MB") from None
     except (web.RequestPayloadError, aiohttp.ClientPayloadError, HttpProcessingError):
-        raise ProxyError("invalid_json", "the body's encoding is broken") from None
+        raise ProxyError("body_broken") from None
 
 
 def read_bearer(request: web.Request) -> str:
@@ -1900,7 +1908,7 @@ async def _deliver(request: web.Request, account: Account, question: Question, r
     finally:
         state.ticker.discard(delivery)
         state.answering.discard(task)
-        request["chunks"] = reply.chunks
+        request[OUTCOME].chunks = reply.chunks
     if not delivery.begun:
         raise error
     _note_failure(request, error)
@@ -1944,14 +1952,14 @@ def render_failure(error: ProxyError) -> web.Response:
     response = _json(render_error(error), error.status)
     if error.retry_after_seconds:
         response.headers["Retry-After"] = str(error.retry_after_seconds)
-    if error.status in (408, 413):
+    if error.code.startswith("body_"):  # what is left of the body is not worth reading
         response.force_close()
     return response
 
 
 def _note_failure(request: web.Request, error: ProxyError) -> None:
-    request["failure"] = error.code
-    request["upstream"] = error.upstream_status
+    outcome = request[OUTCOME]
+    outcome.failure, outcome.upstream_status = error.code, error.upstream_status
 
 
 @web.middleware
@@ -1960,6 +1968,7 @@ async def _frame(request: web.Request, handler: Callable[[web.Request], Awaitabl
     started = time.monotonic()
     request_id.set(secrets.token_hex(6))
     status = _CLIENT_CLOSED
+    outcome = request[OUTCOME] = Outcome()
     try:
         response = await _answer_or_fail(request, handler)
         status = response.status
@@ -1974,9 +1983,9 @@ async def _frame(request: web.Request, handler: Callable[[web.Request], Awaitabl
             quote_words(request.path)[:100],
             status,
             time.monotonic() - started,
-            request.get("chunks", 0),
-            request.get("upstream") or "-",
-            f" {request['failure']}" if "failure" in request else "",
+            outcome.chunks,
+            outcome.upstream_status or "-",
+            f" {outcome.failure}" if outcome.failure else "",
         )
 
 
@@ -2092,6 +2101,11 @@ def make_app(settings: Settings) -> web.Application:
 class _Connected(web_protocol.RequestHandler):
     """One connection of a client. aiohttp would echo the bytes of a malformed head, which may hold a token."""
 
+    def log_exception(self, *args: Any, **kwargs: Any) -> None:
+        """Log what no handler caught, unless it is the client's broken body, which was answered."""
+        if not isinstance(kwargs.get("exc_info"), web.RequestPayloadError):
+            super().log_exception(*args, **kwargs)
+
     def handle_error(
         self,
         request: web.BaseRequest,
@@ -2119,12 +2133,12 @@ class _Runner(web.AppRunner):
         server = super().server
         if server is None:
             return None
-        return partial(
-            _Connected,
-            server,
-            loop=asyncio.get_running_loop(),
-            keepalive_timeout=self._idle_seconds,
-        )
+        options: dict[str, Any] = {
+            "keepalive_timeout": self._idle_seconds,  # a request's head must arrive within it, too
+            "lingering_time": 1,
+            "access_log": None,
+        }
+        return partial(_Connected, server, loop=asyncio.get_running_loop(), **options)
 
     def __init__(self, app: web.Application, settings: Settings) -> None:
         super().__init__(app, handle_signals=False, handler_cancellation=True, access_log=None, shutdown_timeout=1)

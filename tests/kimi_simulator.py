@@ -213,9 +213,12 @@ def render_stream(steps: tuple[Step, ...], dice: random.Random | None) -> list[b
         keys = list(value)
         if dice is not None:
             dice.shuffle(keys)
-        escaped = "\\ud" in json.dumps(value) and any("\ud800" <= letter <= "\udfff" for letter in str(value))
-        text = json.dumps({key: value[key] for key in keys}, ensure_ascii=escaped)
-        rendered.append(f"data: {text}\n\n".encode())
+        ordered = {key: value[key] for key in keys}
+        try:
+            text = f"data: {json.dumps(ordered, ensure_ascii=False)}\n\n".encode()
+        except UnicodeEncodeError:  # half of a surrogate pair has to be escaped
+            text = f"data: {json.dumps(ordered)}\n\n".encode()
+        rendered.append(text)
     return rendered
 
 
@@ -539,7 +542,7 @@ class Simulator:
         if transport is None:
             return
         if account.order.has("cut-chunk"):
-            transport.write(b"zz\r\nthis is no chunk\r\n")  # type: ignore[attr-defined]
+            transport.write(b"zz\r\nthis is no chunk\r\n")
             transport.close()
         else:
             self._reset(transport)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import io
 import json
 import time
 from typing import Any
@@ -103,15 +104,15 @@ async def test_the_merged_text_reaches_the_service(
 ) -> None:
     token = simulator.token("echo")
     messages = [
-        {"role": "system", "content": "see https://a.bc"},
+        {"role": "system", "content": "see https://ab.cd"},
         {"role": "developer", "content": [{"type": "text", "text": "short"}]},
-        {"role": "user", "content": [{"type": "text", "text": "你好 "}, {"type": "text", "text": "https://a.bc/d"}]},
+        {"role": "user", "content": [{"type": "text", "text": "你好 "}, {"type": "text", "text": "https://ab.cd/d"}]},
         {"role": "assistant", "content": None},
         {"role": "tool", "content": "42"},
     ]
     _, answer, _ = await ask(http, proxy, token, messages=messages)
-    wrapped = '<url id="" type="url" status="" title="" wc="">https://a.bc/d</url>'
-    expected = f"system:see https://a.bc\ndeveloper:short\nuser:你好 {wrapped}\nassistant:\ntool:42\n"
+    wrapped = '<url id="" type="url" status="" title="" wc="">https://ab.cd/d</url>'
+    expected = f"system:see https://ab.cd\ndeveloper:short\nuser:你好 {wrapped}\nassistant:\ntool:42\n"
     assert answer["choices"][0]["message"]["content"] == expected
     assert simulator.account(token).asked == [
         {"messages": [{"role": "user", "content": expected}], "refs": [], "use_search": True}
@@ -298,11 +299,27 @@ async def test_no_or_a_dead_token_is_a_401_that_says_what_to_do(
     assert body["error"]["type"] == "authentication_error"
 
 
+async def send_raw(proxy: str, data: bytes) -> bytes:
+    """What the proxy answers to these bytes until it closes the connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(proxy.rpartition(":")[2]))
+    writer.write(data)
+    answer = await asyncio.wait_for(reader.read(), 5)
+    writer.close()
+    await writer.wait_closed()
+    return answer
+
+
+async def test_a_token_that_is_not_ascii_is_a_401(proxy: str) -> None:
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 2\r\n".encode()
+    answer = await send_raw(proxy, head + b"Authorization: Bearer a\xffb\r\n\r\n{}")
+    assert b" 401 " in answer.split(b"\r\n")[0] and b"token_missing" in answer
+
+
 BODIES: dict[str, tuple[bytes, dict[str, str], int]] = {
     "empty": (b"", {}, 400),
     "no JSON": (b"{", {}, 400),
     "deep": (b"[" * 100_000, {}, 400),
-    "long number": b'{"n":' + b"1" * 5000 + b"}" and (b'{"n":' + b"1" * 5000 + b"}", {}, 400),
+    "long number": (b'{"n":' + b"1" * 5000 + b"}", {}, 400),
     "not UTF-8": (b'{"messages":"\xff"}', {}, 400),
     "lone surrogate": (b'{"messages":[{"content":"\\ud83d"}]}', {}, 400),
     "NaN": (b'{"messages":NaN}', {}, 400),
@@ -322,7 +339,7 @@ async def test_a_hostile_body_is_the_clients_fault_and_the_next_request_works(
     token = simulator.token("hello")
     async with aiohttp.ClientSession() as http:
         try:
-            async with http.post(proxy + CHAT, data=body, headers=bearer(token) | headers) as response:
+            async with http.post(proxy + CHAT, data=io.BytesIO(body), headers=bearer(token) | headers) as response:
                 assert response.status == status, await response.text()
                 answer = await response.json()
                 assert answer["code"] == -2000 and answer["error"]["type"] == "invalid_request_error"
@@ -334,27 +351,18 @@ async def test_a_hostile_body_is_the_clients_fault_and_the_next_request_works(
 
 async def test_a_body_that_stalls_is_given_up(start_proxy: StartProxy, simulator: Simulator) -> None:
     proxy = await start_proxy(body_seconds=0.2)
-    reader, writer = await asyncio.open_connection("127.0.0.1", int(proxy.rpartition(":")[2]))
     head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer hello\r\nContent-Length: 100\r\n\r\n{{"
-    writer.write(head.encode())
-    answer = await asyncio.wait_for(reader.read(), 5)
-    writer.close()
-    assert b"408" in answer.split(b"\r\n")[0] and b"body_timeout" in answer
+    answer = await send_raw(proxy, head.encode())
+    assert b" 408 " in answer.split(b"\r\n")[0] and b"body_timeout" in answer
 
 
 async def test_a_head_that_stalls_is_closed(start_proxy: StartProxy) -> None:
     proxy = await start_proxy(idle_seconds=0.3)
-    reader, writer = await asyncio.open_connection("127.0.0.1", int(proxy.rpartition(":")[2]))
-    writer.write(b"POST / HTTP/1.1\r\nHost:")
-    assert b"200" not in await asyncio.wait_for(reader.read(), 5)
-    writer.close()
+    assert b"200" not in await send_raw(proxy, b"POST / HTTP/1.1\r\nHost:")
 
 
 async def test_a_malformed_head_is_refused_without_echo(proxy: str, log_lines: LogRecorder) -> None:
-    reader, writer = await asyncio.open_connection("127.0.0.1", int(proxy.rpartition(":")[2]))
-    writer.write(b"GET /ping HTTP/1.1\r\nHost: x\r\nAuthorization\x01: Bearer sesame-open\r\n\r\n")
-    answer = await asyncio.wait_for(reader.read(), 5)
-    writer.close()
+    answer = await send_raw(proxy, b"GET /ping HTTP/1.1\r\nHost: x\r\nAuthorization\x01: Bearer sesame-open\r\n\r\n")
     assert b" 400 " in answer and b"sesame" not in answer and json.loads(answer.split(b"\r\n\r\n")[1])["error"]
     assert "sesame" not in log_lines.text
 
