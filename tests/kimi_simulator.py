@@ -1,6 +1,7 @@
-"""A look-alike of the Kimi web service, strict and unsteady on purpose, with faults to order. Imports nothing of the proxy.
+"""A look-alike of the Kimi web service, strict and unsteady on purpose, with faults to order.
 
-``python tests/kimi_simulator.py --port 8010`` runs it by itself; it prints the tokens to try.
+It imports nothing of the proxy. ``python tests/kimi_simulator.py --port 8010`` runs it by itself, and prints the tokens
+to try.
 
 What is known of the service
 ----------------------------
@@ -16,8 +17,8 @@ token is used for 300 s [ref]. HTTP 401 says that the access token is dead: forg
 *A JSON body with a string* ``error_type`` is a failure whatever the HTTP status, 200 included; ``message`` says why.
 ``auth.token.invalid``: the token is dead. ``chat.user_stream_pushing``: this account has an answer under way [ref].
 
-*Headers.* Each call carries ``Referer`` (the base URL without a slash, or ``…/chat/<id>``) [ref], ``Origin`` [2+], and a
-desktop Chrome's ``User-Agent`` and three ``Sec-Ch-Ua`` headers, all of one version [ref]. No cookies are kept [ref].
+*Headers.* Each call carries ``Referer`` (the base URL without a slash, or ``…/chat/<id>``) [ref], ``Origin`` [2+], and
+a desktop Chrome's ``User-Agent`` and three ``Sec-Ch-Ua`` headers, all of one version [ref]. No cookies are kept [ref].
 
 *One chat is four calls* [ref]: refresh (above); open, ``POST /api/chat`` ``{"name": "cmpl-<32 hex>", "is_example":
 false}`` → ``{"id": <20 characters>}``; ask, ``POST /api/chat/<id>/completion/stream`` ``{"messages": [{"role": "user",
@@ -30,14 +31,15 @@ wc="">URL</url>`` [ref] (in every role at first, later in the user's alone [2+])
 for array content, and left its URLs bare: faults of its own, mended here.
 
 *The stream.* Each event's data is a JSON object with ``event`` [ref]: ``cmpl`` has a piece of the answer in ``text``
-(missing or null: nothing); ``search_plus`` with ``msg.type`` ``get_res`` has a hit, ``msg.title`` and ``msg.url``, other
-types say nothing; ``all_done`` is the end; ``error`` is the end too, by moderation; ``req`` has a segment's ``id`` and
-``length`` says that the answer met its length limit [2+]; ``resp``, ``ping``, ``loading``, ``rename``, ``k1`` and what
-comes next: pass over. The stream may also just end, or break. Text may be cut inside a pair of surrogate escapes [open].
+(missing or null: nothing); ``search_plus`` with ``msg.type`` ``get_res`` has a hit, ``msg.title`` and ``msg.url``,
+other types say nothing; ``all_done`` is the end; ``error`` is the end too, by moderation; ``req`` has a segment's
+``id`` and ``length`` says that the answer met its length limit [2+]; ``resp``, ``ping``, ``loading``, ``rename``,
+``k1`` and what comes next: pass over. The stream may also just end, or break. Text may be cut inside a pair of
+surrogate escapes [open].
 
 *What the original answers* [ref]: streamed, a hit is ``检索 TITLE(URL) ...`` and a line end, and the first text after
-hits begins with a line end; whole, the hits stand after the text, under ``搜索结果来自：``, one ``TITLE(URL)`` a line; a
-moderated answer ends with ``[内容由于不合规被停止生成，我们换个话题吧]`` on a line of its own, before the hits; the
+hits begins with a line end; whole, the hits stand after the text, under ``搜索结果来自：``, one ``TITLE(URL)`` a line;
+a moderated answer ends with ``[内容由于不合规被停止生成，我们换个话题吧]`` on a line of its own, before the hits; the
 answer's id is the conversation's; usage is zeros. Its numbers: -2000 请求参数非法, -2001 请求失败, -2002 Token已失效.
 
 How to order
@@ -117,7 +119,7 @@ SCRIPTS: Final[dict[str, tuple[Step, ...]]] = {
     "hits-only": (*_HITS, End()),
     "length": (Say("第一部分"), End("length")),
     "surrogate": (Say("好\ud83d"), Say("\udc4d了"), End()),
-    "unicode": (Say("e\u0301 ‏עברית \u2028\u2029 "), Say('👩‍👩‍👧‍👦 𠮷 \x00\x7f "\\</script>'), End()),
+    "unicode": (Say("e\u0301 \u200f\u05e2\u05d1 \u2028\u2029 "), Say('👩\u200d👧 𠮷 \x00\x7f "\\</script>'), End()),
     "quiet": (Wait(1.0), Say("late"), End()),
     "broad": (Say("x" * 200_000), End()),
 }
@@ -374,7 +376,7 @@ class Simulator:
         self._accounts: dict[str, Account] = {}
         self._numbers = count(1)
         self._changed = asyncio.Event()
-        self._used_connections: set[int] = set()
+        self._used_connections: dict[int, asyncio.BaseTransport] = {}
         self._runner: web.AppRunner | None = None
 
     async def __aenter__(self) -> Simulator:
@@ -409,6 +411,11 @@ class Simulator:
                 raise KeyError(f"no such order: {token}")
             self._accounts[token] = Account(order, [token], random.Random(self._dice.random()))
         return self._accounts[token]
+
+    @property
+    def connections(self) -> int:
+        """How many connections carried an answered call."""
+        return len(self._used_connections)
 
     async def wait_until(self, condition: Callable[[], bool], seconds: float = 5.0) -> None:
         """Return once `condition` holds; looked at whenever something changed. Raises `TimeoutError`."""
@@ -509,8 +516,11 @@ class Simulator:
                 await asyncio.sleep(max(0.0, due - loop.time()))
             elif self._unsteady:
                 await asyncio.sleep(0)
+        again = b"".join(
+            piece for piece in render_stream(make_steps(order, asked)[:1], None)[2:] if isinstance(piece, bytes)
+        )
         while order.has("endless"):
-            await response.write(b'data: {"event":"cmpl","text":"again "}\n\n')
+            await response.write(again)
             await asyncio.sleep(0.01)
         if order.has("linger"):
             await asyncio.Event().wait()
@@ -612,7 +622,8 @@ class Simulator:
         except web.HTTPException as error:
             self._violate(f"{request.method} {request.path}: {error.status}")
             raise
-        self._used_connections.add(id(request.transport))
+        if request.transport is not None:
+            self._used_connections[id(request.transport)] = request.transport
         if not response.prepared:
             response.set_cookie("session", "do-not-send-me-back")
         return response

@@ -99,7 +99,7 @@ def test_hits_and_moderation_are_worded_as_the_reference_words_them(name: str) -
 @given(st.lists(st.text(min_size=1), min_size=1))
 def test_any_text_comes_back_to_the_letter_streamed_and_whole(texts: list[str]) -> None:
     texts = [text.encode("utf-8", "replace").decode() for text in texts]
-    events = [*map(Text, texts), Finished("stop")]
+    events: list[Event] = [*map(Text, texts), Finished("stop")]
     assert contents(stream(*events)) == texts
     assert whole(*events)["choices"][0]["message"]["content"] == "".join(texts)
 
@@ -116,7 +116,8 @@ def test_a_very_long_text_is_several_lines_that_every_client_takes() -> None:
 @pytest.mark.parametrize("model", ['q"uote', "新模型", "a\nb", "", '"usage":null,'])
 def test_any_model_name_is_repeated_safely(model: str) -> None:
     reply = ChatStreamReply(model, 7, True)
-    data = b"".join(map(reply.feed, (Opened("c1"), Text("a"), Finished("stop"))))
+    events: list[Event] = [Opened("c1"), Text("a"), Finished("stop")]
+    data = b"".join(map(reply.feed, events))
     assert {json.loads(frame.data)["model"] for frame in SSEParser().feed(data)} == {model}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 from conftest import LogRecorder
 
 from kimi_proxy import BackgroundTasks, Silence, Ticker
@@ -66,18 +67,25 @@ async def test_the_ticker_calls_what_it_watches_and_rests_else() -> None:
     assert bell.times == times
 
 
-async def test_silence_fires_where_no_piece_came_and_the_end_where_it_does_not() -> None:
-    for silence_seconds, answer_seconds, too_long in ((1.0, 50.0, False), (50.0, 1.0, True)):
-        now = asyncio.get_running_loop().time()
-        try:
-            async with asyncio.timeout(None) as timeout:
-                silence = Silence(timeout, silence_seconds, answer_seconds)
-                silence.pieces += 1
-                silence.tick(now + 0.9)
-                assert timeout.when() is None
-                silence.tick(now + 2.5)
-                await asyncio.Event().wait()
-        except TimeoutError:
-            assert silence.too_long is too_long
-        else:
-            raise AssertionError("it did not fire")
+@pytest.mark.parametrize(
+    ("silence_seconds", "answer_seconds", "broken", "code"),
+    [
+        (1.0, 50.0, False, "service_silent"),
+        (50.0, 1.0, False, "answer_too_long"),
+        (50.0, 50.0, True, "answer_broken"),
+    ],
+)
+async def test_an_answer_that_failed_is_ended(
+    silence_seconds: float, answer_seconds: float, broken: bool, code: str
+) -> None:
+    now = asyncio.get_running_loop().time()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(None) as timeout:
+            silence = Silence(timeout, silence_seconds, answer_seconds)
+            silence.pieces += 1
+            silence.tick(now + 0.9)
+            assert timeout.when() is None and silence.code == ""
+            silence.is_broken = lambda: broken
+            silence.tick(now + 2.5)
+            await asyncio.Event().wait()
+    assert silence.code == code
