@@ -396,8 +396,10 @@ class RedactingFormatter(logging.Formatter):
         if record.name.startswith("kimi_proxy"):
             text = record.getMessage()
         else:
-            # aiohttp puts the bytes of a malformed header into its line, asyncio the repr of an exception.
-            text = f"{record.name}: {str(record.msg).split('%')[0][:120]}".strip()
+            # aiohttp puts the bytes of a malformed header into its line, asyncio the repr of an exception, a warning
+            # the source line that it came from: what stands before the first value is shown.
+            constant = ": ".join(str(record.msg).partition("%")[0].split(": ")[:2])
+            text = f"{record.name}: {constant[:160]}".strip()
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(record.created))
         line = f"{moment} {record.levelname.lower()} [{request_id.get()}] {redact(text)}"
         if record.exc_info and record.exc_info[1] is not None:

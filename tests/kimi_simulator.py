@@ -441,6 +441,7 @@ class Simulator:
         await self._order(account, "refresh", request)
         access_token = make_access_token(account.dice, account.order.has("opaque"))
         account.access_tokens.append(access_token)
+        self._changed.set()
         refresh_token = token
         if account.order.has("rotate"):
             refresh_token = f"{token.partition('~')[0]}~rotated-{secrets.token_hex(8)}"

@@ -1,0 +1,166 @@
+"""The layout of the module and of the repository, as far as a machine can check it."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from toc import BANNER, MODULE, Section, defined_names, read_sections
+
+ROOT = MODULE.parent
+TITLES = {
+    1: "Introduction",
+    2: "Settings",
+    3: "Errors",
+    4: "Logs and metrics",
+    5: "Wire formats",
+    6: "Events",
+    7: "Answers",
+    8: "Filters",
+    9: "Requests",
+    10: "Replies",
+    11: "Tasks",
+    12: "Accounts",
+    13: "Files",
+    14: "Kimi",
+    15: "Server",
+    16: "Service",
+}
+PURE = range(5, 11)
+IMPURE_NAMES = {"asyncio", "time", "aiohttp", "web", "logger", "logging", "os", "secrets", "socket", "signal", "sys"}
+ACROSS = {"clients", "faults", "fuzz", "readme", "layout", "simulator"}
+
+
+def check_order(source: str) -> list[str]:
+    """Banners out of order, of another title or width, or without a paragraph below."""
+    problems = []
+    sections = read_sections(source)
+    problems += [f"{b.number} after {a.number}" for a, b in pairwise(sections) if a.number >= b.number]
+    problems += [f"{s.number} is {s.title}" for s in sections if TITLES.get(s.number) != s.title]
+    lines = source.splitlines()
+    for at, line in enumerate(lines):
+        if BANNER.match(line) and (len(line) != 78 or lines[at + 1] != "#" or not lines[at + 2].startswith("# ")):
+            problems.append(f"banner at line {at + 1}")
+    return problems
+
+
+def used_names(node: ast.AST) -> set[str]:
+    """All names that a definition mentions, annotations included."""
+    return {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)}
+
+
+def check_dependencies(source: str) -> list[str]:
+    """Names taken from a section below, and private names taken from another section."""
+    sections = read_sections(source)
+    home = {name: section.number for section in sections for name in section.names}
+    problems = []
+    for section in sections:
+        for node in section.nodes:
+            for name in used_names(node) & home.keys():
+                if home[name] > section.number:
+                    problems.append(f"section {section.number} uses {name} of section {home[name]}")
+                if name.startswith("_") and not name.startswith("__") and home[name] != section.number:
+                    problems.append(f"section {section.number} uses the private {name} of section {home[name]}")
+    return problems
+
+
+def check_purity(source: str) -> list[str]:
+    """What does I/O, waits, logs or reads a clock where *pure* stands."""
+    problems = []
+    for section in read_sections(source):
+        if section.number not in PURE:
+            continue
+        for node in section.nodes:
+            for inner in ast.walk(node):
+                if isinstance(inner, ast.Await | ast.AsyncFunctionDef | ast.AsyncFor | ast.AsyncWith | ast.Global):
+                    problems.append(f"section {section.number}: {type(inner).__name__} at line {inner.lineno}")
+            problems += [f"section {section.number}: {name}" for name in used_names(node) & IMPURE_NAMES]
+    return problems
+
+
+def check_docstrings(source: str) -> list[str]:
+    """Public classes, functions and methods without a docstring."""
+    problems = []
+
+    def look(node: ast.AST, path: str) -> None:
+        for inner in ast.iter_child_nodes(node):
+            if isinstance(inner, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                if inner.name.startswith("_"):
+                    continue
+                if ast.get_docstring(inner) is None:
+                    problems.append(f"{path}{inner.name}")
+                if isinstance(inner, ast.ClassDef):
+                    look(inner, f"{inner.name}.")
+
+    look(ast.parse(source), "")
+    return problems
+
+
+CHECKS = [check_order, check_dependencies, check_purity, check_docstrings]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_the_module_keeps_its_layout(check: object) -> None:
+    assert callable(check)
+    assert check(MODULE.read_text("utf-8")) == []
+
+
+def banner(number: int, title: str) -> str:
+    return f"# ==== {number}. {title} ".ljust(78, "=") + "\n#\n# What it is for.\n"
+
+
+BAD = {
+    "order": (check_order, banner(3, "Errors") + banner(2, "Settings")),
+    "title": (check_order, banner(2, "Things")),
+    "paragraph": (check_order, banner(2, "Settings").splitlines()[0] + "\nx = 1\n\n"),
+    "from below": (check_dependencies, banner(2, "Settings") + "def a(): return b\n" + banner(3, "Errors") + "b = 1\n"),
+    "annotation from below": (
+        check_dependencies,
+        banner(2, "Settings") + "def a(x: B): ...\n" + banner(3, "Errors") + "class B: ...\n",
+    ),
+    "private": (check_dependencies, banner(2, "Settings") + "_a = 1\n" + banner(3, "Errors") + "b = _a\n"),
+    "await": (check_purity, banner(7, "Answers") + "async def a(): await b\n"),
+    "clock": (check_purity, banner(7, "Answers") + "def a(): return time.time()\n"),
+    "logger": (check_purity, banner(10, "Replies") + "def a(): logger.info('x')\n"),
+    "docstring": (check_docstrings, "class A:\n    '''a'''\n    def b(self): ...\n"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_each_check_can_fail(name: str) -> None:
+    check, source = BAD[name]
+    assert check(source)
+
+
+def test_names_are_read_from_every_kind_of_definition() -> None:
+    section: Section = read_sections("a = 1\nb: int = 2\ndef c(): ...\nclass D: ...\n")[0]
+    assert section.names == ["a", "b", "c", "D"]
+    assert defined_names(ast.parse("import x").body[0]) == []
+
+
+def tracked_files() -> list[str]:
+    """What git keeps, or would with the next commit."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return [name for name in listed.stdout.splitlines() if (ROOT / name).exists()]
+
+
+def test_the_top_level_is_the_design_cards() -> None:
+    card = {"kimi_proxy.py", "requirements.txt", "README.md", "tests", "systemd", "Makefile"}
+    assert {name.split("/")[0] for name in tracked_files() if not name.startswith(".")} <= card
+
+
+def test_no_file_names_a_path_of_the_machine_it_was_made_on() -> None:
+    pattern = re.compile(rb"(?<![\w.])/(?:work|root)/\w|shared/\w+\.md")
+    found = {name for name in tracked_files() if pattern.search((ROOT / name).read_bytes())}
+    assert not found
+
+
+def test_every_test_file_is_of_a_section_or_goes_across() -> None:
+    words = {title.split()[0].lower() for title in TITLES.values()}
+    names = {path.stem.removeprefix("test_") for path in Path(__file__).parent.glob("test_*.py")}
+    assert names <= words | ACROSS

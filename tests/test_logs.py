@@ -1,0 +1,89 @@
+"""Section 4: what a log line shows, and what it never does."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+import pytest
+
+from kimi_proxy import Metrics, RedactingFormatter, configure_logging, logger, render_traceback, request_id
+
+JWT = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJhIn0.c2lnbmF0dXJl"
+
+
+def line(name: str, message: str, *arguments: object, error: BaseException | None = None) -> str:
+    exc_info = (type(error), error, error.__traceback__) if error is not None else None
+    record = logging.LogRecord(name, logging.ERROR, "f", 1, message, arguments, exc_info)
+    return RedactingFormatter().format(record)
+
+
+def caught(secret: str) -> BaseException:
+    try:
+        try:
+            raise ValueError(secret)
+        except ValueError as error:
+            raise RuntimeError(f"again {secret}") from error
+    except RuntimeError as error:
+        return error
+
+
+def test_a_line_has_time_level_request_and_words() -> None:
+    token = request_id.set("abc123")
+    try:
+        text = line("kimi_proxy", "hello %s", "you")
+    finally:
+        request_id.reset(token)
+    assert text.endswith(" error [abc123] hello you") and text[:2] == "20"
+
+
+def test_a_traceback_shows_places_and_classes_and_no_message() -> None:
+    text = line("kimi_proxy", "failed", error=caught("sesame"))
+    assert "ValueError" in text and "RuntimeError" in text and "test_logs.py" in text
+    assert "sesame" not in text
+    assert render_traceback(caught("sesame"))[0] == "builtins.ValueError"
+
+
+def test_lines_of_other_packages_lose_their_values() -> None:
+    text = line("aiohttp.server", "Error handling request from %s", "sesame", error=caught("sesame"))
+    assert "Error handling request from" in text and "sesame" not in text
+    assert "sesame" not in line("asyncio", "Task exception was never retrieved: %r", "sesame")
+
+
+def test_what_looks_like_a_secret_is_redacted_in_our_lines_too() -> None:
+    assert JWT not in line("kimi_proxy", "token %s", JWT)
+
+
+@pytest.fixture
+def keep_logging() -> object:
+    root = logging.getLogger()
+    before = (root.handlers[:], root.level, logger.level)
+    yield
+    root.handlers[:], root.level = before[0], before[1]
+    logger.setLevel(before[2])
+    logging.captureWarnings(False)
+
+
+@pytest.mark.usefixtures("keep_logging")
+def test_all_logging_goes_through_the_formatter(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging("info")
+    logging.getLogger("aiohttp.server").error("head %s", "sesame")
+    logger.debug("not shown")
+    logger.info("shown")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        logging.captureWarnings(True)
+        warnings.warn("sesame", UserWarning, stacklevel=1)
+    text = capsys.readouterr().err
+    assert "shown" in text and "not shown" not in text and "head" in text
+    assert "sesame" not in text
+
+
+def test_metrics_count_by_name_and_labels() -> None:
+    metrics = Metrics()
+    metrics.count("a")
+    metrics.count("a", 2)
+    metrics.count("a", step="x", kind="y")
+    assert metrics.value("a") == 3
+    assert metrics.value("a", kind="y", step="x") == 1
+    assert metrics.value("b") == 0

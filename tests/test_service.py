@@ -1,0 +1,196 @@
+"""Section 16: the program, as a person starts and stops it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pty
+import re
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from conftest import bearer, chat_body
+from kimi_simulator import HELLO, Simulator
+
+PROGRAM = [sys.executable, "-W", "error", str(Path(__file__).parent.parent / "kimi_proxy.py")]
+PIPE = asyncio.subprocess.PIPE
+
+
+async def run(*arguments: str, text: str | None = None, **environment: str) -> tuple[int, str, str]:
+    """Run the program to its end: exit status, standard output, standard error."""
+    process = await asyncio.create_subprocess_exec(
+        *PROGRAM,
+        *arguments,
+        stdin=PIPE if text is not None else asyncio.subprocess.DEVNULL,
+        stdout=PIPE,
+        stderr=PIPE,
+        env={**clean_environment(), **environment},
+    )
+    out, err = await asyncio.wait_for(process.communicate(text.encode() if text is not None else None), 20)
+    return process.returncode or 0, out.decode(), err.decode()
+
+
+def clean_environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith(("KIMI_", "PROXY_"))}
+
+
+class Running:
+    """A proxy as a process of its own."""
+
+    def __init__(self, process: asyncio.subprocess.Process, url: str, first_line: str) -> None:
+        self.process = process
+        self.url = url
+        self.first_line = first_line
+
+    async def stop(self, number: int = signal.SIGTERM) -> tuple[int, str]:
+        """Send the signal; exit status and log."""
+        self.process.send_signal(number)
+        _, err = await asyncio.wait_for(self.process.communicate(), 20)
+        return self.process.returncode or 0, err.decode()
+
+
+@pytest.fixture
+async def service(simulator: Simulator) -> AsyncIterator[Running]:
+    """The proxy, started as the README says."""
+    environment = {"KIMI_BASE_URL": simulator.url, "PROXY_PORT": "0", "PROXY_DRAIN_SECONDS": "0.3"}
+    process = await asyncio.create_subprocess_exec(
+        *PROGRAM, stdout=PIPE, stderr=PIPE, env={**clean_environment(), **environment}
+    )
+    assert process.stdout is not None
+    line = (await asyncio.wait_for(process.stdout.readline(), 20)).decode()
+    found = re.search(r"http://127\.0\.0\.1:\d+", line)
+    assert found is not None, line
+    running = Running(process, found[0], line)
+    yield running
+    if process.returncode is None:
+        await running.stop(signal.SIGKILL)
+
+
+async def test_a_good_start_prints_the_base_url_and_a_signal_ends_it_with_0(service: Running) -> None:
+    assert re.search(r"http://127\.0\.0\.1:\d+/v1$", service.first_line.strip())
+    status, log = await service.stop()
+    assert status == 0 and "Traceback" not in log
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_at_a_signal_streams_are_told_and_removals_finished(
+    simulator: Simulator, service: Running, http: aiohttp.ClientSession, number: int
+) -> None:
+    token = simulator.token("long", "stall=6")
+    async with http.post(
+        service.url + "/v1/chat/completions", json=chat_body(stream=True), headers=bearer(token)
+    ) as response:
+        await response.content.readuntil(b"\n\n")
+        stopping = asyncio.create_task(service.stop(number))
+        rest = (await response.read()).decode()
+    status, log = await stopping
+    assert status == 0, log
+    assert '"shutting_down"' in rest and "[DONE]" not in rest
+    assert simulator.account(token).settled
+    assert token not in log and simulator.account(token).access_tokens[0] not in log
+
+
+async def test_a_port_in_use_stops_the_start_with_one_line() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        status, out, err = await run("--port", str(taken.getsockname()[1]))
+    assert status == 2 and out == ""
+    assert len(err.strip().splitlines()) == 1 and "in use" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "names"),
+    [
+        (["--port", "x"], {}, "--port"),
+        ([], {"KIMI_PROTOCOL": "x"}, "KIMI_PROTOCOL"),
+        (["--host", "300.1.1.1"], {}, "300.1.1.1"),
+    ],
+)
+async def test_a_bad_setting_stops_the_start_with_one_line(
+    arguments: list[str], environment: dict[str, str], names: str
+) -> None:
+    status, _, err = await run(*arguments, **{"PROXY_PORT": "0", **environment})
+    assert status == 2 and names in err and len(err.strip().splitlines()) == 1
+
+
+async def test_help_and_version() -> None:
+    status, out, _ = await run("--help")
+    assert status == 0 and "PROXY_PORT" in out and "ask" in out
+    status, out, _ = await run("--version")
+    assert status == 0 and re.fullmatch(r"kimi_proxy \d+\.\d+\.\d+\n", out)
+
+
+async def test_ask_prints_the_answer(simulator: Simulator, proxy: str) -> None:
+    token = simulator.token("hello")
+    assert await run("ask", "hi", "--url", proxy, KIMI_REFRESH_TOKEN=token) == (0, HELLO + "\n", "")
+
+
+async def test_ask_shows_hits_as_they_come(simulator: Simulator, proxy: str) -> None:
+    status, out, _ = await run("ask", "hi", "--url", f"{proxy}/v1/", KIMI_REFRESH_TOKEN=simulator.token("search"))
+    assert status == 0 and out.startswith("检索 Kimi 首页(") and out.endswith("助手。\n")
+
+
+async def test_ask_appends_what_comes_from_a_pipe(simulator: Simulator, proxy: str) -> None:
+    token = simulator.token("echo")
+    status, out, _ = await run("ask", "sum", "up:", "--url", proxy, text="a text\n", KIMI_REFRESH_TOKEN=token)
+    assert (status, out) == (0, "user:sum up:\na text\n\n")
+
+
+@pytest.mark.parametrize(
+    ("faults", "says"),
+    [
+        (("unauthorized-always=refresh",), "Kimi refused this refresh token"),
+        (("status=ask:500",), "ordered status 500"),
+        (("cut=5",), "broke"),
+    ],
+)
+async def test_ask_shows_a_failure_and_ends_with_1(
+    simulator: Simulator, proxy: str, faults: tuple[str, ...], says: str
+) -> None:
+    token = simulator.token("hello", *faults)
+    status, _, err = await run("ask", "hi", "--url", proxy, KIMI_REFRESH_TOKEN=token)
+    assert status == 1 and says in err and token not in err and "Traceback" not in err
+
+
+async def test_ask_says_what_is_missing() -> None:
+    status, _, err = await run("ask", "hi")
+    assert status == 2 and "KIMI_REFRESH_TOKEN" in err
+    status, _, err = await run("ask", KIMI_REFRESH_TOKEN="x")
+    assert status == 2 and "question" in err
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        status, _, err = await run("ask", "hi", "--url", url, KIMI_REFRESH_TOKEN="x")
+    assert status == 1 and "running" in err
+
+
+async def test_ask_in_a_terminal_shows_a_moving_mark_and_takes_it_away(simulator: Simulator, proxy: str) -> None:
+    ours, theirs = pty.openpty()
+    process = await asyncio.create_subprocess_exec(
+        *PROGRAM,
+        *("ask", "hi", "--url", proxy),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=PIPE,
+        env={**clean_environment(), "KIMI_REFRESH_TOKEN": simulator.token("quiet")},
+    )
+    os.close(theirs)
+    try:
+        assert await asyncio.wait_for(process.wait(), 20) == 0
+        shown = os.read(ours, 65_536).decode()
+    finally:
+        os.close(ours)
+        await process.communicate()
+    assert "\r|" in shown and "\r \rlate" in shown
+
+
+def test_the_file_has_its_licence_line() -> None:
+    head: Any = Path(PROGRAM[-1]).read_text("utf-8").splitlines()[:3]
+    assert "# SPDX-License-Identifier: MIT" in head

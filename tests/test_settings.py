@@ -1,0 +1,70 @@
+"""Section 2: each setting by variable and by flag, and one clear line for a bad one."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+
+from kimi_proxy import Settings, SettingsError, make_option_parser, option_flag, render_default
+
+VARIABLES = [option.metadata["variable"] for option in fields(Settings)]
+
+
+def test_defaults_are_those_that_are_promised() -> None:
+    settings = Settings.load({})
+    assert (settings.host, settings.port, settings.base_url) == ("127.0.0.1", 8000, "https://kimi.moonshot.cn")
+    assert (settings.protocol, settings.use_search, settings.cors_origins) == ("classic", True, ("*",))
+    assert (settings.call_seconds, settings.silence_seconds, settings.answer_seconds) == (15, 120, 1800)
+    assert (settings.token_seconds, settings.first_comment_seconds, settings.comment_seconds) == (300, 20, 15)
+
+
+GOOD = {
+    "PROXY_HOST": ("0.0.0.0", "0.0.0.0"),
+    "PROXY_PORT": ("0", 0),
+    "KIMI_BASE_URL": ("http://127.0.0.1:8010/", "http://127.0.0.1:8010"),
+    "KIMI_PROTOCOL": ("Classic", "classic"),
+    "KIMI_USE_SEARCH": ("no", False),
+    "PROXY_CORS_ORIGINS": ("https://a.example, https://b.example", ("https://a.example", "https://b.example")),
+    "PROXY_LOG_LEVEL": ("DEBUG", "debug"),
+    "PROXY_MAX_BODY_MB": ("1", 1),
+    "PROXY_MAX_ACCOUNTS": ("5", 5),
+} | {variable: ("2.5", 2.5) for variable in VARIABLES if variable.endswith("_SECONDS")}
+BAD = {
+    "PROXY_PORT": ["x", "-1", "65536", "", "8000.5"],
+    "KIMI_BASE_URL": ["kimi.com", "ftp://kimi.com", "https://", "https://kimi.com?x=1"],
+    "KIMI_PROTOCOL": ["grpc"],
+    "KIMI_USE_SEARCH": ["maybe", ""],
+    "PROXY_LOG_LEVEL": ["loud"],
+    "PROXY_MAX_BODY_MB": ["0", "1e9"],
+    "PROXY_MAX_ACCOUNTS": ["0"],
+} | {variable: ["x", "nan", "inf", "-1"] for variable in VARIABLES if variable.endswith("_SECONDS")}
+
+
+def test_every_setting_has_a_case_here() -> None:
+    assert set(GOOD) == set(VARIABLES)
+
+
+@pytest.mark.parametrize("variable", GOOD)
+def test_a_setting_by_variable_by_flag_and_the_flag_wins(variable: str) -> None:
+    text, value = GOOD[variable]
+    (name,) = [option.name for option in fields(Settings) if option.metadata["variable"] == variable]
+    assert getattr(Settings.load({variable: text}), name) == value
+    assert getattr(Settings.load({variable: "nonsense"}, [option_flag(variable), text]), name) == value
+
+
+@pytest.mark.parametrize(("variable", "text"), [(variable, text) for variable, texts in BAD.items() for text in texts])
+def test_a_bad_value_is_one_line_that_names_it(variable: str, text: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        Settings.load({variable: text})
+    assert str(caught.value).startswith(f"{variable}=") and "\n" not in str(caught.value)
+    with pytest.raises(SettingsError, match=option_flag(variable)):
+        Settings.load({}, [f"{option_flag(variable)}={text}"])
+
+
+def test_help_shows_every_flag_with_its_default_and_variable() -> None:
+    text = " ".join(make_option_parser().format_help().split())
+    for option in fields(Settings):
+        assert option_flag(option.metadata["variable"]) in text
+        assert option.metadata["variable"] in text
+        assert f"(default {render_default(option.default)}" in text.replace("- ", "-")
