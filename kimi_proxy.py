@@ -1080,7 +1080,7 @@ def make_chat_reply(request: ChatRequest, created: int) -> Reply:
 # by one ticker: a timer for each stream and read would cost more than the stream's own work.
 
 
-_Result = TypeVar("_Result")
+Result = TypeVar("Result")
 
 
 class BackgroundTasks:
@@ -1092,7 +1092,7 @@ class BackgroundTasks:
     def __len__(self) -> int:
         return len(self._tasks)
 
-    def start(self, work: Coroutine[Any, Any, _Result], what: str) -> asyncio.Task[_Result]:
+    def start(self, work: Coroutine[Any, Any, Result], what: str) -> asyncio.Task[Result]:
         """A task that runs `work`; `what` names it in the log, should it fail."""
         task = asyncio.get_running_loop().create_task(work, name=what)
         self._tasks.add(task)
@@ -1486,7 +1486,7 @@ class Calls:
                 ) as response:
                     return await self._parse(response, step)
 
-    async def _with_token(self, account: Account, once: Callable[[str], Awaitable[_Result]]) -> _Result:
+    async def _with_token(self, account: Account, once: Callable[[str], Awaitable[Result]]) -> Result:
         token = await self._accounts.access_token(account)
         try:
             return await once(token)

@@ -51,7 +51,8 @@ def defined_names(node: ast.stmt) -> list[str]:
             return [target.id for target in targets if isinstance(target, ast.Name)]
         case ast.AnnAssign(target=ast.Name(id=name)):
             return [name]
-    return []
+        case _:
+            return []
 
 
 def read_sections(source: str) -> list[Section]:

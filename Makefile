@@ -1,0 +1,56 @@
+# `make help` lists the targets. Needs Python 3.11 or later and make; everything else is put into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PURE := tests/test_wire.py tests/test_events.py tests/test_answers.py tests/test_requests.py tests/test_replies.py \
+	tests/test_errors.py tests/test_settings.py tests/test_logs.py tests/test_layout.py
+
+.DEFAULT_GOAL := help
+.PHONY: help demo run test check lint toc golden trace clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/run.stamp ## see the proxy answer, with a simulator in place of Kimi: no token needed
+	@$(RUN) tests/demo.py
+
+run: $(VENV)/run.stamp ## start the proxy on this machine
+	@$(RUN) kimi_proxy.py
+
+test: $(VENV)/test.stamp ## run all tests
+	PYTHONASYNCIODEBUG=1 $(RUN) -W error -m pytest
+
+check: lint ## lint, layout and the pure tests: seconds
+	$(RUN) -W error -m pytest $(PURE)
+
+lint: $(VENV)/test.stamp ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+toc: $(VENV)/run.stamp ## print the module's sections with their lengths
+	@$(RUN) tests/toc.py
+
+golden: $(VENV)/run.stamp ## rewrite the events expected of the recorded streams in tests/wire
+	@PYTHONPATH=. $(RUN) tests/golden.py
+
+trace: $(VENV)/run.stamp ## FILE=tests/wire/…: print frames and events of a recorded stream
+	@PYTHONPATH=. $(RUN) tests/trace.py $(FILE)
+
+clean: ## remove the virtual environment and all caches
+	rm -rf $(VENV) .cache .hypothesis .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/run.stamp: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "kimi_proxy needs Python 3.11 or later; name it with: make PYTHON=python3.12 …" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+		|| { echo "Python's venv is missing; on Debian and Raspberry Pi OS: sudo apt install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/test.stamp: $(VENV)/run.stamp tests/requirements.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
+	@touch $@
