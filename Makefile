@@ -7,10 +7,10 @@ PURE := tests/test_wire.py tests/test_events.py tests/test_answers.py tests/test
 	tests/test_errors.py tests/test_settings.py tests/test_logs.py tests/test_layout.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test check lint toc golden trace clean
+.PHONY: help demo run test test-lowest check lint toc golden trace clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/run.stamp ## see the proxy answer, with a simulator in place of Kimi: no token needed
 	@$(RUN) tests/demo.py
@@ -20,6 +20,14 @@ run: $(VENV)/run.stamp ## start the proxy on this machine
 
 test: $(VENV)/test.stamp ## run all tests
 	PYTHONASYNCIODEBUG=1 $(RUN) -W error -m pytest
+
+test-lowest: $(VENV)/test.stamp ## run all tests with the oldest packages that requirements.txt admits
+	rm -rf $(VENV)/lowest
+	$(PYTHON) -m venv $(VENV)/lowest
+	sed -E 's/>=([0-9.]+).*/==\1/' requirements.txt > $(VENV)/lowest/requirements.txt
+	$(VENV)/lowest/bin/python -m pip install --quiet --disable-pip-version-check \
+		-r $(VENV)/lowest/requirements.txt -r tests/requirements.txt
+	$(VENV)/lowest/bin/python -W error -m pytest
 
 check: lint ## lint, layout and the pure tests: seconds
 	$(RUN) -W error -m pytest $(PURE)

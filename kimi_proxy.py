@@ -682,12 +682,13 @@ Event = Opened | Text | SearchHit | Finished
 class ClassicAnswer:
     """The events of one classic answer, from its server-sent events [ref].
 
-    `ended` tells that the service said the end: what still comes is of no interest. `kinds` counts the frames by kind.
+    `ended` tells that the service said the end: what still comes is of no interest. `kind` is the last frame's, for a
+    debug line.
     """
 
     def __init__(self) -> None:
         self.ended = False
-        self.kinds: dict[str, int] = {}
+        self.kind = ""
         self._has_text = False
         self._cut_short = False
         self._high_half = ""
@@ -706,8 +707,7 @@ class ClassicAnswer:
             raise ProxyError("answer_broken", "an event of Kimi's stream is no JSON object")
         if isinstance(value.get("error_type"), str):
             raise error_of_reply(200, value, "answer")
-        kind = str(value.get("event"))[:40]
-        self.kinds[kind] = self.kinds.get(kind, 0) + 1
+        kind = self.kind = str(value.get("event"))[:40]
         if kind == "cmpl":
             return self._take_text(value.get("text"))
         if kind == "search_plus":
@@ -1654,7 +1654,6 @@ class Asking:
                 await send(events)
             if failure is not None:
                 raise failure
-        logger.debug("< answer ended, frames: %s", answer.kinds)
 
     @asynccontextmanager
     async def _conversation(self, account: Account) -> AsyncIterator[_Conversation]:
@@ -1717,6 +1716,8 @@ def _read_piece(piece: bytes, parser: SSEParser, answer: ClassicAnswer) -> tuple
             return answer.finish(), None
         for frame in parser.feed(piece):
             events += answer.feed(frame)
+            if logger.isEnabledFor(logging.DEBUG):
+                logger.debug("< %s, %d characters", quote_words(answer.kind), len(frame.data))
     except WireError as error:
         return events, ProxyError("answer_broken", f"Kimi's stream cannot be read: {error}")
     except ProxyError as error:

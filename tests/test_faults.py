@@ -277,15 +277,18 @@ async def test_a_removal_that_fails_is_logged_and_never_seen(
     assert simulator.account(token).count("remove") == 1
 
 
-async def leave(url: str, token: str, when: Any, *, reset: bool) -> None:
-    """Send a request, and close the connection as soon as `when` is done."""
+async def leave(url: str, token: str, when: Any, how: str) -> None:
+    """Send a request, and go away as soon as `when` is done: the connection closed, reset, or closed on our side."""
     host, port = url.removeprefix("http://").split(":")
-    _, writer = await asyncio.open_connection(host, int(port))
+    reader, writer = await asyncio.open_connection(host, int(port))
     body = json.dumps(chat_body("whisper", stream=True)).encode()
     head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nContent-Length: {len(body)}\r\n\r\n"
     writer.write(head.encode() + body)
     await when
-    if reset:
+    if how == "half-closed":
+        writer.write_eof()
+        await asyncio.wait_for(reader.read(), 5)
+    if how == "reset":
         raw = writer.get_extra_info("socket")
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.close()
@@ -301,10 +304,10 @@ LEAVING: dict[str, tuple[tuple[str, ...], str]] = {
 }
 
 
-@pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
+@pytest.mark.parametrize("how", ["closed", "reset", "half-closed"])
 @pytest.mark.parametrize("name", LEAVING)
 async def test_a_client_that_goes_away_stops_the_answer_and_leaves_no_conversation(
-    simulator: Simulator, proxy: str, name: str, reset: bool
+    simulator: Simulator, proxy: str, name: str, how: str
 ) -> None:
     faults, step = LEAVING[name]
     token = simulator.token("long", *faults)
@@ -313,7 +316,7 @@ async def test_a_client_that_goes_away_stops_the_answer_and_leaves_no_conversati
     def reached() -> bool:
         return account.streams_open == 1 if step == "stream" else account.count(step) == 1
 
-    await leave(proxy, token, simulator.wait_until(reached), reset=reset)
+    await leave(proxy, token, simulator.wait_until(reached), how)
     if step in ("ask", "stream"):
         await simulator.wait_until(lambda: account.streams_open == 0, 1.0)
     if step == "open":

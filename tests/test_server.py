@@ -376,6 +376,7 @@ async def test_each_request_is_one_line_and_no_secret_is_in_the_log(
     account = await simulator.settle(token)
     (line,) = [line for line in log_lines.lines if "POST" in line and request_id in line and " 200 " in line]
     assert CHAT in line and "chunks=" in line and "upstream=" in line and "s " in line
+    assert any("< cmpl, " in line and " characters" in line and request_id in line for line in log_lines.lines)
     assert any("upstream=500" in line and "service_failed" in line for line in log_lines.lines)
     for secret in (token, *account.access_tokens, "whisper", "in-query", HELLO, HELLO[:8]):
         assert secret not in log_lines.text
