@@ -7,14 +7,16 @@ with the user's own refresh token (the *account*), and answer in the client's fo
 
     client ──HTTP──▶ handler ─▶ ChatRequest ─▶ merged text
                                                     │
-                 Account (token cache) ◀── Asking ──┤  Classic: open, ask, remove
+                 Account (token cache) ◀── Asking ──┤  Classic or Connect: open, ask, remove
                                                     │  bytes, as the network cut them
-                                          SSEParser │  frames
-                                      ClassicAnswer │  events (Text, SearchHit, … Finished)
+                         SSEParser / EnvelopeParser │  frames
+                      ClassicAnswer / ConnectAnswer │  events (Text, Thinking, SearchHit, … Finished)
+                                          citations │  events
     client ◀── StreamResponse ◀── reply encoder ◀───┘
 
-Two seams carry the design, and both are plain values: *events* (whatever Kimi says) and *reply encoders* (whatever
-form the client wants). Sections 5 to 10 do no I/O and read no clock; each section knows only what stands above it.
+Two seams carry the design, and both are plain values: *events* (whatever Kimi says, in either dialect) and *reply
+encoders* (whatever form the client wants). Sections 5 to 10 do no I/O and read no clock; each section knows only what
+stands above it.
 
 Run it with ``python kimi_proxy.py``; ``--help`` lists the settings, ``ask "question"`` is a terminal client. To read
 it, start at ``Asking`` in section 14, through which every chat goes, then ``_chat_completions`` in section 15. What is
@@ -26,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import hashlib
 import json
 import logging
@@ -36,10 +39,11 @@ import signal
 import sys
 import time
 import traceback
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import cycle
 from json.encoder import encode_basestring
@@ -50,7 +54,7 @@ from aiohttp import web, web_protocol
 from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
-__version__: Final = "1.0.0"
+__version__: Final = "1.1.0"
 
 
 # ==== 2. Settings ===========================================================
@@ -136,14 +140,30 @@ class Settings:
     port: int = _option("PROXY_PORT", 8000, _whole(0, 65_535), "", "port to listen on; 0 takes a free one")
     base_url: str = _option(
         "KIMI_BASE_URL",
-        "https://kimi.moonshot.cn",
+        "",
         _web_address,
         "",
-        "base URL of the service",
+        "base URL of the service; empty: https://kimi.moonshot.cn for classic, https://www.kimi.com for connect",
     )
-    protocol: str = _option("KIMI_PROTOCOL", "classic", _one_of("classic"), "", "protocol of the service")
+    auth_url: str = _option(
+        "KIMI_AUTH_URL", "https://auth.kimi.com", _web_address, "", "base URL of the newer token refresh"
+    )
+    protocol: str = _option(
+        "KIMI_PROTOCOL",
+        "auto",
+        _one_of("auto", "classic", "connect"),
+        "",
+        "auto, classic or connect; auto starts with classic and moves on when that is retired",
+    )
     use_search: bool = _option(
         "KIMI_USE_SEARCH", True, _yes_or_no, "", "search the web where neither request nor model says"
+    )
+    sources: str = _option(
+        "KIMI_SOURCES",
+        "text",
+        _one_of("text", "annotations", "none"),
+        "",
+        "how search hits are shown: text (in the answer, and as annotations), annotations, or none",
     )
     cors_origins: tuple[str, ...] = _option(
         "PROXY_CORS_ORIGINS", ("*",), _words, "", "web origins whose pages may call, by comma; * is any"
@@ -284,6 +304,9 @@ FAILURES: Final[Mapping[str, Failure]] = {
         "Kimi refused this refresh token. Log in at the Kimi web page and copy a new one: browser developer tools, "
         "Application, Local Storage, refresh_token",
     ),
+    "token_expired": Failure(
+        401, _AUTHENTICATION, -2002, "this access token has expired; send a refresh token, which renews itself"
+    ),
     "not_found": Failure(404, _REQUEST, -2000, "there is nothing at this path"),
     "method_not_allowed": Failure(405, _REQUEST, -2000, "this path does not take that method"),
     "body_broken": Failure(400, _REQUEST, -2000, "the encoding of the body is broken"),
@@ -364,6 +387,14 @@ class ProxyError(Exception):
         )
 
 
+class RetirementSign(ProxyError):
+    """The service answered a call as one that is retired would."""
+
+
+class StaleToken(ProxyError):
+    """The service said within an answer that the access token is dead."""
+
+
 def render_error(error: ProxyError) -> dict[str, Any]:
     """OpenAI's error object, with the reference's `code` and `message` beside it [ref]."""
     return {
@@ -430,11 +461,20 @@ class Metrics:
 
     def __init__(self) -> None:
         self.counts: dict[tuple[str, tuple[tuple[str, str], ...]], int] = {}
+        self._told: set[tuple[str, str]] = set()
 
     def count(self, name: str, amount: int = 1, **labels: str) -> None:
         """Add `amount` to the counter `name`."""
         key = (name, tuple(sorted(labels.items())))
         self.counts[key] = self.counts.get(key, 0) + amount
+
+    def tell_once(self, what: str, name: str) -> None:
+        """Count an oddity of the service, and log it the first time that this `name` is seen (1,000 at most)."""
+        self.count("kimi_proxy_unknown_total", what=what)
+        short = quote_words(name)[:60]
+        if (what, short) not in self._told and len(self._told) < 1000:
+            self._told.add((what, short))
+            logger.warning("! unknown %s from the service, passed over: %s", what, short)
 
     def value(self, name: str, **labels: str) -> int:
         """What the counter stands at."""
@@ -586,6 +626,103 @@ def encode_sse(data: str, event: str = "") -> bytes:
     return f"{head}{lines}\n".encode()
 
 
+class Envelope:
+    """One message of a Connect stream: its `flags` byte and its `payload`, already inflated."""
+
+    __slots__ = ("flags", "payload")
+
+    def __init__(self, flags: int, payload: bytes) -> None:
+        self.flags = flags
+        self.payload = payload
+
+    @property
+    def end_stream(self) -> bool:
+        """Whether this is the last envelope: flag 0x02 [2+]; some saw 0x80 [open]."""
+        return bool(self.flags & 0x82)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Envelope) and (self.flags, self.payload) == (other.flags, other.payload)
+
+    def __hash__(self) -> int:
+        return hash((self.flags, self.payload))
+
+    def __repr__(self) -> str:
+        return f"Envelope({self.flags:#04x}, {len(self.payload)} bytes)"
+
+
+class EnvelopeParser:
+    """Parser of Connect's stream envelopes (Connect protocol, "Streaming RPCs"): 1 byte flags, 4 bytes big-endian
+    length, payload.
+
+    A compressed payload (flag 0x01) is inflated as gzip. `limit_bytes` bounds a payload, announced or inflated;
+    beyond it `feed` raises `WireError`, after the envelopes before it were returned.
+    """
+
+    def __init__(self, limit_bytes: int = 4_194_304) -> None:
+        self.limit_bytes = limit_bytes
+        self._buffer = bytearray()
+        self._error: WireError | None = None
+
+    def feed(self, data: bytes) -> list[Envelope]:
+        """The envelopes that `data` completed, in order. Raises `WireError` for what cannot be one."""
+        if self._error is not None:
+            raise self._error
+        buffer: bytes | bytearray = data
+        if self._buffer:
+            self._buffer += data
+            buffer = self._buffer
+        envelopes: list[Envelope] = []
+        start, size = 0, len(buffer)
+        try:
+            while size - start >= 5:
+                end = start + 5 + int.from_bytes(buffer[start + 1 : start + 5], "big")
+                if end - start - 5 > self.limit_bytes:
+                    raise WireError(f"an envelope of more than {self.limit_bytes} bytes")
+                if end > size:
+                    break
+                envelopes.append(self._open(buffer[start], bytes(buffer[start + 5 : end])))
+                start = end
+        except WireError as error:
+            self._error = error
+            if not envelopes:
+                raise
+            return envelopes
+        if buffer is self._buffer:
+            del self._buffer[:start]
+        elif start < size:
+            self._buffer += data[start:]
+        return envelopes
+
+    def finish(self) -> None:
+        """Say that the input ended. Raises `WireError` in the middle of an envelope, and what `feed` had yet to."""
+        if self._error is not None:
+            raise self._error
+        if self._buffer:
+            raise WireError("the stream ended in the middle of an envelope")
+
+    def _open(self, flags: int, payload: bytes) -> Envelope:
+        if flags & 0x01 and payload:
+            payload = inflate_gzip(payload, self.limit_bytes)
+        return Envelope(flags, payload)
+
+
+def inflate_gzip(data: bytes, limit_bytes: int) -> bytes:
+    """What gzip `data` inflates to. Raises `WireError` when it is not gzip, or becomes longer than `limit_bytes`."""
+    inflater = zlib.decompressobj(wbits=31)
+    try:
+        inflated = inflater.decompress(data, limit_bytes + 1)
+    except zlib.error:
+        raise WireError("a compressed envelope that is not gzip") from None
+    if len(inflated) > limit_bytes or not inflater.eof:
+        raise WireError("a compressed envelope that is cut or too large")
+    return inflated
+
+
+def encode_envelope(payload: bytes, flags: int = 0) -> bytes:
+    """One envelope as bytes."""
+    return bytes((flags,)) + len(payload).to_bytes(4, "big") + payload
+
+
 def _refuse_constant(name: str) -> NoReturn:
     raise WireError(f"{name} is no JSON")
 
@@ -622,17 +759,22 @@ def encode_json(value: object) -> str:
 
 # ==== 6. Events =============================================================
 #
-# Whatever Kimi says becomes one small closed set of values; nothing after this point asks how it was said. The
-# commonest is a plain slotted class, which is cheaper to make than a frozen dataclass.
+# Whatever Kimi says, in either dialect, becomes one small closed set of values. Nothing after this point asks which
+# dialect spoke; `Opened.hits_inline` alone tells how its search hits are shown. The commonest are plain slotted
+# classes, which are cheaper to make than frozen dataclasses.
 
 FinishReason = Literal["stop", "length", "content_filter"]
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The conversation exists: always the first event of an answer."""
+    """The conversation exists: always the first event of an answer.
+
+    `hits_inline`: search hits are shown in the reference's words; else as a numbered list at the end, in `Sources`.
+    """
 
     conversation_id: str
+    hits_inline: bool
 
 
 class Text:
@@ -644,24 +786,46 @@ class Text:
         self.text = text
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Text) and other.text == self.text
+        return type(other) is type(self) and other.text == self.text
 
     def __hash__(self) -> int:
-        return hash(("Text", self.text))
+        return hash((type(self), self.text))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self.text)} characters)"
 
 
+class Thinking(Text):
+    """A piece of what the model thought before it answered, never empty."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class SearchHit:
-    """A page that the service's search found."""
+    """A page that the service's search found. `key` is the service's name for it (`web_search:1#2`), or empty."""
 
     title: str
     url: str
+    key: str = ""
 
     def __repr__(self) -> str:
         return f"SearchHit({len(self.title)} characters)"
+
+
+@dataclass(frozen=True, slots=True)
+class Citation:
+    """A place in the text that cites a hit, shown as `[number]`. Stands in order between the texts around it."""
+
+    number: int
+    hit: SearchHit
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """All hits of an answer whose hits are listed at its end, each once; the first is number 1."""
+
+    hits: tuple[SearchHit, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -671,7 +835,8 @@ class Finished:
     reason: FinishReason
 
 
-Event = Opened | Text | SearchHit | Finished
+Event = Opened | Text | Thinking | SearchHit | Citation | Sources | Finished
+
 
 # ==== 7. Answers ============================================================
 #
@@ -679,19 +844,55 @@ Event = Opened | Text | SearchHit | Finished
 # passed over, never a failure. An answer is judged when it ends: without any text it is an error, not an empty success.
 
 
+class TextJoiner:
+    """Joins surrogate pairs that the service cut between two pieces of text [open]."""
+
+    def __init__(self) -> None:
+        self._high_half = ""
+
+    def feed(self, text: object) -> str:
+        """What of `text` can be shown; a high half at its end waits for the next text. Empty for what is no text."""
+        if not isinstance(text, str) or not text:
+            return ""
+        text = self._high_half + text
+        self._high_half = ""
+        if "\ud800" <= text[-1] <= "\udbff":
+            self._high_half, text = text[-1], text[:-1]
+        return join_surrogates(text)
+
+    def finish(self) -> str:
+        """U+FFFD for a half that stayed alone."""
+        rest, self._high_half = self._high_half, ""
+        return "\ufffd" if rest else ""
+
+
+def join_surrogates(text: str) -> str:
+    """`text` with the halves of surrogate pairs joined, and U+FFFD for a half that stays alone."""
+    if text.isascii() or not _SURROGATE.search(text):
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
+
+
 class ClassicAnswer:
     """The events of one classic answer, from its server-sent events [ref].
 
     `ended` tells that the service said the end: what still comes is of no interest. `kind` is the last frame's, for a
-    debug line.
+    debug line. The conversation is known before, so that `Opened` is not among the events.
     """
+
+    done = False
+    oddities: Sequence[tuple[str, str]] = ()
 
     def __init__(self) -> None:
         self.ended = False
         self.kind = ""
         self._has_text = False
         self._cut_short = False
-        self._high_half = ""
+        self._joiner = TextJoiner()
+        self._hits: set[str] = set()
 
     def feed(self, frame: ServerSentEvent) -> list[Event]:
         """What one frame says. Raises `ProxyError`: `answer_broken` for what is no JSON object, `answer_empty`, or what
@@ -706,12 +907,12 @@ class ClassicAnswer:
         if not isinstance(value, dict):
             raise ProxyError("answer_broken", "an event of Kimi's stream is no JSON object")
         if isinstance(value.get("error_type"), str):
-            raise error_of_reply(200, value, "answer")
+            raise error_of_reply(200, value, "asking")
         kind = self.kind = str(value.get("event"))[:40]
         if kind == "cmpl":
             return self._take_text(value.get("text"))
         if kind == "search_plus":
-            return _take_hit(value.get("msg"))
+            return self._take_hit(value.get("msg"))
         if kind == "length":
             self._cut_short = True
         elif kind == "all_done":
@@ -724,44 +925,197 @@ class ClassicAnswer:
         """What the end of the stream means: nothing after `ended`, else an answer that was cut short [ref]."""
         return [] if self.ended else self._end("length")
 
-    def _take_text(self, text: object) -> list[Event]:
-        if not isinstance(text, str) or not text:
-            return []
-        text = self._high_half + text
-        self._high_half = ""
-        if "\ud800" <= text[-1] <= "\udbff":
-            self._high_half, text = text[-1], text[:-1]
+    def _take_text(self, value: object) -> list[Event]:
+        text = self._joiner.feed(value)
         if not text:
             return []
         self._has_text = True
-        return [Text(join_surrogates(text))]
+        return [Text(text)]
 
     def _end(self, reason: FinishReason) -> list[Event]:
         self.ended = True
-        rest: list[Event] = [Text("\ufffd")] if self._high_half else []
+        rest = self._joiner.finish()
         if not rest and not self._has_text and reason != "content_filter":
             raise ProxyError("answer_empty")
-        return [*rest, Finished(reason)]
+        return [*([Text(rest)] if rest else []), Finished(reason)]
+
+    def _take_hit(self, message: object) -> list[Event]:
+        """A search hit, once, from the `msg` of a `search_plus` event; other types of it show nothing [ref]."""
+        hit = make_hit(message) if isinstance(message, dict) and message.get("type") == "get_res" else None
+        if hit is None or hit.url in self._hits:
+            return []
+        self._hits.add(hit.url)
+        return [hit]
 
 
-def _take_hit(message: object) -> list[Event]:
-    """A search hit, from the `msg` of a `search_plus` event; other types of it say nothing that is shown [ref]."""
-    if not isinstance(message, dict) or message.get("type") != "get_res":
-        return []
-    title, url = message.get("title"), message.get("url")
+def make_hit(value: dict[str, Any], key: object = "") -> SearchHit | None:
+    """The hit that an object with `title` and `url` describes; None without a URL."""
+    title, url = value.get("title"), value.get("url")
     if not isinstance(url, str) or not url:
-        return []
-    return [SearchHit(join_surrogates(title) if isinstance(title, str) else url, join_surrogates(url))]
+        return None
+    title = title if isinstance(title, str) and title else url
+    return SearchHit(join_surrogates(title), join_surrogates(url), key if isinstance(key, str) else "")
 
 
-def join_surrogates(text: str) -> str:
-    """`text` with the halves of surrogate pairs joined, and U+FFFD for a half that stays alone."""
-    if text.isascii() or not _SURROGATE.search(text):
-        return text
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+class ConnectAnswer:
+    """The events of one connect answer, from its envelopes [2+].
+
+    `conversation_id` is known once the stream told it; `done` tells that `done` came, after which only an error may
+    follow, and `ended` that the end envelope did. What is not known is passed over, and named in `oddities`.
+    """
+
+    def __init__(self) -> None:
+        self.conversation_id = ""
+        self.done = False
+        self.ended = False
+        self.kind = ""
+        self.oddities: list[tuple[str, str]] = []
+        self._has_text = False
+        self._moderated = False
+        self._thinks = False
+        self._sent: dict[tuple[str, str], list[str]] = {}
+        self._joiners: dict[type[Text], TextJoiner] = {Text: TextJoiner(), Thinking: TextJoiner()}
+        self._hits: set[tuple[str, str]] = set()
+
+    def feed(self, envelope: Envelope) -> list[Event]:
+        """What one envelope says. Raises `ProxyError`: what an error in it says, `answer_empty`, or `answer_broken`."""
+        if self.ended:
+            return []
+        try:
+            value = parse_json(envelope.payload, surrogates=True) if envelope.payload else {}
+        except WireError as error:
+            raise ProxyError("answer_broken", f"a message of Kimi's stream is no JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise ProxyError("answer_broken", "a message of Kimi's stream is no JSON object")
+        if isinstance(value.get("error"), dict):
+            raise error_of_connect(200, value["error"], "asking")
+        if envelope.end_stream:
+            self.kind = "end"
+            return self._end("stop")
+        self.kind = str(value.get("mask") or next(iter(value), ""))[:40]
+        return self._take_object(value)
+
+    def finish(self) -> list[Event]:
+        """What the end of the stream means without its end envelope: after `done` an end, before it a cut."""
+        return [] if self.ended else self._end("stop" if self.done else "length")
+
+    def _end(self, reason: FinishReason) -> list[Event]:
+        self.ended = True
+        events: list[Event] = [kind(rest) for kind, joiner in self._joiners.items() if (rest := joiner.finish())]
+        if self._moderated:
+            reason = "content_filter"
+        if not self._has_text and Text not in map(type, events) and reason != "content_filter":
+            raise ProxyError("answer_empty")
+        return [*events, Finished(reason)]
+
+    def _take_object(self, value: dict[str, Any]) -> list[Event]:
+        events: list[Event] = []
+        operation = value.get("op", "set")
+        for key, part in value.items():
+            if key == "chat":
+                events += self._take_chat(part)
+            elif key == "message":
+                events += self._take_message(part)
+            elif key == "block":
+                events += self._take_block(part, str(operation).lower() == "append")
+            elif key == "done":
+                self.done = True
+            elif key == "op":
+                if operation not in ("set", "append"):
+                    self.oddities.append(("operation", str(operation)))
+            elif key not in _IGNORED_KEYS:
+                self.oddities.append(("message", key))
+        return events
+
+    def _take_chat(self, chat: object) -> list[Event]:
+        identifier = chat.get("id") if isinstance(chat, dict) else None
+        if self.conversation_id or not isinstance(identifier, str) or not _CHAT_ID.fullmatch(identifier):
+            return []
+        self.conversation_id = identifier
+        return [Opened(identifier, hits_inline=False)]
+
+    def _take_message(self, message: object) -> list[Event]:
+        references = message.get("refs") if isinstance(message, dict) else None
+        if not isinstance(references, dict):
+            return []
+        return self._take_hits(references.get("searchChunks")) + self._take_hits(references.get("usedSearchChunks"))
+
+    def _take_block(self, block: object, append: bool) -> list[Event]:
+        events: list[Event] = []
+        if not isinstance(block, dict):
+            return events
+        identifier = str(block.get("id", ""))
+        for key, part in block.items():
+            if key == "text":
+                events += self._take_text(Thinking if self._thinks else Text, identifier, part, append)
+            elif key == "think":
+                events += self._take_text(Thinking, identifier, part, append)
+            elif key == "multiStage":
+                self._take_stage(part)
+            elif key == "tool":
+                events += self._take_hits(part.get("contents") if isinstance(part, dict) else None)
+            elif key == "search":
+                events += self._take_hits(part.get("webPages") if isinstance(part, dict) else None)
+            elif key == "exception":
+                self._take_exception(part)
+            elif key not in _IGNORED_BLOCK_KEYS:
+                self.oddities.append(("block", key))
+        return events
+
+    def _take_text(self, kind: type[Text], identifier: str, part: object, append: bool) -> list[Event]:
+        content = part.get("content") if isinstance(part, dict) else part
+        if not isinstance(content, str) or not content:
+            return []
+        sent = self._sent.setdefault((identifier, kind.__name__), [])
+        if not append and sent:
+            before = "".join(sent)
+            if not content.startswith(before):
+                self.oddities.append(("block", "text set anew, the first kept"))
+                return []
+            content = content[len(before) :]
+        sent.append(content)
+        text = self._joiners[kind].feed(content)
+        if not text:
+            return []
+        self._has_text = self._has_text or kind is Text
+        return [kind(text)]
+
+    def _take_stage(self, part: object) -> None:
+        """The phase in which text carries thinking: from its stage's start to its end."""
+        stages = part.get("stages") if isinstance(part, dict) else None
+        first = stages[0] if isinstance(stages, list) and stages and isinstance(stages[0], dict) else {}
+        if str(first.get("name")).upper() == "STAGE_NAME_THINKING":
+            self._thinks = not str(first.get("status")).upper().endswith(("DONE", "END", "FINISHED", "COMPLETED"))
+
+    def _take_exception(self, part: object) -> None:
+        error = part.get("error") if isinstance(part, dict) else None
+        error = error if isinstance(error, dict) else {}
+        reason = str(error.get("reason"))
+        if any(word in reason.upper() for word in _MODERATION_WORDS):
+            self._moderated = True
+            return
+        code = "resource_exhausted" if "OVERLOAD" in reason.upper() else "internal"
+        raise error_of_connect(200, {"code": code, "message": reason, **error}, "asking")
+
+    def _take_hits(self, values: object) -> list[Event]:
+        events: list[Event] = []
+        for value in values if isinstance(values, list) else []:
+            wrapped = value.get("searchResult", value) if isinstance(value, dict) else None
+            if not isinstance(wrapped, dict):
+                continue
+            base = wrapped.get("base", wrapped)
+            key = wrapped.get("refIndex") or value.get("refIndex") or ""
+            hit = make_hit(base, key) if isinstance(base, dict) else None
+            if hit is not None and (hit.url, hit.key) not in self._hits:
+                self._hits.add((hit.url, hit.key))
+                events.append(hit)
+        return events
 
 
-_SURROGATE: Final = re.compile("[\ud800-\udfff]")
+_CHAT_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_IGNORED_KEYS: Final = frozenset({"mask", "eventOffset", "heartbeat", "messageId", "status", "timestamp"})
+_IGNORED_BLOCK_KEYS: Final = frozenset({"id", "messageId", "parentId", "status", "createTime", "updateTime"})
+_MODERATION_WORDS: Final = ("MODERAT", "SENSITIVE", "SAFETY", "CENSOR", "CONTENT_FILTER")  # none was ever told [open]
 
 
 def error_of_reply(
@@ -769,8 +1123,13 @@ def error_of_reply(
 ) -> ProxyError:
     """The failure that a reply of the service means, by its HTTP `status` and JSON `value`, at `step` [ref].
 
-    A string `error_type` is a failure whatever the status. `words` stand in where `value` has none.
+    A string `error_type` is a failure whatever the status. `words` stand in where `value` has none. An object of the
+    connect dialect, which has `code` instead, means what `error_of_connect` says.
     """
+    if isinstance(value, dict) and isinstance(value.get("error", value), dict):
+        error = value.get("error", value)
+        if isinstance(error.get("code"), str) and "error_type" not in value:
+            return error_of_connect(status, error, step, retry_after_seconds=retry_after_seconds)
     kind = value.get("error_type") if isinstance(value, dict) else None
     message = value.get("message") if isinstance(value, dict) else None
     said = quote_words(message) if isinstance(message, str) and message else quote_words(words)
@@ -786,6 +1145,138 @@ def error_of_reply(
         code = "service_refused" if 400 <= status < 500 else "service_failed"
     wait = retry_after_seconds if code in ("answer_running", "rate_limited") else None
     return ProxyError(code, detail, retry_after_seconds=wait, upstream_status=status)
+
+
+_CONNECT_CODES: Final[Mapping[str, str]] = {
+    "unauthenticated": "token_dead",
+    "resource_exhausted": "rate_limited",
+    "permission_denied": "service_refused",
+    "invalid_argument": "service_refused",
+    "failed_precondition": "service_refused",
+    "not_found": "service_refused",
+    "unavailable": "service_failed",
+    "internal": "service_failed",
+    "unknown": "service_failed",
+}
+
+
+def error_of_connect(
+    status: int, error: Mapping[str, Any], step: str, *, retry_after_seconds: int | None = None
+) -> ProxyError:
+    """The failure that a Connect error object means: `{code, message, details}` [2+]."""
+    name = str(error.get("code", "unknown"))
+    code = _CONNECT_CODES.get(name, "service_failed")
+    words = [error.get("message"), error.get("reason")]
+    details = error.get("details")
+    for detail in details if isinstance(details, list) else []:
+        debug = detail.get("debug") if isinstance(detail, dict) else None
+        if isinstance(debug, dict):
+            localized = debug.get("localizedMessage")
+            words += [debug.get("reason"), localized.get("message") if isinstance(localized, dict) else None]
+    said = quote_words(", ".join(dict.fromkeys(word for word in words if isinstance(word, str) and word)))
+    detail_text = f"{step}: HTTP {status}, {quote_words(name)}" + (f": {said}" if said else "")
+    wait = retry_after_seconds if code == "rate_limited" else None
+    return ProxyError(code, detail_text, retry_after_seconds=wait, upstream_status=status)
+
+
+# ==== 8. Filters ============================================================
+#
+# Events in, events out: what changes an answer on its way. An answer that needs none has an empty chain.
+
+_CITATION: Final = re.compile("\ue3a0cite[\ue3a3\U0001f6e0]([^\ue3a0\ue3a8]{0,500})\ue3a8|\\[\\^([0-9]{1,4})\\^\\]")
+_CITATION_START: Final = re.compile("\ue3a0[^\ue3a8]{0,510}\\Z|\\[(?:\\^(?:[0-9]{1,4}\\^?)?)?\\Z")
+
+
+class Filter(Protocol):
+    """One change of an answer's events."""
+
+    def feed(self, event: Event) -> list[Event]:
+        """What becomes of one event. `Finished` flows through, after all that was held."""
+
+
+class CitationFilter:
+    """Turns the marks by which a text cites hits into `Citation` events, and lists the hits before `Finished` [2+].
+
+    A mark is U+E3A0 `cite` U+E3A3 key … U+E3A8 (U+1F6E0 for U+E3A3 [open]), or the older `[^n^]`. Numbers are given in
+    the order of first use, and the hits that no mark cites follow. A mark without a hit known by then is dropped. Text
+    that may become a mark is held, some 500 characters at most. An answer with inline hits passes unchanged.
+    """
+
+    def __init__(self) -> None:
+        self._inline = False
+        self._held = ""
+        self._hits: dict[str, SearchHit] = {}
+        self._keys: dict[str, str] = {}
+        self._cited: list[str] = []
+
+    def feed(self, event: Event) -> list[Event]:
+        """What becomes of one event."""
+        if isinstance(event, Opened):
+            self._inline = event.hits_inline
+        if self._inline:
+            return [event]
+        match event:
+            case Thinking():
+                return [event]
+            case Text():
+                return self._take_text(event.text)
+            case SearchHit():
+                self._hits.setdefault(event.url, event)
+                if event.key:
+                    self._keys[event.key] = event.url
+                return []
+            case Finished():
+                return [*self._release(), event]
+            case _:
+                return [event]
+
+    def _take_text(self, text: str) -> list[Event]:
+        text = self._held + text
+        held = _CITATION_START.search(text) if "\ue3a0" in text or "[" in text[-8:] else None
+        self._held = "" if held is None else held[0]
+        if held is not None:
+            text = text[: held.start()]
+        return self._split(text)
+
+    def _split(self, text: str) -> list[Event]:
+        events: list[Event] = []
+        at = 0
+        for mark in _CITATION.finditer(text):
+            if mark.start() > at:
+                events.append(Text(text[at : mark.start()]))
+            at = mark.end()
+            urls = self._resolve(mark)
+            events += [Citation(self._number(url), self._hits[url]) for url in urls]
+        if at < len(text):
+            events.append(Text(text[at:]))
+        return events
+
+    def _resolve(self, mark: re.Match[str]) -> list[str]:
+        """The URLs of the known hits that a mark names, each once."""
+        if mark[2] is not None:
+            urls = list(self._hits)
+            number = int(mark[2])
+            return urls[number - 1 : number] if number else []
+        keys = re.split("[\ue3a3\U0001f6e0]", mark[1])
+        return list(dict.fromkeys(self._keys[key] for key in keys if key in self._keys))
+
+    def _number(self, url: str) -> int:
+        if url not in self._cited:
+            self._cited.append(url)
+        return self._cited.index(url) + 1
+
+    def _release(self) -> list[Event]:
+        held, self._held = self._held, ""
+        events: list[Event] = [Text(held)] if held and not held.startswith("\ue3a0") else []
+        urls = [*self._cited, *(url for url in self._hits if url not in self._cited)]
+        return [*events, Sources(tuple(self._hits[url] for url in urls))] if urls else events
+
+
+def apply_filters(filters: Sequence[Filter], events: list[Event]) -> list[Event]:
+    """What the chain of `filters` makes of `events`."""
+    for one in filters:
+        events = [result for event in events for result in one.feed(event)]
+    return events
 
 
 # ==== 9. Requests ===========================================================
@@ -922,11 +1413,104 @@ def wrap_urls(text: str) -> str:
 #
 # Events in, the client's bytes out: one encoder an API shape and form. `feed` takes an event, `finish` ends a good
 # answer, `fail` a bad one, `alive` fills silence. Nothing before this point knows which shape the client speaks.
+# `ShownText` is what the shapes share: how hits, citations and moderation become text and annotations.
 
 MODERATED_SENTENCE: Final = "\n[内容由于不合规被停止生成，我们换个话题吧]"
+_SOURCES_HEAD: Final = "\n\n搜索结果来自：\n"
 _NO_USAGE: Final = '{"prompt_tokens":0,"completion_tokens":0,"total_tokens":0}'
 _NO_CHOICES: Final = '"choices":[]}'
 _LARGEST_TEXT: Final = 8192  # characters in one chunk: some clients take no line beyond 64 KiB
+
+
+class ShownText:
+    """The content that a client is shown, event by event, and OpenAI's `annotations` of it.
+
+    `sources` as KIMI_SOURCES has it: `text`, `annotations` or `none`. Inline hits stand where they arrive in a streamed
+    answer, and in a list at the end of a whole one [ref]; others in a numbered Markdown list at the end.
+    """
+
+    def __init__(self, sources: str, *, streamed: bool) -> None:
+        self.length = 0
+        self.annotations: list[dict[str, Any]] = []
+        self._sources = sources
+        self._streamed = streamed
+        self._inline = False
+        self._after_hits = False
+        self._hits: tuple[SearchHit, ...] = ()
+        self._cited: set[str] = set()
+
+    def feed(self, event: Event) -> str:
+        """The text that `event` adds to the content."""
+        match event:
+            case Thinking():
+                return ""
+            case Text():
+                piece = "\n" + event.text if self._after_hits else event.text
+                self._after_hits = False
+            case SearchHit():
+                piece = self._take_hit(event)
+            case Citation():
+                piece = self._cite(event)
+            case Finished():
+                piece = self._end(event)
+            case Sources():
+                self._hits = event.hits
+                return ""
+            case Opened():
+                self._inline = event.hits_inline
+                return ""
+        self.length += len(piece)
+        return piece
+
+    def _take_hit(self, hit: SearchHit) -> str:
+        if not self._inline:
+            return ""
+        if not self._streamed or self._sources != "text":
+            self._hits = (*self._hits, hit)
+            return ""
+        self._after_hits = True
+        line = f"检索 {hit.title}({hit.url}) ..."
+        self._annotate(hit, self.length, self.length + len(line))
+        return line + "\n"
+
+    def _cite(self, citation: Citation) -> str:
+        if self._sources == "none":
+            return ""
+        self._cited.add(citation.hit.url)
+        mark = f"[{citation.number}]"
+        self._annotate(citation.hit, self.length, self.length + len(mark))
+        return mark
+
+    def _end(self, event: Finished) -> str:
+        piece = ""
+        if event.reason == "content_filter":
+            piece = MODERATED_SENTENCE if self.length else MODERATED_SENTENCE.lstrip()
+        listed = self._hits if self._sources == "text" else ()
+        if listed:
+            piece += _SOURCES_HEAD
+        for number, hit in enumerate(listed, 1):
+            line = f"{hit.title}({hit.url})\n" if self._inline else _render_line(number, hit)
+            if hit.url not in self._cited:
+                start = self.length + len(piece)
+                self._annotate(hit, start, start + len(line.rstrip("\n")))
+            piece += line
+        piece = piece if self._inline else piece.rstrip("\n") if listed else piece
+        for hit in () if listed else self._hits:
+            if hit.url not in self._cited:
+                self._annotate(hit, self.length + len(piece), self.length + len(piece))
+        return piece
+
+    def _annotate(self, hit: SearchHit, start: int, end: int) -> None:
+        if self._sources != "none":
+            place = {"url": hit.url, "title": hit.title, "start_index": start, "end_index": end}
+            self.annotations.append({"type": "url_citation", "url_citation": place})
+
+
+def _render_line(number: int, hit: SearchHit) -> str:
+    """A hit as a line of a numbered Markdown list, whatever brackets it holds."""
+    title = " ".join(re.sub(r"([\\\[\]])", r"\\\1", hit.title).split())
+    url = hit.url.replace("(", "%28").replace(")", "%29").replace(" ", "%20")
+    return f"{number}. [{title}]({url})\n"
 
 
 class ChatStreamReply:
@@ -937,30 +1521,28 @@ class ChatStreamReply:
 
     content_type = "text/event-stream"
 
-    def __init__(self, model: str, created: int, include_usage: bool | None) -> None:
+    def __init__(self, model: str, created: int, include_usage: bool | None, sources: str = "text") -> None:
         self.chunks = 0
         self._model = model
         self._created = created
         self._include_usage = include_usage
+        self._shown = ShownText(sources, streamed=True)
         self._head = ""
-        self._after_hits = False
-        self._has_role = False
+        self._role = '"role":"assistant",'
 
     def feed(self, event: Event) -> bytes:
         """The chunks that say `event`; empty for an event that shows nothing."""
+        text = self._shown.feed(event)
         match event:
-            case Text():
-                text = "\n" + event.text if self._after_hits else event.text
-                self._after_hits = False
-                return self._encode_text(text)
-            case SearchHit():
-                self._after_hits = True
-                return self._encode_text(f"检索 {event.title}({event.url}) ...\n")
             case Opened():
                 self._open(event.conversation_id)
                 return b""
+            case Thinking():
+                return self._encode_text("reasoning_content", event.text)
             case Finished():
-                return self._encode_end(event)
+                return self._encode_text("content", text) + self._encode_end(event)
+            case _:
+                return self._encode_text("content", text)
 
     def finish(self) -> bytes:
         """The mark of a stream that ended well."""
@@ -987,26 +1569,26 @@ class ChatStreamReply:
         usage = '"usage":null,' if self._include_usage else ""
         self._head = f'data: {known[: -len(_NO_CHOICES)]}{usage}"choices":[{{"index":0,"delta":'
 
-    def _encode_text(self, text: str) -> bytes:
+    def _encode_text(self, field_name: str, text: str) -> bytes:
         if len(text) > _LARGEST_TEXT:
             pieces = (text[start : start + _LARGEST_TEXT] for start in range(0, len(text), _LARGEST_TEXT))
-            return b"".join(map(self._encode_text, pieces))
-        role = "" if self._has_role else '"role":"assistant",'
-        self._has_role = True
+            return b"".join(self._encode_text(field_name, piece) for piece in pieces)
+        if not text:
+            return b""
+        role, self._role = self._role, ""
         self.chunks += 1
-        return f'{self._head}{{{role}"content":{encode_basestring(text)}}},"finish_reason":null}}]}}\n\n'.encode()
+        delta = f'{{{role}"{field_name}":{encode_basestring(text)}}}'
+        return f'{self._head}{delta},"finish_reason":null}}]}}\n\n'.encode()
 
     def _encode_end(self, event: Finished) -> bytes:
-        sentence = b""
-        if event.reason == "content_filter":
-            sentence = self._encode_text(MODERATED_SENTENCE if self._has_role else MODERATED_SENTENCE.lstrip())
-        last = f'{self._head}{{}},"finish_reason":"{event.reason}"}}]'
+        delta = encode_json({"annotations": self._shown.annotations} if self._shown.annotations else {})
+        last = f'{self._head}{delta},"finish_reason":"{event.reason}"}}]'
         if self._include_usage is None:
-            return sentence + f'{last},"usage":{_NO_USAGE}}}\n\n'.encode()
+            return f'{last},"usage":{_NO_USAGE}}}\n\n'.encode()
         if not self._include_usage:
-            return sentence + f"{last}}}\n\n".encode()
-        totals = self._head.partition('"usage":null,')[0]
-        return sentence + f'{last}}}\n\n{totals}"choices":[],"usage":{_NO_USAGE}}}\n\n'.encode()
+            return f"{last}}}\n\n".encode()
+        totals = self._head.rpartition('"usage":null,')[0]
+        return f'{last}}}\n\n{totals}"choices":[],"usage":{_NO_USAGE}}}\n\n'.encode()
 
 
 class ChatWholeReply:
@@ -1014,37 +1596,36 @@ class ChatWholeReply:
 
     content_type = "application/json"
 
-    def __init__(self, model: str, created: int) -> None:
+    def __init__(self, model: str, created: int, sources: str = "text") -> None:
         self.chunks = 0
         self._model = model
         self._created = created
+        self._shown = ShownText(sources, streamed=False)
         self._conversation_id = ""
         self._texts: list[str] = []
-        self._hits: list[SearchHit] = []
+        self._thoughts: list[str] = []
         self._reason: FinishReason = "stop"
 
     def feed(self, event: Event) -> bytes:
         """Nothing yet: the event is kept for `finish`."""
-        match event:
-            case Text():
-                self.chunks += 1
-                self._texts.append(event.text)
-            case SearchHit():
-                self._hits.append(event)
-            case Opened():
-                self._conversation_id = event.conversation_id
-            case Finished():
-                self._reason = event.reason
+        if text := self._shown.feed(event):
+            self.chunks += 1
+            self._texts.append(text)
+        if isinstance(event, Thinking):
+            self._thoughts.append(event.text)
+        elif isinstance(event, Opened):
+            self._conversation_id = event.conversation_id
+        elif isinstance(event, Finished):
+            self._reason = event.reason
         return b""
 
     def finish(self) -> bytes:
         """The whole body."""
-        content = "".join(self._texts)
-        if self._reason == "content_filter":
-            content += MODERATED_SENTENCE if content else MODERATED_SENTENCE.lstrip()
-        if self._hits:
-            content += "\n\n搜索结果来自：\n" + "".join(f"{hit.title}({hit.url})\n" for hit in self._hits)
-        message = {"role": "assistant", "content": content}
+        message: dict[str, Any] = {"role": "assistant", "content": "".join(self._texts)}
+        if self._thoughts:
+            message["reasoning_content"] = "".join(self._thoughts)
+        if self._shown.annotations:
+            message["annotations"] = self._shown.annotations
         value = {
             "id": self._conversation_id,
             "object": "chat.completion",
@@ -1067,11 +1648,16 @@ class ChatWholeReply:
 Reply = ChatStreamReply | ChatWholeReply
 
 
-def make_chat_reply(request: ChatRequest, created: int) -> Reply:
-    """The encoder that `request` asks for; `created` in Unix seconds."""
+def make_chat_reply(request: ChatRequest, created: int, sources: str) -> Reply:
+    """The encoder that `request` asks for; `created` in Unix seconds, `sources` as KIMI_SOURCES.
+
+    A `-silent` in the model's name means `annotations`, unless `sources` is `none`.
+    """
+    if sources == "text" and "silent" in request.model.split("-")[1:]:
+        sources = "annotations"
     if request.stream:
-        return ChatStreamReply(request.model, created, request.include_usage)
-    return ChatWholeReply(request.model, created)
+        return ChatStreamReply(request.model, created, request.include_usage, sources)
+    return ChatWholeReply(request.model, created, sources)
 
 
 # ==== 11. Tasks =============================================================
@@ -1219,11 +1805,33 @@ class TokenPair:
         return "TokenPair(…)"
 
 
+def read_claims(token: str) -> dict[str, Any]:
+    """The claims of a JSON Web Token (RFC 7519), unverified; empty for any other token."""
+    parts = token.split(".")
+    if len(parts) != 3:
+        return {}
+    try:
+        value: Any = parse_json(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4)))
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def is_access_token(claims: Mapping[str, Any]) -> bool:
+    """Whether these are the claims of Kimi's own access token, which can be used as it is [2+]."""
+    return claims.get("app_id") == "kimi" and claims.get("typ") == "access"
+
+
 class Account:
-    """One refresh token and what is known of it. `label` names it in the log: 8 digits of a keyed hash."""
+    """One refresh token and what is known of it. `label` names it in the log: 8 digits of a keyed hash.
+
+    `direct`: the client gave an access token, which cannot be renewed. `claims` are the access token's.
+    """
 
     __slots__ = (
         "access_token",
+        "claims",
+        "direct",
         "expires_at",
         "label",
         "lock",
@@ -1242,6 +1850,9 @@ class Account:
         self.refreshing: asyncio.Task[str | ProxyError] | None = None
         self.refused: ProxyError | None = None
         self.refused_until = 0.0
+        claims = read_claims(refresh_token)
+        self.direct = is_access_token(claims)
+        self.claims = claims if self.direct else {}
 
     def __repr__(self) -> str:
         return f"Account({self.label})"
@@ -1285,6 +1896,8 @@ class Accounts:
 
     async def access_token(self, account: Account) -> str:
         """A live access token. Raises `ProxyError` where the service gives none: `token_dead` if it refuses."""
+        if account.direct:
+            return self._use_directly(account)
         async with account.lock:
             now = asyncio.get_running_loop().time()
             if account.access_token and now < account.expires_at:
@@ -1299,8 +1912,19 @@ class Accounts:
             raise outcome.again()
         return outcome
 
+    @staticmethod
+    def _use_directly(account: Account) -> str:
+        """The client's own access token, until it expires. Raises `ProxyError` `token_expired`."""
+        expires = account.claims.get("exp")
+        if account.refused is not None or (isinstance(expires, int | float) and expires <= time.time()):
+            raise ProxyError("token_expired")
+        return account.refresh_token
+
     async def drop(self, account: Account, access_token: str) -> None:
         """Forget `access_token`, which the service no longer takes; a newer one stays."""
+        if account.direct:
+            account.refused = ProxyError("token_expired")
+            return
         async with account.lock:
             if account.access_token == access_token:
                 account.access_token = ""
@@ -1323,9 +1947,21 @@ class Accounts:
             account.refused = None
             account.access_token = pair.access_token
             account.refresh_token = pair.refresh_token or account.refresh_token
-            account.expires_at = asyncio.get_running_loop().time() + self._token_seconds
+            account.claims = read_claims(pair.access_token)
+            account.expires_at = asyncio.get_running_loop().time() + self._life_seconds(account.claims)
         logger.debug("= account %s has a new access token", account.label)
         return pair.access_token
+
+    def _life_seconds(self, claims: Mapping[str, Any]) -> float:
+        """How long a new access token is used: `exp - iat` less a minute, counted from its receipt [2+].
+
+        The difference, since the clock of a small machine may be wrong; `token_seconds` where there is none.
+        """
+        issued, expires = claims.get("iat"), claims.get("exp")
+        if not isinstance(issued, int | float) or not isinstance(expires, int | float) or expires <= issued:
+            return self._token_seconds
+        life = float(min(expires - issued, 30 * 86_400))
+        return life - 60 if life > 120 else life / 2
 
     def _forget_idle(self) -> None:
         """Make room for one more. An account that is being refreshed stays: its new token would be lost."""
@@ -1338,9 +1974,10 @@ class Accounts:
 
 # ==== 14. Kimi ==============================================================
 #
-# The service's calls. `Calls` makes one call: headers, token, limits, and what a reply means; it alone repeats a call,
-# where the access token was dead or a kept connection turned out closed. `Classic` knows the paths and bodies.
-# `Asking` is the way of every chat: open, ask, relay, and in the end, however it came, remove.
+# The service's calls. `Calls` makes one call: token, limits, and what a reply means; it alone repeats a call, where the
+# access token was dead or a kept connection turned out closed. `Classic` and `Connect` know the paths, headers and
+# bodies of the two dialects. `Asking` is the way of every chat: it chooses the dialect, opens, asks, relays, and in the
+# end, however it came, removes; it alone asks again.
 
 _REPLY_LIMIT_BYTES: Final = 1_048_576
 _END_SECONDS: Final = 1.0  # what an ended answer still sends is read for so long, so that its connection is reused
@@ -1358,13 +1995,32 @@ _BROWSER_HEADERS: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Question:
-    """What the service is asked: the merged text, and whether it may search the web."""
+    """What the service is asked: the merged text, whether it may search the web, and whether it shall think."""
 
     text: str
     use_search: bool
+    thinking: bool = False
 
     def __repr__(self) -> str:
         return f"Question({len(self.text)} characters)"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Call:
+    """One call of the service. `step` names it for people; `headers` come on top of the browser's.
+
+    `with_ids`: the ids in the access token go along as headers [2+].
+    """
+
+    step: str
+    method: str
+    url: str
+    headers: Mapping[str, str]
+    body: bytes | None = None
+    with_ids: bool = False
+
+    def __repr__(self) -> str:
+        return f"Call({self.step})"
 
 
 @dataclass(slots=True)
@@ -1440,9 +2096,7 @@ class Calls:
         self._accounts = accounts
         self._call_seconds = call_seconds
 
-    async def call(
-        self, account: Account, step: str, method: str, url: str, *, body: object = None, referer: str = ""
-    ) -> dict[str, Any]:
+    async def call(self, account: Account, call: Call) -> dict[str, Any]:
         """The JSON object that the service replies. Raises `ProxyError` for every other outcome.
 
         A call whose access token is dead is made once more with a new one; a POST on a kept connection that turned
@@ -1450,41 +2104,36 @@ class Calls:
         """
 
         async def once(token: str) -> dict[str, Any]:
-            with _network_failures(step):
+            with _network_failures(call.step):
                 async with asyncio.timeout(self._call_seconds):
-                    response = await self._request_again(step, method, url, token, body=body, referer=referer)
-                    async with response:
-                        return await self._parse(response, step)
+                    async with await self._request_again(account, call, token) as response:
+                        return await self._parse(response, call.step)
 
         return await self._with_token(account, once)
 
-    async def stream(
-        self, account: Account, step: str, url: str, *, body: object, referer: str
-    ) -> aiohttp.ClientResponse:
+    async def stream(self, account: Account, call: Call, content_type: str) -> aiohttp.ClientResponse:
         """The response to an answering call, its body unread; the caller closes it. Time is the caller's to watch.
 
-        Raises `ProxyError` for a reply that is no event stream.
+        Raises `ProxyError` for a reply that is not of `content_type`.
         """
 
         async def once(token: str) -> aiohttp.ClientResponse:
-            with _network_failures(step):
-                response = await self._request_again(step, "POST", url, token, body=body, referer=referer)
-                if response.status == 200 and response.content_type == "text/event-stream":
+            with _network_failures(call.step):
+                response = await self._request_again(account, call, token)
+                if response.status == 200 and response.content_type == content_type:
                     return response
                 async with response:
-                    await self._parse(response, step)
-            raise ProxyError("answer_broken", f"{step}: a reply of type {quote_words(response.content_type)}")
+                    await self._parse(response, call.step)
+            raise ProxyError("answer_broken", f"{call.step}: a reply of type {quote_words(response.content_type)}")
 
         return await self._with_token(account, once)
 
-    async def refresh(self, refresh_token: str, step: str, url: str, referer: str) -> dict[str, Any]:
-        """The JSON object that a token refresh replies: the one call that carries the refresh token."""
-        with _network_failures(step):
+    async def refresh(self, call: Call, refresh_token: str) -> dict[str, Any]:
+        """The JSON object that a token refresh replies; with a `refresh_token`, it is the Bearer."""
+        with _network_failures(call.step):
             async with asyncio.timeout(self._call_seconds):
-                async with await self._request(
-                    "GET", url, refresh_token, body=None, referer=referer, connection=_Connection()
-                ) as response:
-                    return await self._parse(response, step)
+                async with await self._request(call, refresh_token, _Connection()) as response:
+                    return await self._parse(response, call.step)
 
     async def _with_token(self, account: Account, once: Callable[[str], Awaitable[Result]]) -> Result:
         token = await self._accounts.access_token(account)
@@ -1496,76 +2145,171 @@ class Calls:
         await self._accounts.drop(account, token)
         return await once(await self._accounts.access_token(account))
 
-    async def _request_again(
-        self, step: str, method: str, url: str, token: str, *, body: object, referer: str
-    ) -> aiohttp.ClientResponse:
+    async def _request_again(self, account: Account, call: Call, token: str) -> aiohttp.ClientResponse:
+        if call.with_ids:
+            call = replace(call, headers={**call.headers, **_render_ids(account)}, with_ids=False)
         connection = _Connection()
         try:
-            return await self._request(method, url, token, body=body, referer=referer, connection=connection)
+            return await self._request(call, token, connection)
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
             if not connection.kept or isinstance(error, aiohttp.ClientConnectorError):
                 raise
-            logger.debug("! %s: a kept connection was closed, calling once more", step)
-        return await self._request(method, url, token, body=body, referer=referer, connection=_Connection())
+            logger.debug("! %s: a kept connection was closed, calling once more", call.step)
+        return await self._request(call, token, _Connection())
 
-    async def _request(
-        self, method: str, url: str, token: str, *, body: object, referer: str, connection: _Connection
-    ) -> aiohttp.ClientResponse:
-        address = URL(url)
-        headers = {"Authorization": f"Bearer {token}", "Origin": str(address.origin()), "Referer": referer}
-        data = None
-        if body is not None:
-            data = encode_json(body).encode()
-            headers["Content-Type"] = "application/json"
+    async def _request(self, call: Call, token: str, connection: _Connection) -> aiohttp.ClientResponse:
+        headers = {**call.headers, "Authorization": f"Bearer {token}"} if token else call.headers
         response = await self._session.request(
-            method, address, data=data, headers=headers, allow_redirects=False, trace_request_ctx=connection
+            call.method,
+            URL(call.url),
+            data=call.body,
+            headers=headers,
+            allow_redirects=False,
+            trace_request_ctx=connection,
         )
-        logger.debug("> %s %s HTTP %d", method, address.path, response.status)
+        logger.debug("> %s HTTP %d", call.step, response.status)
         return response
 
     async def _parse(self, response: aiohttp.ClientResponse, step: str) -> dict[str, Any]:
         """The JSON object of a reply that means success, else the failure that it means."""
         body = await _read_reply(response, step)
         try:
-            value = parse_json(body, surrogates=True) if body else {}
+            value: Any = parse_json(body, surrogates=True) if body else {}
         except WireError:
             value = None
-        good = response.status < 300 and isinstance(value, dict) and not isinstance(value.get("error_type"), str)
-        if good:
+        is_object = isinstance(value, dict)
+        if response.status < 300 and is_object and not isinstance(value.get("error_type"), str):
             return cast(dict[str, Any], value)
-        words = (
-            "" if isinstance(value, dict) else f"a body of type {quote_words(response.content_type)}, no JSON object"
-        )
-        raise error_of_reply(response.status, value, step, retry_after_seconds=_retry_after(response), words=words)
+        kind = quote_words(response.content_type)
+        words = "" if is_object else f"a body of type {kind}, no JSON object"
+        error = error_of_reply(response.status, value, step, retry_after_seconds=_retry_after(response), words=words)
+        is_page = not is_object and "html" in kind and response.status < 500
+        if is_page or response.status in _RETIRED_STATUSES:
+            raise RetirementSign(error.code, error.detail, upstream_status=error.upstream_status)
+        raise error
+
+
+def _render_ids(account: Account) -> dict[str, str]:
+    """The headers with the ids in the account's access token, or with one of our own where it tells none [2+]."""
+    named = {"x-msh-device-id": "device_id", "x-msh-session-id": "ssid", "x-traffic-id": "sub"}
+    told = {header: account.claims.get(claim) for header, claim in named.items()}
+    ids = {header: value if isinstance(value, str) and value else account.label for header, value in told.items()}
+    return {"x-msh-platform": "web", **ids}
+
+
+_RETIRED_STATUSES: Final = frozenset({301, 302, 303, 307, 308, 404, 405, 410})
+_TOKEN: Final = re.compile(r"[!-~]{1,8192}")
+_CONVERSATION_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+def _take_tokens(value: Mapping[str, Any]) -> TokenPair:
+    """The tokens in a refresh's reply, in either spelling, bare or inside `data` [open]."""
+    data = value.get("data")
+    inner: Mapping[str, Any] = data if isinstance(data, dict) else value
+    access_token = inner.get("accessToken") or inner.get("access_token")
+    refresh_token = inner.get("refreshToken") or inner.get("refresh_token")
+    if not isinstance(access_token, str) or not _TOKEN.fullmatch(access_token):
+        raise ProxyError("service_failed", "refreshing the token: the reply has no access token")
+    if not isinstance(refresh_token, str) or not _TOKEN.fullmatch(refresh_token):
+        refresh_token = ""
+    return TokenPair(access_token, refresh_token)
+
+
+class Dialect(Protocol):
+    """What `Asking` needs of a dialect."""
+
+    name: str
+
+    async def refresh(self, account: Account) -> TokenPair:
+        """A new pair of tokens."""
+
+    async def open(self, account: Account) -> str:
+        """The id of a new conversation; empty where the answer's stream tells it."""
+
+    async def ask(self, account: Account, conversation_id: str, question: Question) -> aiohttp.ClientResponse:
+        """The response whose body is the answer; the caller closes it."""
+
+    def make_reader(self) -> Reader:
+        """What reads that body."""
+
+    async def remove(self, account: Account, conversation_id: str) -> None:
+        """Remove the conversation, so that it does not show in the user's history."""
+
+
+class Reader:
+    """Turns the bytes of one answer into events: a parser of frames, and what the frames mean."""
+
+    def __init__(
+        self,
+        parser: SSEParser | EnvelopeParser,
+        answer: ClassicAnswer | ConnectAnswer,
+        filters: Sequence[Filter] = (),
+    ) -> None:
+        self._parser = parser
+        self._filters = filters
+        self.answer = answer
+
+    @property
+    def conversation_id(self) -> str:
+        """The conversation's id, once the stream told it."""
+        return self.answer.conversation_id if isinstance(self.answer, ConnectAnswer) else ""
+
+    def feed(self, piece: bytes) -> tuple[list[Event], ProxyError | None]:
+        """The events in one network read, and the failure that came after them; empty bytes are the stream's end."""
+        events: list[Event] = []
+        failure = None
+        try:
+            if piece:
+                self._feed_frames(piece, events)
+            else:
+                self._parser.finish()
+                events += self.answer.finish()
+        except WireError as error:
+            failure = ProxyError("answer_broken", f"Kimi's stream cannot be read: {error}")
+        except ProxyError as error:
+            failure = StaleToken(error.code, error.detail) if error.code == "token_dead" else error
+        return apply_filters(self._filters, events), failure
+
+    def finish(self) -> tuple[list[Event], ProxyError | None]:
+        """The events of an answer that is held to be over, though its stream is not."""
+        return apply_filters(self._filters, self.answer.finish()), None
+
+    def _feed_frames(self, piece: bytes, events: list[Event]) -> None:
+        debug = logger.isEnabledFor(logging.DEBUG)
+        answer: Any = self.answer
+        for frame in self._parser.feed(piece):
+            events += answer.feed(frame)
+            if debug:
+                size = len(frame.data) if isinstance(frame, ServerSentEvent) else len(frame.payload)
+                logger.debug("< %s, %d characters", quote_words(answer.kind), size)
+
+
+def _headers_of(base_url: str, place: str = "") -> dict[str, str]:
+    """The headers that say from which page a call comes [ref], [2+]."""
+    return {"Origin": str(URL(base_url).origin()), "Referer": base_url + place, "Content-Type": "application/json"}
 
 
 class Classic:
-    """The classic protocol: paths and bodies [ref]."""
+    """The classic dialect: paths and bodies [ref]."""
+
+    name = "classic"
 
     def __init__(self, calls: Calls, base_url: str) -> None:
         self._calls = calls
-        self._base_url = base_url
+        self._base_url = base_url or "https://kimi.moonshot.cn"
 
     async def refresh(self, account: Account) -> TokenPair:
         """A new pair of tokens for `account`."""
         url = f"{self._base_url}/api/auth/token/refresh"
-        value = await self._calls.refresh(account.refresh_token, "refreshing the token", url, self._base_url)
-        access_token, refresh_token = value.get("access_token"), value.get("refresh_token")
-        if not isinstance(access_token, str) or not _TOKEN.fullmatch(access_token):
-            raise ProxyError("service_failed", "refreshing the token: the reply has no access_token")
-        if not isinstance(refresh_token, str) or not _TOKEN.fullmatch(refresh_token):
-            refresh_token = ""
-        return TokenPair(access_token, refresh_token)
+        call = Call("refreshing the token", "GET", url, _headers_of(self._base_url))
+        return _take_tokens(await self._calls.refresh(call, account.refresh_token))
 
     async def open(self, account: Account) -> str:
         """The id of a new conversation."""
+        body = encode_json({"name": f"cmpl-{secrets.token_hex(16)}", "is_example": False}).encode()
+        url = f"{self._base_url}/api/chat"
         value = await self._calls.call(
-            account,
-            "opening a conversation",
-            "POST",
-            f"{self._base_url}/api/chat",
-            body={"name": f"cmpl-{secrets.token_hex(16)}", "is_example": False},
-            referer=self._base_url,
+            account, Call("opening a conversation", "POST", url, _headers_of(self._base_url), body)
         )
         conversation_id = value.get("id")
         if not isinstance(conversation_id, str) or not _CONVERSATION_ID.fullmatch(conversation_id):
@@ -1574,27 +2318,97 @@ class Classic:
 
     async def ask(self, account: Account, conversation_id: str, question: Question) -> aiohttp.ClientResponse:
         """The response whose body is the answer's event stream; the caller closes it."""
-        return await self._calls.stream(
-            account,
-            "asking",
-            f"{self._base_url}/api/chat/{conversation_id}/completion/stream",
-            body={
-                "messages": [{"role": "user", "content": question.text}],
-                "refs": [],
-                "use_search": question.use_search,
-            },
-            referer=f"{self._base_url}/chat/{conversation_id}",
-        )
+        body = {
+            "messages": [{"role": "user", "content": question.text}],
+            "refs": [],
+            "use_search": question.use_search,
+        }
+        url = f"{self._base_url}/api/chat/{conversation_id}/completion/stream"
+        headers = _headers_of(self._base_url, f"/chat/{conversation_id}")
+        call = Call("asking", "POST", url, headers, encode_json(body).encode())
+        return await self._calls.stream(account, call, "text/event-stream")
+
+    def make_reader(self) -> Reader:
+        """What reads the answer."""
+        return Reader(SSEParser(), ClassicAnswer())
 
     async def remove(self, account: Account, conversation_id: str) -> None:
         """Remove the conversation, so that it does not show in the user's history."""
         url = f"{self._base_url}/api/chat/{conversation_id}"
-        referer = f"{self._base_url}/chat/{conversation_id}"
-        await self._calls.call(account, "removing the conversation", "DELETE", url, referer=referer)
+        headers = _headers_of(self._base_url, f"/chat/{conversation_id}")
+        await self._calls.call(account, Call("removing the conversation", "DELETE", url, headers))
 
 
-_TOKEN: Final = re.compile(r"[!-~]{1,8192}")
-_CONVERSATION_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_SCENARIO: Final = "SCENARIO_K2D5"  # names change [2+]
+_SERVICES: Final = {
+    "refresh": "/api/account.gateway.v1.AuthService/RefreshToken",
+    "ask": "/apiv2/kimi.gateway.chat.v1.ChatService/Chat",
+    "remove": "/apiv2/kimi.chat.v1.ChatService/DeleteChat",
+}
+
+
+class Connect:
+    """The connect dialect: paths, headers and bodies [2+]."""
+
+    name = "connect"
+
+    def __init__(self, calls: Calls, base_url: str, auth_url: str) -> None:
+        self._calls = calls
+        self._base_url = base_url or "https://www.kimi.com"
+        self._auth_url = auth_url
+
+    async def refresh(self, account: Account) -> TokenPair:
+        """A new pair of tokens for `account`, by the new call, else by the old one, which is still in use [2+]."""
+        for spelling in ("refresh_token", "refreshToken"):  # [open]
+            body = encode_json({spelling: account.refresh_token}).encode()
+            call = Call(
+                "refreshing the token", "POST", self._auth_url + _SERVICES["refresh"], _headers_of(self._base_url), body
+            )
+            try:
+                return _take_tokens(await self._calls.refresh(call, ""))
+            except ProxyError as error:
+                logger.debug("! %s", error)
+                if error.upstream_status != 400:
+                    break
+        url = f"{self._base_url}/api/auth/token/refresh"
+        old = Call("refreshing the token", "GET", url, _headers_of(self._base_url))
+        return _take_tokens(await self._calls.refresh(old, account.refresh_token))
+
+    async def open(self, account: Account) -> str:
+        """Nothing: the answer's stream tells the conversation's id."""
+        return ""
+
+    async def ask(self, account: Account, conversation_id: str, question: Question) -> aiohttp.ClientResponse:
+        """The response whose body is the answer's envelopes; the caller closes it."""
+        body = {
+            "scenario": _SCENARIO,
+            "tools": [{"type": "TOOL_TYPE_SEARCH", "search": {}}] if question.use_search else [],
+            "message": {
+                "role": "user",
+                "blocks": [{"message_id": "", "text": {"content": question.text}}],
+                "scenario": _SCENARIO,
+            },
+            "options": {"thinking": question.thinking},
+        }
+        headers = _headers_of(self._base_url) | {
+            "Content-Type": "application/connect+json",
+            "Connect-Protocol-Version": "1",
+        }
+        data = encode_envelope(encode_json(body).encode())
+        call = Call("asking", "POST", self._base_url + _SERVICES["ask"], headers, data, with_ids=True)
+        return await self._calls.stream(account, call, "application/connect+json")
+
+    def make_reader(self) -> Reader:
+        """What reads the answer."""
+        return Reader(EnvelopeParser(), ConnectAnswer(), [CitationFilter()])
+
+    async def remove(self, account: Account, conversation_id: str) -> None:
+        """Remove the conversation, so that it does not show in the user's history."""
+        body = encode_json({"chat_id": conversation_id}).encode()
+        url = self._base_url + _SERVICES["remove"]
+        headers = _headers_of(self._base_url, f"/chat/{conversation_id}")
+        await self._calls.call(account, Call("removing the conversation", "POST", url, headers, body, with_ids=True))
+
 
 Send = Callable[[list[Event]], Awaitable[None]]
 
@@ -1604,34 +2418,79 @@ class Asking:
 
     def __init__(
         self,
+        calls: Calls,
         accounts: Accounts,
-        classic: Classic,
         tasks: BackgroundTasks,
         ticker: Ticker,
         metrics: Metrics,
         settings: Settings,
     ) -> None:
         self._accounts = accounts
-        self._classic = classic
         self._tasks = tasks
         self._ticker = ticker
         self._metrics = metrics
         self._settings = settings
+        self._classic: Dialect = Classic(calls, settings.base_url)
+        self._connect: Dialect = Connect(calls, settings.base_url, settings.auth_url)
+        self._current: Dialect = self._connect if settings.protocol == "connect" else self._classic
+
+    async def refresh(self, account: Account) -> TokenPair:
+        """A new pair of tokens, in the dialect in use, or in `auto` with connect where classic seems retired."""
+        try:
+            return await self._current.refresh(account)
+        except RetirementSign:
+            if not self._may_change(self._current):
+                raise
+        return await self._connect.refresh(account)
 
     async def run(self, account: Account, question: Question, send: Send) -> None:
         """Ask `question`, and `send` the answer's events, those of one network read at a time.
 
         Raises `ProxyError`. A cancellation stops the answer at once; the conversation is still removed.
         """
+        visible = False
+
+        async def note_and_send(events: list[Event]) -> None:
+            nonlocal visible
+            visible = visible or not isinstance(events[-1], Opened)
+            await send(events)
+
+        dialect: Dialect = self._connect if account.direct and self._may_change(self._current) else self._current
+        try:
+            await self._ask(account, dialect, question, note_and_send)
+        except StaleToken:
+            if visible:
+                raise
+            await self._accounts.drop(account, await self._accounts.access_token(account))
+            await self._ask(account, dialect, question, note_and_send)
+        except RetirementSign as sign:
+            if visible or not self._may_change(dialect):
+                raise
+            logger.debug("! %s", sign)
+            await self._ask(account, self._connect, question, note_and_send)
+            if self._current is not self._connect:
+                self._current = self._connect
+                logger.warning("classic seems to be retired, connect answered: staying with it (KIMI_PROTOCOL=connect)")
+
+    def _may_change(self, dialect: Dialect) -> bool:
+        return self._settings.protocol == "auto" and dialect is self._classic
+
+    async def _ask(self, account: Account, dialect: Dialect, question: Question, send: Send) -> None:
+        """Ask once, in one dialect."""
         silence = None
         try:
-            async with asyncio.timeout(None) as timeout, self._conversation(account) as conversation:
-                await send([Opened(conversation.id)])
+            async with asyncio.timeout(None) as timeout, self._conversation(account, dialect) as conversation:
+                if conversation.id:
+                    await send([Opened(conversation.id, hits_inline=True)])
                 silence = Silence(timeout, self._settings.silence_seconds, self._settings.answer_seconds)
                 self._ticker.add(silence)
-                response = conversation.response = await self._classic.ask(account, conversation.id, question)
+                asking = dialect.ask(account, conversation.id, question)
+                conversation.asking = self._tasks.start(_or_failure(asking), "ask")
+                response = await asyncio.shield(conversation.asking)
+                if isinstance(response, ProxyError):
+                    raise response
                 silence.is_broken = partial(_is_broken, response)
-                await self._relay(response, silence, send)
+                await self._relay(response, conversation.reader, silence, send)
                 conversation.ended = True
         except TimeoutError:
             if silence is None or not silence.code:
@@ -1641,88 +2500,126 @@ class Asking:
             if silence is not None:
                 self._ticker.discard(silence)
 
-    async def _relay(self, response: aiohttp.ClientResponse, silence: Silence, send: Send) -> None:
-        parser, answer = SSEParser(), ClassicAnswer()
-        while not answer.ended:
-            try:
-                piece = await response.content.readany()
-            except (aiohttp.ClientError, ConnectionError) as error:
-                raise ProxyError("answer_broken", f"the connection broke ({type(error).__name__})") from None
+    async def _relay(self, response: aiohttp.ClientResponse, reader: Reader, silence: Silence, send: Send) -> None:
+        answer = reader.answer
+        while not answer.ended and not answer.done:
+            await self._relay_piece(response, reader, send)
             silence.pieces += 1
-            events, failure = _read_piece(piece, parser, answer)
-            if events:
-                await send(events)
-            if failure is not None:
-                raise failure
+        try:
+            async with asyncio.timeout(_END_SECONDS):
+                while not answer.ended:
+                    await self._relay_piece(response, reader, send)
+        except TimeoutError:
+            events, _ = reader.finish()
+            await send(events)
+        for what, name in answer.oddities:
+            self._metrics.tell_once(what, name)
+
+    @staticmethod
+    async def _relay_piece(response: aiohttp.ClientResponse, reader: Reader, send: Send) -> None:
+        try:
+            piece = await response.content.readany()
+        except (aiohttp.ClientError, ConnectionError) as error:
+            raise ProxyError("answer_broken", f"the connection broke ({type(error).__name__})") from None
+        events, failure = reader.feed(piece)
+        if events:
+            await send(events)
+        if failure is not None:
+            raise failure
 
     @asynccontextmanager
-    async def _conversation(self, account: Account) -> AsyncIterator[_Conversation]:
+    async def _conversation(self, account: Account, dialect: Dialect) -> AsyncIterator[_Conversation]:
         # A client that leaves while the opening call is under way must not leave a conversation behind: the call is
         # finished as a task of the application, and what it opened is removed. One that leaves before, while the token
         # is refreshed, opens none.
         await self._accounts.access_token(account)
-        opening = self._tasks.start(self._open(account), "open")
+        opening = self._tasks.start(_or_failure(dialect.open(account)), "open")
         try:
             opened = await asyncio.shield(opening)
         except asyncio.CancelledError:
-            opening.add_done_callback(partial(self._let_go_late, account))
+            opening.add_done_callback(partial(self._let_go_late, account, dialect))
             raise
         if isinstance(opened, ProxyError):
             raise opened
-        conversation = _Conversation(opened)
+        conversation = _Conversation(dialect, dialect.make_reader(), opened)
         try:
             yield conversation
         finally:
-            if conversation.response is not None and not conversation.ended:
-                conversation.response.close()
             self._tasks.start(self._let_go(account, conversation), "remove")
 
-    async def _open(self, account: Account) -> str | ProxyError:
-        try:
-            return await self._classic.open(account)
-        except ProxyError as error:
-            return error
-
-    def _let_go_late(self, account: Account, opening: asyncio.Task[str | ProxyError]) -> None:
-        if not opening.cancelled() and opening.exception() is None and isinstance(opening.result(), str):
-            self._tasks.start(self._let_go(account, _Conversation(cast(str, opening.result()))), "remove")
+    def _let_go_late(self, account: Account, dialect: Dialect, opening: asyncio.Task[str | ProxyError]) -> None:
+        opened = "" if opening.cancelled() or opening.exception() is not None else opening.result()
+        if isinstance(opened, str) and opened:
+            conversation = _Conversation(dialect, dialect.make_reader(), opened)
+            self._tasks.start(self._let_go(account, conversation), "remove")
 
     async def _let_go(self, account: Account, conversation: _Conversation) -> None:
-        """Read an ended answer to its end, and remove the conversation. A failure is logged, never the client's."""
-        if conversation.response is not None:
-            await _read_out(conversation.response)
+        """Stop the answer, or read what is left of an ended one, and remove the conversation.
+
+        A failure is logged, never the client's. Where the id is still in the stream, that is read on for it [2+].
+        """
+        if not await conversation.close():
+            self._metrics.count("kimi_proxy_removals_failed_total")
+            logger.warning("! a conversation of account %s may be left: its id was not read", account.label)
+        if not conversation.known_id:
+            return
         try:
-            await self._classic.remove(account, conversation.id)
+            await conversation.dialect.remove(account, conversation.known_id)
         except ProxyError as error:
             self._metrics.count("kimi_proxy_removals_failed_total")
-            logger.warning("! conversation %s of account %s was not removed: %s", conversation.id, account.label, error)
+            logger.warning(
+                "! conversation %s of account %s was not removed: %s", conversation.known_id, account.label, error
+            )
+
+
+async def _or_failure(work: Awaitable[Result]) -> Result | ProxyError:
+    """What `work` gives, or the failure that it raises: in a task that nobody may wait for, that is no error."""
+    try:
+        return await work
+    except ProxyError as error:
+        return error
 
 
 @dataclass(slots=True)
 class _Conversation:
-    """A conversation that is open at the service, and the answer that runs in it."""
+    """A conversation at the service, and the answer that runs in it; `id` is empty while only the stream knows it."""
 
+    dialect: Dialect
+    reader: Reader
     id: str
-    response: aiohttp.ClientResponse | None = None
+    asking: asyncio.Task[aiohttp.ClientResponse | ProxyError] | None = None
     ended: bool = False
 
+    @property
+    def known_id(self) -> str:
+        """The id, as far as it is known by now."""
+        return self.id or self.reader.conversation_id
 
-def _read_piece(piece: bytes, parser: SSEParser, answer: ClassicAnswer) -> tuple[list[Event], ProxyError | None]:
-    """The events in one network read, and the failure that came after them; empty bytes are the stream's end."""
-    events: list[Event] = []
-    try:
-        if not piece:
-            parser.finish()
-            return answer.finish(), None
-        for frame in parser.feed(piece):
-            events += answer.feed(frame)
-            if logger.isEnabledFor(logging.DEBUG):
-                logger.debug("< %s, %d characters", quote_words(answer.kind), len(frame.data))
-    except WireError as error:
-        return events, ProxyError("answer_broken", f"Kimi's stream cannot be read: {error}")
-    except ProxyError as error:
-        return events, error
-    return events, None
+    async def close(self) -> bool:
+        """Let go of the response. False where a conversation may be left whose id could not be read."""
+        if self.asking is None:
+            return True
+        if self.known_id and not self.asking.done():
+            self.asking.cancel()
+        await asyncio.wait({self.asking}, timeout=_END_SECONDS)
+        if not self.asking.done() or self.asking.cancelled() or self.asking.exception() is not None:
+            self.asking.cancel()
+            return bool(self.known_id)
+        response = self.asking.result()
+        if isinstance(response, ProxyError):
+            return True
+        if self.ended:
+            await _read_out(response)
+            return True
+        with suppress(aiohttp.ClientError, ConnectionError, TimeoutError):
+            async with asyncio.timeout(_END_SECONDS):
+                await self._read_id(response)
+        response.close()
+        return bool(self.known_id)
+
+    async def _read_id(self, response: aiohttp.ClientResponse) -> None:
+        while not self.known_id and (piece := await response.content.readany()):
+            self.reader.feed(piece)
 
 
 def _is_broken(response: aiohttp.ClientResponse) -> bool:
@@ -1918,8 +2815,9 @@ async def _chat_completions(request: web.Request) -> web.StreamResponse:
     body = await read_body(request, settings.max_body_mb * _MAX_BODY_FACTOR, settings.body_seconds)
     chat = parse_chat_request(body)
     use_search = settings.use_search if chat.use_search is None else chat.use_search
-    question = Question(merge_messages(chat.messages), use_search)
-    return await _deliver(request, account, question, make_chat_reply(chat, int(time.time())))
+    thinking = "thinking" in chat.model.split("-")[1:]
+    question = Question(merge_messages(chat.messages), use_search, thinking)
+    return await _deliver(request, account, question, make_chat_reply(chat, int(time.time()), settings.sources))
 
 
 async def _deliver(request: web.Request, account: Account, question: Question, reply: Reply) -> web.StreamResponse:
@@ -2088,11 +2986,11 @@ async def _own_state(app: web.Application) -> AsyncIterator[None]:
     session = open_service_session()
 
     async def refresh(account: Account) -> TokenPair:
-        return await classic.refresh(account)
+        return await asking.refresh(account)
 
     accounts = Accounts(refresh, tasks, token_seconds=settings.token_seconds, max_accounts=settings.max_accounts)
-    classic = Classic(Calls(session, accounts, settings.call_seconds), settings.base_url)
-    asking = Asking(accounts, classic, tasks, ticker, metrics, settings)
+    calls = Calls(session, accounts, settings.call_seconds)
+    asking = Asking(calls, accounts, tasks, ticker, metrics, settings)
     app[STATE] = State(settings, metrics, tasks, ticker, accounts, asking, asyncio.Event(), set())
     yield
     late = await tasks.drain(settings.removal_seconds)

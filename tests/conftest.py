@@ -25,12 +25,15 @@ async def simulator() -> AsyncIterator[Simulator]:
 class StartProxy:
     """Starts proxies with settings by field; `close` ends them, as a signal would."""
 
-    def __init__(self, simulator: Simulator) -> None:
+    def __init__(self, simulator: Simulator, dialect: str) -> None:
         self._simulator = simulator
+        self._dialect = dialect
         self._stack = AsyncExitStack()
 
     async def __call__(self, **settings: Any) -> str:
-        settings = {"base_url": self._simulator.url, "port": 0, "drain_seconds": 0.2, **settings}
+        url = self._simulator.url
+        defaults = {"base_url": url, "auth_url": url, "protocol": self._dialect, "port": 0, "drain_seconds": 0.2}
+        settings = {**defaults, **settings}
         return await self._stack.enter_async_context(run_server(Settings(**settings)))
 
     async def close(self) -> None:
@@ -39,12 +42,18 @@ class StartProxy:
 
 
 @pytest.fixture
-async def start_proxy(simulator: Simulator) -> AsyncIterator[StartProxy]:
+def dialect() -> str:
+    """The protocol that the proxy speaks; a test file that runs over both has a fixture of its own."""
+    return "classic"
+
+
+@pytest.fixture
+async def start_proxy(simulator: Simulator, dialect: str) -> AsyncIterator[StartProxy]:
     """Starts proxies, which end with the test and leave no task behind."""
-    start = StartProxy(simulator)
+    start = StartProxy(simulator, dialect)
     yield start
     await start.close()
-    left = [task for task in asyncio.all_tasks() if task.get_name() in ("open", "refresh", "remove", "comment")]
+    left = [task for task in asyncio.all_tasks() if task.get_name() in ("open", "ask", "refresh", "remove", "comment")]
     assert not left
 
 

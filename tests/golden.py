@@ -7,10 +7,25 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kimi_proxy import ClassicAnswer, Event, Finished, Opened, ProxyError, SearchHit, SSEParser, Text
+from kimi_proxy import (
+    Citation,
+    ClassicAnswer,
+    ConnectAnswer,
+    EnvelopeParser,
+    Event,
+    Finished,
+    Opened,
+    ProxyError,
+    SearchHit,
+    Sources,
+    SSEParser,
+    Text,
+    WireError,
+)
 
 WIRE_FOLDER = Path(__file__).parent / "wire"
 
@@ -25,26 +40,41 @@ def render_event(event: Event) -> list[Any]:
     """An event as JSON: its name, then its values."""
     match event:
         case Text():
-            return ["Text", event.text]
+            return [type(event).__name__, event.text]
         case SearchHit():
-            return ["SearchHit", event.title, event.url]
+            return ["SearchHit", event.title, event.url, event.key]
         case Opened():
             return ["Opened", event.conversation_id]
+        case Citation():
+            return ["Citation", event.number, event.hit.url]
+        case Sources():
+            return ["Sources", *(hit.url for hit in event.hits)]
         case Finished():
             return ["Finished", event.reason]
 
 
+def read_stream(path: Path) -> Iterator[tuple[str, list[Event]]]:
+    """The frames of a recorded stream as text, each with its events; the stream's end is the last."""
+    data = path.read_bytes()
+    parser: Any = SSEParser() if path.suffix == ".sse" else EnvelopeParser()
+    answer: Any = ClassicAnswer() if path.suffix == ".sse" else ConnectAnswer()
+    for frame in parser.feed(data):
+        shown = frame.data if path.suffix == ".sse" else f"{frame.flags:#04x} {frame.payload.decode()}"
+        yield shown, answer.feed(frame)
+    parser.finish()
+    yield "end of the stream", answer.finish()
+
+
 def render_stream(path: Path) -> list[Any]:
     """The events of a recorded stream as JSON; a failure is the last of them."""
-    parser, answer = SSEParser(), ClassicAnswer()
     rendered: list[Any] = []
     try:
-        for frame in parser.feed(path.read_bytes()):
-            rendered += map(render_event, answer.feed(frame))
-        parser.finish()
-        rendered += map(render_event, answer.finish())
+        for _, events in read_stream(path):
+            rendered += map(render_event, events)
     except ProxyError as error:
         rendered.append(["failure", error.code])
+    except WireError:
+        rendered.append(["failure", "wire"])
     return rendered
 
 

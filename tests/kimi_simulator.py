@@ -42,6 +42,30 @@ hits begins with a line end; whole, the hits stand after the text, under ``搜�
 a moderated answer ends with ``[内容由于不合规被停止生成，我们换个话题吧]`` on a line of its own, before the hits; the
 answer's id is the conversation's; usage is zeros. Its numbers: -2000 请求参数非法, -2001 请求失败, -2002 Token已失效.
 
+*The other dialect, connect* (``https://www.kimi.com``) [2+] unless marked. Refresh, new: ``POST`` to auth.kimi.com,
+``/api/account.gateway.v1.AuthService/RefreshToken``, JSON, no Bearer, ``{"refresh_token"}`` ([open]: or
+``refreshToken``) → ``accessToken``, ``refreshToken`` ([open]: inside ``data``). Both rotate; whether the old one stays
+valid is [open]. The old refresh is still in use. An access token is a JSON Web Token with ``app_id`` ``kimi`` and
+``typ`` ``access``; clients may give one directly. Ask: ``POST /apiv2/kimi.gateway.chat.v1.ChatService/Chat``,
+``application/connect+json``, ``Connect-Protocol-Version: 1``, one envelope: ``{"scenario", "tools":
+[{"type":"TOOL_TYPE_SEARCH","search":{}}] or [], "message": {"role", "blocks": [{"message_id":"","text":{"content"}}],
+"scenario"}, "options": {"thinking"}}``; in a new chat ``chat_id`` and ``parent_id`` are left out. Remove: ``POST
+/apiv2/kimi.chat.v1.ChatService/DeleteChat`` ``{"chat_id"}``. Headers: ``x-msh-platform: web``, ``x-msh-device-id``,
+``x-msh-session-id``, ``x-traffic-id``, the token's ``device_id``, ``ssid``, ``sub``.
+
+An envelope is a byte of flags, four of length (big-endian), and the payload; flag 0x01 is compressed (never seen), 0x02
+the end, ``{}`` or ``{"error":{…}}``; some saw 0x80 for the end [open]. Objects are ``{"op":"set"|"append","mask",
+"eventOffset",…}``: ``chat.id`` early; ``message`` with its id and role; ``block.text.content`` and
+``block.think.content``, first ``set``, then ``append``; ``block.multiStage.stages[0]`` named ``STAGE_NAME_THINKING``
+says when text carries thinking; ``block.tool.contents[]`` and ``message.refs.searchChunks[]``, ``usedSearchChunks[]``
+have hits, bare or as ``searchResult``, ``base{title,url}`` and ``refIndex``, the same one more than once; older:
+``block.search.webPages``. Citations are U+E3A0 ``cite`` U+E3A3 key … U+E3A8, cut anywhere (U+1F6E0 for U+E3A3 [open]),
+older ``[^n^]``. ``{"heartbeat":{}}`` says nothing, ``{"done":{}}`` that the text is over; an error can follow it in the
+end envelope. Errors: ``{"error":{"code","message","details":[{"debug":{"reason","localizedMessage":{"message"}}}]}}``,
+codes ``unauthenticated``, ``resource_exhausted``, ``permission_denied``, ``invalid_argument``, ``not_found``,
+``unavailable``, ``internal``; or ``block.exception`` with ``error.reason`` (``REASON_COMPLETION_OVERLOADED``). How a
+moderated answer looks nobody told: here it is an exception whose reason says so [open].
+
 How to order
 ------------
 A refresh token is ``SCRIPT[+FAULT[=VALUE]]…[~ANYTHING]``: ``search``, ``hello+cut-characters``,
@@ -53,6 +77,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
+import gzip
 import json
 import os
 import random
@@ -61,6 +87,7 @@ import secrets
 import socket
 import struct
 import sys
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -104,7 +131,21 @@ class End:
     kind: str = "all_done"
 
 
-Step = Say | Hit | Wait | End
+@dataclass(frozen=True, slots=True)
+class Think:
+    """A piece of thinking; classic has no form for it."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cite:
+    """A mark that cites hits by their numbers; classic has no form for it."""
+
+    numbers: tuple[int, ...]
+
+
+Step = Say | Hit | Wait | End | Think | Cite
 
 _HITS: Final = (Hit("Kimi 首页", "https://www.kimi.com/"), Hit("月之暗面", "https://www.moonshot.cn/about?a=1&b=2"))
 HELLO: Final = "你好，世界！Hello 👋🏽 — I am Kimi."
@@ -112,6 +153,9 @@ HELLO: Final = "你好，世界！Hello 👋🏽 — I am Kimi."
 SCRIPTS: Final[dict[str, tuple[Step, ...]]] = {
     "hello": (*(Say(HELLO[at : at + 4]) for at in range(0, len(HELLO), 4)), End()),
     "search": (*_HITS, Say("据搜索，"), Say("Kimi 是月之暗面的助手。"), End()),
+    "think": (Think("让我想"), Think("想。"), Say("答案"), Say("是 42。"), End()),
+    "think-only": (Think("让我想"), End()),
+    "cite": (*_HITS, Say("甲"), Cite((2,)), Say("乙"), Cite((1, 2)), Cite((9,)), Say("丙[^1^]。"), End()),
     "moderated": (Say("从前有座山，"), Say("山里有"), End("error")),
     "moderated-search": (*_HITS, Say("从前"), End("error")),
     "moderated-empty": (End("error"),),
@@ -161,7 +205,11 @@ def parse_order(token: str) -> Order | None:
     script, *faults = token.partition("~")[0].split("+")
     table = dict(fault.partition("=")[::2] for fault in faults)
     known = script in SCRIPTS or script in ("echo", "long")
-    return Order(script, table) if known and all(name in SHAPES or name in FAULTS for name in table) else None
+    return (
+        Order(script, table)
+        if known and all(name in SHAPES or name in CONNECT_SHAPES or name in FAULTS for name in table)
+        else None
+    )
 
 
 # ==== 2. Renderers ==========================================================
@@ -196,6 +244,10 @@ def render_events(steps: tuple[Step, ...], dice: random.Random | None) -> Iterat
                 yield {"event": "search_plus", "msg": message}
             case Wait():
                 yield step
+            case Think():
+                yield {"event": "k1", "k1": {"event": "thinking", "text": step.text}}
+            case Cite():
+                pass
             case End("length"):
                 yield {"event": "length"}
                 yield {"event": "all_done"}
@@ -222,6 +274,101 @@ def render_stream(steps: tuple[Step, ...], dice: random.Random | None) -> list[b
             text = f"data: {json.dumps(ordered)}\n\n".encode()
         rendered.append(text)
     return rendered
+
+
+def render_connect_objects(
+    steps: tuple[Step, ...], chat_id: str, dice: random.Random | None, stages: bool
+) -> Iterator[dict[str, Any] | Wait]:
+    """The connect stream's JSON objects up to `done`; with `stages`, thinking comes as text of a phase."""
+    offset = count(1)
+    noise: list[dict[str, Any]] = [
+        {"heartbeat": {}},
+        {"op": "set", "mask": "message.status", "message": {"status": "MESSAGE_STATUS_GENERATING"}},
+        {"op": "merge", "mask": "tomorrow", "tomorrow": {"a": [None]}},
+        {"op": "set", "mask": "block.tomorrow", "block": {"id": "7", "tomorrow": {}}},
+    ]
+    hits = [step for step in steps if isinstance(step, Hit)]
+    begun: set[str] = set()
+
+    def block(kind: str, text: str) -> dict[str, Any]:
+        first = kind not in begun
+        begun.add(kind)
+        part = {"id": "2" if kind == "text" else "1", kind: {"content": text}}
+        mask = f"block.{kind}" if first else f"block.{kind}.content"
+        return {"op": "set" if first else "append", "mask": mask, "eventOffset": next(offset), "block": part}
+
+    def stage(status: str) -> dict[str, Any]:
+        stages = [{"name": "STAGE_NAME_THINKING", "status": status}]
+        return {"op": "set", "mask": "block.multiStage", "block": {"id": "0", "multiStage": {"stages": stages}}}
+
+    yield {"op": "set", "mask": "chat", "eventOffset": next(offset), "chat": {"id": chat_id, "name": "新会话"}}
+    yield {"op": "set", "mask": "message", "message": {"id": "m-user", "role": "user"}}
+    yield {"op": "set", "mask": "message", "message": {"id": "m-assistant", "role": "assistant"}}
+    if hits:
+        yield from _render_search(hits)
+    phase = ""
+    for step in steps:
+        if dice is not None and dice.random() < 0.3:
+            yield dice.choice(noise)
+        if stages and isinstance(step, Think) and phase != "think":
+            phase = "think"
+            yield stage("STAGE_STATUS_RUNNING")
+        elif phase == "think" and isinstance(step, Say):
+            phase = ""
+            yield stage("stage_status_done")
+        match step:
+            case Say():
+                yield block("text", step.text)
+            case Think() if stages:
+                yield {"op": "append", "mask": "block.text", "block": {"id": "1", "text": {"content": step.text}}}
+            case Think():
+                yield block("think", step.text)
+            case Cite():
+                for piece in ("\ue3a0ci", "te", "".join(f"\ue3a3web_search:1#{n}" for n in step.numbers), "\ue3a8"):
+                    yield block("text", piece)
+            case Wait():
+                yield step
+            case End("error"):
+                error = {"error": {"reason": "REASON_CONTENT_MODERATED"}}
+                yield {"op": "set", "mask": "block.exception", "block": {"id": "9", "exception": error}}
+            case _:
+                pass
+    yield {"op": "set", "mask": "message.status", "message": {"status": "MESSAGE_STATUS_COMPLETED"}}
+    yield {"done": {}}
+
+
+def _render_search(hits: list[Hit]) -> Iterator[dict[str, Any]]:
+    """A search, each hit told four times, bare and wrapped."""
+    bare = [
+        {"base": {"title": hit.title, "url": hit.url, "siteName": "s", "snippet": "…"}, "refIndex": f"web_search:1#{n}"}
+        for n, hit in enumerate(hits, 1)
+    ]
+    for status, contents in (("STATUS_PENDING", []), ("status_running", bare[:1]), ("STATUS_DONE", bare)):
+        tool = {"name": "$web_search", "status": status, "contents": [{"searchResult": value} for value in contents]}
+        yield {"op": "set", "mask": "block.tool", "block": {"id": "t", "tool": tool}}
+    references = {"searchChunks": bare, "usedSearchChunks": [{"searchResult": value} for value in bare[:1]]}
+    yield {"op": "set", "mask": "message.refs", "message": {"id": "m-assistant", "refs": references}}
+
+
+def render_connect(
+    steps: tuple[Step, ...], chat_id: str, dice: random.Random | None, *, stages: bool = False
+) -> list[bytes | Wait]:
+    """The envelopes of an answer, with the waits between."""
+    rendered: list[bytes | Wait] = []
+    for value in render_connect_objects(steps, chat_id, dice, stages):
+        rendered.append(value if isinstance(value, Wait) else make_envelope(value))
+    if End("length") in steps:
+        return rendered[:-1]  # the stream just ends: connect has no other form for it
+    return [*rendered, make_envelope({}, 2)]
+
+
+def make_envelope(value: object, flags: int = 0) -> bytes:
+    """One envelope."""
+    try:
+        payload = json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # half of a surrogate pair has to be escaped
+        payload = json.dumps(value).encode()
+    return bytes([flags]) + struct.pack(">I", len(payload)) + payload
 
 
 def cut_anywhere(data: bytes, dice: random.Random) -> Pieces:
@@ -256,6 +403,42 @@ SHAPES: Final[dict[str, Callable[[Pieces], Pieces]]] = {
     "steady": lambda pieces: pieces,
 }
 
+CONNECT_SHAPES: Final[dict[str, Callable[[Pieces], Pieces]]] = {
+    "cut-characters": SHAPES["cut-characters"],
+    "one-piece": SHAPES["one-piece"],
+    "garbage": lambda pieces: [*pieces[:-1], make_envelope({})[:4] + b"\x05{oops", pieces[-1]],
+    "no-end": lambda pieces: pieces[:-2],
+    "half-an-event": lambda pieces: [*pieces[:-2], pieces[-2][:-3]],
+    "done-without-end": lambda pieces: pieces[:-1],
+    "error-after-done": lambda pieces: [*pieces[:-1], make_envelope(connect_error("internal", "late error"), 2)],
+    "end-flag-80": lambda pieces: [*pieces[:-1], make_envelope({}, 0x80)],
+    "compressed": lambda pieces: [_compress(piece) for piece in pieces],
+    "huge-line": lambda pieces: [*pieces[:-1], b"\0\x05\0\0\0", *[b"x" * 65_536] * 64, pieces[-1]],
+    "set-twice": lambda pieces: [
+        *pieces[:-2],
+        make_envelope({"op": "set", "block": {"id": "2", "text": {"content": "quite another text"}}}),
+        *pieces[-2:],
+    ],
+    "overloaded": lambda pieces: [
+        *pieces[:3],
+        make_envelope({"block": {"exception": {"error": {"reason": "REASON_COMPLETION_OVERLOADED"}}}}),
+        *pieces[3:],
+    ],
+    "steady": lambda pieces: pieces,
+}
+
+
+def _compress(envelope: bytes) -> bytes:
+    payload = gzip.compress(envelope[5:])
+    return bytes([envelope[0] | 1]) + struct.pack(">I", len(payload)) + payload
+
+
+def connect_error(code: str, message: str) -> dict[str, Any]:
+    """Connect's error object."""
+    debug = {"reason": "REASON_X", "localizedMessage": {"locale": "zh-CN", "message": f"{message} 出错"}}
+    return {"error": {"code": code, "message": message, "details": [{"type": "x", "debug": debug}]}}
+
+
 # What a token can order beside a shape. STEP is refresh, open, ask or remove.
 FAULTS: Final[dict[str, str]] = {
     "status": "STEP:CODE, that HTTP status with a JSON error",
@@ -282,6 +465,10 @@ FAULTS: Final[dict[str, str]] = {
     "endless": "the first text again and again, for ever",
     "pace": "SECONDS between two events",
     "chunks": "N chunks of the script `long`",
+    "stages": "connect: thinking comes as the text of a phase",
+    "camel": "the new refresh wants `refreshToken`, and answers inside `data`",
+    "old-refresh": "the new refresh is refused, the old one works",
+    "new-refresh": "the old refresh is refused, the new one works",
 }
 
 # ==== 3. World ==============================================================
@@ -300,10 +487,11 @@ class Call:
 
 @dataclass(slots=True)
 class Conversation:
-    """One conversation: what was asked in it, and how often it was removed."""
+    """One conversation: what was asked in it, how often it was removed, and whether its id was told."""
 
     asked: list[dict[str, Any]] = field(default_factory=list)
     removed: int = 0
+    told: bool = True
 
 
 @dataclass(slots=True)
@@ -332,7 +520,7 @@ class Account:
     @property
     def settled(self) -> bool:
         """Whether nothing runs, and nothing is left of what was opened."""
-        return self.streams_open == 0 and all(item.removed == 1 for item in self.conversations.values())
+        return self.streams_open == 0 and all(item.removed == 1 for item in self.conversations.values() if item.told)
 
     def fires(self, fault: str) -> bool:
         """Whether a fault that happens once is still to happen: True the first time."""
@@ -341,10 +529,26 @@ class Account:
         return first
 
 
-def make_access_token(dice: random.Random, opaque: bool) -> str:
-    """An access token: like a JSON Web Token, or opaque."""
+def make_access_token(dice: random.Random, opaque: bool, life_seconds: float = 900) -> str:
+    """An access token: a JSON Web Token as the service makes it, or opaque."""
     body = "".join(dice.choices("abcdefghijklmnopqrstuvwxyz0123456789", k=40))
-    return body if opaque else f"eyJhbGciOiJIUzUxMiJ9.{body}.c2ln"
+    if opaque:
+        return body
+    now = int(time.time())
+    claims = {"iss": "user-center", "app_id": "kimi", "typ": "access", "iat": now, "exp": int(now + life_seconds)}
+    claims |= {"device_id": f"7{body[:12]}", "ssid": f"17{body[12:20]}", "sub": f"d{body[20:30]}", "jti": body}
+    parts = ({"alg": "HS512", "typ": "JWT"}, claims)
+    encoded = [base64.urlsafe_b64encode(json.dumps(part).encode()).decode().rstrip("=") for part in parts]
+    return ".".join([*encoded, "c2lnbmF0dXJl"])
+
+
+def read_claims(token: str) -> dict[str, Any]:
+    """The claims of such a token; empty for an opaque one."""
+    if token.count(".") != 2:
+        return {}
+    part = token.split(".")[1]
+    claims: dict[str, Any] = json.loads(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)))
+    return claims
 
 
 # ==== 4. Simulator ==========================================================
@@ -353,6 +557,12 @@ def make_access_token(dice: random.Random, opaque: bool) -> str:
 
 _BROWSER: Final = re.compile(r"Mozilla/5\.0 .* Chrome/(\d+)\.0\.0\.0 Safari/537\.36")
 _HTML: Final = b"<!doctype html><title>502</title>" + b"<p>the page of some machine in between</p>" * 250
+
+
+_CONNECT_TYPES: Final = {
+    "chat.user_stream_pushing": "resource_exhausted",
+    "auth.token.invalid": "unauthenticated",
+}
 
 
 class Refusal(Exception):
@@ -366,7 +576,8 @@ class Refusal(Exception):
 class Simulator:
     """The service, on a port of this machine, while the context lasts. Violations are raised at its end."""
 
-    def __init__(self, *, port: int = 0, seed: int | None = None, unsteady: bool = True) -> None:
+    def __init__(self, *, port: int = 0, seed: int | None = None, unsteady: bool = True, retired: str = "") -> None:
+        self.retired = retired  # how the classic calls answer: redirect, html, or a status
         self.seed = seed if seed is not None else int(os.environ.get("KIMI_SIMULATOR_SEED") or secrets.randbits(32))
         self.url = ""
         self.violations: list[str] = []
@@ -385,6 +596,9 @@ class Simulator:
         app.router.add_post("/api/chat", self._open)
         app.router.add_post("/api/chat/{id}/completion/stream", self._ask)
         app.router.add_delete("/api/chat/{id}", self._remove)
+        app.router.add_post("/api/account.gateway.v1.AuthService/RefreshToken", self._connect_refresh)
+        app.router.add_post("/apiv2/kimi.gateway.chat.v1.ChatService/Chat", self._connect_ask)
+        app.router.add_post("/apiv2/kimi.chat.v1.ChatService/DeleteChat", self._connect_remove)
         self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", self._port).start()
@@ -412,6 +626,12 @@ class Simulator:
             self._accounts[token] = Account(order, [token], random.Random(self._dice.random()))
         return self._accounts[token]
 
+    def make_access_token(self, token: str, life_seconds: float = 900) -> str:
+        """An access token of the account, as its owner may copy it from the page."""
+        account = self.account(token)
+        account.access_tokens.append(make_access_token(account.dice, opaque=False, life_seconds=life_seconds))
+        return account.access_tokens[-1]
+
     @property
     def connections(self) -> int:
         """How many connections carried an answered call."""
@@ -438,7 +658,13 @@ class Simulator:
         if account is None:
             return _failure(401, "auth.token.invalid", "the refresh token is dead")
         self._note(account, "refresh", request, None)
+        if account.order.has("new-refresh"):
+            return _failure(401, "auth.token.invalid", "use the new refresh")
         await self._order(account, "refresh", request)
+        access_token, refresh_token = self._make_tokens(account, token)
+        return web.json_response({"access_token": access_token, "refresh_token": refresh_token})
+
+    def _make_tokens(self, account: Account, token: str) -> tuple[str, str]:
         access_token = make_access_token(account.dice, account.order.has("opaque"))
         account.access_tokens.append(access_token)
         self._changed.set()
@@ -446,7 +672,66 @@ class Simulator:
         if account.order.has("rotate"):
             refresh_token = f"{token.partition('~')[0]}~rotated-{secrets.token_hex(8)}"
             account.refresh_tokens = [refresh_token]
-        return web.json_response({"access_token": access_token, "refresh_token": refresh_token})
+        return access_token, refresh_token
+
+    async def _connect_refresh(self, request: web.Request) -> web.StreamResponse:
+        if "Authorization" in request.headers:
+            self._violate("a Bearer at the new refresh")
+        body = await request.json()
+        ((spelling, token),) = body.items()
+        account = self._account_of_refresh(token)
+        if account is None or account.order.has("old-refresh"):
+            return web.json_response(connect_error("unauthenticated", "dead")["error"], status=401)
+        self._note(account, "refresh", request, None)
+        if account.order.has("camel") and spelling != "refreshToken":
+            return web.json_response(connect_error("invalid_argument", "refreshToken")["error"], status=400)
+        await self._order(account, "refresh", request)
+        access_token, refresh_token = self._make_tokens(account, token)
+        tokens: dict[str, Any] = {"accessToken": access_token, "refreshToken": refresh_token}
+        return web.json_response({"data": tokens} if account.order.has("camel") else tokens)
+
+    async def _connect_ask(self, request: web.Request) -> web.StreamResponse:
+        if request.content_type != "application/connect+json" or request.headers.get("Connect-Protocol-Version") != "1":
+            self._violate("Content-Type or Connect-Protocol-Version")
+        data = await request.read()
+        if data[:1] != b"\0" or struct.unpack(">I", data[1:5])[0] != len(data) - 5:
+            self._violate("no envelope")
+        body = json.loads(data[5:])
+        account = self._account_of_access(request, "ask", body)
+        self._check_connect_headers(account, request)
+        if sorted(body) != ["message", "options", "scenario", "tools"]:
+            self._violate(f"keys of Chat: {sorted(body)}")
+        (block,) = body["message"]["blocks"]
+        await self._order(account, "ask", request)
+        if account.order.has("one-at-a-time") and account.streams_open:
+            raise Refusal(self._connect_failure("resource_exhausted", "another answer is under way"))
+        chat_id = f"{secrets.token_hex(4)}-{secrets.token_hex(6)}"
+        account.conversations[chat_id] = Conversation([body], told=False)
+        asked = block["text"]["content"]
+        return await self._run_stream(request, account, asked, chat_id)
+
+    async def _connect_remove(self, request: web.Request) -> web.StreamResponse:
+        body = await self._body(request, {"chat_id": str})
+        account = self._account_of_access(request, "remove", body)
+        self._check_connect_headers(account, request)
+        conversation = account.conversations.get(body["chat_id"])
+        if conversation is None:
+            self._violate("a chat that is not the account's")
+            return _failure(404, "chat.not_found", "no such chat")
+        return await self._take_away(account, conversation, request)
+
+    def _check_connect_headers(self, account: Account, request: web.Request) -> None:
+        claims = read_claims(self._bearer(request))
+        named = {"x-msh-device-id": "device_id", "x-msh-session-id": "ssid", "x-traffic-id": "sub"}
+        for header, claim in named.items():
+            if not request.headers.get(header) or (claims and request.headers[header] != claims[claim]):
+                self._violate(f"{header} of {request.path}")
+        if request.headers.get("x-msh-platform") != "web":
+            self._violate("x-msh-platform")
+
+    def _connect_failure(self, code: str, message: str) -> web.Response:
+        body = make_envelope(connect_error(code, message), 2)
+        return web.Response(body=body, content_type="application/connect+json")
 
     async def _open(self, request: web.Request) -> web.StreamResponse:
         body = await self._body(request, {"name": str, "is_example": bool})
@@ -464,6 +749,11 @@ class Simulator:
     async def _remove(self, request: web.Request) -> web.StreamResponse:
         account = self._account_of_access(request, "remove", None)
         conversation = self._conversation(account, request)
+        return await self._take_away(account, conversation, request)
+
+    async def _take_away(
+        self, account: Account, conversation: Conversation, request: web.Request
+    ) -> web.StreamResponse:
         if conversation.removed:
             self._violate("a conversation removed twice")
         await self._order(account, "remove", request)
@@ -484,10 +774,13 @@ class Simulator:
         await self._order(account, "ask", request)
         if account.order.has("one-at-a-time") and account.streams_open:
             return _failure(200, "chat.user_stream_pushing", "another answer is under way")
+        return await self._run_stream(request, account, body["messages"][0]["content"], "")
+
+    async def _run_stream(self, request: web.Request, account: Account, asked: str, chat_id: str) -> web.StreamResponse:
         account.streams_open += 1
         self._changed.set()
         try:
-            return await self._stream(request, account, body["messages"][0]["content"])
+            return await self._stream(request, account, asked, chat_id)
         except (asyncio.CancelledError, ConnectionError):
             account.streams_cut += 1
             raise
@@ -495,16 +788,18 @@ class Simulator:
             account.streams_open -= 1
             self._changed.set()
 
-    async def _stream(self, request: web.Request, account: Account, asked: str) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+    async def _stream(self, request: web.Request, account: Account, asked: str, chat_id: str) -> web.StreamResponse:
+        """Stream an answer, in connect where there is a `chat_id`."""
+        kind = "application/connect+json" if chat_id else "text/event-stream; charset=utf-8"
+        response = web.StreamResponse(headers={"Content-Type": kind})
         await response.prepare(request)
         order = account.order
         pace = float(order.value("pace", "0"))
         loop = asyncio.get_running_loop()
         due = loop.time()
         limits = {name: int(order.value(name, "0")) for name in ("cut", "cut-chunk", "stall") if order.has(name)}
-        number = 0
-        for piece in self._pieces(account, make_steps(order, asked)):
+        number, written = 0, b""
+        for piece in self._pieces(account, make_steps(order, asked), chat_id):
             if number in limits.values():
                 await self._break(request, account)
             if isinstance(piece, Wait):
@@ -512,38 +807,46 @@ class Simulator:
                 continue
             await response.write(piece)
             number += 1
+            if chat_id and not account.conversations[chat_id].told:
+                written += piece
+                account.conversations[chat_id].told = chat_id.encode() in written or order.has("compressed")
+                self._changed.set()
             if pace:
                 due += pace
                 await asyncio.sleep(max(0.0, due - loop.time()))
             elif self._unsteady:
                 await asyncio.sleep(0)
-        again = b"".join(
-            piece for piece in render_stream(make_steps(order, asked)[:1], None)[2:] if isinstance(piece, bytes)
-        )
+        first = make_steps(order, asked)[:1]
+        again = render_connect(first * 2, chat_id, None)[4] if chat_id else render_stream(first, None)[2]
         while order.has("endless"):
-            await response.write(again)
+            await response.write(again if isinstance(again, bytes) else b"")
             await asyncio.sleep(0.01)
         if order.has("linger"):
             await asyncio.Event().wait()
         await response.write_eof()
         return response
 
-    def _pieces(self, account: Account, steps: tuple[Step, ...]) -> Iterator[bytes | Wait]:
+    def _pieces(self, account: Account, steps: tuple[Step, ...], chat_id: str) -> Iterator[bytes | Wait]:
         order = account.order
         steady = not self._unsteady or order.has("steady") or order.has("pace")
         dice = None if steady else account.dice
         if order.has("endless"):
             steps = steps[:1]
-        if any(order.has(fault) for fault in ("cut", "cut-chunk", "stall")):
-            dice = None  # pieces are counted: one is one event, the first two being `req` and `resp`
-        rendered = render_stream(steps, dice)
+        if any(order.has(fault) for fault in ("cut", "cut-chunk", "stall", "endless")):
+            dice = None  # pieces are counted: one is one event, the first two or three before the text
+        if chat_id:
+            rendered = render_connect(steps, chat_id, dice, stages=order.has("stages"))
+            rendered = rendered[:-3] if order.has("endless") else rendered
+        else:
+            rendered = render_stream(steps, dice)
         if any(isinstance(piece, Wait) for piece in rendered):
             yield from rendered
             return
         pieces = [piece for piece in rendered if isinstance(piece, bytes)]
-        shapes = [name for name in order.faults if name in SHAPES]
+        table = CONNECT_SHAPES if chat_id else SHAPES
+        shapes = [name for name in order.faults if name in table]
         for name in shapes:
-            pieces = SHAPES[name](pieces)
+            pieces = table[name](pieces)
         yield from pieces if dice is None or shapes else cut_anywhere(b"".join(pieces), dice)
 
     async def _break(self, request: web.Request, account: Account) -> None:
@@ -584,6 +887,8 @@ class Simulator:
                 response.headers["Retry-After"] = order.value("retry-after")
             raise Refusal(response)
         if (kind := order.at("error-type", step)) is not None:
+            if request.content_type == "application/connect+json":
+                raise Refusal(self._connect_failure(_CONNECT_TYPES.get(kind, "internal"), f"ordered error {kind}"))
             raise Refusal(_failure(200, kind, "ordered error"))
         if order.at("redirect", step) is not None:
             raise Refusal(web.Response(status=302, headers={"Location": "http://127.0.0.2:9/elsewhere"}))
@@ -614,10 +919,13 @@ class Simulator:
         if headers.get("Origin") != self.url or not headers.get("Sec-Ch-Ua-Platform"):
             self._violate("no Origin, or no platform")
         place = request.match_info.get("id")
+        if request.path.endswith("DeleteChat"):
+            place = (await request.json()).get("chat_id")
         if headers.get("Referer") != (f"{self.url}/chat/{place}" if place else self.url):
             self._violate(f"Referer of {request.method} {request.path}")
         try:
-            response = await handler(request)
+            retired = self._answer_as_retired() if request.path.startswith("/api/chat") else None
+            response = retired or await handler(request)
         except Refusal as refusal:
             response = refusal.response
         except web.HTTPException as error:
@@ -628,6 +936,13 @@ class Simulator:
         if not response.prepared:
             response.set_cookie("session", "do-not-send-me-back")
         return response
+
+    def _answer_as_retired(self) -> web.Response | None:
+        if self.retired == "redirect":
+            return web.Response(status=301, headers={"Location": "https://www.kimi.com/"})
+        if self.retired == "html":
+            return web.Response(body=_HTML, content_type="text/html")
+        return web.Response(status=int(self.retired)) if self.retired else None
 
     def _violate(self, what: str) -> None:
         self.violations.append(what)

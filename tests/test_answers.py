@@ -13,12 +13,18 @@ from hypothesis import strategies as st
 
 from kimi_proxy import (
     ClassicAnswer,
+    ConnectAnswer,
+    Envelope,
     Event,
     Finished,
+    Opened,
     ProxyError,
     SearchHit,
     ServerSentEvent,
     Text,
+    TextJoiner,
+    Thinking,
+    error_of_connect,
     error_of_reply,
     join_surrogates,
 )
@@ -44,6 +50,7 @@ ANSWERS: dict[str, tuple[list[Any], list[Event]]] = {
         [{"event": "cmpl"}, text(None), text(""), text(1), text("a"), DONE],
         [Text("a"), Finished("stop")],
     ),
+    "a hit told twice": ([HIT, HIT, text("a"), DONE], [SearchHit("T", "https://a.bc"), Text("a"), Finished("stop")]),
     "hits": ([HIT, text("a"), DONE], [SearchHit("T", "https://a.bc"), Text("a"), Finished("stop")]),
     "hits that are none": (
         [
@@ -165,5 +172,225 @@ def test_golden_streams_give_their_events(name: str) -> None:
 
 
 def test_every_recorded_stream_is_in_the_index() -> None:
-    streams = {path.relative_to(WIRE_FOLDER).as_posix() for path in WIRE_FOLDER.glob("*/*.sse")}
+    streams = {path.relative_to(WIRE_FOLDER).as_posix() for path in WIRE_FOLDER.glob("*/*") if path.suffix != ".json"}
     assert streams == set(read_index())
+
+
+CHAT = {"op": "set", "mask": "chat", "chat": {"id": "c1"}}
+OPENED = Opened("c1", hits_inline=False)
+
+
+def connect(*values: Any, end: bool = True) -> list[Event]:
+    answering = ConnectAnswer()
+    events = [event for value in values for event in answering.feed(Envelope(0, json.dumps(value).encode()))]
+    if end:
+        events += answering.feed(Envelope(2, b"{}"))
+    return events + answering.finish()
+
+
+def block(kind: str, content: Any, op: str = "append", identifier: str = "1") -> dict[str, Any]:
+    return {"op": op, "mask": f"block.{kind}", "block": {"id": identifier, kind: content}}
+
+
+def stage(status: str) -> dict[str, Any]:
+    return {"op": "set", "block": {"multiStage": {"stages": [{"name": "STAGE_NAME_THINKING", "status": status}]}}}
+
+
+RAW = {"base": {"title": "T", "url": "https://ab.cd"}, "refIndex": "web_search:1#1"}
+HIT_1 = SearchHit("T", "https://ab.cd", "web_search:1#1")
+DONE_1: dict[str, Any] = {"done": {}}
+
+CONNECT_ANSWERS: dict[str, tuple[list[Any], list[Event]]] = {
+    "set, then append": (
+        [CHAT, block("text", {"content": "a"}, "set"), block("text", {"content": "b"}), DONE_1],
+        [OPENED, Text("a"), Text("b"), Finished("stop")],
+    ),
+    "text as a bare string": ([CHAT, block("text", "a"), DONE_1], [OPENED, Text("a"), Finished("stop")]),
+    "thinking": (
+        [CHAT, block("think", {"content": "hm"}, "set"), block("text", {"content": "a"}, "set", "2"), DONE_1],
+        [OPENED, Thinking("hm"), Text("a"), Finished("stop")],
+    ),
+    "thinking as a phase": (
+        [CHAT, stage("STAGE_STATUS_RUNNING"), block("text", "hm"), stage("stage_status_done"), block("text", "a")],
+        [OPENED, Thinking("hm"), Text("a"), Finished("stop")],
+    ),
+    "set again, extending": (
+        [CHAT, block("text", "ab", "set"), block("text", "abc", "set"), DONE_1],
+        [OPENED, Text("ab"), Text("c"), Finished("stop")],
+    ),
+    "set again, the same": (
+        [CHAT, block("text", "ab", "set"), block("text", "ab", "set"), DONE_1],
+        [OPENED, Text("ab"), Finished("stop")],
+    ),
+    "set again, contradicting": (
+        [CHAT, block("text", "ab", "set"), block("text", "xy", "set"), block("text", "c"), DONE_1],
+        [OPENED, Text("ab"), Text("c"), Finished("stop")],
+    ),
+    "two blocks": (
+        [CHAT, block("text", "a", "set", "1"), block("text", "b", "set", "2"), DONE_1],
+        [OPENED, Text("a"), Text("b"), Finished("stop")],
+    ),
+    "hits, each once": (
+        [
+            CHAT,
+            {
+                "block": {
+                    "tool": {"name": "web_search", "status": "STATUS_DONE", "contents": [RAW, {"searchResult": RAW}]}
+                }
+            },
+            {"message": {"refs": {"searchChunks": [RAW], "usedSearchChunks": [{"searchResult": RAW}]}}},
+            {"block": {"search": {"webPages": [{"title": "Old", "url": "https://old.cd"}]}}},
+            block("text", "a"),
+        ],
+        [OPENED, HIT_1, SearchHit("Old", "https://old.cd"), Text("a"), Finished("stop")],
+    ),
+    "odd shapes": (
+        [
+            CHAT,
+            {"heartbeat": {}},
+            {"op": "set", "mask": "message", "message": {"id": "m", "role": "assistant", "status": "x"}},
+            {"op": "merge", "what": 1},
+            {"block": {"new": {}}},
+            {"block": None, "message": 3, "chat": []},
+            {"block": {"text": None, "think": {"content": 4}, "tool": [], "multiStage": {"stages": [1]}}},
+            {"block": {"tool": {"contents": [None, {}, {"searchResult": 1}, {"base": {"title": "no url"}}]}}},
+            {},
+            block("text", "a"),
+            DONE_1,
+        ],
+        [OPENED, Text("a"), Finished("stop")],
+    ),
+    "a pair cut in two": (
+        [CHAT, block("text", "a\ud83d"), block("text", "\udc4d"), DONE_1],
+        [OPENED, Text("a"), Text("👍"), Finished("stop")],
+    ),
+    "moderated": (
+        [CHAT, block("text", "a"), {"block": {"exception": {"error": {"reason": "REASON_CONTENT_MODERATED"}}}}],
+        [OPENED, Text("a"), Finished("content_filter")],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONNECT_ANSWERS)
+def test_connect_envelopes_become_events(name: str) -> None:
+    values, events = CONNECT_ANSWERS[name]
+    assert connect(*values) == events
+
+
+@pytest.mark.parametrize("done", [True, False])
+def test_a_connect_answer_without_its_end_envelope_is_an_end_after_done_and_a_cut_before(done: bool) -> None:
+    events = connect(CHAT, block("text", "a"), *([DONE_1] if done else []), end=False)
+    assert events[-1] == Finished("stop" if done else "length")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[CHAT, DONE_1], [], [CHAT, block("think", "hm"), DONE_1], [CHAT, {"message": {"refs": {"searchChunks": [RAW]}}}]],
+)
+def test_a_connect_answer_without_text_is_a_failure(values: list[Any]) -> None:
+    with pytest.raises(ProxyError) as caught:
+        connect(*values)
+    assert caught.value.code == "answer_empty"
+
+
+def test_an_error_can_follow_done() -> None:
+    answering = ConnectAnswer()
+    for value in (CHAT, block("text", "a"), DONE_1):
+        answering.feed(Envelope(0, json.dumps(value).encode()))
+    assert answering.done and not answering.ended
+    with pytest.raises(ProxyError) as caught:
+        answering.feed(Envelope(2, b'{"error":{"code":"resource_exhausted","message":"slow down"}}'))
+    assert (caught.value.code, caught.value.status) == ("rate_limited", 429) and "slow down" in caught.value.message
+
+
+def test_an_overload_in_the_stream_is_a_429() -> None:
+    with pytest.raises(ProxyError) as caught:
+        connect(CHAT, {"block": {"exception": {"error": {"reason": "REASON_COMPLETION_OVERLOADED"}}}})
+    assert caught.value.code == "rate_limited" and "OVERLOADED" in caught.value.message
+
+
+def test_what_is_not_known_is_named() -> None:
+    answering = ConnectAnswer()
+    values: list[Any] = [{"op": "merge", "tomorrow": 1}, {"block": {"new": {}}}]
+    for value in values:
+        answering.feed(Envelope(0, json.dumps(value).encode()))
+    assert answering.oddities == [("operation", "merge"), ("message", "tomorrow"), ("block", "new")]
+
+
+CODES = {
+    "unauthenticated": "token_dead",
+    "resource_exhausted": "rate_limited",
+    "permission_denied": "service_refused",
+    "invalid_argument": "service_refused",
+    "not_found": "service_refused",
+    "unavailable": "service_failed",
+    "internal": "service_failed",
+    "tomorrow": "service_failed",
+}
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_every_connect_code_is_a_failure_with_the_services_words(code: str) -> None:
+    debug = {"reason": "REASON_X", "localizedMessage": {"message": "出错了"}}
+    value = {"code": code, "message": "said", "details": [{"debug": debug}, None, {"debug": 1}]}
+    for error in (error_of_connect(200, value, "asking"), error_of_reply(400, {"error": value}, "asking")):
+        assert error.code == CODES[code]
+        assert all(word in error.message for word in ("asking", "said", "REASON_X", "出错了", code))
+    assert error_of_reply(403, value, "asking").code == CODES[code]
+
+
+JSON = st.recursive(
+    st.none() | st.integers(-2, 2) | st.sampled_from(["set", "append", "a", "web_search:1#1", "STAGE_NAME_THINKING"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                [
+                    "op",
+                    "chat",
+                    "id",
+                    "message",
+                    "refs",
+                    "searchChunks",
+                    "block",
+                    "text",
+                    "think",
+                    "content",
+                    "tool",
+                    "base",
+                ]
+                + [
+                    "contents",
+                    "multiStage",
+                    "stages",
+                    "name",
+                    "exception",
+                    "error",
+                    "code",
+                    "done",
+                    "url",
+                    "searchResult",
+                ]
+            ),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=25,
+)
+
+
+@given(st.lists(JSON, max_size=4))
+def test_any_json_in_connect_is_events_or_a_clear_failure(values: list[Any]) -> None:
+    try:
+        events = connect(*values)
+    except ProxyError as error:
+        assert error.status in (401, 429, 502)
+    else:
+        assert isinstance(events[-1], Finished)
+
+
+def test_a_joiner_holds_half_a_pair() -> None:
+    joiner = TextJoiner()
+    assert [joiner.feed("a\ud83d"), joiner.feed(None), joiner.feed("\udc4d"), joiner.finish()] == ["a", "", "👍", ""]
+    assert [joiner.feed("\ud83d"), joiner.finish(), joiner.finish()] == ["", "\ufffd", ""]

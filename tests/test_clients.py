@@ -16,6 +16,11 @@ from kimi_simulator import HELLO, Simulator
 QUESTION: Any = [{"role": "user", "content": "hi"}]
 
 
+@pytest.fixture(params=["classic", "connect"])
+def dialect(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture
 async def client_for(proxy: str) -> AsyncIterator[Any]:
     """Makes an async SDK client for a token."""

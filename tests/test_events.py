@@ -15,5 +15,5 @@ def test_reprs_show_the_shape_alone(event: Event) -> None:
 
 def test_events_compare_by_value() -> None:
     assert Text("a") == Text("a") != Text("b")
-    assert len({Text("a"), Text("a"), Finished("stop"), Finished("stop"), Opened("c"), Opened("c")}) == 3
+    assert len({Text("a"), Text("a"), Finished("stop"), Finished("stop"), Opened("c", True), Opened("c", True)}) == 3
     assert Text("a") != "a"

@@ -21,6 +21,11 @@ from kimi_simulator import HELLO, Simulator
 CHAT = "/v1/chat/completions"
 
 
+@pytest.fixture(params=["classic", "connect"])
+def dialect(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @dataclass(frozen=True)
 class Seen:
     """What a client saw of one request."""
@@ -84,25 +89,13 @@ async def works_again(simulator: Simulator, url: str) -> None:
 
 
 # Faults before the first visible chunk: order → status, code, reference's number, words that the message holds.
-BEFORE: dict[str, tuple[tuple[str, ...], int, str, int, str]] = {
+Row = tuple[tuple[str, ...], int, str, int, str]
+BEFORE: dict[str, Row] = {
     "refresh refused": (("unauthorized-always=refresh",), 401, "token_dead", -2002, "refresh"),
     "refresh fails": (("status=refresh:500",), 502, "service_failed", -2001, "refreshing"),
     "refresh hangs": (("silent=refresh",), 504, "service_silent", -2001, "refreshing"),
     "refresh limited": (("status=refresh:429", "retry-after=9"), 429, "rate_limited", -2001, "refreshing"),
     "refresh gives HTML": (("wrong-type=refresh",), 502, "service_failed", -2001, "text/html"),
-    "opening refused": (("status=open:400",), 502, "service_refused", -2000, "ordered status 400"),
-    "opening forbidden": (("status=open:403",), 502, "service_refused", -2000, "ordered status 403"),
-    "opening not found": (("status=open:404",), 502, "service_refused", -2000, "opening"),
-    "opening fails": (("status=open:500",), 502, "service_failed", -2001, "ordered status 500"),
-    "opening hangs": (("silent=open",), 504, "service_silent", -2001, "opening"),
-    "opening resets": (("close=open",), 502, "service_failed", -2001, "opening"),
-    "opening redirects": (("redirect=open",), 502, "service_failed", -2001, "HTTP 302"),
-    "opening gives HTML": (("wrong-type=open",), 502, "service_failed", -2001, "text/html"),
-    "opening gives 10 MB of HTML": (("html=open:502",), 502, "service_failed", -2001, "text/html"),
-    "opening gives JSON without end": (("bomb=open",), 502, "service_failed", -2001, "more than"),
-    "opening gives no id": (("no-id",), 502, "service_failed", -2001, "no id"),
-    "opening dead token each time": (("unauthorized-always=open",), 401, "token_dead", -2002, "opening"),
-    "opening error under 200": (("error-type=open:odd.thing",), 502, "service_failed", -2001, "odd.thing"),
     "asking refused": (("status=ask:400",), 502, "service_refused", -2000, "ordered status 400"),
     "asking fails": (("status=ask:500",), 502, "service_failed", -2001, "[请求kimi失败]: asking"),
     "asking hangs": (("silent=ask",), 504, "service_silent", -2001, "asking"),
@@ -120,13 +113,37 @@ BEFORE: dict[str, tuple[tuple[str, ...], int, str, int, str]] = {
     "reset before the first event": (("cut=0",), 502, "answer_broken", -2001, "broke"),
     "reset before the first text": (("cut=2",), 502, "answer_broken", -2001, "broke"),
 }
+# Connect has no opening call.
+OPENING: dict[str, Row] = {
+    "opening refused": (("status=open:400",), 502, "service_refused", -2000, "ordered status 400"),
+    "opening forbidden": (("status=open:403",), 502, "service_refused", -2000, "ordered status 403"),
+    "opening not found": (("status=open:404",), 502, "service_refused", -2000, "opening"),
+    "opening fails": (("status=open:500",), 502, "service_failed", -2001, "ordered status 500"),
+    "opening hangs": (("silent=open",), 504, "service_silent", -2001, "opening"),
+    "opening resets": (("close=open",), 502, "service_failed", -2001, "opening"),
+    "opening redirects": (("redirect=open",), 502, "service_failed", -2001, "HTTP 302"),
+    "opening gives HTML": (("wrong-type=open",), 502, "service_failed", -2001, "text/html"),
+    "opening gives 10 MB of HTML": (("html=open:502",), 502, "service_failed", -2001, "text/html"),
+    "opening gives JSON without end": (("bomb=open",), 502, "service_failed", -2001, "more than"),
+    "opening gives no id": (("no-id",), 502, "service_failed", -2001, "no id"),
+    "opening dead token each time": (("unauthorized-always=open",), 401, "token_dead", -2002, "opening"),
+    "opening error under 200": (("error-type=open:odd.thing",), 502, "service_failed", -2001, "odd.thing"),
+}
+# What connect says differently: one code for each limit.
+CONNECT: dict[str, Row] = {
+    "another answer under way": (("error-type=ask:chat.user_stream_pushing",), 429, "rate_limited", -2001, "asking"),
+}
 
 
-@pytest.mark.parametrize("name", BEFORE)
+@pytest.mark.parametrize(
+    ("dialect", "name"),
+    [("classic", name) for name in BEFORE | OPENING] + [("connect", name) for name in BEFORE],
+)
 async def test_a_failure_before_the_first_chunk_has_its_status(
-    simulator: Simulator, quick_proxy: str, stream: bool, name: str
+    simulator: Simulator, quick_proxy: str, stream: bool, dialect: str, name: str
 ) -> None:
-    faults, status, code, number, words = BEFORE[name]
+    rows = BEFORE | OPENING | (CONNECT if dialect == "connect" else {})
+    faults, status, code, number, words = rows[name]
     token = simulator.token("hello", *faults)
     seen = await send(quick_proxy, token, stream)
     assert (seen.status, seen.error["error"]["code"], seen.error["code"]) == (status, code, number), seen.text
@@ -138,12 +155,12 @@ async def test_a_failure_before_the_first_chunk_has_its_status(
 
 @pytest.mark.parametrize("script", ["empty", "hits-only"])
 async def test_an_answer_without_text_is_no_success(
-    simulator: Simulator, quick_proxy: str, stream: bool, script: str
+    simulator: Simulator, quick_proxy: str, stream: bool, dialect: str, script: str
 ) -> None:
     seen = await send(quick_proxy, simulator.token(script), stream)
     assert seen.error["error"]["code"] == "answer_empty"
     # A streamed hit is visible: from then on the failure is an event of the stream.
-    assert seen.status == (200 if stream and script == "hits-only" else 502)
+    assert seen.status == (200 if stream and script == "hits-only" and dialect == "classic" else 502)
     assert "[DONE]" not in seen.text and '"finish_reason":"stop"' not in seen.text
     await works_again(simulator, quick_proxy)
 
@@ -158,18 +175,22 @@ async def test_an_answer_without_text_is_no_success(
     ],
 )
 async def test_a_429_says_when_to_come_back(
-    simulator: Simulator, proxy: str, faults: tuple[str, ...], expected: str
+    simulator: Simulator, proxy: str, dialect: str, faults: tuple[str, ...], expected: str
 ) -> None:
+    expected = "60" if expected == "5" and dialect == "connect" else expected
     seen = await send(proxy, simulator.token("hello", *faults), False)
     assert (seen.status, seen.headers["Retry-After"]) == (429, expected)
 
 
-async def test_a_second_answer_of_an_account_is_a_429_while_the_first_goes_on(simulator: Simulator, proxy: str) -> None:
+async def test_a_second_answer_of_an_account_is_a_429_while_the_first_goes_on(
+    simulator: Simulator, proxy: str, dialect: str
+) -> None:
+    refusal = ("answer_running", "5") if dialect == "classic" else ("rate_limited", "60")
     token = simulator.token("long", "one-at-a-time", "pace=0.02", "chunks=20")
     first = asyncio.create_task(send(proxy, token, True))
     await simulator.wait_until(lambda: simulator.account(token).streams_open == 1)
     second = await send(proxy, token, True)
-    assert (second.status, second.error["error"]["code"], second.headers["Retry-After"]) == (429, "answer_running", "5")
+    assert (second.status, second.error["error"]["code"], second.headers["Retry-After"]) == (429, *refusal)
     assert (await first).content.split() == [str(number) for number in range(20)]
 
 
@@ -210,9 +231,11 @@ async def test_an_endless_answer_ends_at_its_deadline(
     await works_again(simulator, proxy)
 
 
-@pytest.mark.parametrize("fault", ["no-end", "half-an-event"])
+@pytest.mark.parametrize(
+    ("dialect", "fault"), [("classic", "no-end"), ("classic", "half-an-event"), ("connect", "no-end")]
+)
 async def test_a_stream_without_its_end_keeps_its_text_and_says_length(
-    simulator: Simulator, quick_proxy: str, stream: bool, fault: str
+    simulator: Simulator, quick_proxy: str, stream: bool, dialect: str, fault: str
 ) -> None:
     seen = await send(quick_proxy, simulator.token("hello", fault), stream)
     assert (seen.status, seen.content) == (200, HELLO)
@@ -220,9 +243,9 @@ async def test_a_stream_without_its_end_keeps_its_text_and_says_length(
     assert ("[DONE]" in seen.text) is stream
 
 
-@pytest.mark.parametrize("step", ["open", "ask"])
+@pytest.mark.parametrize(("dialect", "step"), [("classic", "open"), ("classic", "ask"), ("connect", "ask")])
 async def test_a_dead_access_token_is_refreshed_and_the_call_made_once_more(
-    simulator: Simulator, proxy: str, stream: bool, step: str
+    simulator: Simulator, proxy: str, stream: bool, dialect: str, step: str
 ) -> None:
     token = simulator.token("hello", f"unauthorized-once={step}")
     seen = await send(proxy, token, stream)
@@ -231,9 +254,9 @@ async def test_a_dead_access_token_is_refreshed_and_the_call_made_once_more(
     assert (account.count("refresh"), account.count(step)) == (2, 2)
 
 
-@pytest.mark.parametrize("step", ["open", "ask"])
+@pytest.mark.parametrize(("dialect", "step"), [("classic", "open"), ("classic", "ask"), ("connect", "ask")])
 async def test_a_kept_connection_that_is_closed_costs_nothing(
-    simulator: Simulator, proxy: str, stream: bool, step: str
+    simulator: Simulator, proxy: str, stream: bool, dialect: str, step: str
 ) -> None:
     token = simulator.token("hello", f"close-kept={step}")
     seen = await send(proxy, token, stream)
@@ -297,17 +320,23 @@ async def leave(url: str, token: str, when: Any, how: str) -> None:
 LEAVING: dict[str, tuple[tuple[str, ...], str]] = {
     "while the token is refreshed": (("slow=refresh:0.4",), "refresh"),
     "while the conversation is opened": (("slow=open:0.4",), "open"),
+    "while the answer is awaited": (("slow=ask:0.4",), "ask"),
     "before the first byte": (("silent=ask",), "ask"),
     "before the first event": (("stall=0",), "stream"),
+    "before the first text": (("stall=1",), "stream"),
     "in the middle": (("stall=6",), "stream"),
     "while text flows": (("pace=0.01",), "stream"),
 }
 
 
 @pytest.mark.parametrize("how", ["closed", "reset", "half-closed"])
-@pytest.mark.parametrize("name", LEAVING)
+@pytest.mark.parametrize(
+    ("dialect", "name"),
+    [("classic", name) for name in LEAVING]
+    + [("connect", name) for name in LEAVING if name != "while the conversation is opened"],
+)
 async def test_a_client_that_goes_away_stops_the_answer_and_leaves_no_conversation(
-    simulator: Simulator, proxy: str, name: str, how: str
+    simulator: Simulator, proxy: str, log_lines: LogRecorder, dialect: str, name: str, how: str
 ) -> None:
     faults, step = LEAVING[name]
     token = simulator.token("long", *faults)
@@ -318,7 +347,8 @@ async def test_a_client_that_goes_away_stops_the_answer_and_leaves_no_conversati
 
     await leave(proxy, token, simulator.wait_until(reached), how)
     if step in ("ask", "stream"):
-        await simulator.wait_until(lambda: account.streams_open == 0, 1.0)
+        # In connect the stream is read on for the conversation's id, a second at most.
+        await simulator.wait_until(lambda: account.streams_open == 0, 1.0 if dialect == "classic" else 2.0)
     if step == "open":
         await simulator.wait_until(lambda: len(account.conversations) == 1)
     if step == "refresh":
@@ -327,7 +357,10 @@ async def test_a_client_that_goes_away_stops_the_answer_and_leaves_no_conversati
         assert (await send(proxy, token, False)).status == 200
         assert account.count("refresh") == 1
         assert len(account.conversations) == 1
+    elif dialect == "connect" and ("silent=ask" in faults or "stall=0" in faults):
+        await log_lines.wait_for("may be left")
     else:
+        await simulator.wait_until(lambda: account.count("remove") == 1)
         await simulator.settle(token)
         assert account.count("remove") == 1
     await works_again(simulator, proxy)
@@ -356,7 +389,7 @@ async def test_refused_and_unresolvable_services_are_a_502(start_proxy: StartPro
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
         for url in (f"http://127.0.0.1:{port}", "http://no-such-host.invalid"):
-            proxy = await start_proxy(base_url=url)
+            proxy = await start_proxy(base_url=url, auth_url=url)
             seen = await send(proxy, "hello", stream)
             assert (seen.status, seen.error["error"]["code"]) == (502, "service_unreachable")
             assert "KIMI_BASE_URL" in seen.error["error"]["message"]
@@ -365,7 +398,8 @@ async def test_refused_and_unresolvable_services_are_a_502(start_proxy: StartPro
 async def test_a_tls_certificate_that_is_not_valid_is_a_502_and_gets_no_token(
     simulator: Simulator, start_proxy: StartProxy
 ) -> None:
-    proxy = await start_proxy(base_url=simulator.url.replace("http://", "https://"))
+    url = simulator.url.replace("http://", "https://")
+    proxy = await start_proxy(base_url=url, auth_url=url)
     seen = await send(proxy, "hello", False)
     assert (seen.status, seen.error["code"]) == (502, -2001)
     assert not simulator._accounts

@@ -12,13 +12,17 @@ from hypothesis import strategies as st
 from kimi_proxy import (
     ChatStreamReply,
     ChatWholeReply,
+    Citation,
     Event,
     Finished,
     Opened,
     ProxyError,
     SearchHit,
+    ShownText,
+    Sources,
     SSEParser,
     Text,
+    Thinking,
     make_chat_reply,
     parse_chat_request,
 )
@@ -28,7 +32,7 @@ HIT = SearchHit("T", "https://ab.cd")
 
 def stream(*events: Event, include_usage: bool | None = None) -> list[Any]:
     reply = ChatStreamReply("m", 7, include_usage)
-    data = b"".join(reply.feed(event) for event in (Opened("c1"), *events)) + reply.finish()
+    data = b"".join(reply.feed(event) for event in (Opened("c1", hits_inline=True), *events)) + reply.finish()
     frames = [frame.data for frame in SSEParser().feed(data)]
     assert frames.pop() == "[DONE]"
     return [json.loads(frame) for frame in frames]
@@ -36,12 +40,14 @@ def stream(*events: Event, include_usage: bool | None = None) -> list[Any]:
 
 def whole(*events: Event) -> Any:
     reply = ChatWholeReply("m", 7)
-    assert [reply.feed(event) for event in (Opened("c1"), *events)] == [b""] * (len(events) + 1)
+    assert [reply.feed(event) for event in (Opened("c1", hits_inline=True), *events)] == [b""] * (len(events) + 1)
     return json.loads(reply.finish())
 
 
 def contents(chunks: list[Any]) -> list[str]:
-    return [choice["delta"]["content"] for chunk in chunks for choice in chunk["choices"] if choice["delta"]]
+    return [
+        choice["delta"]["content"] for chunk in chunks for choice in chunk["choices"] if "content" in choice["delta"]
+    ]
 
 
 def test_a_stream_has_one_head_one_role_and_one_end() -> None:
@@ -107,7 +113,7 @@ def test_any_text_comes_back_to_the_letter_streamed_and_whole(texts: list[str]) 
 def test_a_very_long_text_is_several_lines_that_every_client_takes() -> None:
     text = "你" * 100_000
     reply = ChatStreamReply("m", 7, None)
-    reply.feed(Opened("c1"))
+    reply.feed(Opened("c1", hits_inline=True))
     data = reply.feed(Text(text))
     assert max(map(len, data.split(b"\n"))) < 64_000
     assert "".join(json.loads(line[6:])["choices"][0]["delta"]["content"] for line in data.split(b"\n\n")[:-1]) == text
@@ -116,7 +122,7 @@ def test_a_very_long_text_is_several_lines_that_every_client_takes() -> None:
 @pytest.mark.parametrize("model", ['q"uote', "新模型", "a\nb", "", '"usage":null,'])
 def test_any_model_name_is_repeated_safely(model: str) -> None:
     reply = ChatStreamReply(model, 7, True)
-    events: list[Event] = [Opened("c1"), Text("a"), Finished("stop")]
+    events: list[Event] = [Opened("c1", hits_inline=True), Text("a"), Finished("stop")]
     data = b"".join(map(reply.feed, events))
     assert {json.loads(frame.data)["model"] for frame in SSEParser().feed(data)} == {model}
 
@@ -137,5 +143,93 @@ def test_silence_is_filled_with_a_comment_in_a_stream_alone() -> None:
 
 def test_the_request_chooses_the_form() -> None:
     body = '{"messages":[{"content":"x"}],"stream":%s}'
-    assert isinstance(make_chat_reply(parse_chat_request((body % "true").encode()), 7), ChatStreamReply)
-    assert isinstance(make_chat_reply(parse_chat_request((body % "false").encode()), 7), ChatWholeReply)
+    assert isinstance(make_chat_reply(parse_chat_request((body % "true").encode()), 7, "text"), ChatStreamReply)
+    assert isinstance(make_chat_reply(parse_chat_request((body % "false").encode()), 7, "text"), ChatWholeReply)
+
+
+LISTED = (SearchHit("A [x]", "https://aa.cd/(1)"), SearchHit("B", "https://bb.cd"))
+ANSWER: list[Event] = [
+    Opened("c1", hits_inline=False),
+    Text("甲"),
+    Citation(1, LISTED[0]),
+    Text("乙"),
+    Sources(LISTED),
+    Finished("stop"),
+]
+
+
+def annotated(sources: str, events: list[Event], *, streamed: bool = True) -> tuple[str, list[tuple[str, str]]]:
+    """The content, and of each annotation its title and the text that its span covers."""
+    shown = ShownText(sources, streamed=streamed)
+    content = "".join(map(shown.feed, events))
+    places = [annotation["url_citation"] for annotation in shown.annotations]
+    return content, [(place["title"], content[place["start_index"] : place["end_index"]]) for place in places]
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_listed_hits_are_a_numbered_list_and_annotations(streamed: bool) -> None:
+    lines = "1. [A \\[x\\]](https://aa.cd/%281%29)\n2. [B](https://bb.cd)"
+    content, annotations = annotated("text", ANSWER, streamed=streamed)
+    assert content == f"甲[1]乙\n\n搜索结果来自：\n{lines}"
+    assert annotations == [("A [x]", "[1]"), ("B", "2. [B](https://bb.cd)")]
+
+
+def test_annotations_alone_stand_at_the_texts_end() -> None:
+    shown = ShownText("annotations", streamed=True)
+    assert "".join(map(shown.feed, ANSWER)) == "甲[1]乙"
+    last = shown.annotations[-1]["url_citation"]
+    assert (last["start_index"], last["end_index"], last["url"]) == (5, 5, "https://bb.cd")
+
+
+def test_none_shows_no_trace_of_sources() -> None:
+    assert annotated("none", ANSWER) == ("甲乙", [])
+
+
+@pytest.mark.parametrize("sources", ["annotations", "none"])
+def test_inline_hits_can_be_left_out_of_the_text(sources: str) -> None:
+    events: list[Event] = [Opened("c1", hits_inline=True), HIT, Text("a"), Finished("stop")]
+    content, annotations = annotated(sources, events)
+    assert content == "a"
+    assert annotations == ([("T", "")] if sources == "annotations" else [])
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_inline_hits_are_annotated_where_they_stand(streamed: bool) -> None:
+    events: list[Event] = [Opened("c1", hits_inline=True), HIT, Text("a"), Finished("stop")]
+    _, annotations = annotated("text", events, streamed=streamed)
+    assert annotations == [("T", "检索 T(https://ab.cd) ..." if streamed else "T(https://ab.cd)")]
+
+
+def test_annotations_are_on_the_message_and_on_the_last_delta() -> None:
+    reply = ChatStreamReply("m", 7, None)
+    frames = [json.loads(frame.data) for frame in SSEParser().feed(b"".join(map(reply.feed, ANSWER)))]
+    last = frames[-1]["choices"][0]
+    assert [place["url_citation"]["url"] for place in last["delta"]["annotations"]] == [hit.url for hit in LISTED]
+    assert last["finish_reason"] == "stop"
+    one = ChatWholeReply("m", 7)
+    for event in ANSWER:
+        one.feed(event)
+    message = json.loads(one.finish())["choices"][0]["message"]
+    assert message["annotations"] == last["delta"]["annotations"]
+
+
+def test_thinking_is_reasoning_content_and_no_content() -> None:
+    events: list[Event] = [Thinking("hm "), Thinking("so"), Text("a"), Finished("stop")]
+    deltas = [chunk["choices"][0]["delta"] for chunk in stream(*events)]
+    assert deltas == [
+        {"role": "assistant", "reasoning_content": "hm "},
+        {"reasoning_content": "so"},
+        {"content": "a"},
+        {},
+    ]
+    message = whole(*events)["choices"][0]["message"]
+    assert (message["reasoning_content"], message["content"]) == ("hm so", "a")
+
+
+def test_a_silent_model_shows_annotations_alone() -> None:
+    body = b'{"messages":[{"content":"x"}],"model":"kimi-search-silent"}'
+    reply = make_chat_reply(parse_chat_request(body), 7, "text")
+    for event in ANSWER:
+        reply.feed(event)
+    message = json.loads(reply.finish())["choices"][0]["message"]
+    assert message["content"] == "甲[1]乙" and len(message["annotations"]) == 2

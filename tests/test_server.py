@@ -19,6 +19,11 @@ SENTENCE = "[内容由于不合规被停止生成，我们换个话题吧]"
 SEARCH_TEXT = "据搜索，Kimi 是月之暗面的助手。"
 
 
+@pytest.fixture(params=["classic", "connect"])
+def dialect(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 async def ask(http: aiohttp.ClientSession, url: str, token: str, **fields: Any) -> tuple[int, Any, Any]:
     """A whole answer: status, JSON, headers."""
     async with http.post(url + CHAT, json=chat_body(**fields), headers=bearer(token)) as response:
@@ -40,7 +45,7 @@ def content_of(chunks: list[Any]) -> str:
 
 
 async def test_a_whole_answer_has_all_that_clients_read(
-    simulator: Simulator, proxy: str, http: aiohttp.ClientSession
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession, dialect: str
 ) -> None:
     token = simulator.token("hello")
     before = int(time.time())
@@ -53,7 +58,8 @@ async def test_a_whole_answer_has_all_that_clients_read(
     (choice,) = answer["choices"]
     assert choice == {"index": 0, "message": {"role": "assistant", "content": HELLO}, "finish_reason": "stop"}
     assert set(answer["usage"]) == {"prompt_tokens", "completion_tokens", "total_tokens"}
-    assert [call.step for call in account.calls] == ["refresh", "open", "ask", "remove"]
+    steps = ["refresh", "open", "ask", "remove"] if dialect == "classic" else ["refresh", "ask", "remove"]
+    assert [call.step for call in account.calls] == steps
 
 
 async def test_a_streamed_answer_has_all_that_clients_read(
@@ -114,9 +120,6 @@ async def test_the_merged_text_reaches_the_service(
     wrapped = '<url id="" type="url" status="" title="" wc="">https://ab.cd/d</url>'
     expected = f"system:see https://ab.cd\ndeveloper:short\nuser:你好 {wrapped}\nassistant:\ntool:42\n"
     assert answer["choices"][0]["message"]["content"] == expected
-    assert simulator.account(token).asked == [
-        {"messages": [{"role": "user", "content": expected}], "refs": [], "use_search": True}
-    ]
 
 
 @pytest.mark.parametrize(
@@ -140,7 +143,8 @@ async def test_use_search_has_its_order(
     proxy = await start_proxy(use_search=setting)
     token = simulator.token("hello")
     _, answer, _ = await ask(http, proxy, token, **fields)
-    assert simulator.account(token).asked[0]["use_search"] is expected
+    asked = simulator.account(token).asked[0]
+    assert asked.get("use_search", bool(asked.get("tools"))) is expected
     assert answer["model"] == fields.get("model", "kimi")
 
 
@@ -158,11 +162,31 @@ SHOWN: dict[str, tuple[str, str, str]] = {
 }
 
 
-@pytest.mark.parametrize("script", SHOWN)
-async def test_answers_are_shown_as_the_reference_shows_them(
-    simulator: Simulator, proxy: str, http: aiohttp.ClientSession, script: str
+LIST = "\n\n搜索结果来自：\n1. [Kimi 首页](https://www.kimi.com/)\n2. [月之暗面](https://www.moonshot.cn/about?a=1&b=2)"
+CITED = "甲[1]乙[2][1]丙[2]。"
+CITED_LIST = (
+    "\n\n搜索结果来自：\n1. [月之暗面](https://www.moonshot.cn/about?a=1&b=2)\n2. [Kimi 首页](https://www.kimi.com/)"
+)
+IN_CONNECT: dict[str, tuple[str, str, str]] = {
+    "search": (SEARCH_TEXT + LIST,) * 2 + ("stop",),
+    "moderated-search": (f"从前\n{SENTENCE}{LIST}",) * 2 + ("content_filter",),
+    "cite": (CITED + CITED_LIST,) * 2 + ("stop",),
+}
+
+
+def expected_of(dialect: str, script: str) -> tuple[str, str, str]:
+    """What is shown streamed, what whole, and the finish reason."""
+    return (SHOWN | (IN_CONNECT if dialect == "connect" else {}))[script]
+
+
+@pytest.mark.parametrize(
+    ("dialect", "script"),
+    [("classic", script) for script in SHOWN] + [("connect", script) for script in SHOWN | IN_CONNECT],
+)
+async def test_answers_are_shown_as_promised(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession, dialect: str, script: str
 ) -> None:
-    streamed, whole, reason = SHOWN[script]
+    streamed, whole, reason = expected_of(dialect, script)
     chunks, text = await stream(http, proxy, simulator.token(script))
     assert content_of(chunks) == streamed
     assert chunks[-1]["choices"][0]["finish_reason"] == reason
@@ -172,12 +196,16 @@ async def test_answers_are_shown_as_the_reference_shows_them(
     assert answer["choices"][0]["finish_reason"] == reason
 
 
-@pytest.mark.parametrize("shape", ["cut-characters", "one-piece", "crlf", "cr", "comments", "bom"])
+@pytest.mark.parametrize(
+    ("dialect", "shape"),
+    [("classic", shape) for shape in ("cut-characters", "one-piece", "crlf", "cr", "comments", "bom")]
+    + [("connect", shape) for shape in ("cut-characters", "one-piece", "compressed", "end-flag-80", "set-twice")],
+)
 @pytest.mark.parametrize("script", ["hello", "search", "surrogate"])
 async def test_the_cut_of_the_bytes_changes_nothing(
-    simulator: Simulator, proxy: str, http: aiohttp.ClientSession, script: str, shape: str
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession, dialect: str, script: str, shape: str
 ) -> None:
-    expected = HELLO if script == "hello" else SHOWN[script][0]
+    expected = HELLO if script == "hello" else expected_of(dialect, script)[0]
     chunks, _ = await stream(http, proxy, simulator.token(script, shape))
     assert content_of(chunks) == expected
 
@@ -376,7 +404,10 @@ async def test_each_request_is_one_line_and_no_secret_is_in_the_log(
     account = await simulator.settle(token)
     (line,) = [line for line in log_lines.lines if "POST" in line and request_id in line and " 200 " in line]
     assert CHAT in line and "chunks=" in line and "upstream=" in line and "s " in line
-    assert any("< cmpl, " in line and " characters" in line and request_id in line for line in log_lines.lines)
+    assert any(
+        ("< cmpl, " in line or "< block.text, " in line) and " characters" in line and request_id in line
+        for line in log_lines.lines
+    )
     assert any("upstream=500" in line and "service_failed" in line for line in log_lines.lines)
     for secret in (token, *account.access_tokens, "whisper", "in-query", HELLO, HELLO[:8]):
         assert secret not in log_lines.text

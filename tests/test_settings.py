@@ -13,8 +13,9 @@ VARIABLES = [option.metadata["variable"] for option in fields(Settings)]
 
 def test_defaults_are_those_that_are_promised() -> None:
     settings = Settings.load({})
-    assert (settings.host, settings.port, settings.base_url) == ("127.0.0.1", 8000, "https://kimi.moonshot.cn")
-    assert (settings.protocol, settings.use_search, settings.cors_origins) == ("classic", True, ("*",))
+    assert (settings.host, settings.port, settings.base_url) == ("127.0.0.1", 8000, "")
+    assert (settings.protocol, settings.use_search, settings.cors_origins) == ("auto", True, ("*",))
+    assert (settings.auth_url, settings.sources) == ("https://auth.kimi.com", "text")
     assert (settings.call_seconds, settings.silence_seconds, settings.answer_seconds) == (15, 120, 1800)
     assert (settings.token_seconds, settings.first_comment_seconds, settings.comment_seconds) == (300, 20, 15)
 
@@ -23,6 +24,8 @@ GOOD = {
     "PROXY_HOST": ("0.0.0.0", "0.0.0.0"),
     "PROXY_PORT": ("0", 0),
     "KIMI_BASE_URL": ("http://127.0.0.1:8010/", "http://127.0.0.1:8010"),
+    "KIMI_AUTH_URL": ("https://auth.example", "https://auth.example"),
+    "KIMI_SOURCES": ("None", "none"),
     "KIMI_PROTOCOL": ("Classic", "classic"),
     "KIMI_USE_SEARCH": ("no", False),
     "PROXY_CORS_ORIGINS": ("https://a.example, https://b.example", ("https://a.example", "https://b.example")),
@@ -33,6 +36,8 @@ GOOD = {
 BAD = {
     "PROXY_PORT": ["x", "-1", "65536", "", "8000.5"],
     "KIMI_BASE_URL": ["kimi.com", "ftp://kimi.com", "https://", "https://kimi.com?x=1"],
+    "KIMI_AUTH_URL": ["x"],
+    "KIMI_SOURCES": ["all"],
     "KIMI_PROTOCOL": ["grpc"],
     "KIMI_USE_SEARCH": ["maybe", ""],
     "PROXY_LOG_LEVEL": ["loud"],

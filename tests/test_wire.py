@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from itertools import pairwise
@@ -10,7 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kimi_proxy import ServerSentEvent, SSEParser, WireError, encode_json, encode_sse, parse_json
+from kimi_proxy import (
+    Envelope,
+    EnvelopeParser,
+    ServerSentEvent,
+    SSEParser,
+    WireError,
+    encode_envelope,
+    encode_json,
+    encode_sse,
+    inflate_gzip,
+    parse_json,
+)
 
 # What stands in a stream, and the events it must give: (event, data, id).
 CASES = {
@@ -193,3 +205,81 @@ def test_json_comes_back_as_it_went(value: object) -> None:
 
 def test_reprs_show_no_content() -> None:
     assert "secret" not in repr(ServerSentEvent("message", "secret"))
+
+
+ENVELOPES = st.lists(st.tuples(st.sampled_from([0, 2, 0x80]), st.binary(max_size=40)), max_size=8)
+
+
+@given(ENVELOPES, st.data())
+def test_any_split_gives_the_same_envelopes(values: list[tuple[int, bytes]], draw: st.DataObject) -> None:
+    data = b"".join(encode_envelope(payload, flags) for flags, payload in values)
+    cuts = sorted(draw.draw(st.lists(st.integers(0, len(data)), max_size=8)))
+    parser = EnvelopeParser()
+    envelopes = [e for start, end in pairwise([0, *cuts, len(data)]) for e in parser.feed(data[start:end])]
+    parser.finish()
+    assert [(envelope.flags, envelope.payload) for envelope in envelopes] == values
+
+
+@given(st.binary(max_size=60), st.data())
+def test_any_bytes_are_envelopes_or_a_wire_error_however_cut(data: bytes, draw: st.DataObject) -> None:
+    def parse(pieces: list[bytes]) -> list[object]:
+        parser = EnvelopeParser(limit_bytes=20)
+        seen: list[object] = []
+        try:
+            for piece in pieces:
+                seen += [(e.flags, e.payload) for e in parser.feed(piece)]
+            parser.finish()
+        except WireError:
+            seen.append("error")
+        return seen
+
+    cut = draw.draw(st.integers(0, len(data)))
+    assert parse([data]) == parse([data[:cut], data[cut:]]) == parse([data[at : at + 1] for at in range(len(data))])
+
+
+@pytest.mark.parametrize("flags", [1, 3, 0x81])
+def test_a_compressed_envelope_is_inflated(flags: int) -> None:
+    (envelope,) = EnvelopeParser().feed(encode_envelope(gzip.compress(b'{"a":1}'), flags))
+    assert envelope.payload == b'{"a":1}' and envelope.end_stream is (flags != 1)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encode_envelope(b"no gzip", 1),
+        encode_envelope(gzip.compress(b"x" * 5000), 1),
+        encode_envelope(gzip.compress(b"xy")[:-4], 1),
+        b"\0\xff\xff\xff\xff",
+        encode_envelope(b"x" * 1001),
+    ],
+)
+def test_an_envelope_that_cannot_be_opened_or_is_too_large_raises_after_those_before_it(data: bytes) -> None:
+    parser = EnvelopeParser(limit_bytes=1000)
+    assert parser.feed(encode_envelope(b"a") + data) == [Envelope(0, b"a")]
+    with pytest.raises(WireError):
+        parser.finish()
+    with pytest.raises(WireError):
+        EnvelopeParser(limit_bytes=1000).feed(data)
+
+
+def test_the_end_in_the_middle_of_an_envelope_raises() -> None:
+    parser = EnvelopeParser()
+    assert parser.feed(encode_envelope(b"abc")[:-1]) == []
+    with pytest.raises(WireError, match="middle"):
+        parser.finish()
+
+
+def test_a_large_envelope_in_small_pieces_costs_no_more_than_its_length() -> None:
+    data = encode_envelope(b"x" * 3_000_000)
+    parser = EnvelopeParser()
+    assert sum(len(parser.feed(data[at : at + 100])) for at in range(0, len(data), 100)) == 1
+
+
+def test_inflating_stops_at_the_limit() -> None:
+    assert inflate_gzip(gzip.compress(b"a" * 100), 100) == b"a" * 100
+    with pytest.raises(WireError):
+        inflate_gzip(gzip.compress(b"a" * 101), 100)
+
+
+def test_envelopes_show_no_content() -> None:
+    assert "sesame" not in repr(Envelope(0, b"sesame"))

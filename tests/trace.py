@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from golden import render_event
+from golden import read_stream, render_event
 
-from kimi_proxy import ClassicAnswer, ProxyError, SSEParser
+from kimi_proxy import ProxyError, WireError
 
 
 def main(arguments: list[str]) -> int:
@@ -15,16 +15,12 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         print("usage: make trace FILE=tests/wire/classic/hello.sse", file=sys.stderr)
         return 2
-    parser, answer = SSEParser(), ClassicAnswer()
     try:
-        for frame in parser.feed(Path(arguments[0]).read_bytes()):
-            print(f"< {frame.event}: {frame.data}")
-            for event in answer.feed(frame):
+        for frame, events in read_stream(Path(arguments[0])):
+            print(f"< {frame}")
+            for event in events:
                 print(f"    = {render_event(event)}")
-        print("< end of the stream")
-        for event in answer.finish():
-            print(f"    = {render_event(event)}")
-    except (ProxyError, OSError) as error:
+    except (ProxyError, WireError, OSError) as error:
         print(f"    ! {error}")
         return 1
     return 0
