@@ -43,10 +43,11 @@ import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import cycle
 from json.encoder import encode_basestring
+from pathlib import Path
 from typing import Any, Final, Literal, NoReturn, Protocol, TypeVar, cast
 
 import aiohttp
@@ -164,6 +165,13 @@ class Settings:
         _one_of("text", "annotations", "none"),
         "",
         "how search hits are shown: text (in the answer, and as annotations), annotations, or none",
+    )
+    state_dir: str = _option(
+        "PROXY_STATE_DIR",
+        "default",
+        _text,
+        "",
+        "where rotated tokens are kept; default: $STATE_DIRECTORY, else the user's state directory; empty: memory only",
     )
     cors_origins: tuple[str, ...] = _option(
         "PROXY_CORS_ORIGINS", ("*",), _words, "", "web origins whose pages may call, by comma; * is any"
@@ -1823,8 +1831,9 @@ def is_access_token(claims: Mapping[str, Any]) -> bool:
 
 
 class Account:
-    """One refresh token and what is known of it. `label` names it in the log: 8 digits of a keyed hash.
+    """One account: the `token` that the client sends, and what came of it. `label` names it in the log.
 
+    `refresh_token` is the newest, `dropped` the access token that the service refused last.
     `direct`: the client gave an access token, which cannot be renewed. `claims` are the access token's.
     """
 
@@ -1832,6 +1841,7 @@ class Account:
         "access_token",
         "claims",
         "direct",
+        "dropped",
         "expires_at",
         "label",
         "lock",
@@ -1839,10 +1849,13 @@ class Account:
         "refreshing",
         "refused",
         "refused_until",
+        "token",
     )
 
-    def __init__(self, refresh_token: str, label: str) -> None:
-        self.refresh_token = refresh_token
+    def __init__(self, token: str, label: str) -> None:
+        self.token = token
+        self.refresh_token = token
+        self.dropped = ""
         self.label = label
         self.lock = asyncio.Lock()
         self.access_token = ""
@@ -1850,7 +1863,7 @@ class Account:
         self.refreshing: asyncio.Task[str | ProxyError] | None = None
         self.refused: ProxyError | None = None
         self.refused_until = 0.0
-        claims = read_claims(refresh_token)
+        claims = read_claims(token)
         self.direct = is_access_token(claims)
         self.claims = claims if self.direct else {}
 
@@ -1858,22 +1871,170 @@ class Account:
         return f"Account({self.label})"
 
 
+def find_state_dir(setting: str, environ: Mapping[str, str]) -> Path | None:
+    """The directory that PROXY_STATE_DIR names; None keeps all in memory.
+
+    `default` is systemd's STATE_DIRECTORY (systemd.exec(5)), else the user's own (XDG Base Directory Specification).
+    """
+    if setting != "default":
+        return Path(setting) if setting else None
+    if given := environ.get("STATE_DIRECTORY", "").partition(":")[0]:
+        return Path(given)
+    base = environ.get("XDG_STATE_HOME") or environ.get("LOCALAPPDATA")
+    try:
+        return (Path(base) if base else Path.home() / ".local" / "state") / "kimi_proxy"
+    except RuntimeError:  # a system user without a home
+        return None
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class StoredTokens:
+    """What is kept of an account: its newest pair, when it came (Unix seconds), and how long its access token lives."""
+
+    access_token: str
+    refresh_token: str
+    received: float
+    life_seconds: float
+
+    def __repr__(self) -> str:
+        return "StoredTokens(…)"
+
+
+class TokenStore:
+    """The newest tokens of each account, in files that survive a restart and that several processes share.
+
+    One file an account, named by the SHA-256 of the token that the client sends, mode 0600 in a directory of mode 0700.
+    Without a directory nothing is kept. What cannot be written is used from memory: one warning, and a count each time.
+    """
+
+    def __init__(self, directory: Path | None, metrics: Metrics, lock_seconds: float) -> None:
+        self._directory = directory / "tokens" if directory is not None else None
+        self._metrics = metrics
+        self._lock_seconds = lock_seconds
+        self._warned = False
+
+    @asynccontextmanager
+    async def lock(self, token: str) -> AsyncIterator[None]:
+        """Hold the account's file against other processes, as far as the system can; waits `lock_seconds` at most."""
+        descriptor = await asyncio.to_thread(self._open_lock, token)
+        if descriptor is None:
+            yield
+            return
+        try:
+            deadline = time.monotonic() + self._lock_seconds
+            while not _try_lock(descriptor) and time.monotonic() < deadline:
+                await asyncio.sleep(0.05)  # noqa: ASYNC110  # another process holds it: there is no event to wait for
+            yield
+        finally:
+            os.close(descriptor)
+
+    async def read(self, token: str) -> StoredTokens | None:
+        """What is kept for the client's `token`; None where there is nothing, or nothing that can be read."""
+        return await asyncio.to_thread(self._read, token) if self._directory is not None else None
+
+    async def write(self, token: str, stored: StoredTokens) -> None:
+        """Keep `stored`: once this returns, it survives a crash."""
+        if self._directory is None:
+            return
+        try:
+            await asyncio.to_thread(self._write, self._path(token), stored)
+        except OSError as error:
+            self._complain(error)
+
+    def delete_unused(self, now: float) -> int:
+        """Delete what was not used for 100 days before `now` (Unix seconds); how many accounts that were."""
+        deleted = 0
+        for path in self._directory.glob("*.json") if self._directory is not None else ():
+            with suppress(OSError):
+                if now - path.stat().st_mtime > _UNUSED_SECONDS:
+                    path.unlink()
+                    path.with_suffix(".lock").unlink(missing_ok=True)
+                    deleted += 1
+        return deleted
+
+    def _path(self, token: str) -> Path:
+        assert self._directory is not None
+        return self._directory / f"{hashlib.sha256(token.encode('utf-8', 'surrogateescape')).hexdigest()}.json"
+
+    def _open_lock(self, token: str) -> int | None:
+        if self._directory is None:
+            return None
+        try:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            return os.open(self._path(token).with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            self._complain(error)
+            return None
+
+    def _read(self, token: str) -> StoredTokens | None:
+        try:
+            value = parse_json(self._path(token).read_bytes())
+            stored = StoredTokens(
+                access_token=str(value["access_token"]),
+                refresh_token=str(value["refresh_token"]),
+                received=float(value["received"]),
+                life_seconds=float(value["life_seconds"]),
+            )
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("! a file of kept tokens cannot be read, and is passed over (%s)", type(error).__name__)
+            return None
+        return stored
+
+    @staticmethod
+    def _write(path: Path, stored: StoredTokens) -> None:
+        temporary = path.with_suffix(f".{os.getpid()}.new")
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(encode_json(asdict(stored)).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+    def _complain(self, error: OSError) -> None:
+        self._metrics.count("kimi_proxy_state_failures_total")
+        if not self._warned:
+            self._warned = True
+            reason = os.strerror(error.errno) if error.errno else type(error).__name__
+            logger.warning("! tokens cannot be kept in %s (%s): a restart may lose them", self._directory, reason)
+
+
+_UNUSED_SECONDS: Final = 100 * 86_400
+_ENDING_SECONDS: Final = 7 * 86_400
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Take the lock of an open file, without waiting. True as well where the system has none (Windows)."""
+    try:
+        import fcntl  # noqa: PLC0415  # POSIX only
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
 class Accounts:
     """The token cache. `refresh` asks the service for a new pair, given an account; it raises `ProxyError`.
 
-    At most `max_accounts` are kept: the one longest unused is forgotten first.
+    At most `max_accounts` are kept: the one longest unused is forgotten first; `store` keeps what must not be lost.
     """
 
     def __init__(
         self,
         refresh: Callable[[Account], Awaitable[TokenPair]],
         tasks: BackgroundTasks,
+        store: TokenStore,
         *,
         token_seconds: float,
         max_accounts: int,
     ) -> None:
         self._refresh = refresh
         self._tasks = tasks
+        self._store = store
         self._token_seconds = token_seconds
         self._max_accounts = max_accounts
         self._accounts: dict[str, Account] = {}
@@ -1918,7 +2079,7 @@ class Accounts:
         expires = account.claims.get("exp")
         if account.refused is not None or (isinstance(expires, int | float) and expires <= time.time()):
             raise ProxyError("token_expired")
-        return account.refresh_token
+        return account.token
 
     async def drop(self, account: Account, access_token: str) -> None:
         """Forget `access_token`, which the service no longer takes; a newer one stays."""
@@ -1926,12 +2087,17 @@ class Accounts:
             account.refused = ProxyError("token_expired")
             return
         async with account.lock:
+            account.dropped = access_token
             if account.access_token == access_token:
                 account.access_token = ""
 
     async def _refresh_once(self, account: Account) -> str | ProxyError:
         try:
-            pair = await self._refresh(account)
+            async with self._store.lock(account.token):
+                stored = await self._store.read(account.token)
+                if stored is None or not self._is_news(account, stored):
+                    stored = await self._fetch(account, stored)
+                    await self._store.write(account.token, stored)
         except ProxyError as error:
             async with account.lock:
                 account.refreshing = None
@@ -1945,12 +2111,36 @@ class Accounts:
         async with account.lock:
             account.refreshing = None
             account.refused = None
-            account.access_token = pair.access_token
-            account.refresh_token = pair.refresh_token or account.refresh_token
-            account.claims = read_claims(pair.access_token)
-            account.expires_at = asyncio.get_running_loop().time() + self._life_seconds(account.claims)
+            account.access_token = stored.access_token
+            account.refresh_token = stored.refresh_token
+            account.claims = read_claims(stored.access_token)
+            age = max(0.0, time.time() - stored.received)
+            account.expires_at = asyncio.get_running_loop().time() + stored.life_seconds - age
         logger.debug("= account %s has a new access token", account.label)
-        return pair.access_token
+        return stored.access_token
+
+    @staticmethod
+    def _is_news(account: Account, stored: StoredTokens) -> bool:
+        """Whether another process fetched a pair that this one can use."""
+        is_live = 0 <= time.time() - stored.received < stored.life_seconds
+        return is_live and stored.access_token not in (account.access_token, account.dropped)
+
+    async def _fetch(self, account: Account, stored: StoredTokens | None) -> StoredTokens:
+        """A new pair, by the newest refresh token; where that is refused, by the client's own [open]."""
+        account.refresh_token = stored.refresh_token if stored is not None else account.refresh_token
+        try:
+            pair = await self._refresh(account)
+        except ProxyError as error:
+            if error.code != "token_dead" or account.refresh_token == account.token:
+                raise
+            account.refresh_token = account.token
+            pair = await self._refresh(account)
+        refresh_token = pair.refresh_token or account.refresh_token
+        ends = read_claims(refresh_token).get("exp")
+        if isinstance(ends, int | float) and ends - time.time() < _ENDING_SECONDS:
+            logger.warning("! the refresh token of account %s ends within 7 days: log in anew", account.label)
+        life_seconds = self._life_seconds(read_claims(pair.access_token))
+        return StoredTokens(pair.access_token, refresh_token, time.time(), life_seconds)
 
     def _life_seconds(self, claims: Mapping[str, Any]) -> float:
         """How long a new access token is used: `exp - iat` less a minute, counted from its receipt [2+].
@@ -2988,7 +3178,11 @@ async def _own_state(app: web.Application) -> AsyncIterator[None]:
     async def refresh(account: Account) -> TokenPair:
         return await asking.refresh(account)
 
-    accounts = Accounts(refresh, tasks, token_seconds=settings.token_seconds, max_accounts=settings.max_accounts)
+    store = TokenStore(find_state_dir(settings.state_dir, os.environ), metrics, settings.call_seconds)
+    deleted = await asyncio.to_thread(store.delete_unused, time.time())
+    if deleted:
+        logger.info("deleted the tokens of %d accounts that were unused for 100 days", deleted)
+    accounts = Accounts(refresh, tasks, store, token_seconds=settings.token_seconds, max_accounts=settings.max_accounts)
     calls = Calls(session, accounts, settings.call_seconds)
     asking = Asking(calls, accounts, tasks, ticker, metrics, settings)
     app[STATE] = State(settings, metrics, tasks, ticker, accounts, asking, asyncio.Event(), set())

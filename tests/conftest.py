@@ -32,7 +32,14 @@ class StartProxy:
 
     async def __call__(self, **settings: Any) -> str:
         url = self._simulator.url
-        defaults = {"base_url": url, "auth_url": url, "protocol": self._dialect, "port": 0, "drain_seconds": 0.2}
+        defaults = {
+            "base_url": url,
+            "auth_url": url,
+            "protocol": self._dialect,
+            "port": 0,
+            "drain_seconds": 0.2,
+            "state_dir": "",
+        }
         settings = {**defaults, **settings}
         return await self._stack.enter_async_context(run_server(Settings(**settings)))
 

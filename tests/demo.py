@@ -25,6 +25,7 @@ async def main() -> int:
             **{name: value for name, value in os.environ.items() if not name.startswith(("KIMI_", "PROXY_"))},
             "KIMI_BASE_URL": simulator.url,
             "PROXY_PORT": "0",
+            "PROXY_STATE_DIR": "",
             "PROXY_LOG_LEVEL": "error",
         }
         proxy = await asyncio.create_subprocess_exec(

@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import json
+import os
+import stat
+import sys
+import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import LogRecorder
 
-from kimi_proxy import Account, Accounts, BackgroundTasks, ProxyError, TokenPair
+from kimi_proxy import (
+    Account,
+    Accounts,
+    BackgroundTasks,
+    Metrics,
+    ProxyError,
+    StoredTokens,
+    TokenPair,
+    TokenStore,
+    find_state_dir,
+    is_access_token,
+    read_claims,
+)
 
 
 class Service:
@@ -34,8 +54,11 @@ def service() -> Service:
     return Service()
 
 
-def make_accounts(service: Service, *, token_seconds: float = 300.0, max_accounts: int = 10) -> Accounts:
-    return Accounts(service.refresh, BackgroundTasks(), token_seconds=token_seconds, max_accounts=max_accounts)
+def make_accounts(
+    service: Service, *, token_seconds: float = 300.0, max_accounts: int = 10, directory: Path | None = None
+) -> Accounts:
+    store = TokenStore(directory, Metrics(), lock_seconds=5.0)
+    return Accounts(service.refresh, BackgroundTasks(), store, token_seconds=token_seconds, max_accounts=max_accounts)
 
 
 async def test_many_at_once_cause_one_refresh(service: Service) -> None:
@@ -150,3 +173,212 @@ async def test_no_token_is_in_a_repr_or_a_label(service: Service) -> None:
     assert "sesame" not in repr(account) + repr(TokenPair("sesame", "sesame"))
     assert len(account.label) == 8
     assert make_accounts(service).get("sesame").label != account.label
+
+
+def make_jwt(**claims: Any) -> str:
+    part = base64.urlsafe_b64encode(json.dumps(claims).encode()).decode().rstrip("=")
+    return f"e30.{part}.c2ln"
+
+
+class Rotating(Service):
+    """A service whose refresh tokens work once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.valid = "r"
+
+    async def refresh(self, account: Account) -> TokenPair:
+        self.asked.append(account.refresh_token)
+        if account.refresh_token != self.valid:
+            raise ProxyError("token_dead", "rotated")
+        self.valid = f"r{len(self.asked)}"
+        return TokenPair(f"access-{len(self.asked)}", self.valid)
+
+
+async def test_a_rotated_token_survives_a_restart_under_the_clients_own(tmp_path: Path) -> None:
+    service = Rotating()
+    for expected in ("access-1", "access-1", "access-1"):
+        accounts = make_accounts(service, directory=tmp_path)
+        assert await accounts.access_token(accounts.get("r")) == expected
+    accounts = make_accounts(service, directory=tmp_path)
+    account = accounts.get("r")
+    await accounts.drop(account, await accounts.access_token(account))
+    assert await accounts.access_token(account) == "access-2"
+    assert service.asked == ["r", "r1"]
+
+
+async def test_what_another_process_fetched_is_used(tmp_path: Path) -> None:
+    service = Rotating()
+    first, second = (make_accounts(service, directory=tmp_path) for _ in range(2))
+    old = await first.access_token(first.get("r"))
+    assert await second.access_token(second.get("r")) == old
+    await second.drop(second.get("r"), old)
+    new = await second.access_token(second.get("r"))
+    await first.drop(first.get("r"), old)
+    assert await first.access_token(first.get("r")) == new
+    assert len(service.asked) == 2
+
+
+async def test_where_the_kept_token_is_refused_the_clients_own_is_tried(tmp_path: Path) -> None:
+    service = Rotating()
+    accounts = make_accounts(service, directory=tmp_path)
+    account = accounts.get("r")
+    await accounts.drop(account, await accounts.access_token(account))
+    service.valid = "r"
+    assert await accounts.access_token(account) == "access-3"
+    assert service.asked == ["r", "r1", "r"]
+
+
+async def test_files_are_for_their_owner_alone_and_name_no_token(tmp_path: Path) -> None:
+    accounts = make_accounts(Rotating(), directory=tmp_path)
+    await accounts.access_token(accounts.get("r"))
+    (path,) = (tmp_path / "tokens").glob("*.json")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert path.stem == "454349e422f05297191ead13e21d3db520e5abef52055e4964b82fb213f593a1"
+    assert json.loads(path.read_text())["refresh_token"] == "r1"
+    assert {file.suffix for file in path.parent.iterdir()} == {".json", ".lock"}
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"access_token":1}', b"\xff", b'{"received":"x"}'])
+async def test_a_broken_file_is_passed_over_and_written_anew(
+    tmp_path: Path, log_lines: LogRecorder, content: bytes
+) -> None:
+    service = Rotating()
+    accounts = make_accounts(service, directory=tmp_path)
+    await accounts.access_token(accounts.get("r"))
+    (path,) = (tmp_path / "tokens").glob("*.json")
+    path.write_bytes(content)
+    service.valid = "r"
+    again = make_accounts(service, directory=tmp_path)
+    assert await again.access_token(again.get("r")) == "access-2"
+    assert "passed over" in log_lines.text
+    assert json.loads(path.read_text())["access_token"] == "access-2"
+
+
+async def test_a_directory_that_cannot_be_written_is_told_once(tmp_path: Path, log_lines: LogRecorder) -> None:
+    (tmp_path / "tokens").write_text("a file in the way")
+    accounts = make_accounts(Rotating(), directory=tmp_path)
+    account = accounts.get("r")
+    for expected in ("access-1", "access-2"):
+        token = await accounts.access_token(account)
+        assert token == expected
+        await accounts.drop(account, token)
+    assert log_lines.text.count("cannot be kept") == 1
+
+
+async def test_the_unused_is_deleted_after_100_days(tmp_path: Path) -> None:
+    store = TokenStore(tmp_path, Metrics(), lock_seconds=1.0)
+    async with store.lock("old"), store.lock("new"):
+        for token in ("old", "new"):
+            await store.write(token, StoredTokens("a", "r", 0.0, 1.0))
+    old = store._path("old")
+    day = 86_400
+    os.utime(old, (time.time() - 101 * day,) * 2)
+    assert store.delete_unused(time.time()) == 1
+    assert not old.exists() and store._path("new").exists()
+    assert await store.read("old") is None and await store.read("new") is not None
+
+
+RACER = """
+import asyncio, sys
+from pathlib import Path
+from kimi_proxy import Accounts, BackgroundTasks, Metrics, ProxyError, TokenPair, TokenStore
+
+service = Path(sys.argv[2])
+
+async def refresh(account):
+    # The service: a refresh token works once, and two at once is what must not happen.
+    valid, number = service.read_text().split()
+    if account.refresh_token != valid:
+        raise ProxyError("token_dead", "rotated away")
+    await asyncio.sleep(0.02)
+    service.write_text(f"r{int(number) + 1} {int(number) + 1}")
+    return TokenPair(f"a{int(number) + 1}", f"r{int(number) + 1}")
+
+async def main():
+    store = TokenStore(Path(sys.argv[1]), Metrics(), 20.0)
+    accounts = Accounts(refresh, BackgroundTasks(), store, token_seconds=300.0, max_accounts=5)
+    account = accounts.get("r")
+    for _ in range(8):
+        await accounts.drop(account, await accounts.access_token(account))
+
+asyncio.run(main())
+"""
+
+
+async def test_processes_on_one_directory_never_destroy_each_others_tokens(tmp_path: Path) -> None:
+    service = tmp_path / "service"
+    service.write_text("r 0")
+    racers = [
+        await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", RACER, str(tmp_path / "state"), str(service)),
+            stderr=asyncio.subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        )
+        for _ in range(3)
+    ]
+    for racer in racers:
+        _, err = await asyncio.wait_for(racer.communicate(), 40)
+        assert racer.returncode == 0, err.decode()
+    valid, _ = service.read_text().split()
+    (path,) = (tmp_path / "state" / "tokens").glob("*.json")
+    assert json.loads(path.read_text())["refresh_token"] == valid
+
+
+@pytest.mark.parametrize(
+    ("claims", "life"),
+    [
+        ({"iat": 1000, "exp": 1900}, 840),
+        ({"iat": 1000, "exp": 1100}, 50),
+        ({"exp": 1900}, 300),
+        ({"iat": 1900, "exp": 1000}, 300),
+        ({"iat": "x", "exp": 1}, 300),
+    ],
+)
+async def test_an_access_tokens_life_is_what_it_tells_counted_from_its_receipt(
+    claims: dict[str, Any], life: float
+) -> None:
+    class Telling(Service):
+        async def refresh(self, account: Account) -> TokenPair:
+            return TokenPair(make_jwt(**claims), "")
+
+    accounts = make_accounts(Telling())
+    account = accounts.get("r")
+    await accounts.access_token(account)
+    assert account.expires_at - asyncio.get_running_loop().time() == pytest.approx(life, abs=2)
+
+
+async def test_a_refresh_token_that_ends_soon_is_told(log_lines: LogRecorder) -> None:
+    class Ending(Service):
+        async def refresh(self, account: Account) -> TokenPair:
+            return TokenPair("a", make_jwt(exp=time.time() + 6 * 86_400))
+
+    accounts = make_accounts(Ending())
+    account = accounts.get("r")
+    await accounts.access_token(account)
+    assert f"account {account.label} ends within 7 days" in log_lines.text
+
+
+async def test_an_access_token_of_kimis_is_told_from_others(service: Service) -> None:
+    access = {"app_id": "kimi", "typ": "access", "exp": time.time() + 60}
+    assert make_accounts(service).get(make_jwt(**access)).direct
+    for other in ("r", make_jwt(app_id="kimi", typ="refresh"), "a.b.c", "..", "e30.!!.x", make_jwt()):
+        assert not make_accounts(service).get(other).direct
+    assert is_access_token(access) and read_claims(make_jwt(sub="x")) == {"sub": "x"}
+    assert read_claims("e30.W10.x") == {}
+
+
+@pytest.mark.parametrize(
+    ("setting", "environ", "expected"),
+    [
+        ("", {"STATE_DIRECTORY": "/var/lib/x"}, None),
+        ("/srv/state", {"STATE_DIRECTORY": "/var/lib/x"}, "/srv/state"),
+        ("default", {"STATE_DIRECTORY": "/var/lib/x:/var/lib/y"}, "/var/lib/x"),
+        ("default", {"XDG_STATE_HOME": "/home/a/state"}, "/home/a/state/kimi_proxy"),
+        ("default", {}, str(Path.home() / ".local/state/kimi_proxy")),
+    ],
+)
+def test_the_state_directory_is_where_it_belongs(setting: str, environ: dict[str, str], expected: str | None) -> None:
+    found = find_state_dir(setting, environ)
+    assert (None if found is None else str(found)) == expected

@@ -37,7 +37,8 @@ async def run(*arguments: str, text: str | None = None, **environment: str) -> t
 
 
 def clean_environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith(("KIMI_", "PROXY_"))}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("KIMI_", "PROXY_"))}
+    return {**kept, "PROXY_STATE_DIR": ""}
 
 
 class Running:

@@ -15,7 +15,7 @@ def test_defaults_are_those_that_are_promised() -> None:
     settings = Settings.load({})
     assert (settings.host, settings.port, settings.base_url) == ("127.0.0.1", 8000, "")
     assert (settings.protocol, settings.use_search, settings.cors_origins) == ("auto", True, ("*",))
-    assert (settings.auth_url, settings.sources) == ("https://auth.kimi.com", "text")
+    assert (settings.auth_url, settings.sources, settings.state_dir) == ("https://auth.kimi.com", "text", "default")
     assert (settings.call_seconds, settings.silence_seconds, settings.answer_seconds) == (15, 120, 1800)
     assert (settings.token_seconds, settings.first_comment_seconds, settings.comment_seconds) == (300, 20, 15)
 
@@ -26,6 +26,7 @@ GOOD = {
     "KIMI_BASE_URL": ("http://127.0.0.1:8010/", "http://127.0.0.1:8010"),
     "KIMI_AUTH_URL": ("https://auth.example", "https://auth.example"),
     "KIMI_SOURCES": ("None", "none"),
+    "PROXY_STATE_DIR": ("", ""),
     "KIMI_PROTOCOL": ("Classic", "classic"),
     "KIMI_USE_SEARCH": ("no", False),
     "PROXY_CORS_ORIGINS": ("https://a.example, https://b.example", ("https://a.example", "https://b.example")),
@@ -55,7 +56,7 @@ def test_a_setting_by_variable_by_flag_and_the_flag_wins(variable: str) -> None:
     text, value = GOOD[variable]
     (name,) = [option.name for option in fields(Settings) if option.metadata["variable"] == variable]
     assert getattr(Settings.load({variable: text}), name) == value
-    assert getattr(Settings.load({variable: "nonsense"}, [option_flag(variable), text]), name) == value
+    assert getattr(Settings.load({variable: "nonsense"}, [f"{option_flag(variable)}={text}"]), name) == value
 
 
 @pytest.mark.parametrize(("variable", "text"), [(variable, text) for variable, texts in BAD.items() for text in texts])
