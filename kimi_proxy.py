@@ -316,6 +316,7 @@ FAILURES: Final[Mapping[str, Failure]] = {
         401, _AUTHENTICATION, -2002, "this access token has expired; send a refresh token, which renews itself"
     ),
     "not_found": Failure(404, _REQUEST, -2000, "there is nothing at this path"),
+    "model_not_found": Failure(404, _REQUEST, -2000, "GET /v1/models lists the models"),
     "method_not_allowed": Failure(405, _REQUEST, -2000, "this path does not take that method"),
     "body_broken": Failure(400, _REQUEST, -2000, "the encoding of the body is broken"),
     "body_timeout": Failure(408, _REQUEST, -2000, "the body of the request did not arrive in time"),
@@ -324,6 +325,7 @@ FAILURES: Final[Mapping[str, Failure]] = {
         429, _LIMIT, -2001, "Kimi is still answering another question of this account; try again shortly", 5
     ),
     "rate_limited": Failure(429, _LIMIT, -2001, "Kimi limits this account for now", 60),
+    "quota_used_up": Failure(429, _LIMIT, -2001, "this account's research quota is used up", 3600),
     "internal_error": Failure(500, _SERVICE, -2001, "the proxy itself failed; its log has the traceback"),
     "service_refused": Failure(502, _SERVICE, -2000, "Kimi did not accept a call"),
     "service_failed": Failure(502, _SERVICE, -2001, "Kimi failed"),
@@ -888,17 +890,19 @@ class ClassicAnswer:
     """The events of one classic answer, from its server-sent events [ref].
 
     `ended` tells that the service said the end: what still comes is of no interest. `kind` is the last frame's, for a
-    debug line. The conversation is known before, so that `Opened` is not among the events.
+    debug line. The conversation is known before, so that `Opened` is not among the events. `cut_short` tells of the
+    length limit, after which the service can continue from `segment_id` [2+]; `continues`: this is such a continuation.
     """
 
     done = False
     oddities: Sequence[tuple[str, str]] = ()
 
-    def __init__(self) -> None:
+    def __init__(self, *, continues: bool = False) -> None:
         self.ended = False
+        self.cut_short = False
+        self.segment_id = ""
         self.kind = ""
-        self._has_text = False
-        self._cut_short = False
+        self._has_text = continues
         self._joiner = TextJoiner()
         self._hits: set[str] = set()
 
@@ -921,10 +925,12 @@ class ClassicAnswer:
             return self._take_text(value.get("text"))
         if kind == "search_plus":
             return self._take_hit(value.get("msg"))
-        if kind == "length":
-            self._cut_short = True
+        if kind == "req" and isinstance(value.get("id"), str):
+            self.segment_id = value["id"]
+        elif kind == "length":
+            self.cut_short = True
         elif kind == "all_done":
-            return self._end("length" if self._cut_short else "stop")
+            return self._end("length" if self.cut_short else "stop")
         elif kind == "error":
             return self._end("content_filter")
         return []
@@ -1922,8 +1928,9 @@ class TokenStore:
             return
         try:
             deadline = time.monotonic() + self._lock_seconds
-            while not _try_lock(descriptor) and time.monotonic() < deadline:
-                await asyncio.sleep(0.05)  # noqa: ASYNC110  # another process holds it: there is no event to wait for
+            # Another process holds it: there is no event to wait for.
+            while not _try_lock(descriptor) and time.monotonic() < deadline:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
             yield
         finally:
             os.close(descriptor)
@@ -2170,6 +2177,9 @@ class Accounts:
 # end, however it came, removes; it alone asks again.
 
 _REPLY_LIMIT_BYTES: Final = 1_048_576
+_MODELS_SECONDS: Final = 300.0
+_NO_MODELS_SECONDS: Final = 30.0
+_CONTINUATIONS: Final = 3  # of one answer that meets its length limit (classic)
 _END_SECONDS: Final = 1.0  # what an ended answer still sends is read for so long, so that its connection is reused
 
 # One browser version throughout [ref]: the service may compare them.
@@ -2183,13 +2193,87 @@ _BROWSER_HEADERS: Final[Mapping[str, str]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model as it is asked for. `scenario` and `agent_mode` are connect's names for it, `agent_id` a kimiplus id."""
+
+    id: str
+    scenario: str = ""
+    thinking: bool = False
+    agent_id: str = ""
+    agent_mode: str = ""
+    use_math: bool = False
+    use_research: bool = False
+
+
+KIMI: Final = Model("kimi")
+_BUILT_IN_MODELS: Final = (KIMI, Model("kimi-thinking", thinking=True))
+_K1_AGENT: Final = "crm40ee9e5jvhsn7ptcg"  # [2+]
+_AGENT_ID: Final = re.compile(r"[0-9a-z]{20}")
+_SUFFIXES: Final = frozenset({"search", "silent", "math", "research", "thinking", "k1"})
+
+
+def parse_models(value: Mapping[str, Any]) -> tuple[Model, ...]:
+    """The models in a reply of GetAvailableModels, the default one as `kimi` first [2+]; empty where it tells none."""
+    listed = value.get("availableModels")
+    default = value.get("defaultScenario")
+    default = default if isinstance(default, dict) else {}
+    models: dict[str, Model] = {}
+    for entry in listed if isinstance(listed, list) else []:
+        if not isinstance(entry, dict) or not isinstance(entry.get("scenario"), str):
+            continue
+        words = {
+            key: str(entry.get(key) or "") for key in ("displayName", "key", "scenario", "kimiPlusId", "agentMode")
+        }
+        name = re.sub(r"[^a-z0-9.]+", "-", (words["displayName"] or words["key"] or words["scenario"]).lower()).strip(
+            "-"
+        )
+        thinking = entry.get("thinking") is True
+        name = name if name.startswith("kimi") else f"kimi-{name}"
+        name = f"{name}-thinking" if thinking and "thinking" not in name else name
+        model = Model(name, words["scenario"], thinking, words["kimiPlusId"], words["agentMode"])
+        models.setdefault(name, model)
+        if (model.scenario, thinking) == (default.get("scenario"), default.get("thinking") is True):
+            models = {"kimi": replace(model, id="kimi"), **models}
+    if models and "kimi" not in models:
+        models = {"kimi": replace(next(iter(models.values())), id="kimi"), **models}
+    return tuple(models.values())
+
+
+def choose_model(name: str, models: Sequence[Model]) -> tuple[Model, bool]:
+    """The model that a client's `name` means, and whether the name was known.
+
+    A 20-character id is an agent; `-search`, `-silent`, `-math`, `-research`, `-thinking` and `-k1` may be combined
+    [2+]. What is not known means the default: clients insist on names of their own.
+    """
+    known = {model.id: model for model in models}
+    first, *rest = name.split("-")
+    kept = [word for word in rest if word not in _SUFFIXES or "-".join([first, *rest]) in known]
+    base = "-".join([first, *kept])
+    default = known.get("kimi", KIMI)
+    if _AGENT_ID.fullmatch(first):
+        model, is_known = replace(default, id=name, agent_id=first, agent_mode=""), not kept
+    else:
+        model, is_known = known.get(base, default), base in known or base == "kimi"
+    wanted = set(rest) - set(kept)
+    if "thinking" in wanted:
+        model = known.get(f"{base}-thinking", replace(model, thinking=True))
+    if "k1" in wanted:
+        model = replace(model, agent_id=_K1_AGENT, thinking=True)
+    return replace(model, use_math="math" in wanted, use_research="research" in wanted), is_known
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class Question:
-    """What the service is asked: the merged text, whether it may search the web, and whether it shall think."""
+    """What the service is asked: the merged text, whether it may search the web, and of which model.
+
+    With a `segment_id` it is asked to go on with an answer that met its length limit (classic).
+    """
 
     text: str
     use_search: bool
-    thinking: bool = False
+    model: Model = KIMI
+    segment_id: str = ""
 
     def __repr__(self) -> str:
         return f"Question({len(self.text)} characters)"
@@ -2413,14 +2497,14 @@ class Dialect(Protocol):
     async def refresh(self, account: Account) -> TokenPair:
         """A new pair of tokens."""
 
-    async def open(self, account: Account) -> str:
+    async def open(self, account: Account, model: Model) -> str:
         """The id of a new conversation; empty where the answer's stream tells it."""
 
     async def ask(self, account: Account, conversation_id: str, question: Question) -> aiohttp.ClientResponse:
         """The response whose body is the answer; the caller closes it."""
 
-    def make_reader(self) -> Reader:
-        """What reads that body."""
+    def make_reader(self, *, continues: bool = False) -> Reader:
+        """What reads that body; `continues`: it goes on with an answer that was cut short."""
 
     async def remove(self, account: Account, conversation_id: str) -> None:
         """Remove the conversation, so that it does not show in the user's history."""
@@ -2443,6 +2527,12 @@ class Reader:
     def conversation_id(self) -> str:
         """The conversation's id, once the stream told it."""
         return self.answer.conversation_id if isinstance(self.answer, ConnectAnswer) else ""
+
+    @property
+    def segment_id(self) -> str:
+        """Where an answer that ended at its length limit can be continued from; empty for every other."""
+        answer = self.answer
+        return answer.segment_id if isinstance(answer, ClassicAnswer) and answer.ended and answer.cut_short else ""
 
     def feed(self, piece: bytes) -> tuple[list[Event], ProxyError | None]:
         """The events in one network read, and the failure that came after them; empty bytes are the stream's end."""
@@ -2494,9 +2584,12 @@ class Classic:
         call = Call("refreshing the token", "GET", url, _headers_of(self._base_url))
         return _take_tokens(await self._calls.refresh(call, account.refresh_token))
 
-    async def open(self, account: Account) -> str:
-        """The id of a new conversation."""
-        body = encode_json({"name": f"cmpl-{secrets.token_hex(16)}", "is_example": False}).encode()
+    async def open(self, account: Account, model: Model) -> str:
+        """The id of a new conversation. Raises `ProxyError` `quota_used_up` where the model's quota is."""
+        if model.use_research:
+            await self._check_quota(account)
+        value: dict[str, Any] = {"name": f"cmpl-{secrets.token_hex(16)}", "is_example": False}
+        body = encode_json(value | ({"kimiplus_id": model.agent_id} if model.agent_id else {})).encode()
         url = f"{self._base_url}/api/chat"
         value = await self._calls.call(
             account, Call("opening a conversation", "POST", url, _headers_of(self._base_url), body)
@@ -2508,19 +2601,31 @@ class Classic:
 
     async def ask(self, account: Account, conversation_id: str, question: Question) -> aiohttp.ClientResponse:
         """The response whose body is the answer's event stream; the caller closes it."""
-        body = {
-            "messages": [{"role": "user", "content": question.text}],
+        model = question.model
+        body: dict[str, Any] = {
+            "messages": [{"role": "user", "content": " " if question.segment_id else question.text}],
             "refs": [],
             "use_search": question.use_search,
         }
+        if question.segment_id:
+            body |= {"segment_id": question.segment_id, "action": "continue"}
+        options = {"kimiplus_id": model.agent_id, "use_math": model.use_math, "use_research": model.use_research}
+        body |= {key: value for key, value in options.items() if value}
         url = f"{self._base_url}/api/chat/{conversation_id}/completion/stream"
         headers = _headers_of(self._base_url, f"/chat/{conversation_id}")
         call = Call("asking", "POST", url, headers, encode_json(body).encode())
         return await self._calls.stream(account, call, "text/event-stream")
 
-    def make_reader(self) -> Reader:
+    async def _check_quota(self, account: Account) -> None:
+        url = f"{self._base_url}/api/chat/research/usage"
+        call = Call("asking for the research quota", "GET", url, _headers_of(self._base_url))
+        usage = await self._calls.call(account, call)
+        if usage.get("remain") == 0:
+            raise ProxyError("quota_used_up", f"{usage.get('used')} of {usage.get('total')} used")
+
+    def make_reader(self, *, continues: bool = False) -> Reader:
         """What reads the answer."""
-        return Reader(SSEParser(), ClassicAnswer())
+        return Reader(SSEParser(), ClassicAnswer(continues=continues))
 
     async def remove(self, account: Account, conversation_id: str) -> None:
         """Remove the conversation, so that it does not show in the user's history."""
@@ -2534,6 +2639,7 @@ _SERVICES: Final = {
     "refresh": "/api/account.gateway.v1.AuthService/RefreshToken",
     "ask": "/apiv2/kimi.gateway.chat.v1.ChatService/Chat",
     "remove": "/apiv2/kimi.chat.v1.ChatService/DeleteChat",
+    "models": "/apiv2/kimi.gateway.config.v1.ConfigService/GetAvailableModels",
 }
 
 
@@ -2564,21 +2670,26 @@ class Connect:
         old = Call("refreshing the token", "GET", url, _headers_of(self._base_url))
         return _take_tokens(await self._calls.refresh(old, account.refresh_token))
 
-    async def open(self, account: Account) -> str:
+    async def open(self, account: Account, model: Model) -> str:
         """Nothing: the answer's stream tells the conversation's id."""
         return ""
 
     async def ask(self, account: Account, conversation_id: str, question: Question) -> aiohttp.ClientResponse:
         """The response whose body is the answer's envelopes; the caller closes it."""
+        model = question.model
+        scenario = model.scenario or _SCENARIO
         body = {
-            "scenario": _SCENARIO,
+            "scenario": scenario,
             "tools": [{"type": "TOOL_TYPE_SEARCH", "search": {}}] if question.use_search else [],
             "message": {
                 "role": "user",
                 "blocks": [{"message_id": "", "text": {"content": question.text}}],
-                "scenario": _SCENARIO,
+                "scenario": scenario,
             },
-            "options": {"thinking": question.thinking},
+            "options": {"thinking": model.thinking},
+        }
+        body |= {
+            key: value for key, value in (("kimiplusId", model.agent_id), ("agentMode", model.agent_mode)) if value
         }
         headers = _headers_of(self._base_url) | {
             "Content-Type": "application/connect+json",
@@ -2588,9 +2699,15 @@ class Connect:
         call = Call("asking", "POST", self._base_url + _SERVICES["ask"], headers, data, with_ids=True)
         return await self._calls.stream(account, call, "application/connect+json")
 
-    def make_reader(self) -> Reader:
+    def make_reader(self, *, continues: bool = False) -> Reader:
         """What reads the answer."""
         return Reader(EnvelopeParser(), ConnectAnswer(), [CitationFilter()])
+
+    async def models(self, account: Account) -> tuple[Model, ...]:
+        """The models that the account may ask. Raises `ProxyError`."""
+        url = self._base_url + _SERVICES["models"]
+        call = Call("asking for the models", "POST", url, _headers_of(self._base_url), b"{}", with_ids=True)
+        return parse_models(await self._calls.call(account, call))
 
     async def remove(self, account: Account, conversation_id: str) -> None:
         """Remove the conversation, so that it does not show in the user's history."""
@@ -2621,7 +2738,8 @@ class Asking:
         self._metrics = metrics
         self._settings = settings
         self._classic: Dialect = Classic(calls, settings.base_url)
-        self._connect: Dialect = Connect(calls, settings.base_url, settings.auth_url)
+        self._connect = Connect(calls, settings.base_url, settings.auth_url)
+        self._models: dict[str, tuple[float, tuple[Model, ...]]] = {}
         self._current: Dialect = self._connect if settings.protocol == "connect" else self._classic
 
     async def refresh(self, account: Account) -> TokenPair:
@@ -2632,6 +2750,34 @@ class Asking:
             if not self._may_change(self._current):
                 raise
         return await self._connect.refresh(account)
+
+    async def models(self, account: Account | None) -> tuple[Model, ...]:
+        """The models that can be asked: the service's own, kept for 5 minutes, else a built-in list.
+
+        Only connect tells them; without an account, or where the service does not answer, the list is built in.
+        """
+        if account is None or (self._current is not self._connect and not account.direct):
+            return _BUILT_IN_MODELS
+        now = asyncio.get_running_loop().time()
+        until, models = self._models.get(account.token, (0.0, ()))
+        if now < until:
+            return models
+        self._models = {token: kept for token, kept in self._models.items() if now < kept[0]}
+        seconds = _MODELS_SECONDS
+        try:
+            models = await self._connect.models(account) or _BUILT_IN_MODELS
+        except ProxyError as error:
+            logger.warning("! %s; a built-in list stands in", error)
+            models, seconds = _BUILT_IN_MODELS, _NO_MODELS_SECONDS
+        self._models[account.token] = (now + seconds, models)
+        return models
+
+    async def choose_model(self, account: Account, name: str) -> Model:
+        """The model that a client's `name` means; the default, with a log line, where it is not known."""
+        model, is_known = choose_model(name, await self.models(account))
+        if not is_known:
+            logger.info("model %s is not known, %s is asked", quote_words(name)[:60], model.id)
+        return model
 
     async def run(self, account: Account, question: Question, send: Send) -> None:
         """Ask `question`, and `send` the answer's events, those of one network read at a time.
@@ -2669,18 +2815,13 @@ class Asking:
         """Ask once, in one dialect."""
         silence = None
         try:
-            async with asyncio.timeout(None) as timeout, self._conversation(account, dialect) as conversation:
+            opening = self._conversation(account, dialect, question.model)
+            async with asyncio.timeout(None) as timeout, opening as conversation:
                 if conversation.id:
                     await send([Opened(conversation.id, hits_inline=True)])
                 silence = Silence(timeout, self._settings.silence_seconds, self._settings.answer_seconds)
                 self._ticker.add(silence)
-                asking = dialect.ask(account, conversation.id, question)
-                conversation.asking = self._tasks.start(_or_failure(asking), "ask")
-                response = await asyncio.shield(conversation.asking)
-                if isinstance(response, ProxyError):
-                    raise response
-                silence.is_broken = partial(_is_broken, response)
-                await self._relay(response, conversation.reader, silence, send)
+                await self._answer(account, conversation, question, silence, send)
                 conversation.ended = True
         except TimeoutError:
             if silence is None or not silence.code:
@@ -2690,40 +2831,75 @@ class Asking:
             if silence is not None:
                 self._ticker.discard(silence)
 
-    async def _relay(self, response: aiohttp.ClientResponse, reader: Reader, silence: Silence, send: Send) -> None:
+    async def _answer(
+        self, account: Account, conversation: _Conversation, question: Question, silence: Silence, send: Send
+    ) -> None:
+        """Ask, and relay the answer; where it meets classic's length limit, ask it to go on, a few times."""
+        rest = _CONTINUATIONS
+        while True:
+            asking = conversation.dialect.ask(account, conversation.id, question)
+            conversation.asking = self._tasks.start(_or_failure(asking), "ask")
+            response = await asyncio.shield(conversation.asking)
+            if isinstance(response, ProxyError) and question.segment_id:
+                await send([Finished("length")])
+                return
+            if isinstance(response, ProxyError):
+                raise response
+            silence.is_broken = partial(_is_broken, response)
+            segment_id = await self._relay(response, conversation.reader, silence, send, may_continue=rest > 0)
+            if not segment_id:
+                return
+            rest -= 1
+            self._tasks.start(_read_out(response), "read out")
+            question = replace(question, segment_id=segment_id)
+            conversation.reader = conversation.dialect.make_reader(continues=True)
+
+    async def _relay(
+        self,
+        response: aiohttp.ClientResponse,
+        reader: Reader,
+        silence: Silence,
+        send: Send,
+        *,
+        may_continue: bool,
+    ) -> str:
+        """Send the answer's events; the segment to continue from, where it was cut short and its end was not sent."""
         answer = reader.answer
         while not answer.ended and not answer.done:
-            await self._relay_piece(response, reader, send)
+            await self._relay_piece(response, reader, send, may_continue=may_continue)
             silence.pieces += 1
         try:
             async with asyncio.timeout(_END_SECONDS):
                 while not answer.ended:
-                    await self._relay_piece(response, reader, send)
+                    await self._relay_piece(response, reader, send, may_continue=False)
         except TimeoutError:
             events, _ = reader.finish()
             await send(events)
         for what, name in answer.oddities:
             self._metrics.tell_once(what, name)
+        return reader.segment_id if may_continue else ""
 
     @staticmethod
-    async def _relay_piece(response: aiohttp.ClientResponse, reader: Reader, send: Send) -> None:
+    async def _relay_piece(response: aiohttp.ClientResponse, reader: Reader, send: Send, *, may_continue: bool) -> None:
         try:
             piece = await response.content.readany()
         except (aiohttp.ClientError, ConnectionError) as error:
             raise ProxyError("answer_broken", f"the connection broke ({type(error).__name__})") from None
         events, failure = reader.feed(piece)
+        if may_continue and reader.segment_id and isinstance(events[-1], Finished):
+            events.pop()
         if events:
             await send(events)
         if failure is not None:
             raise failure
 
     @asynccontextmanager
-    async def _conversation(self, account: Account, dialect: Dialect) -> AsyncIterator[_Conversation]:
+    async def _conversation(self, account: Account, dialect: Dialect, model: Model) -> AsyncIterator[_Conversation]:
         # A client that leaves while the opening call is under way must not leave a conversation behind: the call is
         # finished as a task of the application, and what it opened is removed. One that leaves before, while the token
         # is refreshed, opens none.
         await self._accounts.access_token(account)
-        opening = self._tasks.start(_or_failure(dialect.open(account)), "open")
+        opening = self._tasks.start(_or_failure(dialect.open(account, model)), "open")
         try:
             opened = await asyncio.shield(opening)
         except asyncio.CancelledError:
@@ -2837,7 +3013,6 @@ async def _read_out(response: aiohttp.ClientResponse) -> None:
 
 _MAX_BODY_FACTOR: Final = 1_048_576
 _CHAT_PATHS: Final = ("/v1/chat/completions", "/chat/completions")
-_MODELS: Final = ("kimi", "kimi-search")
 _MODELS_CREATED: Final = 1_704_067_200
 _PATHS: Final = "POST /v1/chat/completions, GET /v1/models, GET /ping, GET /"
 _CLIENT_CLOSED: Final = 499  # as nginx logs a client that went away
@@ -3005,8 +3180,8 @@ async def _chat_completions(request: web.Request) -> web.StreamResponse:
     body = await read_body(request, settings.max_body_mb * _MAX_BODY_FACTOR, settings.body_seconds)
     chat = parse_chat_request(body)
     use_search = settings.use_search if chat.use_search is None else chat.use_search
-    thinking = "thinking" in chat.model.split("-")[1:]
-    question = Question(merge_messages(chat.messages), use_search, thinking)
+    model = await state.asking.choose_model(account, chat.model)
+    question = Question(merge_messages(chat.messages), use_search, model)
     return await _deliver(request, account, question, make_chat_reply(chat, int(time.time()), settings.sources))
 
 
@@ -3041,9 +3216,25 @@ async def _deliver(request: web.Request, account: Account, question: Question, r
     return await delivery.fail(error)
 
 
+async def _list_models(request: web.Request) -> list[dict[str, Any]]:
+    """The entries of the list of models: each model, and with search."""
+    state = request.app[STATE]
+    account = state.accounts.get(read_bearer(request)) if "Authorization" in request.headers else None
+    names = [model.id for model in await state.asking.models(account)]
+    names = [variant for name in names for variant in (name, f"{name}-search")]
+    return [{"id": name, "object": "model", "created": _MODELS_CREATED, "owned_by": "kimi"} for name in names]
+
+
 async def _models(request: web.Request) -> web.StreamResponse:
-    entries = [{"id": model, "object": "model", "created": _MODELS_CREATED, "owned_by": "kimi"} for model in _MODELS]
-    return _json({"object": "list", "data": entries})
+    return _json({"object": "list", "data": await _list_models(request)})
+
+
+async def _model(request: web.Request) -> web.StreamResponse:
+    name = request.match_info["id"]
+    for entry in await _list_models(request):
+        if entry["id"] == name:
+            return _json(entry)
+    raise ProxyError("model_not_found", quote_words(name)[:60], param="model")
 
 
 async def _ping(request: web.Request) -> web.StreamResponse:
@@ -3218,6 +3409,7 @@ def make_app(settings: Settings) -> web.Application:
     for path in _CHAT_PATHS:
         app.router.add_post(path, _chat_completions)
     app.router.add_get("/v1/models", _models)
+    app.router.add_get("/v1/models/{id}", _model)
     app.router.add_get("/ping", _ping)
     app.router.add_get("/", _front_page)
     return app

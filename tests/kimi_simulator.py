@@ -37,6 +37,10 @@ other types say nothing; ``all_done`` is the end; ``error`` is the end too, by m
 ``k1`` and what comes next: pass over. The stream may also just end, or break. Text may be cut inside a pair of
 surrogate escapes [open].
 
+*Later additions* [2+]: ``kimiplus_id`` in open and ask (a 20-character agent, ``crm40ee9e5jvhsn7ptcg`` is the thinking
+model k1), ``use_math``, ``use_research`` with ``GET /api/chat/research/usage`` → ``{remain, total, used}``; an answer
+that met its length limit goes on by the same call with ``segment_id``, ``"action": "continue"`` and a blank message.
+
 *What the original answers* [ref]: streamed, a hit is ``检索 TITLE(URL) ...`` and a line end, and the first text after
 hits begins with a line end; whole, the hits stand after the text, under ``搜索结果来自：``, one ``TITLE(URL)`` a line;
 a moderated answer ends with ``[内容由于不合规被停止生成，我们换个话题吧]`` on a line of its own, before the hits; the
@@ -63,7 +67,9 @@ have hits, bare or as ``searchResult``, ``base{title,url}`` and ``refIndex``, th
 older ``[^n^]``. ``{"heartbeat":{}}`` says nothing, ``{"done":{}}`` that the text is over; an error can follow it in the
 end envelope. Errors: ``{"error":{"code","message","details":[{"debug":{"reason","localizedMessage":{"message"}}}]}}``,
 codes ``unauthenticated``, ``resource_exhausted``, ``permission_denied``, ``invalid_argument``, ``not_found``,
-``unavailable``, ``internal``; or ``block.exception`` with ``error.reason`` (``REASON_COMPLETION_OVERLOADED``). How a
+``unavailable``, ``internal``; models, ``POST /apiv2/kimi.gateway.config.v1.ConfigService/GetAvailableModels`` ``{}`` →
+``availableModels[{scenario, displayName, key, id, thinking, kimiPlusId, agentMode}]``, ``defaultScenario{scenario,
+thinking}``, names change; or ``block.exception`` with ``error.reason`` (``REASON_COMPLETION_OVERLOADED``). How a
 moderated answer looks nobody told: here it is an exception whose reason says so [open].
 
 How to order
@@ -161,7 +167,8 @@ SCRIPTS: Final[dict[str, tuple[Step, ...]]] = {
     "moderated-empty": (End("error"),),
     "empty": (End(),),
     "hits-only": (*_HITS, End()),
-    "length": (Say("第一部分"), End("length")),
+    "length": (Say("第一"), End("length"), Say("第二"), End("length"), Say("第三"), End()),
+    "length-again": (Say("又"), End("length")) * 9,
     "surrogate": (Say("好\ud83d"), Say("\udc4d了"), End()),
     "unicode": (Say("e\u0301 \u200f\u05e2\u05d1 \u2028\u2029 "), Say('👩\u200d👧 𠮷 \x00\x7f "\\</script>'), End()),
     "quiet": (Wait(1.0), Say("late"), End()),
@@ -177,6 +184,12 @@ def make_steps(order: Order, asked: str) -> tuple[Step, ...]:
     if order.script == "long":
         return (*(Say(f"{number} ") for number in range(int(order.value("chunks", str(_LONG_CHUNKS))))), End())
     return SCRIPTS[order.script]
+
+
+def _part(steps: tuple[Step, ...], number: int) -> tuple[Step, ...]:
+    """What is left of the steps after `number` ends by length."""
+    ends = [at for at, step in enumerate(steps) if step == End("length")]
+    return steps[ends[number - 1] + 1 :] if number else steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +264,7 @@ def render_events(steps: tuple[Step, ...], dice: random.Random | None) -> Iterat
             case End("length"):
                 yield {"event": "length"}
                 yield {"event": "all_done"}
+                return
             case End("error"):
                 yield {"event": "error", "error": {"error_type": "content", "message": "stopped"}}
             case End():
@@ -328,6 +342,8 @@ def render_connect_objects(
                     yield block("text", piece)
             case Wait():
                 yield step
+            case End("length"):
+                return
             case End("error"):
                 error = {"error": {"reason": "REASON_CONTENT_MODERATED"}}
                 yield {"op": "set", "mask": "block.exception", "block": {"id": "9", "exception": error}}
@@ -358,7 +374,7 @@ def render_connect(
     for value in render_connect_objects(steps, chat_id, dice, stages):
         rendered.append(value if isinstance(value, Wait) else make_envelope(value))
     if End("length") in steps:
-        return rendered[:-1]  # the stream just ends: connect has no other form for it
+        return rendered  # neither done nor end: connect has no other form for it
     return [*rendered, make_envelope({}, 2)]
 
 
@@ -466,6 +482,7 @@ FAULTS: Final[dict[str, str]] = {
     "pace": "SECONDS between two events",
     "chunks": "N chunks of the script `long`",
     "stages": "connect: thinking comes as the text of a phase",
+    "no-quota": "no research is left",
     "camel": "the new refresh wants `refreshToken`, and answers inside `data`",
     "old-refresh": "the new refresh is refused, the old one works",
     "new-refresh": "the old refresh is refused, the new one works",
@@ -507,6 +524,7 @@ class Account:
     fired: set[str] = field(default_factory=set)
     streams_open: int = 0
     streams_cut: int = 0
+    round: int = 0
 
     def count(self, step: str) -> int:
         """How many calls of `step` arrived."""
@@ -559,6 +577,18 @@ _BROWSER: Final = re.compile(r"Mozilla/5\.0 .* Chrome/(\d+)\.0\.0\.0 Safari/537\
 _HTML: Final = b"<!doctype html><title>502</title>" + b"<p>the page of some machine in between</p>" * 250
 
 
+MODELS: Final = [
+    {"scenario": "SCENARIO_K2D6", "displayName": "K2.6", "key": "k2d6", "id": "1", "thinking": False},
+    {"scenario": "SCENARIO_K2D6", "displayName": "K2.6 Thinking", "key": "k2d6-t", "id": "2", "thinking": True},
+    {
+        "scenario": "SCENARIO_OK_COMPUTER",
+        "displayName": "OK Computer",
+        "id": "3",
+        "kimiPlusId": "ok-computer",
+        "agentMode": "TYPE_NORMAL",
+        "description": "…",
+    },
+]
 _CONNECT_TYPES: Final = {
     "chat.user_stream_pushing": "resource_exhausted",
     "auth.token.invalid": "unauthenticated",
@@ -596,6 +626,8 @@ class Simulator:
         app.router.add_post("/api/chat", self._open)
         app.router.add_post("/api/chat/{id}/completion/stream", self._ask)
         app.router.add_delete("/api/chat/{id}", self._remove)
+        app.router.add_get("/api/chat/research/usage", self._research_usage)
+        app.router.add_post("/apiv2/kimi.gateway.config.v1.ConfigService/GetAvailableModels", self._list_models)
         app.router.add_post("/api/account.gateway.v1.AuthService/RefreshToken", self._connect_refresh)
         app.router.add_post("/apiv2/kimi.gateway.chat.v1.ChatService/Chat", self._connect_ask)
         app.router.add_post("/apiv2/kimi.chat.v1.ChatService/DeleteChat", self._connect_remove)
@@ -690,6 +722,17 @@ class Simulator:
         tokens: dict[str, Any] = {"accessToken": access_token, "refreshToken": refresh_token}
         return web.json_response({"data": tokens} if account.order.has("camel") else tokens)
 
+    async def _research_usage(self, request: web.Request) -> web.StreamResponse:
+        account = self._account_of_access(request, "research-usage", None)
+        remain = 0 if account.order.has("no-quota") else 3
+        return web.json_response({"remain": remain, "total": 5, "used": 5 - remain})
+
+    async def _list_models(self, request: web.Request) -> web.StreamResponse:
+        account = self._account_of_access(request, "models", await self._body(request, {}))
+        self._check_connect_headers(account, request)
+        await self._order(account, "models", request)
+        return web.json_response({"availableModels": MODELS, "defaultScenario": {"scenario": "SCENARIO_K2D6"}})
+
     async def _connect_ask(self, request: web.Request) -> web.StreamResponse:
         if request.content_type != "application/connect+json" or request.headers.get("Connect-Protocol-Version") != "1":
             self._violate("Content-Type or Connect-Protocol-Version")
@@ -699,7 +742,7 @@ class Simulator:
         body = json.loads(data[5:])
         account = self._account_of_access(request, "ask", body)
         self._check_connect_headers(account, request)
-        if sorted(body) != ["message", "options", "scenario", "tools"]:
+        if sorted(body.keys() - {"kimiplusId", "agentMode"}) != ["message", "options", "scenario", "tools"]:
             self._violate(f"keys of Chat: {sorted(body)}")
         (block,) = body["message"]["blocks"]
         await self._order(account, "ask", request)
@@ -734,7 +777,7 @@ class Simulator:
         return web.Response(body=body, content_type="application/connect+json")
 
     async def _open(self, request: web.Request) -> web.StreamResponse:
-        body = await self._body(request, {"name": str, "is_example": bool})
+        body = await self._body(request, {"name": str, "is_example": bool}, {"kimiplus_id": str})
         if not re.fullmatch(r"cmpl-[0-9a-f]{32}", str(body.get("name"))):
             self._violate("a conversation's name")
         account = self._account_of_access(request, "open", body)
@@ -762,7 +805,8 @@ class Simulator:
         return web.json_response({})
 
     async def _ask(self, request: web.Request) -> web.StreamResponse:
-        body = await self._body(request, {"messages": list, "refs": list, "use_search": bool})
+        optional = {"segment_id": str, "action": str, "kimiplus_id": str, "use_math": bool, "use_research": bool}
+        body = await self._body(request, {"messages": list, "refs": list, "use_search": bool}, optional)
         account = self._account_of_access(request, "ask", body)
         conversation = self._conversation(account, request)
         if conversation.removed:
@@ -771,9 +815,12 @@ class Simulator:
             self._violate("not one message of role and content")
         conversation.asked.append(body)
         self._changed.set()
-        await self._order(account, "ask", request)
+        if body.get("action") == "continue" and body["segment_id"] != "cs1segment0000000001":
+            self._violate("another segment continued")
+        await self._order(account, "continue" if "segment_id" in body else "ask", request)
         if account.order.has("one-at-a-time") and account.streams_open:
             return _failure(200, "chat.user_stream_pushing", "another answer is under way")
+        account.round = sum("segment_id" in asked for asked in conversation.asked)
         return await self._run_stream(request, account, body["messages"][0]["content"], "")
 
     async def _run_stream(self, request: web.Request, account: Account, asked: str, chat_id: str) -> web.StreamResponse:
@@ -799,7 +846,7 @@ class Simulator:
         due = loop.time()
         limits = {name: int(order.value(name, "0")) for name in ("cut", "cut-chunk", "stall") if order.has(name)}
         number, written = 0, b""
-        for piece in self._pieces(account, make_steps(order, asked), chat_id):
+        for piece in self._pieces(account, _part(make_steps(order, asked), account.round), chat_id):
             if number in limits.values():
                 await self._break(request, account)
             if isinstance(piece, Wait):
@@ -980,11 +1027,17 @@ class Simulator:
             raise Refusal(_failure(404, "chat.not_found", "no such conversation"))
         return conversation
 
-    async def _body(self, request: web.Request, shape: dict[str, type]) -> dict[str, Any]:
+    async def _body(
+        self, request: web.Request, shape: dict[str, type], optional: dict[str, type] | None = None
+    ) -> dict[str, Any]:
         if request.content_type != "application/json":
             self._violate(f"Content-Type of {request.path}")
         body: dict[str, Any] = await request.json()
-        if {key: type(value) for key, value in body.items()} != shape:
+        kinds = {key: type(value) for key, value in body.items()}
+        if (
+            any(kinds.get(key) is not kind for key, kind in shape.items())
+            or kinds.items() - shape.items() - (optional or {}).items()
+        ):
             self._violate(f"keys of {request.path}: {sorted(body)}")
         return body
 

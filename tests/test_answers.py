@@ -121,6 +121,15 @@ def test_text_cut_between_the_halves_of_pairs_comes_out_whole(whole: str, draw: 
     assert shown == whole.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace") + "."
 
 
+def test_a_continuation_needs_no_text_of_its_own_and_an_answer_tells_where_to_go_on() -> None:
+    continuation = ClassicAnswer(continues=True)
+    assert continuation.feed(ServerSentEvent("message", json.dumps(DONE))) == [Finished("stop")]
+    cut = ClassicAnswer()
+    for value in ({"event": "req", "id": "s1"}, text("a"), {"event": "length"}, DONE):
+        cut.feed(ServerSentEvent("message", json.dumps(value)))
+    assert (cut.cut_short, cut.segment_id, cut.ended) == (True, "s1", True)
+
+
 def test_joining_leaves_whole_text_alone() -> None:
     assert join_surrogates("a 你 👍") == "a 你 👍"
     assert join_surrogates("\ud83d\udc4d\ud83d") == "👍\ufffd"

@@ -8,9 +8,9 @@ from typing import Any
 import aiohttp
 import pytest
 from conftest import LogRecorder, StartProxy, bearer, chat_body
-from kimi_simulator import Account, Simulator
+from kimi_simulator import MODELS, Account, Simulator
 
-from kimi_proxy import Question, open_service_session
+from kimi_proxy import KIMI, Model, Question, choose_model, open_service_session, parse_models
 
 CHAT = "/v1/chat/completions"
 
@@ -75,7 +75,7 @@ async def answer(http: aiohttp.ClientSession, proxy: str, token: str, **fields: 
 
 
 def steps(account: Account) -> list[str]:
-    return [call.step for call in account.calls if call.step != "remove"]
+    return [call.step for call in account.calls if call.step not in ("remove", "models")]
 
 
 @pytest.mark.parametrize("retired", ["redirect", "html", "404", "405", "410"])
@@ -99,7 +99,7 @@ async def test_auto_moves_to_connect_where_classic_is_retired_and_stays(
     assert [sorted(body) for body in account.asked] == [["message", "options", "scenario", "tools"]]
     before = len(account.calls)
     assert (await answer(http, proxy, token))[0] == 200
-    assert [call.step for call in account.calls[before:] if call.step != "remove"] == ["ask"]
+    assert [call.step for call in account.calls[before:] if call.step not in ("remove", "models")] == ["ask"]
 
 
 async def test_auto_stays_with_classic_while_that_answers(
@@ -236,3 +236,141 @@ async def test_sources_are_shown_as_set(
     assert set(urls) == (
         set() if sources == "none" else {"https://www.kimi.com/", "https://www.moonshot.cn/about?a=1&b=2"}
     )
+
+
+K26 = Model("kimi-k2.6", "SCENARIO_K2D6")
+K26_THINKING = Model("kimi-k2.6-thinking", "SCENARIO_K2D6", thinking=True)
+COMPUTER = Model("kimi-ok-computer", "SCENARIO_OK_COMPUTER", agent_id="ok-computer", agent_mode="TYPE_NORMAL")
+DEFAULT = Model("kimi", "SCENARIO_K2D6")
+ALL = (DEFAULT, K26, K26_THINKING, COMPUTER)
+AGENT = "abcdefghij0123456789"
+K1 = "crm40ee9e5jvhsn7ptcg"
+
+
+def test_models_are_named_by_their_display_names_with_the_default_first() -> None:
+    assert parse_models({"availableModels": MODELS, "defaultScenario": {"scenario": "SCENARIO_K2D6"}}) == ALL
+    assert [model.id for model in parse_models({"availableModels": MODELS})] == [model.id for model in ALL]
+    thinking = {"scenario": "SCENARIO_K2D6", "thinking": True}
+    assert parse_models({"availableModels": MODELS, "defaultScenario": thinking})[0].thinking
+
+
+@pytest.mark.parametrize("value", [{}, {"availableModels": None}, {"availableModels": [None, {}, {"scenario": 1}]}])
+def test_odd_lists_of_models_are_empty(value: dict[str, Any]) -> None:
+    assert parse_models(value) == ()
+
+
+CHOICES: dict[str, tuple[Model, bool]] = {
+    "kimi": (DEFAULT, True),
+    "kimi-search": (DEFAULT, True),
+    "kimi-k2.6": (K26, True),
+    "kimi-k2.6-search-silent": (K26, True),
+    "kimi-k2.6-thinking": (K26_THINKING, True),
+    "kimi-k2.6-thinking-search": (K26_THINKING, True),
+    "kimi-thinking": (Model("kimi", "SCENARIO_K2D6", thinking=True), True),
+    "kimi-ok-computer": (COMPUTER, True),
+    "kimi-math": (Model("kimi", "SCENARIO_K2D6", use_math=True), True),
+    "kimi-research-search": (Model("kimi", "SCENARIO_K2D6", use_research=True), True),
+    "kimi-k1-math": (Model("kimi", "SCENARIO_K2D6", thinking=True, agent_id=K1, use_math=True), True),
+    AGENT: (Model(AGENT, "SCENARIO_K2D6", agent_id=AGENT), True),
+    f"{AGENT}-search": (Model(f"{AGENT}-search", "SCENARIO_K2D6", agent_id=AGENT), True),
+    "kimi-k9": (DEFAULT, False),
+    "gpt-4o": (DEFAULT, False),
+    "claude-search-3": (DEFAULT, False),
+    "": (DEFAULT, False),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_name_means_a_model_and_what_is_not_known_the_default(name: str) -> None:
+    assert choose_model(name, ALL) == CHOICES[name]
+
+
+def test_without_a_list_the_names_still_mean_something() -> None:
+    assert choose_model("kimi", ()) == (KIMI, True)
+    assert choose_model("kimi-thinking", (KIMI,))[0].thinking
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "opened"),
+    [
+        ("kimi", {}, {}),
+        ("kimi-math", {"use_math": True}, {}),
+        ("kimi-research", {"use_research": True}, {}),
+        ("kimi-k1-search", {"kimiplus_id": K1}, {"kimiplus_id": K1}),
+        (AGENT, {"kimiplus_id": AGENT}, {"kimiplus_id": AGENT}),
+    ],
+)
+async def test_classics_models_are_asked_as_it_wants_them(
+    simulator: Simulator,
+    proxy: str,
+    http: aiohttp.ClientSession,
+    name: str,
+    asked: dict[str, Any],
+    opened: dict[str, Any],
+) -> None:
+    token = simulator.token("hello")
+    status, body = await answer(http, proxy, token, model=name)
+    assert (status, body["model"]) == (200, name)
+    account = await simulator.settle(token)
+    names = ("kimiplus_id", "use_math", "use_research")
+    assert {key: value for key, value in account.asked[0].items() if key in names} == asked
+    (opening,) = [call.body for call in account.calls if call.step == "open"]
+    assert {key: value for key, value in opening.items() if key in names} == opened
+    assert account.count("research-usage") == (name == "kimi-research")
+
+
+async def test_a_used_up_quota_is_a_429_and_opens_nothing(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession
+) -> None:
+    token = simulator.token("hello", "no-quota")
+    status, body = await answer(http, proxy, token, model="kimi-research")
+    assert (status, body["error"]["code"]) == (429, "quota_used_up")
+    assert simulator.account(token).count("open") == 0
+
+
+async def test_connects_models_are_listed_asked_and_kept_for_a_while(
+    start_proxy: StartProxy, simulator: Simulator, http: aiohttp.ClientSession, log_lines: LogRecorder
+) -> None:
+    proxy = await start_proxy(protocol="connect")
+    token = simulator.token("hello")
+    for _ in range(2):
+        async with http.get(f"{proxy}/v1/models", headers=bearer(token)) as response:
+            listed = [entry["id"] for entry in (await response.json())["data"]]
+    assert listed[:4] == ["kimi", "kimi-search", "kimi-k2.6", "kimi-k2.6-search"]
+    assert "kimi-k2.6-thinking" in listed and "kimi-ok-computer" in listed
+    for name, status in (("kimi-k2.6-search", 200), ("kimi-k9", 404)):
+        async with http.get(f"{proxy}/v1/models/{name}", headers=bearer(token)) as response:
+            assert response.status == status
+            assert (await response.json()).get("id") == (name if status == 200 else None)
+    for name in ("kimi-k2.6-thinking", "kimi-ok-computer", "gpt-4o"):
+        assert (await answer(http, proxy, token, model=name))[0] == 200
+    account = await simulator.settle(token)
+    assert account.count("models") == 1
+    asked = [(body["scenario"], body["options"]["thinking"], body.get("kimiplusId")) for body in account.asked]
+    assert asked == [
+        ("SCENARIO_K2D6", True, None),
+        ("SCENARIO_OK_COMPUTER", False, "ok-computer"),
+        ("SCENARIO_K2D6", False, None),
+    ]
+    assert "model gpt-4o is not known" in log_lines.text
+
+
+async def test_where_the_service_lists_no_models_a_built_in_list_does(
+    start_proxy: StartProxy, simulator: Simulator, http: aiohttp.ClientSession
+) -> None:
+    proxy = await start_proxy(protocol="connect")
+    token = simulator.token("hello", "status=models:500")
+    async with http.get(f"{proxy}/v1/models", headers=bearer(token)) as response:
+        assert "kimi" in [entry["id"] for entry in (await response.json())["data"]]
+    assert (await answer(http, proxy, token))[0] == 200
+    assert simulator.account(token).asked[0]["scenario"].startswith("SCENARIO_")
+
+
+async def test_a_continuation_that_fails_ends_the_answer_as_cut(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession
+) -> None:
+    token = simulator.token("length", "status=continue:500")
+    status, body = await answer(http, proxy, token)
+    assert (status, body["choices"][0]["finish_reason"]) == (200, "length")
+    assert body["choices"][0]["message"]["content"] == "第一"
+    await simulator.settle(token)

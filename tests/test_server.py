@@ -58,7 +58,7 @@ async def test_a_whole_answer_has_all_that_clients_read(
     (choice,) = answer["choices"]
     assert choice == {"index": 0, "message": {"role": "assistant", "content": HELLO}, "finish_reason": "stop"}
     assert set(answer["usage"]) == {"prompt_tokens", "completion_tokens", "total_tokens"}
-    steps = ["refresh", "open", "ask", "remove"] if dialect == "classic" else ["refresh", "ask", "remove"]
+    steps = ["refresh", "open", "ask", "remove"] if dialect == "classic" else ["refresh", "models", "ask", "remove"]
     assert [call.step for call in account.calls] == steps
 
 
@@ -155,7 +155,8 @@ SHOWN: dict[str, tuple[str, str, str]] = {
     "moderated": (f"从前有座山，山里有\n{SENTENCE}",) * 2 + ("content_filter",),
     "moderated-search": (f"{HIT_LINES}\n从前\n{SENTENCE}", f"从前\n{SENTENCE}{SOURCES}", "content_filter"),
     "moderated-empty": (SENTENCE, SENTENCE, "content_filter"),
-    "length": ("第一部分", "第一部分", "length"),
+    "length": ("第一第二第三",) * 2 + ("stop",),
+    "length-again": ("又又又又",) * 2 + ("length",),
     "surrogate": ("好👍了",) * 2 + ("stop",),
     "unicode": ('e\u0301 \u200f\u05e2\u05d1 \u2028\u2029 👩\u200d👧 𠮷 \x00\x7f "\\</script>',) * 2 + ("stop",),
     "broad": ("x" * 200_000,) * 2 + ("stop",),
@@ -168,6 +169,8 @@ CITED_LIST = (
     "\n\n搜索结果来自：\n1. [月之暗面](https://www.moonshot.cn/about?a=1&b=2)\n2. [Kimi 首页](https://www.kimi.com/)"
 )
 IN_CONNECT: dict[str, tuple[str, str, str]] = {
+    "length": ("第一",) * 2 + ("length",),
+    "length-again": ("又",) * 2 + ("length",),
     "search": (SEARCH_TEXT + LIST,) * 2 + ("stop",),
     "moderated-search": (f"从前\n{SENTENCE}{LIST}",) * 2 + ("content_filter",),
     "cite": (CITED + CITED_LIST,) * 2 + ("stop",),
