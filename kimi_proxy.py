@@ -317,6 +317,9 @@ FAILURES: Final[Mapping[str, Failure]] = {
     ),
     "not_found": Failure(404, _REQUEST, -2000, "there is nothing at this path"),
     "model_not_found": Failure(404, _REQUEST, -2000, "GET /v1/models lists the models"),
+    "conversation_not_found": Failure(
+        404, _REQUEST, -2000, 'this account keeps no such conversation here; `"conversation_id": "new"` opens one'
+    ),
     "method_not_allowed": Failure(405, _REQUEST, -2000, "this path does not take that method"),
     "body_broken": Failure(400, _REQUEST, -2000, "the encoding of the body is broken"),
     "body_timeout": Failure(408, _REQUEST, -2000, "the body of the request did not arrive in time"),
@@ -974,12 +977,14 @@ def make_hit(value: dict[str, Any], key: object = "") -> SearchHit | None:
 class ConnectAnswer:
     """The events of one connect answer, from its envelopes [2+].
 
-    `conversation_id` is known once the stream told it; `done` tells that `done` came, after which only an error may
-    follow, and `ended` that the end envelope did. What is not known is passed over, and named in `oddities`.
+    `conversation_id` and the answer's `message_id` are known once the stream told them; `done` tells that `done` came,
+    after which only an error may follow, and `ended` that the end envelope did. What is not known is passed over, and
+    named in `oddities`.
     """
 
     def __init__(self) -> None:
         self.conversation_id = ""
+        self.message_id = ""
         self.done = False
         self.ended = False
         self.kind = ""
@@ -1049,7 +1054,11 @@ class ConnectAnswer:
         return [Opened(identifier, hits_inline=False)]
 
     def _take_message(self, message: object) -> list[Event]:
-        references = message.get("refs") if isinstance(message, dict) else None
+        if not isinstance(message, dict):
+            return []
+        if message.get("role") == "assistant" and isinstance(message.get("id"), str):
+            self.message_id = message["id"]
+        references = message.get("refs")
         if not isinstance(references, dict):
             return []
         return self._take_hits(references.get("searchChunks")) + self._take_hits(references.get("usedSearchChunks"))
@@ -1317,13 +1326,17 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """A chat that a client asks for. `use_search` is None where neither the request nor its model says."""
+    """A chat that a client asks for. `use_search` is None where neither the request nor its model says.
+
+    `conversation_id`: `new` opens a conversation that is kept, an id goes on with one; else empty.
+    """
 
     model: str
     messages: tuple[Message, ...]
     stream: bool
     include_usage: bool | None
     use_search: bool | None
+    conversation_id: str = ""
 
 
 def parse_chat_request(body: bytes) -> ChatRequest:
@@ -1351,6 +1364,7 @@ def parse_chat_request(body: bytes) -> ChatRequest:
         stream=_take(value, "stream", bool, False),
         include_usage=None if options is None else _take(options, "include_usage", bool, False, "stream_options."),
         use_search=True if search is None and "search" in model.split("-")[1:] else search,
+        conversation_id=_take(value, "conversation_id", str, ""),
     )
 
 
@@ -1414,6 +1428,12 @@ def merge_messages(messages: Sequence[Message]) -> str:
         f"{message.role}:{wrap_urls(message.text) if message.role == 'user' else message.text}\n"
         for message in messages
     )
+
+
+def render_last_message(messages: Sequence[Message]) -> str:
+    """The last message alone, without its role: what a conversation that goes on is asked."""
+    last = messages[-1]
+    return wrap_urls(last.text) if last.role == "user" else last.text
 
 
 def wrap_urls(text: str) -> str:
@@ -1919,6 +1939,11 @@ class TokenStore:
         self._lock_seconds = lock_seconds
         self._warned = False
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether there is a directory, which other processes may write to."""
+        return self._directory is not None
+
     @asynccontextmanager
     async def lock(self, token: str) -> AsyncIterator[None]:
         """Hold the account's file against other processes, as far as the system can; waits `lock_seconds` at most."""
@@ -1937,16 +1962,54 @@ class TokenStore:
 
     async def read(self, token: str) -> StoredTokens | None:
         """What is kept for the client's `token`; None where there is nothing, or nothing that can be read."""
-        return await asyncio.to_thread(self._read, token) if self._directory is not None else None
+        value = await self._load(token, ".json")
+        try:
+            return (
+                None if value is None else StoredTokens(**{name: kind(value[name]) for name, kind in _STORED.items()})
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            self._pass_over(error)
+            return None
 
     async def write(self, token: str, stored: StoredTokens) -> None:
         """Keep `stored`: once this returns, it survives a crash."""
+        await self._save(token, ".json", asdict(stored))
+
+    async def read_conversations(self, token: str) -> dict[str, tuple[str, str]]:
+        """The conversations kept for the client's `token`: id → dialect and last message id, the oldest first."""
+        value = await self._load(token, ".chats.json")
+        try:
+            return {} if value is None else {str(key): (str(one), str(two)) for key, (one, two) in value.items()}
+        except (ValueError, AttributeError, TypeError) as error:
+            self._pass_over(error)
+            return {}
+
+    async def write_conversations(self, token: str, kept: Mapping[str, tuple[str, str]]) -> None:
+        """Keep `kept` in place of what was kept."""
+        await self._save(token, ".chats.json", kept)
+
+    async def _load(self, token: str, suffix: str) -> Any:
+        if self._directory is None:
+            return None
+        try:
+            return parse_json(await asyncio.to_thread(self._path(token, suffix).read_bytes))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            self._pass_over(error)
+            return None
+
+    async def _save(self, token: str, suffix: str, value: object) -> None:
         if self._directory is None:
             return
         try:
-            await asyncio.to_thread(self._write, self._path(token), stored)
+            await asyncio.to_thread(self._write, self._path(token, suffix), encode_json(value).encode())
         except OSError as error:
             self._complain(error)
+
+    @staticmethod
+    def _pass_over(error: Exception) -> None:
+        logger.warning("! a file of kept tokens cannot be read, and is passed over (%s)", type(error).__name__)
 
     def delete_unused(self, now: float) -> int:
         """Delete what was not used for 100 days before `now` (Unix seconds); how many accounts that were."""
@@ -1959,42 +2022,26 @@ class TokenStore:
                     deleted += 1
         return deleted
 
-    def _path(self, token: str) -> Path:
+    def _path(self, token: str, suffix: str) -> Path:
         assert self._directory is not None
-        return self._directory / f"{hashlib.sha256(token.encode('utf-8', 'surrogateescape')).hexdigest()}.json"
+        return self._directory / (hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest() + suffix)
 
     def _open_lock(self, token: str) -> int | None:
         if self._directory is None:
             return None
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            return os.open(self._path(token).with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
+            return os.open(self._path(token, ".lock"), os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
             self._complain(error)
             return None
 
-    def _read(self, token: str) -> StoredTokens | None:
-        try:
-            value = parse_json(self._path(token).read_bytes())
-            stored = StoredTokens(
-                access_token=str(value["access_token"]),
-                refresh_token=str(value["refresh_token"]),
-                received=float(value["received"]),
-                life_seconds=float(value["life_seconds"]),
-            )
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            logger.warning("! a file of kept tokens cannot be read, and is passed over (%s)", type(error).__name__)
-            return None
-        return stored
-
     @staticmethod
-    def _write(path: Path, stored: StoredTokens) -> None:
+    def _write(path: Path, data: bytes) -> None:
         temporary = path.with_suffix(f".{os.getpid()}.new")
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "wb") as file:
-            file.write(encode_json(asdict(stored)).encode())
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -2007,6 +2054,57 @@ class TokenStore:
             logger.warning("! tokens cannot be kept in %s (%s): a restart may lose them", self._directory, reason)
 
 
+class KeptConversations:
+    """The conversations that clients asked to keep: of each its dialect and its last answer's id, by account.
+
+    The 100 used last of each account survive a restart where `store` has a directory; without one, `most_accounts`
+    are remembered.
+    """
+
+    _MOST = 100
+
+    def __init__(self, store: TokenStore, most_accounts: int) -> None:
+        self._store = store
+        self._most_accounts = most_accounts
+        self._accounts: dict[str, dict[str, tuple[str, str]]] = {}
+
+    async def find(self, account: Account, conversation_id: str) -> tuple[str, str]:
+        """Dialect and last message id. Raises `ProxyError` `conversation_not_found`."""
+        kept = await self._load(account)
+        if conversation_id not in kept and self._store.is_shared:
+            kept = self._accounts[account.label] = await self._store.read_conversations(account.token)
+        if conversation_id not in kept:
+            raise ProxyError("conversation_not_found", param="conversation_id")
+        return kept[conversation_id]
+
+    async def keep(self, account: Account, conversation_id: str, dialect: str, message_id: str) -> None:
+        """Remember the conversation as the one used last."""
+        async with self._store.lock(account.token):
+            if self._store.is_shared:
+                self._accounts.pop(account.label, None)
+            kept = await self._load(account)
+            kept.pop(conversation_id, None)
+            kept[conversation_id] = (dialect, message_id)
+            for oldest in list(kept)[: -self._MOST]:
+                del kept[oldest]
+            await self._store.write_conversations(account.token, kept)
+
+    async def _load(self, account: Account) -> dict[str, tuple[str, str]]:
+        kept = self._accounts.get(account.label)
+        if kept is None:
+            kept = await self._store.read_conversations(account.token)
+            while len(self._accounts) >= self._most_accounts:
+                del self._accounts[next(iter(self._accounts))]
+            self._accounts[account.label] = kept
+        return kept
+
+
+_STORED: Final[Mapping[str, type]] = {
+    "access_token": str,
+    "refresh_token": str,
+    "received": float,
+    "life_seconds": float,
+}
 _UNUSED_SECONDS: Final = 100 * 86_400
 _ENDING_SECONDS: Final = 7 * 86_400
 
@@ -2263,17 +2361,28 @@ def choose_model(name: str, models: Sequence[Model]) -> tuple[Model, bool]:
     return replace(model, use_math="math" in wanted, use_research="research" in wanted), is_known
 
 
+NEW_CONVERSATION: Final = "new"
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class Question:
     """What the service is asked: the merged text, whether it may search the web, and of which model.
 
-    With a `segment_id` it is asked to go on with an answer that met its length limit (classic).
+    With a `segment_id` it is asked to go on with an answer that met its length limit (classic). `conversation_id` is
+    empty, `new` for a conversation that is kept, or the one to go on with, after its message `parent_id` (connect).
     """
 
     text: str
     use_search: bool
     model: Model = KIMI
     segment_id: str = ""
+    conversation_id: str = ""
+    parent_id: str = ""
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it is asked in a conversation that exists."""
+        return self.conversation_id not in ("", NEW_CONVERSATION)
 
     def __repr__(self) -> str:
         return f"Question({len(self.text)} characters)"
@@ -2529,6 +2638,16 @@ class Reader:
         return self.answer.conversation_id if isinstance(self.answer, ConnectAnswer) else ""
 
     @property
+    def message_id(self) -> str:
+        """The service's id of the answer, to go on from; empty in classic, which needs none."""
+        return self.answer.message_id if isinstance(self.answer, ConnectAnswer) else ""
+
+    def expect(self, conversation_id: str) -> None:
+        """Say that the conversation is known, so that the stream need not tell it."""
+        if isinstance(self.answer, ConnectAnswer):
+            self.answer.conversation_id = conversation_id
+
+    @property
     def segment_id(self) -> str:
         """Where an answer that ended at its length limit can be continued from; empty for every other."""
         answer = self.answer
@@ -2678,7 +2797,7 @@ class Connect:
         """The response whose body is the answer's envelopes; the caller closes it."""
         model = question.model
         scenario = model.scenario or _SCENARIO
-        body = {
+        body: dict[str, Any] = {
             "scenario": scenario,
             "tools": [{"type": "TOOL_TYPE_SEARCH", "search": {}}] if question.use_search else [],
             "message": {
@@ -2691,6 +2810,9 @@ class Connect:
         body |= {
             key: value for key, value in (("kimiplusId", model.agent_id), ("agentMode", model.agent_mode)) if value
         }
+        if question.goes_on:
+            body["chat_id"] = conversation_id
+            body["message"]["parent_id"] = question.parent_id
         headers = _headers_of(self._base_url) | {
             "Content-Type": "application/connect+json",
             "Connect-Protocol-Version": "1",
@@ -2727,12 +2849,14 @@ class Asking:
         self,
         calls: Calls,
         accounts: Accounts,
+        kept: KeptConversations,
         tasks: BackgroundTasks,
         ticker: Ticker,
         metrics: Metrics,
         settings: Settings,
     ) -> None:
         self._accounts = accounts
+        self._kept = kept
         self._tasks = tasks
         self._ticker = ticker
         self._metrics = metrics
@@ -2792,6 +2916,8 @@ class Asking:
             await send(events)
 
         dialect: Dialect = self._connect if account.direct and self._may_change(self._current) else self._current
+        if question.goes_on:
+            return await self._go_on(account, question, send)
         try:
             await self._ask(account, dialect, question, note_and_send)
         except StaleToken:
@@ -2808,6 +2934,17 @@ class Asking:
                 self._current = self._connect
                 logger.warning("classic seems to be retired, connect answered: staying with it (KIMI_PROTOCOL=connect)")
 
+    async def _go_on(self, account: Account, question: Question, send: Send) -> None:
+        """Ask in a conversation that was kept, in the dialect that opened it."""
+        name, parent_id = await self._kept.find(account, question.conversation_id)
+        dialect = self._connect if name == self._connect.name else self._classic
+        try:
+            await self._ask(account, dialect, replace(question, parent_id=parent_id), send)
+        except ProxyError as error:
+            if error.upstream_status != 404:
+                raise
+            raise ProxyError("conversation_not_found", error.detail, param="conversation_id") from None
+
     def _may_change(self, dialect: Dialect) -> bool:
         return self._settings.protocol == "auto" and dialect is self._classic
 
@@ -2815,14 +2952,18 @@ class Asking:
         """Ask once, in one dialect."""
         silence = None
         try:
-            opening = self._conversation(account, dialect, question.model)
+            opening = self._conversation(account, dialect, question)
             async with asyncio.timeout(None) as timeout, opening as conversation:
                 if conversation.id:
-                    await send([Opened(conversation.id, hits_inline=True)])
+                    await send([Opened(conversation.id, hits_inline=dialect is self._classic)])
                 silence = Silence(timeout, self._settings.silence_seconds, self._settings.answer_seconds)
                 self._ticker.add(silence)
                 await self._answer(account, conversation, question, silence, send)
                 conversation.ended = True
+                if question.conversation_id:
+                    conversation.kept = True
+                    message_id = conversation.reader.message_id
+                    await self._kept.keep(account, conversation.known_id, dialect.name, message_id)
         except TimeoutError:
             if silence is None or not silence.code:
                 raise
@@ -2894,11 +3035,25 @@ class Asking:
             raise failure
 
     @asynccontextmanager
-    async def _conversation(self, account: Account, dialect: Dialect, model: Model) -> AsyncIterator[_Conversation]:
+    async def _conversation(
+        self, account: Account, dialect: Dialect, question: Question
+    ) -> AsyncIterator[_Conversation]:
         # A client that leaves while the opening call is under way must not leave a conversation behind: the call is
         # finished as a task of the application, and what it opened is removed. One that leaves before, while the token
         # is refreshed, opens none.
         await self._accounts.access_token(account)
+        if question.goes_on:
+            conversation = _Conversation(dialect, dialect.make_reader(), question.conversation_id, kept=True)
+            conversation.reader.expect(question.conversation_id)
+        else:
+            opened = await self._open(account, dialect, question.model)
+            conversation = _Conversation(dialect, dialect.make_reader(), opened)
+        try:
+            yield conversation
+        finally:
+            self._tasks.start(self._let_go(account, conversation), "remove")
+
+    async def _open(self, account: Account, dialect: Dialect, model: Model) -> str:
         opening = self._tasks.start(_or_failure(dialect.open(account, model)), "open")
         try:
             opened = await asyncio.shield(opening)
@@ -2907,11 +3062,7 @@ class Asking:
             raise
         if isinstance(opened, ProxyError):
             raise opened
-        conversation = _Conversation(dialect, dialect.make_reader(), opened)
-        try:
-            yield conversation
-        finally:
-            self._tasks.start(self._let_go(account, conversation), "remove")
+        return opened
 
     def _let_go_late(self, account: Account, dialect: Dialect, opening: asyncio.Task[str | ProxyError]) -> None:
         opened = "" if opening.cancelled() or opening.exception() is not None else opening.result()
@@ -2927,7 +3078,7 @@ class Asking:
         if not await conversation.close():
             self._metrics.count("kimi_proxy_removals_failed_total")
             logger.warning("! a conversation of account %s may be left: its id was not read", account.label)
-        if not conversation.known_id:
+        if conversation.kept or not conversation.known_id:
             return
         try:
             await conversation.dialect.remove(account, conversation.known_id)
@@ -2955,6 +3106,7 @@ class _Conversation:
     id: str
     asking: asyncio.Task[aiohttp.ClientResponse | ProxyError] | None = None
     ended: bool = False
+    kept: bool = False
 
     @property
     def known_id(self) -> str:
@@ -3181,7 +3333,9 @@ async def _chat_completions(request: web.Request) -> web.StreamResponse:
     chat = parse_chat_request(body)
     use_search = settings.use_search if chat.use_search is None else chat.use_search
     model = await state.asking.choose_model(account, chat.model)
-    question = Question(merge_messages(chat.messages), use_search, model)
+    question = Question(merge_messages(chat.messages), use_search, model, conversation_id=chat.conversation_id)
+    if question.goes_on:
+        question = replace(question, text=render_last_message(chat.messages))
     return await _deliver(request, account, question, make_chat_reply(chat, int(time.time()), settings.sources))
 
 
@@ -3375,7 +3529,8 @@ async def _own_state(app: web.Application) -> AsyncIterator[None]:
         logger.info("deleted the tokens of %d accounts that were unused for 100 days", deleted)
     accounts = Accounts(refresh, tasks, store, token_seconds=settings.token_seconds, max_accounts=settings.max_accounts)
     calls = Calls(session, accounts, settings.call_seconds)
-    asking = Asking(calls, accounts, tasks, ticker, metrics, settings)
+    kept = KeptConversations(store, settings.max_accounts)
+    asking = Asking(calls, accounts, kept, tasks, ticker, metrics, settings)
     app[STATE] = State(settings, metrics, tasks, ticker, accounts, asking, asyncio.Event(), set())
     yield
     late = await tasks.drain(settings.removal_seconds)

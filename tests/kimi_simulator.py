@@ -742,14 +742,22 @@ class Simulator:
         body = json.loads(data[5:])
         account = self._account_of_access(request, "ask", body)
         self._check_connect_headers(account, request)
-        if sorted(body.keys() - {"kimiplusId", "agentMode"}) != ["message", "options", "scenario", "tools"]:
+        if sorted(body.keys() - {"kimiplusId", "agentMode", "chat_id"}) != ["message", "options", "scenario", "tools"]:
             self._violate(f"keys of Chat: {sorted(body)}")
         (block,) = body["message"]["blocks"]
         await self._order(account, "ask", request)
         if account.order.has("one-at-a-time") and account.streams_open:
             raise Refusal(self._connect_failure("resource_exhausted", "another answer is under way"))
-        chat_id = f"{secrets.token_hex(4)}-{secrets.token_hex(6)}"
-        account.conversations[chat_id] = Conversation([body], told=False)
+        if "chat_id" in body:
+            chat_id = body["chat_id"]
+            if chat_id not in account.conversations or account.conversations[chat_id].removed:
+                raise Refusal(web.json_response(connect_error("not_found", "no such chat")["error"], status=404))
+            if body["message"].get("parent_id") != "m-assistant":
+                self._violate("another parent_id")
+            account.conversations[chat_id].asked.append(body)
+        else:
+            chat_id = f"{secrets.token_hex(4)}-{secrets.token_hex(6)}"
+            account.conversations[chat_id] = Conversation([body], told=False)
         asked = block["text"]["content"]
         return await self._run_stream(request, account, asked, chat_id)
 

@@ -19,6 +19,7 @@ from kimi_proxy import (
     Account,
     Accounts,
     BackgroundTasks,
+    KeptConversations,
     Metrics,
     ProxyError,
     StoredTokens,
@@ -272,11 +273,11 @@ async def test_the_unused_is_deleted_after_100_days(tmp_path: Path) -> None:
     async with store.lock("old"), store.lock("new"):
         for token in ("old", "new"):
             await store.write(token, StoredTokens("a", "r", 0.0, 1.0))
-    old = store._path("old")
+    old = store._path("old", ".json")
     day = 86_400
     os.utime(old, (time.time() - 101 * day,) * 2)
     assert store.delete_unused(time.time()) == 1
-    assert not old.exists() and store._path("new").exists()
+    assert not old.exists() and store._path("new", ".json").exists()
     assert await store.read("old") is None and await store.read("new") is not None
 
 
@@ -382,3 +383,20 @@ async def test_an_access_token_of_kimis_is_told_from_others(service: Service) ->
 def test_the_state_directory_is_where_it_belongs(setting: str, environ: dict[str, str], expected: str | None) -> None:
     found = find_state_dir(setting, environ)
     assert (None if found is None else str(found)) == expected
+
+
+@pytest.mark.parametrize("shared", [True, False])
+async def test_kept_conversations_are_bounded_and_the_oldest_go_first(tmp_path: Path, shared: bool) -> None:
+    store = TokenStore(tmp_path if shared else None, Metrics(), lock_seconds=1.0)
+    account = make_accounts(Service()).get("r")
+    kept = KeptConversations(store, most_accounts=2)
+    for number in range(105):
+        await kept.keep(account, f"c{number}", "connect", f"m{number}")
+    await kept.keep(account, "c5", "connect", "again")
+    assert await kept.find(account, "c5") == ("connect", "again")
+    with pytest.raises(ProxyError) as caught:
+        await kept.find(account, "c4")
+    assert caught.value.code == "conversation_not_found"
+    another = KeptConversations(store, most_accounts=2)
+    if shared:
+        assert await another.find(account, "c104") == ("connect", "m104")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kimi_proxy import Message, ProxyError, merge_messages, parse_chat_request, wrap_urls
+from kimi_proxy import Message, ProxyError, merge_messages, parse_chat_request, render_last_message, wrap_urls
 
 
 def parse(**fields: Any) -> Any:
@@ -114,6 +114,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "use_search is a number": ({"use_search": 1}, "use_search"),
     "stream_options is a list": ({"stream_options": []}, "stream_options"),
     "include_usage is a string": ({"stream_options": {"include_usage": "x"}}, "stream_options.include_usage"),
+    "conversation_id is a number": ({"conversation_id": 1}, "conversation_id"),
     "n is 2": ({"n": 2}, "n"),
     "n is true": ({"n": True}, "n"),
 }
@@ -159,3 +160,10 @@ def test_any_json_is_a_request_or_a_clear_refusal(value: object) -> None:
 
 def test_reprs_show_no_content() -> None:
     assert "hi" not in repr(parse(messages=[{"role": "user", "content": "hi there"}]).messages)
+
+
+def test_a_conversation_that_goes_on_is_asked_the_last_message_alone() -> None:
+    url = "https://example.com/a"
+    assert render_last_message([Message("system", "x"), Message("user", f"see {url}")]) == f"see {tag(url)}"
+    assert render_last_message([Message("tool", url)]) == url
+    assert parse(conversation_id="new").conversation_id == "new"

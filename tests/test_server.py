@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -425,3 +426,58 @@ async def test_many_clients_at_once_get_each_their_own_answer(
     account = await simulator.settle(token)
     assert account.count("refresh") == 1
     assert len(account.conversations) == 40
+
+
+async def test_a_conversation_can_be_kept_and_gone_on_with(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession, dialect: str, tmp_path: Path
+) -> None:
+    proxy = await start_proxy(state_dir=str(tmp_path))
+    token = simulator.token("echo")
+    _, first, _ = await ask(http, proxy, token, conversation_id="new")
+    again = await start_proxy(state_dir=str(tmp_path))
+    for url in (proxy, again):
+        messages = [{"role": "user", "content": "before"}, {"role": "user", "content": "and now?"}]
+        status, second, _ = await ask(http, url, token, conversation_id=first["id"], messages=messages)
+        assert (status, second["id"]) == (200, first["id"])
+        assert second["choices"][0]["message"]["content"] == "and now?"
+    chunks, _ = await stream(http, proxy, token, conversation_id=first["id"])
+    assert {chunk["id"] for chunk in chunks} == {first["id"]} and content_of(chunks) == "hi"
+    account = simulator.account(token)
+    assert account.count("remove") == 0
+    assert account.count("open") == (dialect == "classic")
+    assert len(account.conversations) == 1 and len(account.asked) == 4
+
+
+async def test_a_conversation_that_is_not_the_accounts_is_a_404_that_says_so(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession
+) -> None:
+    proxy = await start_proxy()
+    mine, others = simulator.token("echo"), simulator.token("echo")
+    _, kept, _ = await ask(http, proxy, others, conversation_id="new")
+    for conversation_id in ("c0ffeec0ffeec0ffee00", kept["id"]):
+        status, body, _ = await ask(http, proxy, mine, conversation_id=conversation_id)
+        assert (status, body["error"]["code"]) == (404, "conversation_not_found")
+        assert body["error"]["param"] == "conversation_id" and "new" in body["error"]["message"]
+    assert not simulator.account(mine).calls or simulator.account(mine).count("ask") == 0
+
+
+async def test_a_kept_conversation_that_the_service_forgot_is_a_404(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession
+) -> None:
+    proxy = await start_proxy()
+    token = simulator.token("echo")
+    _, kept, _ = await ask(http, proxy, token, conversation_id="new")
+    simulator.account(token).conversations.clear()
+    status, body, _ = await ask(http, proxy, token, conversation_id=kept["id"])
+    assert (status, body["error"]["code"]) == (404, "conversation_not_found")
+    simulator.violations.clear()
+
+
+async def test_a_new_conversation_whose_answer_fails_is_removed(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession
+) -> None:
+    proxy = await start_proxy()
+    token = simulator.token("empty")
+    assert (await ask(http, proxy, token, conversation_id="new"))[0] == 502
+    await simulator.settle(token)
+    assert simulator.account(token).count("remove") == 1
