@@ -18,10 +18,10 @@ Two seams carry the design, and both are plain values: *events* (whatever Kimi s
 encoders* (whatever form the client wants). Sections 5 to 10 do no I/O and read no clock; each section knows only what
 stands above it.
 
-Run it with ``python kimi_proxy.py``; ``--help`` lists the settings, ``ask "question"`` is a terminal client. To read
-it, start at ``Asking`` in section 14, through which every chat goes, then ``_chat_completions`` in section 15. What is
-known of the service, and how surely, is told by the docstring of ``tests/kimi_simulator.py``; [ref], [2+], [1] and
-[open] below are its marks.
+Run it with ``python kimi_proxy.py``; ``--help`` lists the settings, ``ask "question"`` is a terminal client, ``check``
+tries every step of the service with your token. To read it, start at ``Asking`` in section 14, through which every chat
+goes, then ``_chat_completions`` in section 15. What is known of the service, and how surely, is told by the docstring of
+``tests/kimi_simulator.py``; [ref], [2+], [1] and [open] below are its marks.
 """
 
 from __future__ import annotations
@@ -247,7 +247,8 @@ def make_option_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kimi_proxy.py",
         description="An OpenAI-compatible gateway in front of the Kimi web service.",
-        epilog='`kimi_proxy.py ask "question"` asks a running proxy; it has its own --help.',
+        epilog='`kimi_proxy.py ask "question"` asks a running proxy; `kimi_proxy.py check` tries every step of the '
+        "service with your token. Each has its own --help.",
     )
     parser.add_argument("--version", action="version", version=f"kimi_proxy {__version__}")
     for option in fields(Settings):
@@ -2602,6 +2603,7 @@ class Dialect(Protocol):
     """What `Asking` needs of a dialect."""
 
     name: str
+    base_url: str
 
     async def refresh(self, account: Account) -> TokenPair:
         """A new pair of tokens."""
@@ -2695,12 +2697,12 @@ class Classic:
 
     def __init__(self, calls: Calls, base_url: str) -> None:
         self._calls = calls
-        self._base_url = base_url or "https://kimi.moonshot.cn"
+        self.base_url = base_url or "https://kimi.moonshot.cn"
 
     async def refresh(self, account: Account) -> TokenPair:
         """A new pair of tokens for `account`."""
-        url = f"{self._base_url}/api/auth/token/refresh"
-        call = Call("refreshing the token", "GET", url, _headers_of(self._base_url))
+        url = f"{self.base_url}/api/auth/token/refresh"
+        call = Call("refreshing the token", "GET", url, _headers_of(self.base_url))
         return _take_tokens(await self._calls.refresh(call, account.refresh_token))
 
     async def open(self, account: Account, model: Model) -> str:
@@ -2709,9 +2711,9 @@ class Classic:
             await self._check_quota(account)
         value: dict[str, Any] = {"name": f"cmpl-{secrets.token_hex(16)}", "is_example": False}
         body = encode_json(value | ({"kimiplus_id": model.agent_id} if model.agent_id else {})).encode()
-        url = f"{self._base_url}/api/chat"
+        url = f"{self.base_url}/api/chat"
         value = await self._calls.call(
-            account, Call("opening a conversation", "POST", url, _headers_of(self._base_url), body)
+            account, Call("opening a conversation", "POST", url, _headers_of(self.base_url), body)
         )
         conversation_id = value.get("id")
         if not isinstance(conversation_id, str) or not _CONVERSATION_ID.fullmatch(conversation_id):
@@ -2730,14 +2732,14 @@ class Classic:
             body |= {"segment_id": question.segment_id, "action": "continue"}
         options = {"kimiplus_id": model.agent_id, "use_math": model.use_math, "use_research": model.use_research}
         body |= {key: value for key, value in options.items() if value}
-        url = f"{self._base_url}/api/chat/{conversation_id}/completion/stream"
-        headers = _headers_of(self._base_url, f"/chat/{conversation_id}")
+        url = f"{self.base_url}/api/chat/{conversation_id}/completion/stream"
+        headers = _headers_of(self.base_url, f"/chat/{conversation_id}")
         call = Call("asking", "POST", url, headers, encode_json(body).encode())
         return await self._calls.stream(account, call, "text/event-stream")
 
     async def _check_quota(self, account: Account) -> None:
-        url = f"{self._base_url}/api/chat/research/usage"
-        call = Call("asking for the research quota", "GET", url, _headers_of(self._base_url))
+        url = f"{self.base_url}/api/chat/research/usage"
+        call = Call("asking for the research quota", "GET", url, _headers_of(self.base_url))
         usage = await self._calls.call(account, call)
         if usage.get("remain") == 0:
             raise ProxyError("quota_used_up", f"{usage.get('used')} of {usage.get('total')} used")
@@ -2748,8 +2750,8 @@ class Classic:
 
     async def remove(self, account: Account, conversation_id: str) -> None:
         """Remove the conversation, so that it does not show in the user's history."""
-        url = f"{self._base_url}/api/chat/{conversation_id}"
-        headers = _headers_of(self._base_url, f"/chat/{conversation_id}")
+        url = f"{self.base_url}/api/chat/{conversation_id}"
+        headers = _headers_of(self.base_url, f"/chat/{conversation_id}")
         await self._calls.call(account, Call("removing the conversation", "DELETE", url, headers))
 
 
@@ -2769,7 +2771,7 @@ class Connect:
 
     def __init__(self, calls: Calls, base_url: str, auth_url: str) -> None:
         self._calls = calls
-        self._base_url = base_url or "https://www.kimi.com"
+        self.base_url = base_url or "https://www.kimi.com"
         self._auth_url = auth_url
 
     async def refresh(self, account: Account) -> TokenPair:
@@ -2777,7 +2779,7 @@ class Connect:
         for spelling in ("refresh_token", "refreshToken"):  # [open]
             body = encode_json({spelling: account.refresh_token}).encode()
             call = Call(
-                "refreshing the token", "POST", self._auth_url + _SERVICES["refresh"], _headers_of(self._base_url), body
+                "refreshing the token", "POST", self._auth_url + _SERVICES["refresh"], _headers_of(self.base_url), body
             )
             try:
                 return _take_tokens(await self._calls.refresh(call, ""))
@@ -2785,8 +2787,8 @@ class Connect:
                 logger.debug("! %s", error)
                 if error.upstream_status != 400:
                     break
-        url = f"{self._base_url}/api/auth/token/refresh"
-        old = Call("refreshing the token", "GET", url, _headers_of(self._base_url))
+        url = f"{self.base_url}/api/auth/token/refresh"
+        old = Call("refreshing the token", "GET", url, _headers_of(self.base_url))
         return _take_tokens(await self._calls.refresh(old, account.refresh_token))
 
     async def open(self, account: Account, model: Model) -> str:
@@ -2813,12 +2815,12 @@ class Connect:
         if question.goes_on:
             body["chat_id"] = conversation_id
             body["message"]["parent_id"] = question.parent_id
-        headers = _headers_of(self._base_url) | {
+        headers = _headers_of(self.base_url) | {
             "Content-Type": "application/connect+json",
             "Connect-Protocol-Version": "1",
         }
         data = encode_envelope(encode_json(body).encode())
-        call = Call("asking", "POST", self._base_url + _SERVICES["ask"], headers, data, with_ids=True)
+        call = Call("asking", "POST", self.base_url + _SERVICES["ask"], headers, data, with_ids=True)
         return await self._calls.stream(account, call, "application/connect+json")
 
     def make_reader(self, *, continues: bool = False) -> Reader:
@@ -2827,15 +2829,15 @@ class Connect:
 
     async def models(self, account: Account) -> tuple[Model, ...]:
         """The models that the account may ask. Raises `ProxyError`."""
-        url = self._base_url + _SERVICES["models"]
-        call = Call("asking for the models", "POST", url, _headers_of(self._base_url), b"{}", with_ids=True)
+        url = self.base_url + _SERVICES["models"]
+        call = Call("asking for the models", "POST", url, _headers_of(self.base_url), b"{}", with_ids=True)
         return parse_models(await self._calls.call(account, call))
 
     async def remove(self, account: Account, conversation_id: str) -> None:
         """Remove the conversation, so that it does not show in the user's history."""
         body = encode_json({"chat_id": conversation_id}).encode()
-        url = self._base_url + _SERVICES["remove"]
-        headers = _headers_of(self._base_url, f"/chat/{conversation_id}")
+        url = self.base_url + _SERVICES["remove"]
+        headers = _headers_of(self.base_url, f"/chat/{conversation_id}")
         await self._calls.call(account, Call("removing the conversation", "POST", url, headers, body, with_ids=True))
 
 
@@ -3663,6 +3665,8 @@ def main(argv: Sequence[str]) -> int:
     """Run the command in `argv`; the exit status: 0, 1 for a failure, 2 for a setting that is not usable."""
     if argv[:1] == ["ask"]:
         return ask_command(argv[1:])
+    if argv[:1] == ["check"]:
+        return check_command(argv[1:])
     try:
         settings = Settings.load(os.environ, argv)
         configure_logging(settings.log_level)
@@ -3793,6 +3797,202 @@ class _Screen:
         if self._waiting:
             self._waiting = False
             print("\r \r", end="", flush=True)
+
+
+def check_command(argv: Sequence[str]) -> int:
+    """`check`: walk every step of the service once; the exit status: 0 where a program in front would work."""
+    parser = argparse.ArgumentParser(
+        prog="kimi_proxy.py check",
+        description="Try every step of the Kimi service once, with the token in KIMI_REFRESH_TOKEN, and say what was "
+        "seen. The settings are the proxy's, by environment variable. One short question is asked in each dialect.",
+    )
+    parser.add_argument(
+        "--record",
+        metavar="FILE",
+        help="write the answers' streams, tokens, ids and texts replaced, to FILE.sse, FILE.connect",
+    )
+    options = parser.parse_args(list(argv))
+    token = os.environ.get("KIMI_REFRESH_TOKEN", "")
+    if not _TOKEN_SHAPE.fullmatch(token):
+        print("kimi_proxy check: set KIMI_REFRESH_TOKEN", file=sys.stderr)
+        return 2
+    try:
+        settings = Settings.load(os.environ)
+    except SettingsError as error:
+        print(f"kimi_proxy: {error}", file=sys.stderr)
+        return 2
+    configure_logging("warning")
+    return asyncio.run(_check(settings, token, options.record))
+
+
+_TOKEN_SHAPE: Final = re.compile(r"[!-~]{1,8192}")
+
+
+async def _check(settings: Settings, token: str, record: str | None) -> int:
+    """Check the dialects that the settings admit. They share the service's state directory, so that a token that a
+    running proxy rotated is used, not rotated away.
+    """
+    metrics, tasks = Metrics(), BackgroundTasks()
+    store = TokenStore(find_state_dir(settings.state_dir, os.environ), metrics, settings.call_seconds)
+    works: dict[str, bool] = {}
+    async with open_service_session() as session:
+        for name in ("classic", "connect"):
+            if settings.protocol in ("auto", name):
+                check = _Check(settings, session, store, tasks, name)
+                works[name] = await check.run(token)
+                if record and check.pieces:
+                    path = Path(record).with_suffix(".sse" if name == "classic" else ".connect")
+                    path.write_bytes(anonymize_stream(b"".join(check.pieces), name))
+                    print(f"recorded: {path}")
+        await tasks.drain(settings.removal_seconds)
+    good = [name for name, result in works.items() if result]
+    print(f"A program in front would work: {'yes, with ' + ' and '.join(good) if good else 'no'}.")
+    return 0 if good else 1
+
+
+class _Check:
+    """One dialect, step by step."""
+
+    def __init__(
+        self, settings: Settings, session: aiohttp.ClientSession, store: TokenStore, tasks: BackgroundTasks, name: str
+    ) -> None:
+        self.pieces: list[bytes] = []
+        self._settings = settings
+        self._name = name
+
+        async def refresh(account: Account) -> TokenPair:
+            return await self._dialect.refresh(account)
+
+        self._accounts = Accounts(refresh, tasks, store, token_seconds=settings.token_seconds, max_accounts=1)
+        calls = Calls(session, self._accounts, settings.call_seconds)
+        self._connect = Connect(calls, settings.base_url, settings.auth_url)
+        self._dialect: Dialect = self._connect if name == "connect" else Classic(calls, settings.base_url)
+
+    async def run(self, token: str) -> bool:
+        """Walk the steps until one fails; whether all went well."""
+        account = self._accounts.get(token)
+        question = Question("user:Say OK.\n", use_search=False)
+        try:
+            await self._step("address", self._look_up())
+            await self._step("connection and TLS", self._reach())
+            await self._step("token", self._accounts.access_token(account))
+            if self._dialect is self._connect:
+                models = await self._step("models", self._connect.models(account))
+                question = replace(question, model=choose_model("kimi", models)[0])
+            conversation_id = await self._step("open", self._dialect.open(account, question.model))
+            reader = self._dialect.make_reader()
+            try:
+                await self._step("answer", self._answer(account, conversation_id, question, reader))
+            finally:
+                if known_id := conversation_id or reader.conversation_id:
+                    await self._step("remove", self._dialect.remove(account, known_id))
+        except ProxyError:
+            return False
+        return True
+
+    async def _step(self, what: str, work: Awaitable[Result]) -> Result:
+        started = time.monotonic()
+        try:
+            result = await work
+        except ProxyError as error:
+            print(f"FAIL  {self._name:8} {what:19} {error.message}", flush=True)
+            raise
+        seen = render_seen(result)
+        print(f"ok    {self._name:8} {what:19} {time.monotonic() - started:.2f} s{seen}", flush=True)
+        return result
+
+    async def _look_up(self) -> int:
+        address = URL(self._dialect.base_url)
+        try:
+            found = await asyncio.get_running_loop().getaddrinfo(address.host, address.port)
+        except OSError:
+            raise ProxyError("service_unreachable", f"the name {address.host} cannot be resolved") from None
+        return len({entry[4][0] for entry in found})
+
+    async def _reach(self) -> None:
+        address = URL(self._dialect.base_url)
+        try:
+            async with asyncio.timeout(self._settings.call_seconds):
+                _, writer = await asyncio.open_connection(
+                    address.host, address.port, ssl=True if address.scheme == "https" else None
+                )
+        except (OSError, TimeoutError) as error:
+            reason = getattr(error, "strerror", None) or type(error).__name__
+            raise ProxyError("service_unreachable", f"{address.host}: {quote_words(str(reason))}") from None
+        writer.close()
+        with suppress(OSError):
+            await writer.wait_closed()
+
+    async def _answer(self, account: Account, conversation_id: str, question: Question, reader: Reader) -> list[Event]:
+        events: list[Event] = []
+        try:
+            async with asyncio.timeout(self._settings.silence_seconds):
+                response = await self._dialect.ask(account, conversation_id, question)
+                async with response:
+                    while not reader.answer.ended:
+                        piece = await response.content.readany()
+                        self.pieces.append(piece)
+                        more, failure = reader.feed(piece)
+                        events += more
+                        if failure is not None:
+                            raise failure
+        except TimeoutError:
+            raise ProxyError("service_silent", "asking") from None
+        except (aiohttp.ClientError, ConnectionError) as error:
+            raise ProxyError("answer_broken", f"the connection broke ({type(error).__name__})") from None
+        return events
+
+
+def render_seen(result: object) -> str:
+    """What a step's result is worth telling: numbers and names of models, never tokens or texts."""
+    if isinstance(result, tuple) and result and isinstance(result[0], Model):
+        return ", " + ", ".join(model.id for model in result[:8])
+    if isinstance(result, list):
+        kinds = [type(event).__name__ for event in result]
+        return ", " + ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+    return f", {result} addresses" if isinstance(result, int) else ""
+
+
+_KEPT_KEYS: Final = frozenset({"event", "type", "op", "mask", "role", "status", "name", "code", "reason", "scenario"})
+_KEPT_VALUE: Final = re.compile(r"[A-Za-z_.$]{1,48}")
+_KEPT_MARK: Final = re.compile("(\ue3a0cite[\ue3a3\U0001f6e0a-z_0-9:#]*\ue3a8|[a-z_]+:[0-9]+#[0-9]+)")
+
+
+def anonymize(value: Any, key: str = "") -> Any:
+    """A JSON value with every text, id and URL replaced by one of the same shape; names of the protocol stay."""
+    if isinstance(value, dict):
+        return {name: anonymize(inner, name) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [anonymize(inner, key) for inner in value]
+    if not isinstance(value, str) or (key in _KEPT_KEYS and _KEPT_VALUE.fullmatch(value)):
+        return value
+    if value.startswith(("http://", "https://")):
+        return "https://example.com/" + hashlib.sha256(value.encode("utf-8", "replace")).hexdigest()[:8]
+    parts = _KEPT_MARK.split(value)
+    return "".join(part if at % 2 else _mask(part) for at, part in enumerate(parts))
+
+
+def _mask(text: str) -> str:
+    return re.sub(r"[^\W_]", lambda letter: "x" if letter[0].isascii() else "字", text)
+
+
+def anonymize_stream(data: bytes, dialect: str) -> bytes:
+    """A recorded answer without tokens, ids and texts, in the form of `tests/wire/`."""
+    if dialect == "classic":
+        frames = SSEParser().feed(data)
+        return b"".join(encode_sse(encode_json(anonymize(_json_or_text(frame.data.encode())))) for frame in frames)
+    envelopes = EnvelopeParser().feed(data)
+    return b"".join(
+        encode_envelope(encode_json(anonymize(_json_or_text(envelope.payload))).encode(), envelope.flags & 0xFE)
+        for envelope in envelopes
+    )
+
+
+def _json_or_text(data: bytes) -> Any:
+    try:
+        return parse_json(data, surrogates=True)
+    except WireError:
+        return data.decode("utf-8", "replace")
 
 
 if __name__ == "__main__":

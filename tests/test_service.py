@@ -15,8 +15,11 @@ from typing import Any
 
 import aiohttp
 import pytest
-from conftest import bearer, chat_body
+from conftest import StartProxy, bearer, chat_body
+from golden import render_stream
 from kimi_simulator import HELLO, Simulator
+
+from kimi_proxy import anonymize
 
 PROGRAM = [sys.executable, "-W", "error", str(Path(__file__).parent.parent / "kimi_proxy.py")]
 PIPE = asyncio.subprocess.PIPE
@@ -195,3 +198,93 @@ async def test_ask_in_a_terminal_shows_a_moving_mark_and_takes_it_away(simulator
 def test_the_file_has_its_licence_line() -> None:
     head: Any = Path(PROGRAM[-1]).read_text("utf-8").splitlines()[:3]
     assert "# SPDX-License-Identifier: MIT" in head
+
+
+async def check(simulator: Simulator, token: str, *arguments: str, **environment: str) -> tuple[int, str, str]:
+    url = {"KIMI_BASE_URL": simulator.url, "KIMI_AUTH_URL": simulator.url}
+    return await run("check", *arguments, **{**url, "KIMI_REFRESH_TOKEN": token, **environment})
+
+
+async def test_check_walks_every_step_of_both_dialects(simulator: Simulator, tmp_path: Path) -> None:
+    token = simulator.token("cite")
+    status, out, err = await check(simulator, token, "--record", str(tmp_path / "seen"))
+    assert status == 0, out + err
+    lines = [line.split()[:3] for line in out.splitlines() if line.startswith("ok")]
+    classic, connect = ([line[2] for line in lines if line[1] == name] for name in ("classic", "connect"))
+    assert classic == ["address", "connection", "token", "open", "answer", "remove"]
+    assert connect == ["address", "connection", "token", "models", "open", "answer", "remove"]
+    assert "kimi-k2.6" in out and "yes, with classic and connect" in out
+    account = await simulator.settle(token)
+    for secret in (token, *account.access_tokens, *account.conversations):
+        assert secret not in out + err
+        for name in ("seen.sse", "seen.connect"):
+            assert secret.encode() not in (tmp_path / name).read_bytes()
+    for name, text in (("seen.sse", "甲"), ("seen.connect", "月之暗面")):
+        assert text.encode() not in (tmp_path / name).read_bytes()
+        assert [event[0] for event in render_stream(tmp_path / name)][-1] == "Finished"
+
+
+async def test_check_is_content_with_one_dialect_and_says_why_the_other_fails(simulator: Simulator) -> None:
+    simulator.retired = "404"
+    status, out, _ = await check(simulator, simulator.token("hello"))
+    assert status == 0 and "yes, with connect." in out
+    assert re.search(r"FAIL +classic +open .*HTTP 404", out)
+
+
+@pytest.mark.parametrize(
+    ("faults", "step"),
+    [(("unauthorized-always=refresh",), "token"), (("status=ask:500",), "answer"), (("garbage",), "answer")],
+)
+async def test_check_ends_with_1_where_nothing_would_work(
+    simulator: Simulator, faults: tuple[str, ...], step: str
+) -> None:
+    token = simulator.token("hello", *faults)
+    status, out, err = await check(simulator, token)
+    assert status == 1 and "would work: no" in out and token not in out + err
+    assert len(re.findall(rf"FAIL +\w+ +{step} ", out)) == 2
+    await simulator.settle(token)
+
+
+async def test_check_says_what_is_missing_or_not_reached() -> None:
+    status, _, err = await run("check")
+    assert status == 2 and "KIMI_REFRESH_TOKEN" in err
+    environment = {"KIMI_BASE_URL": "http://no-such-host.invalid", "KIMI_REFRESH_TOKEN": "x"}
+    status, out, _ = await run("check", **environment)
+    assert status == 1 and "cannot be resolved" in out
+
+
+async def test_check_uses_the_tokens_that_a_running_proxy_rotated(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    proxy = await start_proxy(state_dir=str(tmp_path), protocol="classic")
+    token = simulator.token("hello", "rotate")
+
+    async def ask() -> int:
+        headers = bearer(token)
+        async with http.post(f"{proxy}/v1/chat/completions", json=chat_body(), headers=headers) as response:
+            return response.status
+
+    assert await ask() == 200
+    status, out, _ = await check(simulator, token, PROXY_STATE_DIR=str(tmp_path))
+    assert status == 0, out
+    assert await ask() == 200
+    assert simulator.account(token).count("refresh") == 1
+
+
+def test_a_recording_keeps_the_protocols_names_and_nothing_else() -> None:
+    mark = "\ue3a0cite\ue3a3web_search:1#2\ue3a8"
+    value = {
+        "op": "append",
+        "mask": "block.text",
+        "id": "d1a2-b3",
+        "refIndex": "web_search:1#2",
+        "role": "assistant",
+        "name": "张三",
+        "list": [1, None, True, {"text": f"你好 Bob{mark}!", "url": "https://secret.example/a?b=c"}],
+    }
+    shown = anonymize(value)
+    assert (shown["op"], shown["mask"], shown["role"]) == ("append", "block.text", "assistant")
+    assert (shown["id"], shown["refIndex"], shown["name"]) == ("xxxx-xx", "web_search:1#2", "字字")
+    assert shown["list"][:3] == [1, None, True]
+    assert shown["list"][3]["text"] == f"字字 xxx{mark}!"
+    assert shown["list"][3]["url"].startswith("https://example.com/") and "secret" not in str(shown)
