@@ -19,9 +19,9 @@ encoders* (whatever form the client wants). Sections 5 to 10 do no I/O and read 
 stands above it.
 
 Run it with ``python kimi_proxy.py``; ``--help`` lists the settings, ``ask "question"`` is a terminal client, ``check``
-tries every step of the service with your token. To read it, start at ``Asking`` in section 14, through which every chat
-goes, then ``_chat_completions`` in section 15. What is known of the service, and how surely, is told by the docstring of
-``tests/kimi_simulator.py``; [ref], [2+], [1] and [open] below are its marks.
+tries every step of the service with your token. To read it, start at ``Asking`` in section 14, through which every
+chat goes, then ``_chat_completions`` in section 15. What is known of the service, and how surely, is told by the
+docstring of ``tests/kimi_simulator.py``; [ref], [2+], [1] and [open] below are its marks.
 """
 
 from __future__ import annotations
@@ -2306,7 +2306,13 @@ class Model:
 
 
 KIMI: Final = Model("kimi")
-_BUILT_IN_MODELS: Final = (KIMI, Model("kimi-thinking", thinking=True))
+_CLASSIC_MODELS: Final = (
+    KIMI,
+    Model("kimi-k1", thinking=True),
+    Model("kimi-math", use_math=True),
+    Model("kimi-research", use_research=True),
+)
+_CONNECT_MODELS: Final = (KIMI, Model("kimi-thinking", thinking=True))
 _K1_AGENT: Final = "crm40ee9e5jvhsn7ptcg"  # [2+]
 _AGENT_ID: Final = re.compile(r"[0-9a-z]{20}")
 _SUFFIXES: Final = frozenset({"search", "silent", "math", "research", "thinking", "k1"})
@@ -2358,8 +2364,9 @@ def choose_model(name: str, models: Sequence[Model]) -> tuple[Model, bool]:
     if "thinking" in wanted:
         model = known.get(f"{base}-thinking", replace(model, thinking=True))
     if "k1" in wanted:
-        model = replace(model, agent_id=_K1_AGENT, thinking=True)
-    return replace(model, use_math="math" in wanted, use_research="research" in wanted), is_known
+        model = replace(model, thinking=True)
+    use_math = model.use_math or "math" in wanted
+    return replace(model, use_math=use_math, use_research=model.use_research or "research" in wanted), is_known
 
 
 NEW_CONVERSATION: Final = "new"
@@ -2690,6 +2697,11 @@ def _headers_of(base_url: str, place: str = "") -> dict[str, str]:
     return {"Origin": str(URL(base_url).origin()), "Referer": base_url + place, "Content-Type": "application/json"}
 
 
+def _agent_of(model: Model) -> str:
+    """The `kimiplus_id` by which classic is asked for `model`: its thinking model is an agent, k1 [2+]."""
+    return model.agent_id or (_K1_AGENT if model.thinking else "")
+
+
 class Classic:
     """The classic dialect: paths and bodies [ref]."""
 
@@ -2710,7 +2722,7 @@ class Classic:
         if model.use_research:
             await self._check_quota(account)
         value: dict[str, Any] = {"name": f"cmpl-{secrets.token_hex(16)}", "is_example": False}
-        body = encode_json(value | ({"kimiplus_id": model.agent_id} if model.agent_id else {})).encode()
+        body = encode_json(value | ({"kimiplus_id": _agent_of(model)} if _agent_of(model) else {})).encode()
         url = f"{self.base_url}/api/chat"
         value = await self._calls.call(
             account, Call("opening a conversation", "POST", url, _headers_of(self.base_url), body)
@@ -2730,7 +2742,7 @@ class Classic:
         }
         if question.segment_id:
             body |= {"segment_id": question.segment_id, "action": "continue"}
-        options = {"kimiplus_id": model.agent_id, "use_math": model.use_math, "use_research": model.use_research}
+        options = {"kimiplus_id": _agent_of(model), "use_math": model.use_math, "use_research": model.use_research}
         body |= {key: value for key, value in options.items() if value}
         url = f"{self.base_url}/api/chat/{conversation_id}/completion/stream"
         headers = _headers_of(self.base_url, f"/chat/{conversation_id}")
@@ -2882,8 +2894,10 @@ class Asking:
 
         Only connect tells them; without an account, or where the service does not answer, the list is built in.
         """
-        if account is None or (self._current is not self._connect and not account.direct):
-            return _BUILT_IN_MODELS
+        if self._current is not self._connect and (account is None or not account.direct):
+            return _CLASSIC_MODELS
+        if account is None:
+            return _CONNECT_MODELS
         now = asyncio.get_running_loop().time()
         until, models = self._models.get(account.token, (0.0, ()))
         if now < until:
@@ -2891,10 +2905,10 @@ class Asking:
         self._models = {token: kept for token, kept in self._models.items() if now < kept[0]}
         seconds = _MODELS_SECONDS
         try:
-            models = await self._connect.models(account) or _BUILT_IN_MODELS
+            models = await self._connect.models(account) or _CONNECT_MODELS
         except ProxyError as error:
             logger.warning("! %s; a built-in list stands in", error)
-            models, seconds = _BUILT_IN_MODELS, _NO_MODELS_SECONDS
+            models, seconds = _CONNECT_MODELS, _NO_MODELS_SECONDS
         self._models[account.token] = (now + seconds, models)
         return models
 

@@ -482,6 +482,7 @@ FAULTS: Final[dict[str, str]] = {
     "pace": "SECONDS between two events",
     "chunks": "N chunks of the script `long`",
     "stages": "connect: thinking comes as the text of a phase",
+    "stale-once": "connect: the first answer says that the access token is dead",
     "no-quota": "no research is left",
     "camel": "the new refresh wants `refreshToken`, and answers inside `data`",
     "old-refresh": "the new refresh is refused, the old one works",
@@ -607,6 +608,7 @@ class Simulator:
     """The service, on a port of this machine, while the context lasts. Violations are raised at its end."""
 
     def __init__(self, *, port: int = 0, seed: int | None = None, unsteady: bool = True, retired: str = "") -> None:
+        self.refresh_retired = False  # the old refresh too
         self.retired = retired  # how the classic calls answer: redirect, html, or a status
         self.seed = seed if seed is not None else int(os.environ.get("KIMI_SIMULATOR_SEED") or secrets.randbits(32))
         self.url = ""
@@ -746,6 +748,8 @@ class Simulator:
             self._violate(f"keys of Chat: {sorted(body)}")
         (block,) = body["message"]["blocks"]
         await self._order(account, "ask", request)
+        if account.order.has("stale-once") and account.fires("stale-once"):
+            raise Refusal(self._connect_failure("unauthenticated", "the access token is dead"))
         if account.order.has("one-at-a-time") and account.streams_open:
             raise Refusal(self._connect_failure("resource_exhausted", "another answer is under way"))
         if "chat_id" in body:
@@ -979,7 +983,8 @@ class Simulator:
         if headers.get("Referer") != (f"{self.url}/chat/{place}" if place else self.url):
             self._violate(f"Referer of {request.method} {request.path}")
         try:
-            retired = self._answer_as_retired() if request.path.startswith("/api/chat") else None
+            paths = ("/api/chat", "/api/auth") if self.refresh_retired else ("/api/chat",)
+            retired = self._answer_as_retired() if request.path.startswith(paths) else None
             response = retired or await handler(request)
         except Refusal as refusal:
             response = refusal.response

@@ -78,6 +78,7 @@ def steps(account: Account) -> list[str]:
     return [call.step for call in account.calls if call.step not in ("remove", "models")]
 
 
+@pytest.mark.parametrize("refresh_too", [False, True])
 @pytest.mark.parametrize("retired", ["redirect", "html", "404", "405", "410"])
 @pytest.mark.parametrize("stream", [False, True])
 async def test_auto_moves_to_connect_where_classic_is_retired_and_stays(
@@ -87,8 +88,10 @@ async def test_auto_moves_to_connect_where_classic_is_retired_and_stays(
     log_lines: LogRecorder,
     retired: str,
     stream: bool,
+    refresh_too: bool,
 ) -> None:
     simulator.retired = retired
+    simulator.refresh_retired = refresh_too
     proxy = await start_proxy(protocol="auto")
     token = simulator.token("hello")
     async with http.post(proxy + CHAT, json=chat_body(stream=stream), headers=bearer(token)) as response:
@@ -159,6 +162,16 @@ async def test_an_access_token_is_used_as_it_is_and_goes_to_connect(
     expired = simulator.make_access_token(token, life_seconds=-1)
     status, body = await answer(http, proxy, expired)
     assert (status, body["error"]["code"]) == (401, "token_expired")
+
+
+async def test_a_dead_token_told_within_a_connect_answer_is_refreshed_and_asked_once_more(
+    start_proxy: StartProxy, simulator: Simulator, http: aiohttp.ClientSession
+) -> None:
+    proxy = await start_proxy(protocol="connect")
+    token = simulator.token("hello", "stale-once")
+    assert (await answer(http, proxy, token))[0] == 200
+    account = await simulator.settle(token)
+    assert (account.count("refresh"), account.count("ask")) == (2, 2)
 
 
 async def test_an_access_token_that_the_service_refuses_is_told_as_expired(
@@ -270,7 +283,7 @@ CHOICES: dict[str, tuple[Model, bool]] = {
     "kimi-ok-computer": (COMPUTER, True),
     "kimi-math": (Model("kimi", "SCENARIO_K2D6", use_math=True), True),
     "kimi-research-search": (Model("kimi", "SCENARIO_K2D6", use_research=True), True),
-    "kimi-k1-math": (Model("kimi", "SCENARIO_K2D6", thinking=True, agent_id=K1, use_math=True), True),
+    "kimi-k1-math": (Model("kimi", "SCENARIO_K2D6", thinking=True, use_math=True), True),
     AGENT: (Model(AGENT, "SCENARIO_K2D6", agent_id=AGENT), True),
     f"{AGENT}-search": (Model(f"{AGENT}-search", "SCENARIO_K2D6", agent_id=AGENT), True),
     "kimi-k9": (DEFAULT, False),
@@ -297,6 +310,9 @@ def test_without_a_list_the_names_still_mean_something() -> None:
         ("kimi-math", {"use_math": True}, {}),
         ("kimi-research", {"use_research": True}, {}),
         ("kimi-k1-search", {"kimiplus_id": K1}, {"kimiplus_id": K1}),
+        ("kimi-k1", {"kimiplus_id": K1}, {"kimiplus_id": K1}),
+        ("kimi-thinking", {"kimiplus_id": K1}, {"kimiplus_id": K1}),
+        ("kimi-search-math-silent", {"use_math": True}, {}),
         (AGENT, {"kimiplus_id": AGENT}, {"kimiplus_id": AGENT}),
     ],
 )
