@@ -3043,7 +3043,7 @@ class Asking:
         except (aiohttp.ClientError, ConnectionError) as error:
             raise ProxyError("answer_broken", f"the connection broke ({type(error).__name__})") from None
         events, failure = reader.feed(piece)
-        if may_continue and reader.segment_id and isinstance(events[-1], Finished):
+        if may_continue and reader.segment_id and events and isinstance(events[-1], Finished):
             events.pop()
         if events:
             await send(events)

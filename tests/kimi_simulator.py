@@ -168,6 +168,7 @@ SCRIPTS: Final[dict[str, tuple[Step, ...]]] = {
     "empty": (End(),),
     "hits-only": (*_HITS, End()),
     "length": (Say("第一"), End("length"), Say("第二"), End("length"), Say("第三"), End()),
+    "length-empty": (End("length"),),
     "length-again": (Say("又"), End("length")) * 9,
     "surrogate": (Say("好\ud83d"), Say("\udc4d了"), End()),
     "unicode": (Say("e\u0301 \u200f\u05e2\u05d1 \u2028\u2029 "), Say('👩\u200d👧 𠮷 \x00\x7f "\\</script>'), End()),

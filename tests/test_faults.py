@@ -153,7 +153,7 @@ async def test_a_failure_before_the_first_chunk_has_its_status(
     await works_again(simulator, quick_proxy)
 
 
-@pytest.mark.parametrize("script", ["empty", "hits-only"])
+@pytest.mark.parametrize("script", ["empty", "hits-only", "length-empty"])
 async def test_an_answer_without_text_is_no_success(
     simulator: Simulator, quick_proxy: str, stream: bool, dialect: str, script: str
 ) -> None:
