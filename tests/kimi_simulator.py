@@ -876,15 +876,19 @@ class Simulator:
                 await asyncio.sleep(max(0.0, due - loop.time()))
             elif self._unsteady:
                 await asyncio.sleep(0)
-        first = make_steps(order, asked)[:1]
-        again = render_connect(first * 2, chat_id, None)[4] if chat_id else render_stream(first, None)[2]
-        while order.has("endless"):
-            await response.write(again if isinstance(again, bytes) else b"")
-            await asyncio.sleep(0.01)
+        if order.has("endless"):
+            await self._write_for_ever(response, make_steps(order, asked)[:1], chat_id)
         if order.has("linger"):
             await asyncio.Event().wait()
         await response.write_eof()
         return response
+
+    @staticmethod
+    async def _write_for_ever(response: web.StreamResponse, first: tuple[Step, ...], chat_id: str) -> None:
+        again = render_connect(first * 2, chat_id, None)[4] if chat_id else render_stream(first, None)[2]
+        while isinstance(again, bytes):
+            await response.write(again)
+            await asyncio.sleep(0.01)
 
     def _pieces(self, account: Account, steps: tuple[Step, ...], chat_id: str) -> Iterator[bytes | Wait]:
         order = account.order
