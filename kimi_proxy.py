@@ -3364,6 +3364,7 @@ async def _deliver(request: web.Request, account: Account, question: Question, r
     state.answering.add(task)
     try:
         await state.asking.run(account, question, delivery.send)
+        request[OUTCOME].upstream_status = 200
         return await delivery.finish()
     except asyncio.CancelledError:
         if not state.draining.is_set() or request.transport is None:
@@ -3893,7 +3894,9 @@ class _Check:
             if self._dialect is self._connect:
                 models = await self._step("models", self._connect.models(account))
                 question = replace(question, model=choose_model("kimi", models)[0])
-            conversation_id = await self._step("open", self._dialect.open(account, question.model))
+                conversation_id = ""  # the answer's stream tells it
+            else:
+                conversation_id = await self._step("open", self._dialect.open(account, question.model))
             reader = self._dialect.make_reader()
             try:
                 await self._step("answer", self._answer(account, conversation_id, question, reader))

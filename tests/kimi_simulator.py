@@ -1080,9 +1080,13 @@ def _failure(status: int, kind: str, message: str) -> web.Response:
 async def _run(port: int, seed: int | None) -> None:
     async with Simulator(port=port, seed=seed) as simulator:
         print(f"The simulator answers at {simulator.url} (seed {simulator.seed}). Start the proxy with")
-        print(f"    KIMI_BASE_URL={simulator.url} python kimi_proxy.py")
+        print(f"    KIMI_BASE_URL={simulator.url} KIMI_AUTH_URL={simulator.url} python kimi_proxy.py")
         print("and use as token one of:", ", ".join([*SCRIPTS, "echo", "long"]))
-        print("each with +FAULT[=VALUE] as often as you like:", ", ".join([*SHAPES, *FAULTS]), flush=True)
+        print(
+            "each with +FAULT[=VALUE] as often as you like:",
+            ", ".join({**SHAPES, **CONNECT_SHAPES, **FAULTS}),
+            flush=True,
+        )
         try:
             await asyncio.Event().wait()
         finally:

@@ -407,7 +407,7 @@ async def test_each_request_is_one_line_and_no_secret_is_in_the_log(
     await ask(http, proxy, "dead-" + token)
     account = await simulator.settle(token)
     (line,) = [line for line in log_lines.lines if "POST" in line and request_id in line and " 200 " in line]
-    assert CHAT in line and "chunks=" in line and "upstream=" in line and "s " in line
+    assert CHAT in line and "chunks=" in line and "upstream=200" in line and "s " in line
     assert any(
         ("< cmpl, " in line or "< block.text, " in line) and " characters" in line and request_id in line
         for line in log_lines.lines

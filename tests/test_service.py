@@ -212,7 +212,7 @@ async def test_check_walks_every_step_of_both_dialects(simulator: Simulator, tmp
     lines = [line.split()[:3] for line in out.splitlines() if line.startswith("ok")]
     classic, connect = ([line[2] for line in lines if line[1] == name] for name in ("classic", "connect"))
     assert classic == ["address", "connection", "token", "open", "answer", "remove"]
-    assert connect == ["address", "connection", "token", "models", "open", "answer", "remove"]
+    assert connect == ["address", "connection", "token", "models", "answer", "remove"]
     assert "kimi-k2.6" in out and "yes, with classic and connect" in out
     account = await simulator.settle(token)
     for secret in (token, *account.access_tokens, *account.conversations):
