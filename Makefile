@@ -7,7 +7,7 @@ PURE := tests/test_wire.py tests/test_events.py tests/test_answers.py tests/test
 	tests/test_errors.py tests/test_settings.py tests/test_logs.py tests/test_layout.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test test-lowest check lint toc golden trace clean
+.PHONY: help demo run test bench test-lowest check lint toc golden trace clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -20,6 +20,9 @@ run: $(VENV)/run.stamp ## start the proxy on this machine
 
 test: $(VENV)/test.stamp ## run all tests
 	PYTHONASYNCIODEBUG=1 $(RUN) -W error -m pytest
+
+bench: $(VENV)/run.stamp ## measure by how much files raise the proxy's peak memory (Linux)
+	@PYTHONPATH=tests $(RUN) tests/bench/memory.py
 
 test-lowest: $(VENV)/test.stamp ## run all tests with the oldest packages that requirements.txt admits
 	rm -rf $(VENV)/lowest

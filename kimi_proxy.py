@@ -5,9 +5,9 @@
 A program that speaks the OpenAI API calls us (the *client*); we drive the Kimi web service (the *service*)
 with the user's own refresh token (the *account*), and answer in the client's form.
 
-    client ──HTTP──▶ handler ─▶ ChatRequest ─▶ merged text
+    client ──HTTP──▶ handler ─▶ ChatRequest ─▶ merged text + attachments
                                                     │
-                 Account (token cache) ◀── Asking ──┤  Classic or Connect: open, ask, remove
+                 Account (token cache) ◀── Asking ──┤  Classic or Connect: upload, open, ask, remove
                                                     │  bytes, as the network cut them
                          SSEParser / EnvelopeParser │  frames
                       ClassicAnswer / ConnectAnswer │  events (Text, Thinking, SearchHit, … Finished)
@@ -19,8 +19,8 @@ encoders* (whatever form the client wants). Sections 5 to 10 do no I/O and read 
 stands above it.
 
 Run it with ``python kimi_proxy.py``; ``--help`` lists the settings, ``ask "question"`` is a terminal client, ``check``
-tries every step of the service with your token. To read it, start at ``Asking`` in section 14, through which every
-chat goes, then ``_chat_completions`` in section 15. What is known of the service, and how surely, is told by the
+tries every step of the service with your token. To read it, start at ``Asking`` in section 15, through which every
+chat goes, then ``_chat_completions`` in section 16. What is known of the service, and how surely, is told by the
 docstring of ``tests/kimi_simulator.py``; [ref], [2+], [1] and [open] below are its marks.
 """
 
@@ -29,18 +29,24 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import binascii
 import hashlib
+import io
+import ipaddress
 import json
 import logging
 import os
 import re
 import secrets
 import signal
+import socket
 import sys
+import tempfile
 import time
 import traceback
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -48,14 +54,15 @@ from functools import partial
 from itertools import cycle
 from json.encoder import encode_basestring
 from pathlib import Path
-from typing import Any, Final, Literal, NoReturn, Protocol, TypeVar, cast
+from typing import IO, Any, Final, Literal, NoReturn, Protocol, TypeVar, cast
+from urllib.parse import unquote, urljoin
 
 import aiohttp
-from aiohttp import web, web_protocol
+from aiohttp import abc, web, web_protocol
 from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
-__version__: Final = "1.1.0"
+__version__: Final = "1.2.0"
 
 
 # ==== 2. Settings ===========================================================
@@ -122,6 +129,13 @@ def _web_address(value: str) -> str:
     return text
 
 
+def _directory(value: str) -> str:
+    text = value.strip()
+    if text and not os.path.isdir(text):
+        raise ValueError("must be a directory that exists")
+    return text
+
+
 def _words(value: str) -> tuple[str, ...]:
     return tuple(word for word in re.split(r"[,\s]+", value) if word)
 
@@ -131,6 +145,7 @@ def _option(variable: str, default: Any, check: Callable[[str], Any], unit: str,
 
 
 _SECONDS: Final = _between(0.01, 86_400)
+MEGABYTE: Final = 1_048_576
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,8 +225,49 @@ class Settings:
     removal_seconds: float = _option(
         "PROXY_REMOVAL_SECONDS", 10.0, _between(0, 3600), "s", "at the end, pending removals may take so long"
     )
-    max_body_mb: int = _option("PROXY_MAX_BODY_MB", 8, _whole(1, 1024), "MB", "largest body of a request")
+    file_seconds: float = _option(
+        "PROXY_FILE_SECONDS",
+        60.0,
+        _SECONDS,
+        "s",
+        "a file's origin, or the storage, that moves nothing for so long fails",
+    )
+    transfer_seconds: float = _option(
+        "PROXY_TRANSFER_SECONDS", 120.0, _SECONDS, "s", "limit of one file's way from its origin to the storage"
+    )
+    parse_seconds: float = _option(
+        "KIMI_PARSE_SECONDS", 120.0, _SECONDS, "s", "limit for Kimi to read a file that was uploaded"
+    )
+    max_file_mb: int = _option(
+        "PROXY_MAX_FILE_MB", 100, _whole(1, 10_000), "MB", "largest file of a request (1 MB is 1,048,576 bytes)"
+    )
+    max_inline_mb: int = _option(
+        "PROXY_MAX_INLINE_MB",
+        32,
+        _whole(1, 1024),
+        "MB",
+        "files inside a request, decoded, all together; the largest body is 4/3 of it and 1 MB",
+    )
+    spool_dir: str = _option(
+        "PROXY_SPOOL_DIR",
+        "",
+        _directory,
+        "",
+        "where a file of unknown length waits; empty: the system's temporary files",
+    )
+    allow_private_urls: bool = _option(
+        "PROXY_ALLOW_PRIVATE_URLS",
+        False,
+        _yes_or_no,
+        "",
+        "file URLs may lead into private networks and to this machine",
+    )
     max_accounts: int = _option("PROXY_MAX_ACCOUNTS", 1000, _whole(1, 1_000_000), "", "accounts kept in memory")
+
+    @property
+    def max_body_bytes(self) -> int:
+        """The largest body of a request: base64 makes 4 characters of 3 bytes."""
+        return self.max_inline_mb * MEGABYTE * 4 // 3 + MEGABYTE
 
     @classmethod
     def load(cls, environ: Mapping[str, str], argv: Sequence[str] = ()) -> Settings:
@@ -300,11 +356,20 @@ _WORDS = {
     -2000: "请求参数非法",
     -2001: "请求kimi失败",
     -2002: "Token已失效",
+    -2003: "远程文件URL非法",
+    -2004: "远程文件超出大小",
 }
 
 FAILURES: Final[Mapping[str, Failure]] = {
     "invalid_json": Failure(400, _REQUEST, -2000, "the body is not the JSON it should be"),
     "invalid_request": Failure(400, _REQUEST, -2000, "the request is not valid"),
+    "file_url_invalid": Failure(
+        400,
+        _REQUEST,
+        -2003,
+        "give a public http or https address that needs no log-in; PROXY_ALLOW_PRIVATE_URLS=1 opens your own network",
+    ),
+    "file_unreadable": Failure(400, _REQUEST, -2000, "Kimi cannot read this file; try another format"),
     "token_missing": Failure(401, _AUTHENTICATION, -2002, "send `Authorization: Bearer <refresh token>`"),
     "token_dead": Failure(
         401,
@@ -325,6 +390,7 @@ FAILURES: Final[Mapping[str, Failure]] = {
     "body_broken": Failure(400, _REQUEST, -2000, "the encoding of the body is broken"),
     "body_timeout": Failure(408, _REQUEST, -2000, "the body of the request did not arrive in time"),
     "body_too_large": Failure(413, _REQUEST, -2000, "the body of the request is too large"),
+    "file_too_large": Failure(413, _REQUEST, -2004, "see PROXY_MAX_FILE_MB and PROXY_MAX_INLINE_MB"),
     "answer_running": Failure(
         429, _LIMIT, -2001, "Kimi is still answering another question of this account; try again shortly", 5
     ),
@@ -336,9 +402,14 @@ FAILURES: Final[Mapping[str, Failure]] = {
     "service_unreachable": Failure(502, _SERVICE, -2001, "Kimi cannot be reached; check the network and KIMI_BASE_URL"),
     "answer_broken": Failure(502, _SERVICE, -2001, "Kimi's answer broke off or cannot be read"),
     "answer_empty": Failure(502, _SERVICE, -2001, "Kimi ended its answer without any text; try again"),
+    "file_broken": Failure(502, _SERVICE, -2003, "the file broke off on its way from its origin; try again"),
+    "storage_failed": Failure(502, _SERVICE, -2001, "Kimi's storage did not take the file; try again"),
     "shutting_down": Failure(503, _SERVICE, -2001, "the proxy is shutting down; try again shortly", 5),
     "service_silent": Failure(504, _SERVICE, -2001, "Kimi sent nothing for too long; try again"),
     "answer_too_long": Failure(504, _SERVICE, -2001, "Kimi's answer did not end in time; see KIMI_ANSWER_SECONDS"),
+    "file_silent": Failure(504, _SERVICE, -2003, "the file's origin sent too little in time; try again"),
+    "storage_silent": Failure(504, _SERVICE, -2001, "Kimi's storage took too little in time; try again"),
+    "spool_full": Failure(507, _SERVICE, -2001, "the proxy has no room for this file; see PROXY_SPOOL_DIR"),
 }
 
 _SECRETS = re.compile(
@@ -732,6 +803,47 @@ def inflate_gzip(data: bytes, limit_bytes: int) -> bytes:
     return inflated
 
 
+class Inflater:
+    """Decoder of a body that is gzip or deflate (RFC 9110, section 8.4.1; deflate with or without its zlib header)."""
+
+    def __init__(self) -> None:
+        self._inflater: Any = None
+        self._head = b""
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """What `data` becomes, in pieces of 64 KiB at most. Raises `WireError` for what is neither."""
+        try:
+            piece = b""
+            while data or len(piece) == 65_536:  # a full piece may have left more inside
+                if self._inflater is None:
+                    self._head += data
+                    if len(self._head) < 2:
+                        return
+                    data, self._head = self._head, b""
+                    self._inflater = zlib.decompressobj(_window_bits(data))
+                piece = self._inflater.decompress(data, 65_536)
+                if piece:
+                    yield piece
+                data = self._inflater.unconsumed_tail
+                if self._inflater.eof:  # gzip may have another member
+                    data = self._inflater.unused_data.lstrip(b"\0")
+                    self._inflater = None if data else self._inflater
+        except zlib.error:
+            raise WireError("not the encoding that is announced") from None
+
+    def finish(self) -> None:
+        """Say that the input ended. Raises `WireError` where it was cut."""
+        if self._inflater is None or not self._inflater.eof:
+            raise WireError("an encoded body that is cut")
+
+
+def _window_bits(head: bytes) -> int:
+    """What zlib has to expect: gzip, deflate with a header (RFC 1950, section 2.2), or without."""
+    if head[0] == 0x1F:
+        return 31
+    return 15 if head[0] & 0x0F == 8 and (head[0] << 8 | head[1]) % 31 == 0 else -15
+
+
 def encode_envelope(payload: bytes, flags: int = 0) -> bytes:
     """One envelope as bytes."""
     return bytes((flags,)) + len(payload).to_bytes(4, "big") + payload
@@ -741,19 +853,15 @@ def _refuse_constant(name: str) -> NoReturn:
     raise WireError(f"{name} is no JSON")
 
 
-def parse_json(data: bytes, *, surrogates: bool = False) -> Any:
+def parse_json(data: bytes | bytearray, *, surrogates: bool = False) -> Any:
     """The JSON value of `data` (RFC 8259: UTF-8, no NaN). Raises `WireError` for anything else, however deep or long.
 
     A lone surrogate escape is an error too, unless `surrogates`: the service may cut a pair in two.
     """
     try:
         value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
-        if not surrogates and (b"\\ud" in data or b"\\uD" in data):
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError:
         raise WireError("not UTF-8") from None
-    except UnicodeEncodeError:
-        raise WireError("half of a surrogate pair") from None
     except json.JSONDecodeError as error:
         raise WireError(f"{error.msg} at line {error.lineno} column {error.colno}") from None
     except RecursionError:
@@ -762,7 +870,59 @@ def parse_json(data: bytes, *, surrogates: bool = False) -> Any:
         raise
     except ValueError:
         raise WireError("a number with too many digits") from None
+    if not surrogates and (b"\\ud" in data or b"\\uD" in data) and _has_surrogate(value):
+        raise WireError("half of a surrogate pair")
     return value
+
+
+def _has_surrogate(value: object) -> bool:
+    """Whether half of a surrogate pair stands in any string of a JSON value; nothing is copied to find out."""
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str):
+            if not one.isascii() and SURROGATE.search(one):
+                return True
+        elif isinstance(one, dict):
+            waiting += one.keys()
+            waiting += one.values()
+        elif isinstance(one, list):
+            waiting += one
+    return False
+
+
+SURROGATE: Final = re.compile("[\ud800-\udfff]")
+
+
+def decode_base64(text: str, start: int = 0) -> Iterator[bytes]:
+    """The bytes of the base64 (RFC 4648, either alphabet) in `text` from `start` on, in pieces of 48 KiB.
+
+    White space may stand anywhere, the padding may be missing. Raises `WireError` for anything else.
+    """
+    rest, padded = "", False
+    for at in range(start, len(text), 65_536):
+        part = rest + text[at : at + 65_536].translate(_BASE64_SPELLING)
+        if padded and part:
+            raise WireError("not base64")
+        whole = len(part) & ~3
+        rest = part[whole:]
+        if whole:
+            padded = part[whole - 1] == "="
+            yield _decode_quads(part[:whole])
+    if padded and rest:
+        raise WireError("not base64")
+    if rest:
+        yield _decode_quads(rest + "=" * (-len(rest) % 4))
+
+
+def _decode_quads(text: str) -> bytes:
+    try:
+        return binascii.a2b_base64(text, strict_mode=True)
+    except ValueError:
+        raise WireError("not base64") from None
+
+
+_BASE64_SPELLING: Final = {ord("-"): "+", ord("_"): "/", **{ord(space): None for space in " \t\r\n"}}
 
 
 def encode_json(value: object) -> str:
@@ -882,12 +1042,9 @@ class TextJoiner:
 
 def join_surrogates(text: str) -> str:
     """`text` with the halves of surrogate pairs joined, and U+FFFD for a half that stays alone."""
-    if text.isascii() or not _SURROGATE.search(text):
+    if text.isascii() or not SURROGATE.search(text):
         return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-
-_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 
 class ClassicAnswer:
@@ -1308,6 +1465,8 @@ def apply_filters(filters: Sequence[Filter], events: list[Event]) -> list[Event]
 # What a client sent, checked and made neutral: from here on nobody looks at its JSON again. Unknown fields are ignored,
 # since clients send many; a wrong type in a known one is an error that names the field.
 
+MOST_ATTACHMENTS: Final = 20
+NEW_CONVERSATION: Final = "new"
 _ROLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,31}")
 _URL: Final = re.compile(
     r"https?://(?:www\.)?[-a-zA-Z0-9@:%._+~#=]{2,256}\.[a-z]{2,6}\b[-a-zA-Z0-9@:%_+.~#?&/=]*", re.IGNORECASE | re.ASCII
@@ -1315,14 +1474,39 @@ _URL: Final = re.compile(
 
 
 @dataclass(frozen=True, slots=True, repr=False)
+class Attachment:
+    """A file or picture in a message: at a `url`, or inline, as the base64 in `data` from `start` on.
+
+    `place` names it for an error. `name` and `content_type` are the client's; empty where it gave none.
+    """
+
+    kind: Literal["file", "image"]
+    place: str
+    url: str = ""
+    data: str = ""
+    start: int = 0
+    name: str = ""
+    content_type: str = ""
+
+    @property
+    def inline_bytes(self) -> int:
+        """About how many bytes are inline: base64 has 4 characters for 3."""
+        return (len(self.data) - self.start) * 3 // 4
+
+    def __repr__(self) -> str:
+        return f"Attachment({self.kind} at {self.place})"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
 class Message:
-    """One message of the conversation, its text parts joined."""
+    """One message of the conversation: its text parts joined, and what is attached to it."""
 
     role: str
     text: str
+    attachments: tuple[Attachment, ...] = ()
 
     def __repr__(self) -> str:
-        return f"Message({self.role[:32]}, {len(self.text)} characters)"
+        return f"Message({self.role[:32]}, {len(self.text)} characters, {len(self.attachments)} attachments)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -1339,8 +1523,13 @@ class ChatRequest:
     use_search: bool | None
     conversation_id: str = ""
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether it is asked in a conversation that exists."""
+        return self.conversation_id not in ("", NEW_CONVERSATION)
 
-def parse_chat_request(body: bytes) -> ChatRequest:
+
+def parse_chat_request(body: bytes | bytearray) -> ChatRequest:
     """The request in the body of `POST /v1/chat/completions` (OpenAI API reference, "Create chat completion").
 
     Raises `ProxyError`: `invalid_json`, or `invalid_request` with the field's name as `param`.
@@ -1359,9 +1548,12 @@ def parse_chat_request(body: bytes) -> ChatRequest:
         raise _refuse("n", "only 1 answer at a time")
     options = _take(value, "stream_options", dict, None)
     search = _take(value, "use_search", bool, None)
+    parsed = tuple(_parse_message(message, f"messages[{index}]") for index, message in enumerate(messages))
+    if sum(len(message.attachments) for message in parsed) > MOST_ATTACHMENTS:
+        raise _refuse("messages", f"at most {MOST_ATTACHMENTS} files and pictures in a request")
     return ChatRequest(
         model=model,
-        messages=tuple(_parse_message(message, f"messages[{index}]") for index, message in enumerate(messages)),
+        messages=parsed,
         stream=_take(value, "stream", bool, False),
         include_usage=None if options is None else _take(options, "include_usage", bool, False, "stream_options."),
         use_search=True if search is None and "search" in model.split("-")[1:] else search,
@@ -1406,18 +1598,65 @@ def _parse_message(value: object, place: str) -> Message:
     if not isinstance(content, list):
         raise _refuse(f"{place}.content", "must be a string, a list of parts, or null")
     parts = [_parse_part(part, f"{place}.content[{index}]") for index, part in enumerate(content)]
-    return Message(role, "".join(parts))
+    text = "".join(part for part in parts if isinstance(part, str))
+    return Message(role, text, tuple(part for part in parts if isinstance(part, Attachment)))
 
 
-def _parse_part(value: object, place: str) -> str:
+def _parse_part(value: object, place: str) -> str | Attachment:
+    """The text or the attachment in one part of a message's content."""
     if isinstance(value, str):
         return value
     if not isinstance(value, dict):
         raise _refuse(place, "must be an object")
     kind = _take(value, "type", str, "", f"{place}.")
-    if kind != "text":
-        raise _refuse(f"{place}.type", f"unknown kind of part: {quote_words(kind)[:40] or '(none)'}; known: text")
-    return str(_take(value, "text", str, "", f"{place}."))
+    match kind:
+        case "text":
+            return str(_take(value, "text", str, "", f"{place}."))
+        case "image_url":
+            return _parse_url("image", value.get("image_url"), f"{place}.image_url")
+        case "file" if value.get("file_url") is not None:
+            return _parse_url("file", value["file_url"], f"{place}.file_url")
+        case "file":
+            return _parse_file(_take(value, "file", dict, {}, f"{place}."), f"{place}.file")
+        case _:
+            known = "text, image_url, file"
+            name = quote_words(kind)[:40] or "(none)"
+            raise _refuse(f"{place}.type", f"unknown kind of part: {name}; known: {known}")
+
+
+def _parse_url(kind: Literal["file", "image"], value: object, place: str) -> Attachment:
+    """The attachment at `{"url"}`, which may be a `data:` URL; some clients give the bare string."""
+    if isinstance(value, dict):
+        value, place = value.get("url"), f"{place}.url"
+    if not isinstance(value, str) or not value:
+        raise _refuse(place, "must be a URL")
+    return _parse_data(kind, value, place) if value[:5].lower() == "data:" else Attachment(kind, place, url=value)
+
+
+def _parse_file(value: dict[str, Any], place: str) -> Attachment:
+    """The attachment in OpenAI's `{"file_data", "filename"}`: a `data:` URL, or the base64 alone."""
+    data = _take(value, "file_data", str, "", f"{place}.")
+    if not data:
+        raise _refuse(f"{place}.file_data", "must be a data URL, or base64")
+    name = _take(value, "filename", str, "", f"{place}.")
+    place = f"{place}.file_data"
+    if data[:5].lower() == "data:":
+        attachment = _parse_data("file", data, place)
+        return replace(attachment, name=name or attachment.name)
+    return Attachment("file", place, data=data, name=name)
+
+
+def _parse_data(kind: Literal["file", "image"], url: str, place: str) -> Attachment:
+    """The attachment in a `data:` URL (RFC 2397), in base64; what stands behind its comma is not copied."""
+    head, comma, _ = url[:1024].partition(",")
+    content_type, *parameters = head[5:].split(";")
+    if not comma or not parameters or parameters[-1].strip().lower() != "base64":
+        raise _refuse(place, "a data URL must look like data:TYPE;base64,…")
+    named = dict(parameter.strip().partition("=")[::2] for parameter in parameters)
+    name = unquote(named.get("name") or named.get("filename") or "")
+    if "%" in url:
+        url = url[: len(head) + 1] + unquote(url[len(head) + 1 :])
+    return Attachment(kind, place, "", url, len(head) + 1, name, content_type.strip().lower())
 
 
 def merge_messages(messages: Sequence[Message]) -> str:
@@ -1776,48 +2015,62 @@ class Ticker:
 
 
 class Silence:
-    """Watches one answer of the service, and fires the `asyncio.Timeout` around it when it has failed.
+    """Watches something that flows (an answer, a file), and fires the `asyncio.Timeout` around it when it has failed.
 
-    The reader adds 1 to `pieces` for each read. `is_broken` tells of a connection that is lost without the reader being
-    told: aiohttp 3.14.5 leaves it waiting after a broken chunk (tried). `code` is the failure then.
+    Who reads adds 1 to `pieces` for each read; `measure` tells of progress that no reader sees. `is_broken` tells of a
+    connection that is lost without the reader being told: aiohttp 3.14.5 leaves it waiting after a broken chunk
+    (tried). `code` is the failure then: `silent`, `late` or `broken`, whoever is waited for by then.
     """
 
     __slots__ = (
-        "_answer_deadline",
+        "_deadline",
         "_moved_at",
         "_seen",
         "_silence_seconds",
         "_timeout",
+        "broken",
         "code",
         "is_broken",
+        "late",
+        "measure",
         "pieces",
+        "silent",
     )
 
-    def __init__(self, timeout: asyncio.Timeout, silence_seconds: float, answer_seconds: float) -> None:
+    def __init__(self, timeout: asyncio.Timeout, silence_seconds: float, whole_seconds: float) -> None:
         now = asyncio.get_running_loop().time()
         self.pieces = 0
         self.code = ""
+        self.silent, self.late, self.broken = "service_silent", "answer_too_long", "answer_broken"
         self.is_broken: Callable[[], bool] | None = None
+        self.measure: Callable[[], int] | None = None
         self._seen = 0
         self._moved_at = now
         self._timeout = timeout
         self._silence_seconds = silence_seconds
-        self._answer_deadline = now + answer_seconds
+        self._deadline = now + whole_seconds
 
     def tick(self, now: float) -> None:
-        """End the answer where it is due."""
-        if self.pieces != self._seen:
-            self._seen, self._moved_at = self.pieces, now
+        """End it where it is due."""
         if self.code:
             return
-        if now >= self._answer_deadline:
-            self.code = "answer_too_long"
+        moved = self.pieces if self.measure is None else self.pieces + self.measure()
+        if moved != self._seen:
+            self._seen, self._moved_at = moved, now
+        if now >= self._deadline:
+            self.code = self.late
         elif now - self._moved_at >= self._silence_seconds:
-            self.code = "service_silent"
+            self.code = self.silent
         elif self.is_broken is not None and self.is_broken():
-            self.code = "answer_broken"
+            self.code = self.broken
         if self.code:
             self._timeout.reschedule(now)
+
+
+def is_connection_broken(response: aiohttp.ClientResponse) -> bool:
+    """Whether the connection of a response failed, told to its reader or not."""
+    connection = response.connection
+    return connection is not None and connection.protocol is not None and connection.protocol.exception() is not None
 
 
 # ==== 12. Accounts ==========================================================
@@ -2268,18 +2521,499 @@ class Accounts:
                 del self._accounts[token]
 
 
+# ==== 13. Files =============================================================
+#
+# A file on its way from a request to the service, piece by piece and never held whole: from its origin, through an
+# unlinked temporary file where its length is not known before, or out of the request's base64. URLs come from
+# strangers: `AddressGuard.open_socket` is the one place where a connection to an origin begins, and it decides on the
+# very address that is connected to, whatever name, spelling or redirect led there. Nothing here knows of Kimi.
+
+PUBLIC: Final = "public"
+
+
+@dataclass(frozen=True, slots=True)
+class AddressRule:
+    """A range of addresses and the verdict on it: `public`, or the word for why it is denied."""
+
+    network: ipaddress.IPv4Network | ipaddress.IPv6Network
+    verdict: str
+
+
+# The first that fits decides. Python's own `is_global` says yes to a dozen of these ranges (tried with 3.11).
+ADDRESS_RULES: Final[Sequence[AddressRule]] = [
+    AddressRule(ipaddress.ip_network(network), verdict)
+    for network, verdict in (
+        ("0.0.0.0/8", "this-network"),  # RFC 791
+        ("10.0.0.0/8", "private"),  # RFC 1918
+        ("100.64.0.0/10", "shared"),  # RFC 6598; some clouds' metadata service is in it
+        ("127.0.0.0/8", "loopback"),  # RFC 1122
+        ("168.63.129.16/32", "cloud-host"),  # Azure's, reachable from its machines alone
+        ("169.254.0.0/16", "link-local"),  # RFC 3927; most clouds' metadata service is in it
+        ("172.16.0.0/12", "private"),  # RFC 1918
+        ("192.0.0.0/24", "protocol"),  # RFC 6890
+        ("192.0.2.0/24", "documentation"),  # RFC 5737
+        ("192.88.99.0/24", "relay"),  # RFC 7526
+        ("192.168.0.0/16", "private"),  # RFC 1918
+        ("198.18.0.0/15", "benchmark"),  # RFC 2544
+        ("198.51.100.0/24", "documentation"),  # RFC 5737
+        ("203.0.113.0/24", "documentation"),  # RFC 5737
+        ("224.0.0.0/4", "multicast"),  # RFC 5771
+        ("240.0.0.0/4", "reserved"),  # RFC 1112; the broadcast address is in it
+        ("0.0.0.0/0", PUBLIC),
+        ("2001::/23", "protocol"),  # RFC 2928; Teredo (RFC 4380) is in it
+        ("2001:db8::/32", "documentation"),  # RFC 3849
+        ("2002::/16", "6to4"),  # RFC 3056
+        ("3fff::/20", "documentation"),  # RFC 9637
+        ("2000::/3", PUBLIC),  # RFC 4291: all that is given out of global unicast addresses
+        ("::/0", "not-unicast"),
+    )
+]
+_NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052
+
+
+def classify_address(text: str) -> str:
+    """The verdict on an address: `public`, or why it is denied; `unreadable` for what is no plain IP address.
+
+    An IPv6 address that stands for an IPv4 one (mapped, NAT64) is judged by that.
+    """
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return "unreadable"
+    if "%" in text:
+        return "scoped"
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped is not None:
+            address = address.ipv4_mapped
+        elif address in _NAT64:
+            address = ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)
+    return next(rule.verdict for rule in ADDRESS_RULES if address in rule.network)
+
+
+# Ports of other protocols, which a request of ours could speak to (WHATWG Fetch, "port blocking"), and 0.
+# fmt: off
+_BAD_PORTS: Final = frozenset({
+    0, 1, 7, 9, 11, 13, 15, 17, 19, 20, 21, 22, 23, 25, 37, 42, 43, 53, 69, 77, 79, 87, 95, 101, 102, 103, 104,
+    109, 110, 111, 113, 115, 117, 119, 123, 135, 137, 139, 143, 161, 179, 389, 427, 465, 512, 513, 514, 515, 526,
+    530, 531, 532, 540, 548, 554, 556, 563, 587, 601, 636, 989, 990, 993, 995, 1719, 1720, 1723, 2049, 3659,
+    4045, 4190, 5060, 5061, 6000, 6566, 6665, 6666, 6667, 6668, 6669, 6679, 6697, 10080,
+})
+# fmt: on
+
+
+def check_file_url(text: str) -> URL:
+    """The URL in `text`, as far as its letters tell whether it may be fetched; its address is judged when connecting.
+
+    Raises `ProxyError` `file_url_invalid`.
+    """
+    text = text.strip()
+    if len(text) > 8192 or "\\" in text or not text.isprintable():
+        raise ProxyError("file_url_invalid", "the file's URL is too long, or has characters that no URL has")
+    if not re.match(r"https?://[^/?#]", text, re.IGNORECASE):
+        raise ProxyError("file_url_invalid", "the file's URL does not begin with http:// or https:// and a host")
+    try:
+        url = URL(text)
+        is_good = bool(url.host) and url.port not in _BAD_PORTS
+    except ValueError:
+        is_good = False
+    if not is_good:
+        raise ProxyError("file_url_invalid", "the file's URL is not valid, or its port is that of another protocol")
+    if url.raw_user is not None or url.raw_password is not None:
+        raise ProxyError("file_url_invalid", "the file's URL has a user name in it")
+    return url
+
+
+_TYPES: Final[Mapping[str, str]] = {
+    "pdf": "application/pdf",
+    "txt": "text/plain",
+    "md": "text/markdown",
+    "html": "text/html",
+    "htm": "text/html",
+    "csv": "text/csv",
+    "json": "application/json",
+    "xml": "application/xml",
+    "doc": "application/msword",
+    "docx": "application/vnd.openxmlformats-officedocument.wordprocessingml.document",
+    "xls": "application/vnd.ms-excel",
+    "xlsx": "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet",
+    "ppt": "application/vnd.ms-powerpoint",
+    "pptx": "application/vnd.openxmlformats-officedocument.presentationml.presentation",
+    "epub": "application/epub+zip",
+    "rtf": "application/rtf",
+    "zip": "application/zip",
+    "png": "image/png",
+    "jpg": "image/jpeg",
+    "jpeg": "image/jpeg",
+    "gif": "image/gif",
+    "webp": "image/webp",
+    "bmp": "image/bmp",
+    "svg": "image/svg+xml",
+    "heic": "image/heic",
+    "avif": "image/avif",
+    "tiff": "image/tiff",
+    "mp3": "audio/mpeg",
+    "wav": "audio/wav",
+    "mp4": "video/mp4",
+}
+_EXTENSIONS: Final[Mapping[str, str]] = {kind: extension for extension, kind in reversed(list(_TYPES.items()))}
+_UNSAID_TYPES: Final = frozenset({"", "application/octet-stream", "binary/octet-stream", "application/x-download"})
+_EXTENSION: Final = re.compile(r"\.([A-Za-z0-9]{1,8})\Z")
+
+
+def name_file(names: Sequence[str], content_type: str, kind: str) -> tuple[str, str]:
+    """Name and `Content-Type` of a file, from what it may be called, and the type that is told of it, or empty.
+
+    The first of `names` that has an extension wins, else the first; one that has none gets the type's. A type that is
+    not told, or says nothing, is the name's.
+    """
+    cleaned = [name for name in map(_clean_name, names) if name]
+    name = next((one for one in cleaned if _EXTENSION.search(one)), cleaned[0] if cleaned else kind)
+    extension = _EXTENSION.search(name)
+    content_type = content_type.partition(";")[0].strip().lower()
+    if content_type in _UNSAID_TYPES or not re.fullmatch(r"[a-z0-9.+-]+/[a-z0-9.+-]+", content_type):
+        content_type = _TYPES.get(extension[1].lower() if extension else "", "application/octet-stream")
+    if extension is None and content_type in _EXTENSIONS:
+        name += f".{_EXTENSIONS[content_type]}"
+    return name, content_type
+
+
+def _clean_name(name: str) -> str:
+    """The last segment of a path, without what no file system takes, 120 characters at most, its extension kept."""
+    name = re.split(r"[/\\]", name)[-1]
+    name = "".join(letter for letter in name if letter.isprintable() and letter not in '"<>|:*?').strip(". ")
+    extension = _EXTENSION.search(name)
+    return name if len(name) <= 120 else name[:100] + (extension[0] if extension else "")
+
+
+class DeniedAddress(OSError):
+    """A connection that the guard did not let begin."""
+
+
+class AddressGuard:
+    """The `socket_factory` of every connection to an origin."""
+
+    def __init__(self, metrics: Metrics, *, allow_private: bool) -> None:
+        self._metrics = metrics
+        self._allow_private = allow_private
+
+    def make_socket(self, address_info: tuple[Any, ...]) -> socket.socket:
+        """A socket for `(family, type, proto, name, address)`, one address that is about to be connected to.
+
+        Raises `DeniedAddress`; the verdict goes to log and metrics, and never to a client.
+        """
+        family, kind, protocol, _, address = address_info
+        verdict = PUBLIC if self._allow_private else self._judge(family, address)
+        if verdict != PUBLIC:
+            self._metrics.count("kimi_proxy_denied_addresses_total", verdict=verdict)
+            logger.warning("! a file's URL led to an address that is denied (%s)", verdict)
+            raise DeniedAddress("denied")
+        return self.open_socket(family, kind, protocol)
+
+    @staticmethod
+    def open_socket(family: int, kind: int, protocol: int) -> socket.socket:
+        """The socket itself."""
+        return socket.socket(family, kind, protocol)
+
+    @staticmethod
+    def _judge(family: int, address: tuple[Any, ...]) -> str:
+        verdict = classify_address(str(address[0]))
+        if verdict != PUBLIC:
+            return verdict
+        # Connecting a datagram socket sends nothing, and tells by which own address one would get there.
+        with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)
+            if probe.getsockname()[0] == address[0]:
+                return "own"
+        return PUBLIC
+
+
+class _Resolver(abc.AbstractResolver):
+    """Resolves the names of origins in threads of its own: a slow name server of theirs shall not stop ours."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(4, "resolve")
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[abc.ResolveResult]:
+        """The addresses of `host`."""
+        look_up = partial(socket.getaddrinfo, host, port, family, socket.SOCK_STREAM)
+        found = await asyncio.get_running_loop().run_in_executor(self._threads, look_up)
+        numeric = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
+        return [
+            abc.ResolveResult(
+                hostname=host, host=str(address[0]), port=port, family=kind, proto=protocol, flags=numeric
+            )
+            for kind, _, protocol, _, address in found
+        ]
+
+    async def close(self) -> None:
+        """Let go of the threads."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+class OpenFile:
+    """A file that is ready to be sent on. `size_bytes` is what it promises; reading it keeps the promise or raises.
+
+    `failure` is what reading raised: aiohttp shows its own error for it.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        name: str,
+        content_type: str,
+        size_bytes: int,
+        pieces: AsyncIterator[bytes],
+        watch: Silence,
+    ) -> None:
+        self.kind = kind
+        self.name = name
+        self.content_type = content_type
+        self.size_bytes = size_bytes
+        self.watch = watch
+        self.sent_bytes = 0
+        self.failure: ProxyError | None = None
+        self._pieces = pieces
+
+    async def read(self) -> AsyncIterator[bytes]:
+        """The bytes, once. Raises `ProxyError`: what their source says, or `file_broken` for more or less of them."""
+        try:
+            async for piece in self._pieces:
+                self.sent_bytes += len(piece)
+                if self.sent_bytes > self.size_bytes:
+                    raise ProxyError("file_broken", "the file is longer than promised")
+                self.watch.pieces += 1
+                yield piece
+            if self.sent_bytes < self.size_bytes:
+                raise ProxyError("file_broken", "the file is shorter than promised")
+        except ProxyError as error:
+            self.failure = error
+            raise
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """By what a file is known again: the digest of its URL, or of its bytes, of which there are `size_bytes`."""
+
+    digest: bytes
+    size_bytes: int = 0
+
+
+class Files:
+    """Opens what clients attach. Owns the connections to origins, which see no header but the most ordinary ones."""
+
+    _MOST_REDIRECTS = 5
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self._settings = settings
+        self._limit_bytes = settings.max_file_mb * MEGABYTE
+        guard = AddressGuard(metrics, allow_private=settings.allow_private_urls)
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                limit=0, socket_factory=guard.make_socket, resolver=_Resolver(), force_close=True, use_dns_cache=False
+            ),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
+            headers={"User-Agent": "kimi_proxy", "Accept-Encoding": "identity"},
+            auto_decompress=False,  # aiohttp does not notice a gzip body that was cut
+        )
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._session.close()
+
+    async def identify(self, attachment: Attachment) -> Identity:
+        """By what `attachment` is known again. Raises `ProxyError` for inline data that is not base64, or too large."""
+        if attachment.url:
+            return Identity(hashlib.sha256(attachment.url.encode()).digest())
+        if attachment.inline_bytes > self._limit_bytes + 3:
+            raise self._too_large()
+        try:
+            identity = await asyncio.to_thread(_measure_inline, attachment)
+        except WireError as error:
+            raise ProxyError("invalid_request", f"{attachment.place}: {error}") from None
+        if identity.size_bytes > self._limit_bytes:
+            raise self._too_large()
+        if not identity.size_bytes:
+            raise ProxyError("invalid_request", f"{attachment.place}: the file is empty")
+        return identity
+
+    @asynccontextmanager
+    async def open(self, attachment: Attachment, identity: Identity, watch: Silence) -> AsyncIterator[OpenFile]:
+        """The file of `attachment`, its origin's head read. Raises `ProxyError`; leaving it closes all."""
+        if attachment.url:
+            async with self._open_remote(attachment, watch) as file:
+                yield file
+            return
+        name, content_type = name_file([attachment.name], attachment.content_type, attachment.kind)
+        pieces = _read_inline(attachment)
+        yield OpenFile(attachment.kind, name, content_type, identity.size_bytes, pieces, watch)
+
+    @asynccontextmanager
+    async def _open_remote(self, attachment: Attachment, watch: Silence) -> AsyncIterator[OpenFile]:
+        with _waiting_for_origin(watch):
+            response = await self._follow(attachment.url)
+        async with response:
+            size_bytes = self._check_head(response)
+            watch.is_broken = partial(is_connection_broken, response)
+            names = [*_disposition_names(response), response.url.name]
+            name, content_type = name_file(names, response.headers.get("Content-Type", ""), attachment.kind)
+            pieces = self._read_origin(response, watch)
+            if size_bytes is not None:
+                yield OpenFile(attachment.kind, name, content_type, size_bytes, pieces, watch)
+                return
+            async with self._spool(pieces) as (spooled, size_bytes):
+                if not size_bytes:
+                    raise ProxyError("file_url_invalid", "the file is empty")
+                yield OpenFile(attachment.kind, name, content_type, size_bytes, _read_spool(spooled), watch)
+
+    async def _follow(self, text: str) -> aiohttp.ClientResponse:
+        """The response at a URL, redirects followed, each of them checked. The caller closes it."""
+        for _ in range(self._MOST_REDIRECTS + 1):
+            response = await self._get(check_file_url(text))
+            if response.status not in _REDIRECTS:
+                return response
+            response.close()
+            text = urljoin(str(response.url), response.headers.get("Location", ""))
+        raise ProxyError("file_url_invalid", f"more than {self._MOST_REDIRECTS} redirects")
+
+    async def _get(self, url: URL) -> aiohttp.ClientResponse:
+        try:
+            return await self._session.get(url, allow_redirects=False)
+        except TimeoutError:
+            raise ProxyError("file_silent", "no connection to the file's origin in time") from None
+        except aiohttp.ClientConnectorCertificateError:
+            raise ProxyError("file_url_invalid", "the TLS certificate of the file's origin is not valid") from None
+        except (aiohttp.ClientConnectorError, aiohttp.InvalidURL, ValueError):
+            # One answer for a name that does not exist, an address that is denied, and one where nobody listens.
+            raise ProxyError("file_url_invalid", "the file's address cannot be reached, or is not public") from None
+        except (aiohttp.ClientError, ConnectionError) as error:
+            raise ProxyError("file_broken", f"the file's origin gave no answer ({type(error).__name__})") from None
+
+    def _check_head(self, response: aiohttp.ClientResponse) -> int | None:
+        """How many bytes the head promises; None where it does not tell, or tells of encoded ones."""
+        if response.status != 200:
+            raise ProxyError("file_url_invalid", f"the file's origin answers HTTP {response.status}")
+        encoding = _encoding_of(response)
+        if encoding not in ("", "gzip", "x-gzip", "deflate"):
+            raise ProxyError("file_url_invalid", "the file's origin sends an encoding that nobody asked for")
+        size_bytes = response.content_length
+        if size_bytes is not None and size_bytes > self._limit_bytes:
+            raise self._too_large()
+        if size_bytes == 0:
+            raise ProxyError("file_url_invalid", "the file is empty")
+        return None if encoding else size_bytes
+
+    async def _read_origin(self, response: aiohttp.ClientResponse, watch: Silence) -> AsyncIterator[bytes]:
+        """The body, as it comes and decoded. Raises `ProxyError`: `file_broken`, `file_too_large`."""
+        inflater = Inflater() if _encoding_of(response) else None
+        size_bytes = 0
+        try:
+            while piece := await self._read_piece(response, watch):
+                for decoded in inflater.feed(piece) if inflater is not None else (piece,):
+                    size_bytes += len(decoded)
+                    if size_bytes > self._limit_bytes:
+                        raise self._too_large()
+                    yield decoded
+            if inflater is not None:
+                inflater.finish()
+        except WireError as error:
+            raise ProxyError("file_broken", str(error)) from None
+
+    @staticmethod
+    async def _read_piece(response: aiohttp.ClientResponse, watch: Silence) -> bytes:
+        with _waiting_for_origin(watch):
+            try:
+                piece = await response.content.readany()
+            except (aiohttp.ClientError, ConnectionError, RuntimeError) as error:
+                # aiohttp's RuntimeError says that the connection was lost before.
+                raise ProxyError("file_broken", f"its origin broke off ({type(error).__name__})") from None
+        watch.pieces += 1
+        return piece
+
+    @asynccontextmanager
+    async def _spool(self, pieces: AsyncIterator[bytes]) -> AsyncIterator[tuple[IO[bytes], int]]:
+        """All of `pieces` in a temporary file without a name, at its beginning, and how many bytes they are."""
+        size_bytes = 0
+        with _spool_failures():
+            spooled = tempfile.TemporaryFile(dir=self._settings.spool_dir or None)  # noqa: SIM115  # closed below
+        try:
+            async for piece in pieces:
+                size_bytes += len(piece)
+                with _spool_failures():
+                    await asyncio.to_thread(spooled.write, piece)
+            with _spool_failures():
+                await asyncio.to_thread(spooled.seek, 0)  # writes what is still in the buffer
+            yield spooled, size_bytes
+        finally:
+            with suppress(OSError):
+                spooled.close()
+
+    def _too_large(self) -> ProxyError:
+        return ProxyError("file_too_large", f"the file has more than {self._settings.max_file_mb} MB")
+
+
+_REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
+
+
+@contextmanager
+def _waiting_for_origin(watch: Silence) -> Iterator[None]:
+    """Say whose fault it is when nothing moves in here."""
+    before = watch.silent, watch.late
+    watch.silent = watch.late = "file_silent"
+    yield
+    watch.silent, watch.late = before
+
+
+@contextmanager
+def _spool_failures() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else type(error).__name__
+        raise ProxyError("spool_full", f"writing a temporary file: {reason}") from None
+
+
+def _encoding_of(response: aiohttp.ClientResponse) -> str:
+    """How the body is encoded; empty where it is not."""
+    encoding = response.headers.get("Content-Encoding", "").strip().lower()
+    return "" if encoding == "identity" else encoding
+
+
+def _disposition_names(response: aiohttp.ClientResponse) -> list[str]:
+    """The file name that the origin's `Content-Disposition` tells (RFC 6266), if it does."""
+    disposition = response.content_disposition
+    return [disposition.filename] if disposition is not None and disposition.filename else []
+
+
+def _measure_inline(attachment: Attachment) -> Identity:
+    digest, size_bytes = hashlib.sha256(), 0
+    for piece in decode_base64(attachment.data, attachment.start):
+        digest.update(piece)
+        size_bytes += len(piece)
+    return Identity(digest.digest(), size_bytes)
+
+
+async def _read_inline(attachment: Attachment) -> AsyncIterator[bytes]:
+    for piece in decode_base64(attachment.data, attachment.start):
+        yield piece
+
+
+async def _read_spool(spooled: IO[bytes]) -> AsyncIterator[bytes]:
+    while piece := await asyncio.to_thread(spooled.read, 65_536):
+        yield piece
+
+
 # ==== 14. Kimi ==============================================================
 #
 # The service's calls. `Calls` makes one call: token, limits, and what a reply means; it alone repeats a call, where the
 # access token was dead or a kept connection turned out closed. `Classic` and `Connect` know the paths, headers and
-# bodies of the two dialects. `Asking` is the way of every chat: it chooses the dialect, opens, asks, relays, and in the
-# end, however it came, removes; it alone asks again.
+# bodies of the two dialects.
 
 _REPLY_LIMIT_BYTES: Final = 1_048_576
-_MODELS_SECONDS: Final = 300.0
-_NO_MODELS_SECONDS: Final = 30.0
-_CONTINUATIONS: Final = 3  # of one answer that meets its length limit (classic)
-_END_SECONDS: Final = 1.0  # what an ended answer still sends is read for so long, so that its connection is reused
+_REGISTER_SECONDS: Final = 30.0  # [1]
+_FIRST_POLL_SECONDS: Final = 0.2  # doubled each time, to 3 s
 
 # One browser version throughout [ref]: the service may compare them.
 _BROWSER_HEADERS: Final[Mapping[str, str]] = {
@@ -2306,13 +3040,13 @@ class Model:
 
 
 KIMI: Final = Model("kimi")
-_CLASSIC_MODELS: Final = (
+CLASSIC_MODELS: Final = (
     KIMI,
     Model("kimi-k1", thinking=True),
     Model("kimi-math", use_math=True),
     Model("kimi-research", use_research=True),
 )
-_CONNECT_MODELS: Final = (KIMI, Model("kimi-thinking", thinking=True))
+CONNECT_MODELS: Final = (KIMI, Model("kimi-thinking", thinking=True))
 _K1_AGENT: Final = "crm40ee9e5jvhsn7ptcg"  # [2+]
 _AGENT_ID: Final = re.compile(r"[0-9a-z]{20}")
 _SUFFIXES: Final = frozenset({"search", "silent", "math", "research", "thinking", "k1"})
@@ -2369,15 +3103,13 @@ def choose_model(name: str, models: Sequence[Model]) -> tuple[Model, bool]:
     return replace(model, use_math=use_math, use_research=model.use_research or "research" in wanted), is_known
 
 
-NEW_CONVERSATION: Final = "new"
-
-
 @dataclass(frozen=True, slots=True, repr=False)
 class Question:
     """What the service is asked: the merged text, whether it may search the web, and of which model.
 
     With a `segment_id` it is asked to go on with an answer that met its length limit (classic). `conversation_id` is
     empty, `new` for a conversation that is kept, or the one to go on with, after its message `parent_id` (connect).
+    `attachments` become `file_ids` by being uploaded; the list is emptied when they are not needed any more.
     """
 
     text: str
@@ -2386,6 +3118,8 @@ class Question:
     segment_id: str = ""
     conversation_id: str = ""
     parent_id: str = ""
+    attachments: list[Attachment] = field(default_factory=list)
+    file_ids: tuple[str, ...] = ()
 
     @property
     def goes_on(self) -> bool:
@@ -2400,7 +3134,8 @@ class Question:
 class Call:
     """One call of the service. `step` names it for people; `headers` come on top of the browser's.
 
-    `with_ids`: the ids in the access token go along as headers [2+].
+    `with_ids`: the ids in the access token go along as headers [2+]. `seconds` is its limit where the ordinary one does
+    not fit; `lenient`: any body means success, unless it tells a failure [ref].
     """
 
     step: str
@@ -2409,6 +3144,8 @@ class Call:
     headers: Mapping[str, str]
     body: bytes | None = None
     with_ids: bool = False
+    seconds: float | None = None
+    lenient: bool = False
 
     def __repr__(self) -> str:
         return f"Call({self.step})"
@@ -2421,8 +3158,12 @@ class _Connection:
     kept: bool = False
 
 
-def open_service_session() -> aiohttp.ClientSession:
-    """The pool for every call to the service: no cookies, since it serves many accounts, and no limit of its own."""
+def open_service_session(*, reuse: bool = True) -> aiohttp.ClientSession:
+    """The pool for every call to the service: no cookies, since it serves many accounts, and no limit of its own.
+
+    Without `reuse` each call has a connection of its own: a file can be read once, and would be lost on a kept
+    connection that turns out closed.
+    """
 
     async def note_kept(_session: object, context: Any, _params: object) -> None:
         context.trace_request_ctx.kept = True
@@ -2430,7 +3171,7 @@ def open_service_session() -> aiohttp.ClientSession:
     trace = aiohttp.TraceConfig()
     trace.on_connection_reuseconn.append(note_kept)
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30 if reuse else None, force_close=not reuse),
         cookie_jar=aiohttp.DummyCookieJar(),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
         headers=_BROWSER_HEADERS,
@@ -2482,8 +3223,15 @@ async def _read_reply(response: aiohttp.ClientResponse, step: str) -> bytes:
 class Calls:
     """Makes one call of the service at a time, for an account."""
 
-    def __init__(self, session: aiohttp.ClientSession, accounts: Accounts, call_seconds: float) -> None:
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        transfers: aiohttp.ClientSession,
+        accounts: Accounts,
+        call_seconds: float,
+    ) -> None:
         self._session = session
+        self._transfers = transfers
         self._accounts = accounts
         self._call_seconds = call_seconds
 
@@ -2496,9 +3244,9 @@ class Calls:
 
         async def once(token: str) -> dict[str, Any]:
             with _network_failures(call.step):
-                async with asyncio.timeout(self._call_seconds):
+                async with asyncio.timeout(call.seconds or self._call_seconds):
                     async with await self._request_again(account, call, token) as response:
-                        return await self._parse(response, call.step)
+                        return await self._parse(response, call.step, lenient=call.lenient)
 
         return await self._with_token(account, once)
 
@@ -2526,6 +3274,68 @@ class Calls:
                 async with await self._request(call, refresh_token, _Connection()) as response:
                     return await self._parse(response, call.step)
 
+    async def store(self, url: str, file: OpenFile) -> None:
+        """Put `file` to a signed URL, which needs no token and gets none. Raises `ProxyError`; time is the caller's."""
+        headers = {"Content-Type": file.content_type, "Content-Length": str(file.size_bytes)}
+        async with self._sending("PUT", URL(url, encoded=True), headers, file.read(), file) as response:
+            if response.status >= 300:
+                status = response.status
+                raise ProxyError("storage_failed", f"storing the file: HTTP {status}", upstream_status=status)
+
+    async def upload(self, account: Account, call: Call, file: OpenFile) -> dict[str, Any]:
+        """The JSON object that the service replies to `file`, sent as the form field `file` (RFC 7578).
+
+        Raises `ProxyError`, `StaleToken` where the access token is dead: a file can be read once.
+        """
+        token = await self._accounts.access_token(account)
+        boundary = secrets.token_hex(16)
+        head, tail = _render_form(boundary, file)
+        headers = {
+            **call.headers,
+            **_render_ids(account),
+            "Authorization": f"Bearer {token}",
+            "Content-Type": f"multipart/form-data; boundary={boundary}",
+            "Content-Length": str(len(head) + file.size_bytes + len(tail)),
+        }
+        data = _enclose(head, file.read(), tail)
+        try:
+            async with self._sending("POST", URL(call.url), headers, data, file) as response:
+                return await self._parse(response, call.step)
+        except ProxyError as error:
+            if error.code != "token_dead":
+                raise
+            await self._accounts.drop(account, token)
+            raise StaleToken(error.code, error.detail) from None
+
+    @asynccontextmanager
+    async def _sending(
+        self, method: str, url: URL, headers: Mapping[str, str], data: AsyncIterator[bytes], file: OpenFile
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """The response to a request with `file` in its body. Raises `ProxyError`, the file's own failure first."""
+        tracker = aiohttp.UploadTracker()
+        file.watch.measure = lambda: tracker.bytes_written
+        try:
+            request = self._transfers.request(
+                method, url, data=data, headers=headers, allow_redirects=False, upload_tracker=tracker
+            )
+            async with request as response:
+                logger.debug("> %d of %d bytes of a file HTTP %d", file.sent_bytes, file.size_bytes, response.status)
+                yield response
+                if response.status < 300 and file.sent_bytes < file.size_bytes:
+                    raise ProxyError("storage_failed", "storing the file: an answer before its end")
+        except TimeoutError:
+            raise ProxyError("storage_silent", "storing the file: no connection in time") from None
+        except (aiohttp.ClientError, ConnectionError) as error:
+            if file.failure is not None:
+                raise file.failure from None
+            if isinstance(error, aiohttp.ClientConnectorError):
+                raise ProxyError("storage_failed", f"storing the file: {_render_connect_error(error)}") from None
+            raise ProxyError(
+                "storage_failed", f"storing the file: the connection broke ({type(error).__name__})"
+            ) from None
+        finally:
+            file.watch.measure = None
+
     async def _with_token(self, account: Account, once: Callable[[str], Awaitable[Result]]) -> Result:
         token = await self._accounts.access_token(account)
         try:
@@ -2550,10 +3360,11 @@ class Calls:
 
     async def _request(self, call: Call, token: str, connection: _Connection) -> aiohttp.ClientResponse:
         headers = {**call.headers, "Authorization": f"Bearer {token}"} if token else call.headers
+        body = call.body
         response = await self._session.request(
             call.method,
             URL(call.url),
-            data=call.body,
+            data=io.BytesIO(body) if body and len(body) > MEGABYTE else body,  # aiohttp writes that in pieces
             headers=headers,
             allow_redirects=False,
             trace_request_ctx=connection,
@@ -2561,7 +3372,7 @@ class Calls:
         logger.debug("> %s HTTP %d", call.step, response.status)
         return response
 
-    async def _parse(self, response: aiohttp.ClientResponse, step: str) -> dict[str, Any]:
+    async def _parse(self, response: aiohttp.ClientResponse, step: str, *, lenient: bool = False) -> dict[str, Any]:
         """The JSON object of a reply that means success, else the failure that it means."""
         body = await _read_reply(response, step)
         try:
@@ -2571,6 +3382,8 @@ class Calls:
         is_object = isinstance(value, dict)
         if response.status < 300 and is_object and not isinstance(value.get("error_type"), str):
             return cast(dict[str, Any], value)
+        if response.status < 300 and lenient and not is_object:
+            return {}
         kind = quote_words(response.content_type)
         words = "" if is_object else f"a body of type {kind}, no JSON object"
         error = error_of_reply(response.status, value, step, retry_after_seconds=_retry_after(response), words=words)
@@ -2588,9 +3401,23 @@ def _render_ids(account: Account) -> dict[str, str]:
     return {"x-msh-platform": "web", **ids}
 
 
+def _render_form(boundary: str, file: OpenFile) -> tuple[bytes, bytes]:
+    """What stands before and after the bytes of a form's one field (HTML Standard, "multipart/form-data")."""
+    name = file.name.replace('"', "%22").replace("\r", "%0D").replace("\n", "%0A")
+    head = f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="{name}"\r\n'
+    return f"{head}Content-Type: {file.content_type}\r\n\r\n".encode(), f"\r\n--{boundary}--\r\n".encode()
+
+
+async def _enclose(head: bytes, pieces: AsyncIterator[bytes], tail: bytes) -> AsyncIterator[bytes]:
+    yield head
+    async for piece in pieces:
+        yield piece
+    yield tail
+
+
 _RETIRED_STATUSES: Final = frozenset({301, 302, 303, 307, 308, 404, 405, 410})
 _TOKEN: Final = re.compile(r"[!-~]{1,8192}")
-_CONVERSATION_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_IDENTIFIER: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 def _take_tokens(value: Mapping[str, Any]) -> TokenPair:
@@ -2606,6 +3433,18 @@ def _take_tokens(value: Mapping[str, Any]) -> TokenPair:
     return TokenPair(access_token, refresh_token)
 
 
+@dataclass(frozen=True, slots=True, repr=False)
+class StoredFile:
+    """A file whose bytes the service has, but which it cannot refer to yet. Which names it has is the dialect's."""
+
+    name: str
+    object_name: str = ""
+    file_id: str = ""
+
+    def __repr__(self) -> str:
+        return "StoredFile(…)"
+
+
 class Dialect(Protocol):
     """What `Asking` needs of a dialect."""
 
@@ -2617,6 +3456,12 @@ class Dialect(Protocol):
 
     async def open(self, account: Account, model: Model) -> str:
         """The id of a new conversation; empty where the answer's stream tells it."""
+
+    async def store(self, account: Account, file: OpenFile) -> StoredFile:
+        """Send the bytes of `file`; time is the caller's to watch."""
+
+    async def register(self, account: Account, stored: StoredFile) -> str:
+        """The id by which a question can refer to the file, once the service has read it."""
 
     async def ask(self, account: Account, conversation_id: str, question: Question) -> aiohttp.ClientResponse:
         """The response whose body is the answer; the caller closes it."""
@@ -2707,8 +3552,9 @@ class Classic:
 
     name = "classic"
 
-    def __init__(self, calls: Calls, base_url: str) -> None:
+    def __init__(self, calls: Calls, base_url: str, parse_seconds: float = 120.0) -> None:
         self._calls = calls
+        self._parse_seconds = parse_seconds
         self.base_url = base_url or "https://kimi.moonshot.cn"
 
     async def refresh(self, account: Account) -> TokenPair:
@@ -2728,7 +3574,7 @@ class Classic:
             account, Call("opening a conversation", "POST", url, _headers_of(self.base_url), body)
         )
         conversation_id = value.get("id")
-        if not isinstance(conversation_id, str) or not _CONVERSATION_ID.fullmatch(conversation_id):
+        if not isinstance(conversation_id, str) or not _IDENTIFIER.fullmatch(conversation_id):
             raise ProxyError("service_failed", "opening a conversation: the reply has no id")
         return conversation_id
 
@@ -2737,7 +3583,7 @@ class Classic:
         model = question.model
         body: dict[str, Any] = {
             "messages": [{"role": "user", "content": " " if question.segment_id else question.text}],
-            "refs": [],
+            "refs": list(question.file_ids),
             "use_search": question.use_search,
         }
         if question.segment_id:
@@ -2748,6 +3594,67 @@ class Classic:
         headers = _headers_of(self.base_url, f"/chat/{conversation_id}")
         call = Call("asking", "POST", url, headers, encode_json(body).encode())
         return await self._calls.stream(account, call, "text/event-stream")
+
+    async def store(self, account: Account, file: OpenFile) -> StoredFile:
+        """Have a URL signed, and put the bytes there. Pictures are `image` in later versions, `file` before [2+]."""
+        try:
+            signed = await self._sign(account, file.kind, file.name)
+        except RetirementSign:
+            raise
+        except ProxyError as error:
+            if file.kind == "file" or error.upstream_status not in (400, 422):
+                raise
+            signed = await self._sign(account, "file", file.name)
+        url, object_name, file_id = signed.get("url"), signed.get("object_name"), signed.get("file_id")
+        if not isinstance(url, str) or not url.startswith(("http://", "https://")) or not isinstance(object_name, str):
+            raise ProxyError("service_failed", "signing an upload: the reply has no URL")
+        await self._calls.store(url, file)
+        return StoredFile(file.name, object_name, file_id if isinstance(file_id, str) else "")
+
+    async def _sign(self, account: Account, action: str, name: str) -> dict[str, Any]:
+        return await self._post(account, "signing an upload", "/api/pre-sign-url", {"action": action, "name": name})
+
+    async def register(self, account: Account, stored: StoredFile) -> str:
+        """The file's id, once the service has read it. A picture has its id from the signing [2+]."""
+        body = {"type": "file", "name": stored.name, "object_name": stored.object_name}
+        if stored.file_id:
+            body = {"type": "image", "file_id": stored.file_id, "name": stored.name}
+        known = await self._register_until_ready(account, body)
+        file_id = known.get("id")
+        if not isinstance(file_id, str) or not _IDENTIFIER.fullmatch(file_id):
+            raise ProxyError("service_failed", "registering a file: the reply has no id")
+        await self._post(
+            account,
+            "having a file read",
+            "/api/file/parse_process",
+            {"ids": [file_id]},
+            seconds=self._parse_seconds,
+            lenient=True,
+        )
+        return file_id
+
+    async def _register_until_ready(self, account: Account, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The reply to a registration; repeated while its status says that the file is not there yet [1]."""
+        async for seconds_left in _poll(_REGISTER_SECONDS):
+            known = await self._post(account, "registering a file", "/api/file", body)
+            if known.get("status", "parsed") in ("initialized", "parsed") or not seconds_left:
+                break
+        return known
+
+    async def _post(
+        self,
+        account: Account,
+        step: str,
+        path: str,
+        value: object,
+        *,
+        seconds: float | None = None,
+        lenient: bool = False,
+    ) -> dict[str, Any]:
+        body = encode_json(value).encode()
+        url = self.base_url + path
+        call = Call(step, "POST", url, _headers_of(self.base_url), body, seconds=seconds, lenient=lenient)
+        return await self._calls.call(account, call)
 
     async def _check_quota(self, account: Account) -> None:
         url = f"{self.base_url}/api/chat/research/usage"
@@ -2767,12 +3674,25 @@ class Classic:
         await self._calls.call(account, Call("removing the conversation", "DELETE", url, headers))
 
 
+async def _poll(seconds: float) -> AsyncIterator[float]:
+    """How many seconds are left, at once and then in growing intervals; the last is 0."""
+    loop = asyncio.get_running_loop()
+    deadline, interval = loop.time() + seconds, _FIRST_POLL_SECONDS
+    while (left := deadline - loop.time()) > 0:
+        yield left
+        await asyncio.sleep(min(interval, left))
+        interval = min(interval * 2, 3.0)
+    yield 0.0
+
+
 _SCENARIO: Final = "SCENARIO_K2D5"  # names change [2+]
 _SERVICES: Final = {
     "refresh": "/api/account.gateway.v1.AuthService/RefreshToken",
     "ask": "/apiv2/kimi.gateway.chat.v1.ChatService/Chat",
     "remove": "/apiv2/kimi.chat.v1.ChatService/DeleteChat",
     "models": "/apiv2/kimi.gateway.config.v1.ConfigService/GetAvailableModels",
+    "upload": "/apiv2-files/file/upload",
+    "progress": "/apiv2-files/kimi.gateway.file.v1.FileService/GetFileParseProgress",
 }
 
 
@@ -2781,8 +3701,9 @@ class Connect:
 
     name = "connect"
 
-    def __init__(self, calls: Calls, base_url: str, auth_url: str) -> None:
+    def __init__(self, calls: Calls, base_url: str, auth_url: str, parse_seconds: float = 120.0) -> None:
         self._calls = calls
+        self._parse_seconds = parse_seconds
         self.base_url = base_url or "https://www.kimi.com"
         self._auth_url = auth_url
 
@@ -2816,7 +3737,13 @@ class Connect:
             "tools": [{"type": "TOOL_TYPE_SEARCH", "search": {}}] if question.use_search else [],
             "message": {
                 "role": "user",
-                "blocks": [{"message_id": "", "text": {"content": question.text}}],
+                "blocks": [
+                    {"message_id": "", "text": {"content": question.text}},
+                    *(
+                        {"message_id": "", "file": {"id": file_id, "status": "PROCESS_STATUS_SUCCESS"}}
+                        for file_id in question.file_ids
+                    ),
+                ],
                 "scenario": scenario,
             },
             "options": {"thinking": model.thinking},
@@ -2834,6 +3761,32 @@ class Connect:
         data = encode_envelope(encode_json(body).encode())
         call = Call("asking", "POST", self.base_url + _SERVICES["ask"], headers, data, with_ids=True)
         return await self._calls.stream(account, call, "application/connect+json")
+
+    async def store(self, account: Account, file: OpenFile) -> StoredFile:
+        """Send the bytes, as a form."""
+        headers = _headers_of(self.base_url)
+        call = Call("uploading a file", "POST", self.base_url + _SERVICES["upload"], headers)
+        known = (await self._calls.upload(account, call, file)).get("file")
+        file_id = known.get("id") if isinstance(known, dict) else None
+        if not isinstance(file_id, str) or not _IDENTIFIER.fullmatch(file_id):
+            raise ProxyError("service_failed", "uploading a file: the reply has no id")
+        return StoredFile(file.name, file_id=file_id)
+
+    async def register(self, account: Account, stored: StoredFile) -> str:
+        """The file's id, once the service has read it."""
+        url = self.base_url + _SERVICES["progress"]
+        body = encode_json({"file_ids": [stored.file_id]}).encode()
+        call = Call("having a file read", "POST", url, _headers_of(self.base_url), body, with_ids=True)
+        async for _ in _poll(self._parse_seconds):
+            reply = await self._calls.call(account, call)
+            progresses = reply.get("progresses")
+            first = progresses[0] if isinstance(progresses, list) and progresses else {}
+            status = str(first.get("status") if isinstance(first, dict) else "").upper()
+            if status == "PROCESS_STATUS_SUCCESS":
+                return stored.file_id
+            if status in ("PROCESS_STATUS_FAIL", "PROCESS_STATUS_FAILED"):
+                raise ProxyError("file_unreadable")
+        raise ProxyError("service_silent", f"having a file read: not within {self._parse_seconds:g} s")
 
     def make_reader(self, *, continues: bool = False) -> Reader:
         """What reads the answer."""
@@ -2853,6 +3806,117 @@ class Connect:
         await self._calls.call(account, Call("removing the conversation", "POST", url, headers, body, with_ids=True))
 
 
+# ==== 15. Asking ============================================================
+#
+# The way of every chat. `Uploads` has what is attached to it brought to the service, each file once. `Asking` chooses
+# the dialect, opens, asks, relays, and in the end, however it came, removes; it alone asks again.
+
+_MODELS_SECONDS: Final = 300.0
+_NO_MODELS_SECONDS: Final = 30.0
+_CONTINUATIONS: Final = 3  # of one answer that meets its length limit (classic)
+_END_SECONDS: Final = 1.0  # what an ended answer still sends is read for so long, so that its connection is reused
+
+
+class Uploads:
+    """Brings files to the service, and remembers for an hour what it brought: programs send a chat's files each turn.
+
+    Of a file are remembered a digest (of account, dialect, and URL or bytes) and the id that the service gave it. Of
+    several requests for the same file, one uploads it and the others wait.
+    """
+
+    _MOST_KEPT = 4096
+    _KEPT_SECONDS = 3600.0
+    _AT_ONCE = 4  # of one request
+
+    def __init__(self, files: Files, ticker: Ticker, settings: Settings) -> None:
+        self._files = files
+        self._ticker = ticker
+        self._settings = settings
+        self._kept: dict[bytes, tuple[float, str]] = {}
+        self._running: dict[bytes, asyncio.Event] = {}
+
+    async def upload(self, account: Account, dialect: Dialect, attachments: Sequence[Attachment]) -> tuple[str, ...]:
+        """The service's ids of `attachments`, in their order, each once.
+
+        Raises `ProxyError`, the first failure's: the other uploads are cancelled then.
+        """
+        inline_bytes = sum(attachment.inline_bytes for attachment in attachments)
+        if inline_bytes > self._settings.max_inline_mb * MEGABYTE + 3 * len(attachments):
+            raise ProxyError("file_too_large", f"inline files of more than {self._settings.max_inline_mb} MB together")
+        gate = asyncio.Semaphore(self._AT_ONCE)
+        try:
+            async with asyncio.TaskGroup() as group:
+                work = [group.create_task(self._find(gate, account, dialect, one)) for one in attachments]
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        return tuple(dict.fromkeys(task.result() for task in work))
+
+    async def _find(self, gate: asyncio.Semaphore, account: Account, dialect: Dialect, attachment: Attachment) -> str:
+        """The id of one file: the one that is remembered, else a new one."""
+        async with gate:
+            try:
+                identity = await self._files.identify(attachment)
+                key = _key_of(account, dialect, attachment, identity)
+                while (running := self._running.get(key)) is not None:
+                    await running.wait()
+                until, file_id = self._kept.get(key, (0.0, ""))
+                if asyncio.get_running_loop().time() < until:
+                    return file_id
+                return await self._upload_and_keep(key, account, dialect, attachment, identity)
+            except ProxyError as error:
+                error.param = error.param or attachment.place
+                raise
+
+    async def _upload_and_keep(
+        self, key: bytes, account: Account, dialect: Dialect, attachment: Attachment, identity: Identity
+    ) -> str:
+        running = self._running[key] = asyncio.Event()
+        try:
+            try:
+                stored = await self._store(account, dialect, attachment, identity)
+            except StaleToken:
+                stored = await self._store(account, dialect, attachment, identity)
+            file_id = await dialect.register(account, stored)
+            self._kept.pop(key, None)
+            self._kept[key] = (asyncio.get_running_loop().time() + self._KEPT_SECONDS, file_id)
+            while len(self._kept) > self._MOST_KEPT:
+                del self._kept[next(iter(self._kept))]
+            return file_id
+        finally:
+            del self._running[key]
+            running.set()
+
+    async def _store(
+        self, account: Account, dialect: Dialect, attachment: Attachment, identity: Identity
+    ) -> StoredFile:
+        """Have the file's bytes flow from where they are to the service."""
+        settings = self._settings
+        watch = None
+        try:
+            async with asyncio.timeout(None) as timeout:
+                watch = Silence(timeout, settings.file_seconds, settings.transfer_seconds)
+                watch.silent = watch.late = "storage_silent"
+                watch.broken = "file_broken"
+                self._ticker.add(watch)
+                async with self._files.open(attachment, identity, watch) as file:
+                    return await dialect.store(account, file)
+        except TimeoutError:
+            if watch is None or not watch.code:
+                raise
+            raise ProxyError(watch.code, "the file's way to Kimi") from None
+        finally:
+            if watch is not None:
+                self._ticker.discard(watch)
+
+
+def _key_of(account: Account, dialect: Dialect, attachment: Attachment, identity: Identity) -> bytes:
+    """A digest by which a file of an account is found again; it tells neither."""
+    digest = hashlib.sha256(account.token.encode("utf-8", "surrogateescape"))
+    digest.update(f"\0{dialect.name}\0{attachment.kind}\0{bool(attachment.url)}\0".encode())
+    digest.update(identity.digest)
+    return digest.digest()
+
+
 Send = Callable[[list[Event]], Awaitable[None]]
 
 
@@ -2864,6 +3928,7 @@ class Asking:
         calls: Calls,
         accounts: Accounts,
         kept: KeptConversations,
+        uploads: Uploads,
         tasks: BackgroundTasks,
         ticker: Ticker,
         metrics: Metrics,
@@ -2871,12 +3936,13 @@ class Asking:
     ) -> None:
         self._accounts = accounts
         self._kept = kept
+        self._uploads = uploads
         self._tasks = tasks
         self._ticker = ticker
         self._metrics = metrics
         self._settings = settings
-        self._classic: Dialect = Classic(calls, settings.base_url)
-        self._connect = Connect(calls, settings.base_url, settings.auth_url)
+        self._classic: Dialect = Classic(calls, settings.base_url, settings.parse_seconds)
+        self._connect = Connect(calls, settings.base_url, settings.auth_url, settings.parse_seconds)
         self._models: dict[str, tuple[float, tuple[Model, ...]]] = {}
         self._current: Dialect = self._connect if settings.protocol == "connect" else self._classic
 
@@ -2895,9 +3961,9 @@ class Asking:
         Only connect tells them; without an account, or where the service does not answer, the list is built in.
         """
         if self._current is not self._connect and (account is None or not account.direct):
-            return _CLASSIC_MODELS
+            return CLASSIC_MODELS
         if account is None:
-            return _CONNECT_MODELS
+            return CONNECT_MODELS
         now = asyncio.get_running_loop().time()
         until, models = self._models.get(account.token, (0.0, ()))
         if now < until:
@@ -2905,10 +3971,10 @@ class Asking:
         self._models = {token: kept for token, kept in self._models.items() if now < kept[0]}
         seconds = _MODELS_SECONDS
         try:
-            models = await self._connect.models(account) or _CONNECT_MODELS
+            models = await self._connect.models(account) or CONNECT_MODELS
         except ProxyError as error:
             logger.warning("! %s; a built-in list stands in", error)
-            models, seconds = _CONNECT_MODELS, _NO_MODELS_SECONDS
+            models, seconds = CONNECT_MODELS, _NO_MODELS_SECONDS
         self._models[account.token] = (now + seconds, models)
         return models
 
@@ -2928,7 +3994,9 @@ class Asking:
 
         async def note_and_send(events: list[Event]) -> None:
             nonlocal visible
-            visible = visible or not isinstance(events[-1], Opened)
+            if not visible and not isinstance(events[-1], Opened):
+                visible = True
+                question.attachments.clear()  # inline files are large, and nothing is asked again from here on
             await send(events)
 
         dialect: Dialect = self._connect if account.direct and self._may_change(self._current) else self._current
@@ -2957,7 +4025,7 @@ class Asking:
         try:
             await self._ask(account, dialect, replace(question, parent_id=parent_id), send)
         except ProxyError as error:
-            if error.upstream_status != 404:
+            if error.upstream_status != 404 or not error.detail.startswith("asking"):
                 raise
             raise ProxyError("conversation_not_found", error.detail, param="conversation_id") from None
 
@@ -2965,7 +4033,10 @@ class Asking:
         return self._settings.protocol == "auto" and dialect is self._classic
 
     async def _ask(self, account: Account, dialect: Dialect, question: Question, send: Send) -> None:
-        """Ask once, in one dialect."""
+        """Ask once, in one dialect. Files go first, so that a bad one opens no conversation."""
+        if question.attachments:
+            file_ids = await self._uploads.upload(account, dialect, question.attachments)
+            question = replace(question, attachments=[], file_ids=file_ids)
         silence = None
         try:
             opening = self._conversation(account, dialect, question)
@@ -3002,7 +4073,7 @@ class Asking:
                 return
             if isinstance(response, ProxyError):
                 raise response
-            silence.is_broken = partial(_is_broken, response)
+            silence.is_broken = partial(is_connection_broken, response)
             segment_id = await self._relay(response, conversation.reader, silence, send, may_continue=rest > 0)
             if not segment_id:
                 return
@@ -3040,7 +4111,8 @@ class Asking:
     async def _relay_piece(response: aiohttp.ClientResponse, reader: Reader, send: Send, *, may_continue: bool) -> None:
         try:
             piece = await response.content.readany()
-        except (aiohttp.ClientError, ConnectionError) as error:
+        except (aiohttp.ClientError, ConnectionError, RuntimeError) as error:
+            # aiohttp's RuntimeError says that the connection was lost before.
             raise ProxyError("answer_broken", f"the connection broke ({type(error).__name__})") from None
         events, failure = reader.feed(piece)
         if may_continue and reader.segment_id and events and isinstance(events[-1], Finished):
@@ -3156,12 +4228,6 @@ class _Conversation:
             self.reader.feed(piece)
 
 
-def _is_broken(response: aiohttp.ClientResponse) -> bool:
-    """Whether the connection of a response failed, told to its reader or not."""
-    connection = response.connection
-    return connection is not None and connection.protocol is not None and connection.protocol.exception() is not None
-
-
 async def _read_out(response: aiohttp.ClientResponse) -> None:
     """Read what is left of an ended answer, a second at most, so that its connection can be used again."""
     try:
@@ -3173,13 +4239,12 @@ async def _read_out(response: aiohttp.ClientResponse) -> None:
     response.release()
 
 
-# ==== 15. Server ============================================================
+# ==== 16. Server ============================================================
 #
 # The aiohttp application: state under typed keys, one middleware that gives every request its id, its log line and its
 # errors in JSON, and the handlers. A `Delivery` is one reply on its way: its head goes out with the first visible
 # bytes, so that a failure before them still has its HTTP status.
 
-_MAX_BODY_FACTOR: Final = 1_048_576
 _CHAT_PATHS: Final = ("/v1/chat/completions", "/chat/completions")
 _MODELS_CREATED: Final = 1_704_067_200
 _PATHS: Final = "POST /v1/chat/completions, GET /v1/models, GET /ping, GET /"
@@ -3315,17 +4380,23 @@ def _client_gone() -> Iterator[None]:
         raise ClientGone from None
 
 
-async def read_body(request: web.Request, limit_bytes: int, seconds: float) -> bytes:
-    """The request's body. Raises `ProxyError`: `body_too_large`, `body_timeout`, `body_broken`."""
+async def read_body(request: web.Request, limit_bytes: int, seconds: float) -> bytearray:
+    """The request's body, of which there is no other copy. Raises `ProxyError`: `body_too_large`, `body_timeout`,
+    `body_broken`.
+    """
+    too_large = ProxyError("body_too_large", f"at most {limit_bytes} bytes; see PROXY_MAX_INLINE_MB")
     if (request.content_length or 0) > limit_bytes:
-        raise ProxyError("body_too_large", f"at most {limit_bytes} bytes; see PROXY_MAX_BODY_MB")
+        raise too_large
+    body = bytearray()
     try:
         async with asyncio.timeout(seconds):
-            return await request.read()
+            while piece := await request.content.readany():
+                body += piece
+                if len(body) > limit_bytes:
+                    raise too_large
+        return body
     except TimeoutError:
         raise ProxyError("body_timeout", f"not within {seconds:g} s") from None
-    except web.HTTPRequestEntityTooLarge:
-        raise ProxyError("body_too_large", f"at most {limit_bytes} bytes; see PROXY_MAX_BODY_MB") from None
     except (web.RequestPayloadError, aiohttp.ClientPayloadError, HttpProcessingError):
         raise ProxyError("body_broken") from None
 
@@ -3342,17 +4413,28 @@ def read_bearer(request: web.Request) -> str:
 
 
 async def _chat_completions(request: web.Request) -> web.StreamResponse:
+    account = request.app[STATE].accounts.get(read_bearer(request))
+    question, reply = await _read_chat(request, account)
+    return await _deliver(request, account, question, reply)
+
+
+async def _read_chat(request: web.Request, account: Account) -> tuple[Question, Reply]:
+    """What is asked, and in which form it is to be answered. Body and messages, which may be large, end here.
+
+    A body is parsed in one go, without a wait, so that of many large ones only one at a time is there twice.
+    """
     state = request.app[STATE]
     settings = state.settings
-    account = state.accounts.get(read_bearer(request))
-    body = await read_body(request, settings.max_body_mb * _MAX_BODY_FACTOR, settings.body_seconds)
-    chat = parse_chat_request(body)
-    use_search = settings.use_search if chat.use_search is None else chat.use_search
+    chat = parse_chat_request(await read_body(request, settings.max_body_bytes, settings.body_seconds))
     model = await state.asking.choose_model(account, chat.model)
-    question = Question(merge_messages(chat.messages), use_search, model, conversation_id=chat.conversation_id)
-    if question.goes_on:
-        question = replace(question, text=render_last_message(chat.messages))
-    return await _deliver(request, account, question, make_chat_reply(chat, int(time.time()), settings.sources))
+    messages = chat.messages[-1:] if chat.goes_on else chat.messages
+    attachments = [attachment for message in messages for attachment in message.attachments]
+    use_search = chat.use_search
+    if use_search is None:
+        use_search = settings.use_search and not attachments
+    text = render_last_message(messages) if chat.goes_on else merge_messages(messages)
+    question = Question(text, use_search, model, conversation_id=chat.conversation_id, attachments=attachments)
+    return question, make_chat_reply(chat, int(time.time()), settings.sources)
 
 
 async def _deliver(request: web.Request, account: Account, question: Question, reply: Reply) -> web.StreamResponse:
@@ -3533,9 +4615,16 @@ async def _own_state(app: web.Application) -> AsyncIterator[None]:
     """Open what the application owns, and close it in reverse: removals first, the connections last."""
     settings = app[_SETTINGS]
     tasks, metrics = BackgroundTasks(), Metrics()
-    shortest = min(settings.silence_seconds, settings.answer_seconds, settings.first_comment_seconds)
+    shortest = min(
+        settings.silence_seconds,
+        settings.answer_seconds,
+        settings.first_comment_seconds,
+        settings.file_seconds,
+        settings.transfer_seconds,
+    )
     ticker = Ticker(max(0.02, min(0.25, shortest / 4, settings.comment_seconds / 4, settings.send_seconds / 4)))
-    session = open_service_session()
+    session, transfers = open_service_session(), open_service_session(reuse=False)
+    files = Files(settings, metrics)
 
     async def refresh(account: Account) -> TokenPair:
         return await asking.refresh(account)
@@ -3545,14 +4634,17 @@ async def _own_state(app: web.Application) -> AsyncIterator[None]:
     if deleted:
         logger.info("deleted the tokens of %d accounts that were unused for 100 days", deleted)
     accounts = Accounts(refresh, tasks, store, token_seconds=settings.token_seconds, max_accounts=settings.max_accounts)
-    calls = Calls(session, accounts, settings.call_seconds)
+    calls = Calls(session, transfers, accounts, settings.call_seconds)
     kept = KeptConversations(store, settings.max_accounts)
-    asking = Asking(calls, accounts, kept, tasks, ticker, metrics, settings)
+    uploads = Uploads(files, ticker, settings)
+    asking = Asking(calls, accounts, kept, uploads, tasks, ticker, metrics, settings)
     app[STATE] = State(settings, metrics, tasks, ticker, accounts, asking, asyncio.Event(), set())
     yield
     late = await tasks.drain(settings.removal_seconds)
     if late:
         logger.warning("! %d background tasks did not end in %g s", late, settings.removal_seconds)
+    await files.close()
+    await transfers.close()
     await session.close()
 
 
@@ -3573,7 +4665,7 @@ async def end_answers(app: web.Application) -> None:
 
 def make_app(settings: Settings) -> web.Application:
     """The application: its routes, its middleware and what it owns."""
-    app = web.Application(middlewares=[_frame], client_max_size=settings.max_body_mb * _MAX_BODY_FACTOR)
+    app = web.Application(middlewares=[_frame], client_max_size=settings.max_body_bytes)
     app[_SETTINGS] = settings
     app.cleanup_ctx.append(_own_state)
     app.on_response_prepare.append(_add_headers)
@@ -3587,7 +4679,7 @@ def make_app(settings: Settings) -> web.Application:
     return app
 
 
-# ==== 16. Service ===========================================================
+# ==== 17. Service ===========================================================
 #
 # The program around the application: command line, listening, signals, and the terminal client.
 
@@ -3700,6 +4792,9 @@ def ask_command(argv: Sequence[str]) -> int:
     parser.add_argument("question", nargs="*", help="the question; text from a pipe is appended to it")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="address of the proxy (default %(default)s)")
     parser.add_argument("--model", default="kimi", help="model to ask (default %(default)s)")
+    parser.add_argument(
+        "--file", action="append", default=[], metavar="FILE", help="a file or picture, or its URL; may be repeated"
+    )
     options = parser.parse_args(list(argv))
     question = " ".join(options.question)
     if not sys.stdin.isatty():
@@ -3709,11 +4804,30 @@ def ask_command(argv: Sequence[str]) -> int:
         print("kimi_proxy ask: " + ("set KIMI_REFRESH_TOKEN" if question else "ask a question"), file=sys.stderr)
         return 2
     url = options.url.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
-    body = {"model": options.model, "stream": True, "messages": [{"role": "user", "content": question}]}
+    try:
+        content: Any = [*map(_render_part, options.file), {"type": "text", "text": question}]
+    except OSError as error:
+        print(f"kimi_proxy ask: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    body = {"model": options.model, "stream": True, "messages": [{"role": "user", "content": content}]}
     try:
         return asyncio.run(_print_answer(url, token, body))
     except KeyboardInterrupt:
         return 130
+
+
+def _render_part(place: str) -> dict[str, Any]:
+    """The part of a message that has the file at a path or URL. Raises `OSError` where it cannot be read."""
+    name, content_type = name_file([URL(place).name if "://" in place else place], "", "file")
+    is_image = content_type.startswith("image/")
+    if "://" not in place:
+        data = base64.b64encode(Path(place).read_bytes()).decode()
+        place = f"data:{content_type};base64,{data}"
+        if not is_image:
+            return {"type": "file", "file": {"filename": name, "file_data": place}}
+    if is_image:
+        return {"type": "image_url", "image_url": {"url": place}}
+    return {"type": "file", "file_url": {"url": place}}
 
 
 async def _print_answer(url: str, token: str, body: dict[str, Any]) -> int:
@@ -3850,10 +4964,10 @@ async def _check(settings: Settings, token: str, record: str | None) -> int:
     metrics, tasks = Metrics(), BackgroundTasks()
     store = TokenStore(find_state_dir(settings.state_dir, os.environ), metrics, settings.call_seconds)
     works: dict[str, bool] = {}
-    async with open_service_session() as session:
+    async with open_service_session() as session, open_service_session(reuse=False) as transfers:
         for name in ("classic", "connect"):
             if settings.protocol in ("auto", name):
-                check = _Check(settings, session, store, tasks, name)
+                check = _Check(settings, (session, transfers), store, tasks, name)
                 works[name] = await check.run(token)
                 if record and check.pieces:
                     path = Path(record).with_suffix(".sse" if name == "classic" else ".connect")
@@ -3869,7 +4983,12 @@ class _Check:
     """One dialect, step by step."""
 
     def __init__(
-        self, settings: Settings, session: aiohttp.ClientSession, store: TokenStore, tasks: BackgroundTasks, name: str
+        self,
+        settings: Settings,
+        sessions: tuple[aiohttp.ClientSession, aiohttp.ClientSession],
+        store: TokenStore,
+        tasks: BackgroundTasks,
+        name: str,
     ) -> None:
         self.pieces: list[bytes] = []
         self._settings = settings
@@ -3879,7 +4998,7 @@ class _Check:
             return await self._dialect.refresh(account)
 
         self._accounts = Accounts(refresh, tasks, store, token_seconds=settings.token_seconds, max_accounts=1)
-        calls = Calls(session, self._accounts, settings.call_seconds)
+        calls = Calls(*sessions, self._accounts, settings.call_seconds)
         self._connect = Connect(calls, settings.base_url, settings.auth_url)
         self._dialect: Dialect = self._connect if name == "connect" else Classic(calls, settings.base_url)
 
@@ -3905,6 +5024,8 @@ class _Check:
                     await self._step("remove", self._dialect.remove(account, known_id))
         except ProxyError:
             return False
+        with suppress(ProxyError):  # its line says so: chats without files work all the same
+            await self._step("upload", self._upload(account))
         return True
 
     async def _step(self, what: str, work: Awaitable[Result]) -> Result:
@@ -3917,6 +5038,15 @@ class _Check:
         seen = render_seen(result)
         print(f"ok    {self._name:8} {what:19} {time.monotonic() - started:.2f} s{seen}", flush=True)
         return result
+
+    async def _upload(self, account: Account) -> None:
+        files = Files(self._settings, Metrics())
+        try:
+            data = base64.b64encode(b"OK.\n").decode()
+            small = Attachment("file", "check", data=data, name="check.txt", content_type="text/plain")
+            await Uploads(files, Ticker(0.25), self._settings).upload(account, self._dialect, [small])
+        finally:
+            await files.close()
 
     async def _look_up(self) -> int:
         address = URL(self._dialect.base_url)

@@ -12,9 +12,10 @@ from kimi_simulator import Simulator
 
 PROGRAM = str(Path(__file__).parent.parent / "kimi_proxy.py")
 SCENES = (
-    ("A streamed answer", "long+pace=0.04+chunks=40", "Count to forty.", 0),
-    ("An answer with web search", "search+pace=0.4", "Who makes Kimi?", 0),
-    ("A failure: the token was refused", "hello+unauthorized-always=refresh", "Hello?", 1),
+    ("A streamed answer", "long+pace=0.04+chunks=40", ["Count to forty."], 0),
+    ("An answer with web search", "search+pace=0.4", ["Who makes Kimi?"], 0),
+    ("A document, read from its URL", "read", ["--file", "ORIGIN/90000+text/report.txt", "What does it say?"], 0),
+    ("A failure: the token was refused", "hello+unauthorized-always=refresh", ["Hello?"], 1),
 )
 
 
@@ -27,6 +28,7 @@ async def main() -> int:
             "PROXY_PORT": "0",
             "PROXY_STATE_DIR": "",
             "PROXY_LOG_LEVEL": "error",
+            "PROXY_ALLOW_PRIVATE_URLS": "1",  # the simulator's files are on this machine
         }
         proxy = await asyncio.create_subprocess_exec(
             sys.executable, PROGRAM, stdout=asyncio.subprocess.PIPE, env=environment
@@ -52,16 +54,18 @@ async def play(
     simulator: Simulator,
     title: str,
     order: str,
-    question: str,
+    arguments: list[str],
     expected_status: int,
     *,
     environment: dict[str, str],
 ) -> bool:
     """Ask one question in the terminal; whether it ended as expected."""
     script, *faults = order.split("+")
-    print(f'\n── {title}\n$ python kimi_proxy.py ask "{question}"', flush=True)
+    arguments = [argument.replace("ORIGIN", simulator.origin_url) for argument in arguments]
+    shown = " ".join(f'"{argument}"' if " " in argument else argument for argument in arguments)
+    print(f"\n── {title}\n$ python kimi_proxy.py ask {shown}", flush=True)
     asking = await asyncio.create_subprocess_exec(
-        *(sys.executable, PROGRAM, "ask", question, "--url", url),
+        *(sys.executable, PROGRAM, "ask", *arguments, "--url", url),
         stdin=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.STDOUT,
         env={**environment, "KIMI_REFRESH_TOKEN": simulator.token(script, *faults)},

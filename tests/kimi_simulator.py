@@ -72,11 +72,28 @@ codes ``unauthenticated``, ``resource_exhausted``, ``permission_denied``, ``inva
 thinking}``, names change; or ``block.exception`` with ``error.reason`` (``REASON_COMPLETION_OVERLOADED``). How a
 moderated answer looks nobody told: here it is an exception whose reason says so [open].
 
+*Files, classic* [ref] unless marked: ``POST /api/pre-sign-url`` ``{"action": "file", "name"}`` → ``{"url",
+"object_name"}``; ``PUT`` the bytes to that URL, with ``Content-Type`` and ``Content-Length`` (object storage refuses
+chunked bodies) and without any token, as it is signed; ``POST /api/file`` ``{"type": "file", "name", "object_name"}`` →
+``{"id"}``; ``POST /api/file/parse_process`` ``{"ids": [id]}``: when it answers (with whatever body), ``refs`` of a
+question may hold the id. Later versions say ``"action": "image"`` for pictures, get a ``file_id`` with the URL, and
+register ``{"type": "image", "file_id", "name"}`` [2+]; the reply may have a ``status``, and while that is neither
+``initialized`` nor ``parsed``, the call is repeated, for 30 s at most [1]. Its limits: 60 s to fetch a remote file, 60
+s to upload, 120 s to parse. Its numbers: -2003 远程文件URL非法, -2004 远程文件超出大小.
+
+*Files, connect* [2+]: ``POST /apiv2-files/file/upload``, a form with the field ``file`` → ``file.id``; then ``POST
+/apiv2-files/kimi.gateway.file.v1.FileService/GetFileParseProgress`` ``{"file_ids": [id]}`` →
+``progresses[].status`` until ``PROCESS_STATUS_SUCCESS`` (``PROCESS_STATUS_FAIL`` or ``…_FAILED``: it cannot be read).
+A question has it as a block: ``{"message_id": "", "file": {"id", "status": "PROCESS_STATUS_SUCCESS"}}``.
+
 How to order
 ------------
 A refresh token is ``SCRIPT[+FAULT[=VALUE]]…[~ANYTHING]``: ``search``, ``hello+cut-characters``,
 ``hello+status=ask:500~42``. So any client can order a fault, and two tests never meet. ``SCRIPTS``, ``SHAPES`` and
 ``FAULTS`` list what there is. A refresh token with an unknown script is refused, as a dead one is.
+
+Beside the service run its storage, and an *origin* for files: ``GET <origin>/SIZE[+FAULT[=VALUE]]…/NAME`` gives SIZE
+bytes, always the same ones; ``ORIGIN_FAULTS`` lists what can be ordered of it.
 """
 
 from __future__ import annotations
@@ -85,6 +102,7 @@ import argparse
 import asyncio
 import base64
 import gzip
+import hashlib
 import json
 import os
 import random
@@ -94,8 +112,9 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import suppress
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from types import TracebackType
@@ -178,8 +197,11 @@ SCRIPTS: Final[dict[str, tuple[Step, ...]]] = {
 _LONG_CHUNKS: Final = 150
 
 
-def make_steps(order: Order, asked: str) -> tuple[Step, ...]:
-    """The steps of the order's script; `echo` says what it was `asked`, `long` counts."""
+def make_steps(order: Order, asked: str, files: list[File] | None = None) -> tuple[Step, ...]:
+    """The steps of the order's script; `echo` says what it was `asked`, `long` counts, `read` tells of the `files`."""
+    if order.script == "read":
+        told = [f"{file.name} ({file.content_type}, {file.size} bytes): {file.first_line}\n" for file in files or ()]
+        return (*map(Say, told or ["There is no file."]), End())
     if order.script == "echo":
         return (*(Say(asked[at : at + 7]) for at in range(0, len(asked), 7)), End())
     if order.script == "long":
@@ -218,7 +240,7 @@ def parse_order(token: str) -> Order | None:
     """The order in a refresh token, None where it names no script or an unknown fault."""
     script, *faults = token.partition("~")[0].split("+")
     table = dict(fault.partition("=")[::2] for fault in faults)
-    known = script in SCRIPTS or script in ("echo", "long")
+    known = script in SCRIPTS or script in ("echo", "long", "read")
     return (
         Order(script, table)
         if known and all(name in SHAPES or name in CONNECT_SHAPES or name in FAULTS for name in table)
@@ -488,7 +510,59 @@ FAULTS: Final[dict[str, str]] = {
     "camel": "the new refresh wants `refreshToken`, and answers inside `data`",
     "old-refresh": "the new refresh is refused, the old one works",
     "new-refresh": "the old refresh is refused, the new one works",
+    "no-pictures": "classic before pictures: the action `image` is refused",
+    "register-slow": "classic: a registration is not ready N times",
+    "parse-slow": "connect: a file is not read yet N times",
+    "parse-fail": "a file cannot be read",
+    "parse-stream": "classic: reading a file answers with an event stream",
+    "storage-status": "CODE, that HTTP status of the storage; in connect status=upload:CODE",
+    "storage-stall": "the storage stops to read, and never answers",
+    "storage-early": "the storage answers 200 before it has read",
+    "storage-reset": "the storage resets the connection in the middle",
 }
+
+# What the path of an origin can order.
+ORIGIN_FAULTS: Final[dict[str, str]] = {
+    "type": "TYPE/SUBTYPE with a dot for the slash, the Content-Type",
+    "disposition": "NAME in Content-Disposition",
+    "text": "the body is text",
+    "zeros": "the body is zeros",
+    "no-length": "a chunked body",
+    "gzip": "the body encoded",
+    "deflate": "the body encoded",
+    "half": "the encoded body is cut, and ends in good order",
+    "encoding": "NAME, a Content-Encoding that nobody knows",
+    "status": "CODE, that HTTP status",
+    "redirect": "N redirects before it",
+    "hang": "no answer",
+    "stall": "silence for ever in the middle",
+    "slow": "SECONDS between two pieces",
+    "cut": "the connection reset in the middle",
+    "close": "the connection closed in the middle, in an orderly way",
+    "cut-chunk": "a broken chunk in the middle",
+    "long": "more bytes than the head promises",
+    "endless": "a chunked body without end",
+    "after-storage": "the second half comes when the storage has bytes of the first",
+    "no-http": "an answer that is no HTTP",
+}
+_BLOCK: Final = random.Random(1).randbytes(65_521)
+_LINE: Final = "文档的第一行 — the first line.\n".encode()
+
+
+def make_content(size: int, block: bytes = _BLOCK) -> Iterator[bytes]:
+    """`size` bytes, always the same ones, in pieces."""
+    while size > 0:
+        yield block[:size]
+        size -= len(block)
+
+
+def digest_content(size: int) -> str:
+    """The SHA-256 of `make_content(size)`."""
+    digest = hashlib.sha256()
+    for piece in make_content(size):
+        digest.update(piece)
+    return digest.hexdigest()
+
 
 # ==== 3. World ==============================================================
 #
@@ -514,6 +588,26 @@ class Conversation:
 
 
 @dataclass(slots=True)
+class File:
+    """A file of an account: what was said of it, and what arrived."""
+
+    name: str
+    kind: str = "file"
+    content_type: str = ""
+    size: int = 0
+    sha256: str = ""
+    head: bytes = b""
+    stored: bool = False
+    ready: bool = False
+    asked: int = 0
+
+    @property
+    def first_line(self) -> str:
+        """Its first line, if it is text."""
+        return self.head.split(b"\n")[0].decode("utf-8", "replace") if self.content_type.startswith("text/") else "…"
+
+
+@dataclass(slots=True)
 class Account:
     """One account, as the service sees it."""
 
@@ -523,6 +617,7 @@ class Account:
     calls: list[Call] = field(default_factory=list)
     access_tokens: list[str] = field(default_factory=list)
     conversations: dict[str, Conversation] = field(default_factory=dict)
+    files: dict[str, File] = field(default_factory=dict)
     fired: set[str] = field(default_factory=set)
     streams_open: int = 0
     streams_cut: int = 0
@@ -613,7 +708,15 @@ class Simulator:
         self.retired = retired  # how the classic calls answer: redirect, html, or a status
         self.seed = seed if seed is not None else int(os.environ.get("KIMI_SIMULATOR_SEED") or secrets.randbits(32))
         self.url = ""
+        self.storage_url = ""
+        self.origin_url = ""
         self.violations: list[str] = []
+        self.fetches: list[str] = []  # what was asked of the origin
+        self.transfers_open = 0
+        self.origins_open = 0
+        self.origins_most = 0  # at once
+        self.storage_bytes = 0
+        self.stalled = asyncio.Event()  # set it, and a storage that stalls looks what became of its client
         self._dice = random.Random(self.seed)
         self._unsteady = unsteady
         self._port = port
@@ -621,7 +724,8 @@ class Simulator:
         self._numbers = count(1)
         self._changed = asyncio.Event()
         self._used_connections: dict[int, asyncio.BaseTransport] = {}
-        self._runner: web.AppRunner | None = None
+        self._objects: dict[str, tuple[Account, File]] = {}
+        self._runners: list[web.AppRunner] = []
 
     async def __aenter__(self) -> Simulator:
         app = web.Application(middlewares=[self._check])
@@ -634,17 +738,33 @@ class Simulator:
         app.router.add_post("/api/account.gateway.v1.AuthService/RefreshToken", self._connect_refresh)
         app.router.add_post("/apiv2/kimi.gateway.chat.v1.ChatService/Chat", self._connect_ask)
         app.router.add_post("/apiv2/kimi.chat.v1.ChatService/DeleteChat", self._connect_remove)
-        self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
-        await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", self._port).start()
-        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+        app.router.add_post("/api/pre-sign-url", self._sign)
+        app.router.add_post("/api/file", self._register)
+        app.router.add_post("/api/file/parse_process", self._parse)
+        app.router.add_post("/apiv2-files/file/upload", self._connect_upload)
+        app.router.add_post(
+            "/apiv2-files/kimi.gateway.file.v1.FileService/GetFileParseProgress", self._connect_progress
+        )
+        storage, origin = web.Application(), web.Application()
+        storage.router.add_route("*", "/{tail:.*}", self._store)
+        origin.router.add_route("*", "/{order}/{name:.*}", self._serve_file)
+        self.url = await self._listen(app, self._port)
+        self.storage_url = await self._listen(storage)
+        self.origin_url = await self._listen(origin)
         return self
+
+    async def _listen(self, app: web.Application, port: int = 0) -> str:
+        runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
+        self._runners.append(runner)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", port).start()
+        return f"http://127.0.0.1:{runner.addresses[0][1]}"
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._runner is not None:
-            await self._runner.cleanup()
+        for runner in self._runners:
+            await runner.cleanup()
         if kind is None and self.violations:
             raise AssertionError(f"violations (seed {self.seed}): {self.violations}")
 
@@ -747,7 +867,8 @@ class Simulator:
         self._check_connect_headers(account, request)
         if sorted(body.keys() - {"kimiplusId", "agentMode", "chat_id"}) != ["message", "options", "scenario", "tools"]:
             self._violate(f"keys of Chat: {sorted(body)}")
-        (block,) = body["message"]["blocks"]
+        block, *file_blocks = body["message"]["blocks"]
+        files = self._files_of(account, [one["file"]["id"] for one in file_blocks])
         await self._order(account, "ask", request)
         if account.order.has("stale-once") and account.fires("stale-once"):
             raise Refusal(self._connect_failure("unauthenticated", "the access token is dead"))
@@ -764,7 +885,233 @@ class Simulator:
             chat_id = f"{secrets.token_hex(4)}-{secrets.token_hex(6)}"
             account.conversations[chat_id] = Conversation([body], told=False)
         asked = block["text"]["content"]
-        return await self._run_stream(request, account, asked, chat_id)
+        return await self._run_stream(request, account, asked, chat_id, files)
+
+    def _files_of(self, account: Account, file_ids: list[str]) -> list[File]:
+        """The files that a question refers to."""
+        for file_id in file_ids:
+            if file_id not in account.files or not account.files[file_id].ready:
+                self._violate("a question that refers to a file which is not there")
+        return [account.files[file_id] for file_id in file_ids if file_id in account.files]
+
+    async def _sign(self, request: web.Request) -> web.StreamResponse:
+        body = await self._body(request, {"action": str, "name": str})
+        account = self._account_of_access(request, "sign", body)
+        await self._order(account, "sign", request)
+        if body["action"] not in ("file", "image"):
+            self._violate("another action")
+        if body["action"] == "image" and account.order.has("no-pictures"):
+            return _failure(400, "file.action", "no such action")
+        name = f"prod/{secrets.token_hex(8)}"
+        self._objects[name] = account, File(body["name"], body["action"])
+        reply = {"url": f"{self.storage_url}/{name}?sign=a%2Fb&X-Expires=60", "object_name": name}
+        if body["action"] == "image":
+            reply["file_id"] = f"f{secrets.token_hex(9)}"
+            account.files[reply["file_id"]] = self._objects[name][1]
+        return web.json_response(reply)
+
+    async def _store(self, request: web.Request) -> web.StreamResponse:
+        headers = request.headers
+        account, file = self._objects[request.path[1:]]
+        if request.method != "PUT" or request.raw_path.partition("?")[2] != "sign=a%2Fb&X-Expires=60":
+            self._violate("another method or signature at the storage")
+        if {"Authorization", "Cookie", "Origin", "Referer"} & headers.keys() or "x-msh" in str(headers).lower():
+            self._violate("an account's header at the storage")
+        if "Content-Length" not in headers or "Transfer-Encoding" in headers:
+            self._violate("a chunked body at the storage")
+        account.calls.append(Call("store", dict(headers), None))
+        if account.order.has("storage-status"):
+            return web.Response(status=int(account.order.value("storage-status")), text="<Error>expired</Error>")
+        file.content_type = headers.get("Content-Type", "")
+        await self._receive(request, request.content.iter_any(), account, file)
+        return web.Response()
+
+    async def _receive(self, request: web.Request, pieces: AsyncIterator[bytes], account: Account, file: File) -> None:
+        """Take the bytes of a file."""
+        if account.order.has("storage-early"):
+            raise Refusal(web.Response()) if request.path.startswith("/apiv2") else web.HTTPOk()
+        digest, size = hashlib.sha256(), 0
+        with self._transfer():
+            async for piece in pieces:
+                digest.update(piece)
+                file.head = file.head or bytes(piece[:200])
+                size += len(piece)
+                self.storage_bytes += len(piece)
+                self._changed.set()
+                if account.order.has("storage-stall") and size > 1000:
+                    await self.stalled.wait()
+                if account.order.has("storage-reset") and size > 1000 and request.transport is not None:
+                    self._reset(request.transport)
+                    await asyncio.Event().wait()
+        file.size, file.sha256, file.stored = size, digest.hexdigest(), True
+
+    @contextmanager
+    def _transfer(self) -> Iterator[None]:
+        self.transfers_open += 1
+        try:
+            yield
+        finally:
+            self.transfers_open -= 1
+            self._changed.set()
+
+    async def _register(self, request: web.Request) -> web.StreamResponse:
+        body: dict[str, Any] = await self._body(
+            request, {"type": str, "name": str}, {"object_name": str, "file_id": str}
+        )
+        account = self._account_of_access(request, "register", body)
+        await self._order(account, "register", request)
+        if "file_id" in body:
+            file_id, file = body["file_id"], account.files[body["file_id"]]
+        else:
+            file = self._objects[body["object_name"]][1]
+            file_id = f"d{secrets.token_hex(9)}"
+            account.files[file_id] = file
+        if (body["type"] == "image") is not ("file_id" in body) or body["name"] != file.name or not file.stored:
+            self._violate("a registration of something else")
+        file.asked += 1
+        pending = file.asked <= int(account.order.value("register-slow", "0"))
+        status = {"status": "uploading"} if pending else self._dice.choice([{}, {"status": "initialized"}])
+        return web.json_response({"id": file_id, "name": file.name, **status})
+
+    async def _parse(self, request: web.Request) -> web.StreamResponse:
+        body = await self._body(request, {"ids": list})
+        account = self._account_of_access(request, "parse", body)
+        await self._order(account, "parse", request)
+        if account.order.has("parse-fail"):
+            return _failure(200, "file.parse", "the file cannot be read")
+        for file_id in body["ids"]:
+            account.files[file_id].ready = True
+        if account.order.has("parse-stream"):
+            return web.Response(text='data: {"event":"resp","status":"parsed"}\n\n', content_type="text/event-stream")
+        return web.json_response({})
+
+    async def _connect_upload(self, request: web.Request) -> web.StreamResponse:
+        account = self._account_of_access(request, "upload", None)
+        self._check_connect_headers(account, request)
+        await self._order(account, "upload", request)
+        if "Content-Length" not in request.headers:
+            self._violate("a chunked form")
+        form = await request.multipart()
+        part: Any = await form.next()
+        if part is None or part.name != "file" or not part.filename:
+            self._violate("a form without the field `file`")
+        file = File(part.filename, content_type=part.headers.get("Content-Type", ""))
+
+        async def read() -> AsyncIterator[bytes]:
+            while piece := await part.read_chunk(65_536):
+                yield piece
+
+        await self._receive(request, read(), account, file)
+        if await form.next() is not None:
+            self._violate("a form with more than one field")
+        file_id = f"c{secrets.token_hex(9)}"
+        account.files[file_id] = file
+        return web.json_response({"file": {"id": file_id, "name": file.name}})
+
+    async def _connect_progress(self, request: web.Request) -> web.StreamResponse:
+        body = await self._body(request, {"file_ids": list})
+        account = self._account_of_access(request, "progress", body)
+        self._check_connect_headers(account, request)
+        await self._order(account, "progress", request)
+        statuses = []
+        for file_id in body["file_ids"]:
+            file = account.files[file_id]
+            file.asked += 1
+            file.ready = file.asked > int(account.order.value("parse-slow", "0"))
+            status = "FAILED" if account.order.has("parse-fail") else "SUCCESS" if file.ready else "RUNNING"
+            statuses.append({"fileId": file_id, "status": f"PROCESS_STATUS_{status}"})
+        return web.json_response({"progresses": statuses})
+
+    # The origin of files.
+
+    async def _serve_file(self, request: web.Request) -> web.StreamResponse:
+        headers = request.headers
+        self.fetches.append(request.path_qs)
+        self._changed.set()
+        forbidden = {"Authorization", "Cookie", "Origin", "Referer", "Sec-Ch-Ua"} & headers.keys()
+        if forbidden or request.method != "GET" or "Mozilla" in headers.get("User-Agent", ""):
+            self._violate(f"{request.method} at an origin, with {sorted(forbidden)}")
+        if headers.get("Accept-Encoding") != "identity":
+            self._violate("another Accept-Encoding at an origin")
+        size, *faults = request.match_info["order"].split("+")
+        order = dict(fault.partition("=")[::2] for fault in faults)
+        if order.keys() - ORIGIN_FAULTS.keys():
+            self._violate(f"no such fault of an origin: {sorted(order)}")
+        if "to" in request.query:
+            return web.Response(status=302, headers={"Location": request.query["to"]})
+        if (left := int(order.get("redirect", "0"))) > 0:
+            path = f"/{size}+redirect={left - 1}/{request.match_info['name']}"
+            return web.Response(status=307, headers={"Location": path})
+        if "status" in order:
+            return web.Response(status=int(order["status"]), body=_HTML, content_type="text/html")
+        if "no-http" in order and request.transport is not None:
+            request.transport.write(b"220 smtp.example.com ESMTP\r\n")
+            request.transport.close()
+        if "hang" in order or "no-http" in order:
+            await asyncio.Event().wait()
+        with self._transfer():
+            self.origins_open += 1
+            self.origins_most = max(self.origins_most, self.origins_open)
+            try:
+                return await self._send_file(request, int(size), order)
+            finally:
+                self.origins_open -= 1
+
+    async def _send_file(self, request: web.Request, size: int, order: dict[str, str]) -> web.StreamResponse:
+        block = bytes(65_536) if "zeros" in order else _LINE if "text" in order else _BLOCK
+        pieces = [_LINE[: max(0, size)], b"x" * (size - len(_LINE))] if "text" in order else make_content(size, block)
+        response = web.StreamResponse()
+        response.headers["Content-Type"] = order.get("type", "application/octet-stream").replace(".", "/", 1)
+        if "disposition" in order:
+            response.headers["Content-Disposition"] = f"attachment; filename*=UTF-8''{order['disposition']}"
+        encoding = next((name for name in ("gzip", "deflate") if name in order), order.get("encoding"))
+        if encoding is not None:
+            packer = zlib.compressobj(9, wbits=31 if encoding == "gzip" else 15)
+            body = b"".join(map(packer.compress, pieces)) + packer.flush()
+            body = body[: len(body) // 2] if "half" in order else body
+            pieces, size = [body[at : at + 65_536] for at in range(0, len(body), 65_536)], len(body)
+            response.headers["Content-Encoding"] = encoding
+        if not order.keys() & {"no-length", "cut-chunk", "endless"}:
+            response.content_length = size
+        await response.prepare(request)
+        await self._send_pieces(request, response, pieces, size, order)
+        if "long" in order and request.transport is not None:
+            request.transport.write(b"more" * 1000)
+        await response.write_eof()
+        return response
+
+    async def _send_pieces(
+        self,
+        request: web.Request,
+        response: web.StreamResponse,
+        pieces: Iterable[bytes],
+        size: int,
+        order: dict[str, str],
+    ) -> None:
+        sent, transport = 0, request.transport
+        assert transport is not None
+        for piece in pieces:
+            await response.write(piece)
+            sent += len(piece)
+            if "slow" in order:
+                await asyncio.sleep(float(order["slow"]))
+            if sent * 2 < size:
+                continue
+            if "after-storage" in order:
+                await self.wait_until(lambda: self.storage_bytes > 0)
+            if "stall" in order:
+                await asyncio.Event().wait()
+            if "cut" in order:
+                self._reset(transport)
+            elif "close" in order:
+                transport.close()
+            elif "cut-chunk" in order:
+                transport.write(b"zz\r\nthis is no chunk\r\n")
+                transport.close()
+            if order.keys() & {"cut", "close", "cut-chunk"}:
+                await asyncio.Event().wait()
+        while "endless" in order:
+            await response.write(_BLOCK)
 
     async def _connect_remove(self, request: web.Request) -> web.StreamResponse:
         body = await self._body(request, {"chat_id": str})
@@ -834,13 +1181,16 @@ class Simulator:
         if account.order.has("one-at-a-time") and account.streams_open:
             return _failure(200, "chat.user_stream_pushing", "another answer is under way")
         account.round = sum("segment_id" in asked for asked in conversation.asked)
-        return await self._run_stream(request, account, body["messages"][0]["content"], "")
+        files = self._files_of(account, body["refs"])
+        return await self._run_stream(request, account, body["messages"][0]["content"], "", files)
 
-    async def _run_stream(self, request: web.Request, account: Account, asked: str, chat_id: str) -> web.StreamResponse:
+    async def _run_stream(
+        self, request: web.Request, account: Account, asked: str, chat_id: str, files: list[File]
+    ) -> web.StreamResponse:
         account.streams_open += 1
         self._changed.set()
         try:
-            return await self._stream(request, account, asked, chat_id)
+            return await self._stream(request, account, make_steps(account.order, asked, files), chat_id)
         except (asyncio.CancelledError, ConnectionError):
             account.streams_cut += 1
             raise
@@ -848,7 +1198,9 @@ class Simulator:
             account.streams_open -= 1
             self._changed.set()
 
-    async def _stream(self, request: web.Request, account: Account, asked: str, chat_id: str) -> web.StreamResponse:
+    async def _stream(
+        self, request: web.Request, account: Account, steps: tuple[Step, ...], chat_id: str
+    ) -> web.StreamResponse:
         """Stream an answer, in connect where there is a `chat_id`."""
         kind = "application/connect+json" if chat_id else "text/event-stream; charset=utf-8"
         response = web.StreamResponse(headers={"Content-Type": kind})
@@ -859,7 +1211,7 @@ class Simulator:
         due = loop.time()
         limits = {name: int(order.value(name, "0")) for name in ("cut", "cut-chunk", "stall") if order.has(name)}
         number, written = 0, b""
-        for piece in self._pieces(account, _part(make_steps(order, asked), account.round), chat_id):
+        for piece in self._pieces(account, _part(steps, account.round), chat_id):
             if number in limits.values():
                 await self._break(request, account)
             if isinstance(piece, Wait):
@@ -877,7 +1229,7 @@ class Simulator:
             elif self._unsteady:
                 await asyncio.sleep(0)
         if order.has("endless"):
-            await self._write_for_ever(response, make_steps(order, asked)[:1], chat_id)
+            await self._write_for_ever(response, steps[:1], chat_id)
         if order.has("linger"):
             await asyncio.Event().wait()
         await response.write_eof()
@@ -988,7 +1340,7 @@ class Simulator:
         if headers.get("Referer") != (f"{self.url}/chat/{place}" if place else self.url):
             self._violate(f"Referer of {request.method} {request.path}")
         try:
-            paths = ("/api/chat", "/api/auth") if self.refresh_retired else ("/api/chat",)
+            paths = ("/api/chat", "/api/pre-sign-url", "/api/file", *(["/api/auth"] if self.refresh_retired else []))
             retired = self._answer_as_retired() if request.path.startswith(paths) else None
             response = retired or await handler(request)
         except Refusal as refusal:
@@ -1081,12 +1433,13 @@ async def _run(port: int, seed: int | None) -> None:
     async with Simulator(port=port, seed=seed) as simulator:
         print(f"The simulator answers at {simulator.url} (seed {simulator.seed}). Start the proxy with")
         print(f"    KIMI_BASE_URL={simulator.url} KIMI_AUTH_URL={simulator.url} python kimi_proxy.py")
-        print("and use as token one of:", ", ".join([*SCRIPTS, "echo", "long"]))
+        print("and use as token one of:", ", ".join([*SCRIPTS, "echo", "long", "read"]))
         print(
             "each with +FAULT[=VALUE] as often as you like:",
             ", ".join({**SHAPES, **CONNECT_SHAPES, **FAULTS}),
-            flush=True,
         )
+        print(f"Files are at {simulator.origin_url}/SIZE[+FAULT[=VALUE]]…/NAME (PROXY_ALLOW_PRIVATE_URLS=1),")
+        print("with the faults:", ", ".join(ORIGIN_FAULTS), flush=True)
         try:
             await asyncio.Event().wait()
         finally:

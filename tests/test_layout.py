@@ -27,8 +27,9 @@ TITLES = {
     12: "Accounts",
     13: "Files",
     14: "Kimi",
-    15: "Server",
-    16: "Service",
+    15: "Asking",
+    16: "Server",
+    17: "Service",
 }
 PURE = range(5, 11)
 IMPURE_NAMES = {"asyncio", "time", "aiohttp", "web", "logger", "logging", "os", "secrets", "socket", "signal", "sys"}

@@ -62,16 +62,19 @@ CURLS = [block for block in examples("sh") if "curl" in block]
 
 @pytest.mark.parametrize("number", range(len(CURLS)))
 async def test_its_curl_examples_work(
-    simulator: Simulator, proxy: str, http: aiohttp.ClientSession, number: int
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession, number: int
 ) -> None:
+    proxy = await start_proxy(allow_private_urls=True)
     found = re.search(r"(http://127\.0\.0\.1:8000)(\S+).*?-d '(.*)'", CURLS[number], re.DOTALL)
     assert found is not None
-    body = json.loads(found[3])
-    token = simulator.token("search" if body["model"] == "kimi-search" else "hello")
+    body = json.loads(found[3].replace("https://example.com", f"{simulator.origin_url}/100"))
+    script = "search" if body.get("stream") else "hello" if "model" in body else "read"
+    token = simulator.token(script)
     async with http.post(proxy + found[2], json=body, headers={"Authorization": f"Bearer {token}"}) as response:
         text = await response.text()
     assert response.status == 200
-    assert HELLO in text if not body.get("stream") else "检索" in text and text.endswith("data: [DONE]\n\n")
+    expected = {"search": "检索", "hello": HELLO, "read": "100 bytes"}[script]
+    assert expected in text and text.endswith("data: [DONE]\n\n") is bool(body.get("stream"))
     assert simulator.account(token).asked[0]["use_search"] is bool(body.get("stream"))
 
 
@@ -90,4 +93,4 @@ async def test_its_python_examples_work(simulator: Simulator, start_proxy: Start
 
 
 def test_there_are_examples_to_run() -> None:
-    assert len(CURLS) == 2 and len(examples("python")) == 2
+    assert len(CURLS) == 4 and len(examples("python")) == 2

@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kimi_proxy import Message, ProxyError, merge_messages, parse_chat_request, render_last_message, wrap_urls
+from kimi_proxy import (
+    Attachment,
+    Message,
+    ProxyError,
+    merge_messages,
+    parse_chat_request,
+    render_last_message,
+    wrap_urls,
+)
 
 
 def parse(**fields: Any) -> Any:
@@ -167,3 +175,35 @@ def test_a_conversation_that_goes_on_is_asked_the_last_message_alone() -> None:
     assert render_last_message([Message("system", "x"), Message("user", f"see {url}")]) == f"see {tag(url)}"
     assert render_last_message([Message("tool", url)]) == url
     assert parse(conversation_id="new").conversation_id == "new"
+
+
+def attachments(*parts: Any, role: str = "user") -> tuple[Attachment, ...]:
+    messages = parse(messages=[{"role": role, "content": list(parts)}]).messages
+    return tuple(messages[0].attachments)
+
+
+def test_attachments_stand_beside_the_text_in_their_order() -> None:
+    request = parse(
+        messages=[
+            {"content": ["a", {"type": "file", "file_url": {"url": "https://h/x"}}, {"type": "text", "text": "b"}]},
+            {"role": "tool", "content": [{"type": "image_url", "image_url": {"url": "http://h/y", "detail": "low"}}]},
+        ]
+    )
+    first, second = request.messages
+    assert (first.text, second.text) == ("ab", "")
+    assert [one.url for one in first.attachments] == ["https://h/x"]
+    assert second.attachments == (Attachment("image", "messages[1].content[0].image_url.url", url="http://h/y"),)
+
+
+def test_the_data_of_an_inline_file_is_not_copied() -> None:
+    (one,) = attachments({"type": "file", "file": {"file_data": "data:text/plain;base64,QUJD", "filename": "a"}})
+    assert (one.data[one.start :], one.content_type, one.name) == ("QUJD", "text/plain", "a")
+    assert one.data.startswith("data:") and one.inline_bytes == 3
+    assert "QUJD" not in repr(one)
+
+
+@pytest.mark.parametrize("url", ["data:text/plain,x", "data:;base64", "data:text/plain;base65,QQ==", "data:"])
+def test_a_data_url_without_base64_is_refused(url: str) -> None:
+    with pytest.raises(ProxyError) as caught:
+        attachments({"type": "image_url", "image_url": {"url": url}})
+    assert caught.value.param == "messages[0].content[0].image_url.url"

@@ -354,7 +354,7 @@ BODIES: dict[str, tuple[bytes, dict[str, str], int]] = {
     "NaN": (b'{"messages":NaN}', {}, 400),
     "unknown charset": (b"{", {"Content-Type": "application/json; charset=no-such"}, 400),
     "bad gzip": (b"no gzip", {"Content-Encoding": "gzip"}, 400),
-    "too large": (b" " * (2 << 20), {}, 413),
+    "too large": (b" " * (3 << 20), {}, 413),
     "gzip bomb": (gzip.compress(b" " * (40 << 20)), {"Content-Encoding": "gzip"}, 413),
 }
 
@@ -363,7 +363,7 @@ BODIES: dict[str, tuple[bytes, dict[str, str], int]] = {
 async def test_a_hostile_body_is_the_clients_fault_and_the_next_request_works(
     simulator: Simulator, start_proxy: StartProxy, log_lines: LogRecorder, name: str
 ) -> None:
-    proxy = await start_proxy(max_body_mb=1)
+    proxy = await start_proxy(max_inline_mb=1)
     body, headers, status = BODIES[name]
     token = simulator.token("hello")
     async with aiohttp.ClientSession() as http:

@@ -211,8 +211,8 @@ async def test_check_walks_every_step_of_both_dialects(simulator: Simulator, tmp
     assert status == 0, out + err
     lines = [line.split()[:3] for line in out.splitlines() if line.startswith("ok")]
     classic, connect = ([line[2] for line in lines if line[1] == name] for name in ("classic", "connect"))
-    assert classic == ["address", "connection", "token", "open", "answer", "remove"]
-    assert connect == ["address", "connection", "token", "models", "answer", "remove"]
+    assert classic == ["address", "connection", "token", "open", "answer", "remove", "upload"]
+    assert connect == ["address", "connection", "token", "models", "answer", "remove", "upload"]
     assert "kimi-k2.6" in out and "yes, with classic and connect" in out
     account = await simulator.settle(token)
     for secret in (token, *account.access_tokens, *account.conversations):
@@ -288,3 +288,20 @@ def test_a_recording_keeps_the_protocols_names_and_nothing_else() -> None:
     assert shown["list"][:3] == [1, None, True]
     assert shown["list"][3]["text"] == f"字字 xxx{mark}!"
     assert shown["list"][3]["url"].startswith("https://example.com/") and "secret" not in str(shown)
+
+
+async def test_ask_sends_files_and_pictures(simulator: Simulator, start_proxy: StartProxy, tmp_path: Path) -> None:
+    url = await start_proxy(allow_private_urls=True)
+    document, picture = tmp_path / "年报.txt", tmp_path / "a.png"
+    document.write_text("first line\nsecond")
+    picture.write_bytes(b"not quite a picture")
+    files = ["--file", str(document), "--file", str(picture), "--file", f"{simulator.origin_url}/100/b.pdf?x=1"]
+    files += ["--file", f"{simulator.origin_url}/100/c.webp"]
+    token = simulator.token("read")
+    status, out, err = await run("ask", *files, "What is in it?", "--url", url, KIMI_REFRESH_TOKEN=token)
+    assert (status, err) == (0, "")
+    assert "年报.txt (text/plain, 17 bytes): first line" in out
+    kinds = {file.name: file.kind for file in simulator.account(token).files.values()}
+    assert kinds == {"年报.txt": "file", "image.png": "image", "b.pdf": "file", "c.webp": "image"}
+    status, _, err = await run("ask", "--file", "/no/such/file", "?", "--url", url, KIMI_REFRESH_TOKEN=token)
+    assert status == 2 and "/no/such/file: No such file" in err

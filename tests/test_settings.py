@@ -18,6 +18,8 @@ def test_defaults_are_those_that_are_promised() -> None:
     assert (settings.auth_url, settings.sources, settings.state_dir) == ("https://auth.kimi.com", "text", "default")
     assert (settings.call_seconds, settings.silence_seconds, settings.answer_seconds) == (15, 120, 1800)
     assert (settings.token_seconds, settings.first_comment_seconds, settings.comment_seconds) == (300, 20, 15)
+    assert (settings.max_file_mb, settings.max_inline_mb, settings.allow_private_urls) == (100, 32, False)
+    assert settings.max_body_bytes == 32 * 1_048_576 * 4 // 3 + 1_048_576
 
 
 GOOD = {
@@ -31,7 +33,10 @@ GOOD = {
     "KIMI_USE_SEARCH": ("no", False),
     "PROXY_CORS_ORIGINS": ("https://a.example, https://b.example", ("https://a.example", "https://b.example")),
     "PROXY_LOG_LEVEL": ("DEBUG", "debug"),
-    "PROXY_MAX_BODY_MB": ("1", 1),
+    "PROXY_MAX_FILE_MB": ("1", 1),
+    "PROXY_MAX_INLINE_MB": ("1", 1),
+    "PROXY_SPOOL_DIR": (".", "."),
+    "PROXY_ALLOW_PRIVATE_URLS": ("1", True),
     "PROXY_MAX_ACCOUNTS": ("5", 5),
 } | {variable: ("2.5", 2.5) for variable in VARIABLES if variable.endswith("_SECONDS")}
 BAD = {
@@ -42,7 +47,10 @@ BAD = {
     "KIMI_PROTOCOL": ["grpc"],
     "KIMI_USE_SEARCH": ["maybe", ""],
     "PROXY_LOG_LEVEL": ["loud"],
-    "PROXY_MAX_BODY_MB": ["0", "1e9"],
+    "PROXY_MAX_FILE_MB": ["0", "1e9"],
+    "PROXY_MAX_INLINE_MB": ["0", "1025"],
+    "PROXY_SPOOL_DIR": ["/no/such/directory", __file__],
+    "PROXY_ALLOW_PRIVATE_URLS": ["10.0.0.0/8"],
     "PROXY_MAX_ACCOUNTS": ["0"],
 } | {variable: ["x", "nan", "inf", "-1"] for variable in VARIABLES if variable.endswith("_SECONDS")}
 

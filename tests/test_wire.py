@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
 import re
+import zlib
 from itertools import pairwise
 
 import pytest
@@ -14,9 +16,11 @@ from hypothesis import strategies as st
 from kimi_proxy import (
     Envelope,
     EnvelopeParser,
+    Inflater,
     ServerSentEvent,
     SSEParser,
     WireError,
+    decode_base64,
     encode_envelope,
     encode_json,
     encode_sse,
@@ -283,3 +287,91 @@ def test_inflating_stops_at_the_limit() -> None:
 
 def test_envelopes_show_no_content() -> None:
     assert "sesame" not in repr(Envelope(0, b"sesame"))
+
+
+def spoil_base64(text: str, spelling: str) -> str:
+    """The same base64 as people write it."""
+    match spelling:
+        case "url":
+            return text.replace("+", "-").replace("/", "_").rstrip("=")
+        case "lines":
+            return "\r\n ".join(text[at : at + 76] for at in range(0, len(text), 76)) + "\n"
+        case _:
+            return text
+
+
+@given(st.binary(max_size=300), st.integers(0, 1000), st.sampled_from(["plain", "url", "lines"]), st.integers(0, 9))
+def test_base64_in_any_spelling_gives_its_bytes(tail: bytes, blocks: int, spelling: str, start: int) -> None:
+    data = bytes(range(256)) * blocks + tail
+    text = "x" * start + spoil_base64(base64.b64encode(data).decode(), spelling)
+    pieces = list(decode_base64(text, start))
+    assert b"".join(pieces) == data
+    assert all(len(piece) <= 65_536 for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A",
+        "AAAAA",
+        "A===",
+        "QQ=",
+        "QQ===",
+        "QQ==QUJD",
+        "Q=Q=",
+        "====",
+        "AAA!",
+        "文字",
+        "%41",
+        "=" * 200_000,
+        "A" * 65_536 + "=",
+        "A" * 65_534 + "==" + "A" * 4,
+        "A" * 65_534 + "==" + "=",
+        "\0" * 4,
+    ],
+)
+def test_what_is_no_base64_is_refused(text: str) -> None:
+    if text == "QQ=":  # a short padding is mended
+        assert b"".join(decode_base64(text)) == b"A"
+        return
+    with pytest.raises(WireError):
+        list(decode_base64(text))
+
+
+def encode_body(data: bytes, encoding: str) -> bytes:
+    """A body in one of the encodings that are undone."""
+    if encoding == "gzip":
+        return gzip.compress(data)
+    if encoding == "gzip members":
+        return gzip.compress(data[: len(data) // 2]) + gzip.compress(data[len(data) // 2 :])
+    packer = zlib.compressobj(wbits=15 if encoding == "deflate" else -15)
+    return packer.compress(data) + packer.flush()
+
+
+ENCODINGS = ["gzip", "gzip members", "deflate", "raw deflate"]
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@given(st.binary(max_size=200), st.integers(0, 3000), st.integers(1, 5000))
+def test_an_encoded_body_in_any_split_gives_its_bytes(encoding: str, tail: bytes, repeats: int, step: int) -> None:
+    data = b"the same and again " * repeats * 10 + tail
+    body = encode_body(data, encoding)
+    inflater = Inflater()
+    pieces = [piece for at in range(0, len(body), step) for piece in inflater.feed(body[at : at + step])]
+    inflater.finish()
+    assert b"".join(pieces) == data and all(0 < len(piece) <= 65_536 for piece in pieces)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_an_encoded_body_that_is_cut_is_no_body(encoding: str) -> None:
+    body = encode_body(b"abc" * 10_000, encoding)
+    for end in (0, 1, 2, 10, len(body) - 9 if encoding.startswith("gzip") else len(body) - 1):
+        inflater = Inflater()
+        with pytest.raises(WireError):
+            list(inflater.feed(body[:end]))
+            inflater.finish()
+
+
+def test_what_is_not_encoded_is_refused() -> None:
+    with pytest.raises(WireError):
+        list(Inflater().feed(b"%PDF-1.7 plain text"))

@@ -1,0 +1,900 @@
+"""Section 13, and the way of a file from the front door to the service: what arrives, what is refused, what is left."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import errno
+import gzip
+import io
+import ipaddress
+import json
+import os
+import socket
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from conftest import LogRecorder, StartProxy, bearer
+from kimi_simulator import Account, File, Simulator, digest_content, make_content
+
+import kimi_proxy
+from kimi_proxy import (
+    AddressGuard,
+    AddressRule,
+    DeniedAddress,
+    Metrics,
+    ProxyError,
+    check_file_url,
+    classify_address,
+    name_file,
+)
+
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(params=["classic", "connect"])
+def dialect(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+# One row an address; of each range its ends, and their neighbours outside.
+ADDRESSES = {
+    "0.0.0.0": "this-network",
+    "0.255.255.255": "this-network",
+    "1.0.0.0": "public",
+    "9.255.255.255": "public",
+    "10.0.0.0": "private",
+    "10.255.255.255": "private",
+    "11.0.0.0": "public",
+    "100.63.255.255": "public",
+    "100.64.0.0": "shared",
+    "100.100.100.200": "shared",
+    "100.127.255.255": "shared",
+    "100.128.0.0": "public",
+    "126.255.255.255": "public",
+    "127.0.0.0": "loopback",
+    "127.255.255.255": "loopback",
+    "128.0.0.0": "public",
+    "168.63.129.15": "public",
+    "168.63.129.16": "cloud-host",
+    "168.63.129.17": "public",
+    "169.253.255.255": "public",
+    "169.254.0.0": "link-local",
+    "169.254.169.254": "link-local",
+    "169.254.255.255": "link-local",
+    "169.255.0.0": "public",
+    "172.15.255.255": "public",
+    "172.16.0.0": "private",
+    "172.31.255.255": "private",
+    "172.32.0.0": "public",
+    "191.255.255.255": "public",
+    "192.0.0.0": "protocol",
+    "192.0.0.8": "protocol",
+    "192.0.0.255": "protocol",
+    "192.0.1.0": "public",
+    "192.0.1.255": "public",
+    "192.0.2.0": "documentation",
+    "192.0.2.255": "documentation",
+    "192.0.3.0": "public",
+    "192.88.98.255": "public",
+    "192.88.99.0": "relay",
+    "192.88.99.255": "relay",
+    "192.88.100.0": "public",
+    "192.167.255.255": "public",
+    "192.168.0.0": "private",
+    "192.168.255.255": "private",
+    "192.169.0.0": "public",
+    "198.17.255.255": "public",
+    "198.18.0.0": "benchmark",
+    "198.19.255.255": "benchmark",
+    "198.20.0.0": "public",
+    "198.51.99.255": "public",
+    "198.51.100.0": "documentation",
+    "198.51.100.255": "documentation",
+    "198.51.101.0": "public",
+    "203.0.112.255": "public",
+    "203.0.113.0": "documentation",
+    "203.0.113.255": "documentation",
+    "203.0.114.0": "public",
+    "223.255.255.255": "public",
+    "224.0.0.0": "multicast",
+    "239.255.255.255": "multicast",
+    "240.0.0.0": "reserved",
+    "255.255.255.255": "reserved",
+    "::": "not-unicast",
+    "::1": "not-unicast",
+    "::7f00:1": "not-unicast",
+    "::fffe:ffff:ffff": "not-unicast",
+    "::ffff:127.0.0.1": "loopback",
+    "::ffff:8.8.8.8": "public",
+    "::ffff:0:127.0.0.1": "not-unicast",
+    "64:ff9b::127.0.0.1": "loopback",
+    "64:ff9b::169.254.169.254": "link-local",
+    "64:ff9b::8.8.8.8": "public",
+    "64:ff9b::1:0:0": "not-unicast",
+    "64:ff9b:1::1": "not-unicast",
+    "100::1": "not-unicast",
+    "1fff:ffff:ffff:ffff:ffff:ffff:ffff:ffff": "not-unicast",
+    "2000::": "public",
+    "2000:ffff:ffff:ffff:ffff:ffff:ffff:ffff": "public",
+    "2001::": "protocol",
+    "2001:0:7f00:1::": "protocol",
+    "2001:1ff:ffff:ffff:ffff:ffff:ffff:ffff": "protocol",
+    "2001:200::": "public",
+    "2001:db7:ffff:ffff:ffff:ffff:ffff:ffff": "public",
+    "2001:db8::": "documentation",
+    "2001:db8:ffff:ffff:ffff:ffff:ffff:ffff": "documentation",
+    "2001:db9::": "public",
+    "2001:ffff:ffff:ffff:ffff:ffff:ffff:ffff": "public",
+    "2002::": "6to4",
+    "2002:7f00:1::": "6to4",
+    "2002:ffff:ffff:ffff:ffff:ffff:ffff:ffff": "6to4",
+    "2003::": "public",
+    "2606:4700::1111": "public",
+    "3ffe:ffff:ffff:ffff:ffff:ffff:ffff:ffff": "public",
+    "3fff::": "documentation",
+    "3fff:fff:ffff:ffff:ffff:ffff:ffff:ffff": "documentation",
+    "3fff:1000::": "public",
+    "3fff:ffff:ffff:ffff:ffff:ffff:ffff:ffff": "public",
+    "4000::": "not-unicast",
+    "5f00::1": "not-unicast",
+    "fc00::1": "not-unicast",
+    "fd00:ec2::254": "not-unicast",
+    "fe80::1": "not-unicast",
+    "fe80::1%lo": "scoped",
+    "2606:4700::1111%1": "scoped",
+    "fec0::1": "not-unicast",
+    "ff02::1": "not-unicast",
+    "localhost": "unreadable",
+    "127.1": "unreadable",
+    "0177.0.0.1": "unreadable",
+    "2130706433": "unreadable",
+    "0x7f000001": "unreadable",
+    "": "unreadable",
+    "8.8.8.8.": "unreadable",
+}
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_each_address_has_its_verdict(address: str) -> None:
+    assert classify_address(address) == ADDRESSES[address]
+
+
+GOOD_URLS = [
+    "http://example.com",
+    "https://example.com/a b/文.pdf?x=1#y",
+    "HTTPS://EXAMPLE.com:8443/",
+    "http://example.com:9000/bucket",
+    "  https://例子.中国/文件.pdf\n",
+    "http://[2606:4700::1111]/",
+    "http://example.com/a@b:c",
+]
+
+
+@pytest.mark.parametrize("text", GOOD_URLS)
+def test_good_urls_pass(text: str) -> None:
+    assert check_file_url(text).scheme in ("http", "https")
+
+
+BAD_URLS = [
+    "",
+    "x",
+    "//127.0.0.1/",
+    "http:///127.0.0.1/",
+    "http:127.0.0.1/",
+    "http://",
+    "http://?x",
+    "http://#@a",
+    "file:///etc/passwd",
+    "ftp://example.com/x",
+    "gopher://example.com/_x",
+    "dict://example.com/",
+    "unix:/run/x.sock",
+    "jar:http://example.com/x!/",
+    "ws://example.com/",
+    "wss://example.com/",
+    "tcp://127.0.0.1:80",
+    "data:text/plain,hi",
+    "javascript:alert(1)",
+    "http://a@example.com/",
+    "http://a:80@example.com/",
+    "http://:x@example.com/",
+    "http://127.0.0.1\\@example.com/",
+    "http://exa\tmple.com/",
+    "http://example.com/\r\nHost: x",
+    "http://example.com/\0",
+    "http://example.com:0/",
+    "http://example.com:22/",
+    "http://example.com:25/",
+    "http://example.com:6667/",
+    "http://example.com:99999/",
+    "http://example.com:-1/",
+    "http://[::1/",
+    "http://example.com/" + "x" * 9000,
+    "http://\ud800.com/",
+]
+
+
+@pytest.mark.parametrize("text", BAD_URLS)
+def test_bad_urls_are_refused_before_any_name_is_looked_up(text: str) -> None:
+    with pytest.raises(ProxyError) as caught:
+        check_file_url(text)
+    assert caught.value.code == "file_url_invalid"
+
+
+NAMES: list[tuple[list[str], str, str, tuple[str, str]]] = [
+    (["test.pdf"], "application/pdf", "file", ("test.pdf", "application/pdf")),
+    (["report"], "application/pdf; charset=x", "file", ("report.pdf", "application/pdf")),
+    (["", "x.PNG"], "", "image", ("x.PNG", "image/png")),
+    (["download", "报告.docx"], "application/octet-stream", "file", ("报告.docx", kimi_proxy._TYPES["docx"])),
+    (["", ""], "image/jpeg", "image", ("image.jpg", "image/jpeg")),
+    ([""], "", "file", ("file", "application/octet-stream")),
+    (["../../etc/passwd"], "", "file", ("passwd", "application/octet-stream")),
+    (["C:\\Users\\a\\b.txt"], "", "file", ("b.txt", "text/plain")),
+    (['a"b\r\nc<.txt'], "", "file", ("abc.txt", "text/plain")),
+    (["x.tar.zip"], "nonsense", "file", ("x.tar.zip", "application/zip")),
+    (["x.pdf"], "text/html", "file", ("x.pdf", "text/html")),
+    (["y" * 300 + ".pdf"], "", "file", ("y" * 100 + ".pdf", "application/pdf")),
+    (["..."], "text/markdown", "file", ("file.md", "text/markdown")),
+    (["a.unknown"], "", "file", ("a.unknown", "application/octet-stream")),
+    (["x.txt"], "text/plain\r\nX: y", "file", ("x.txt", "text/plain")),
+]
+
+
+@pytest.mark.parametrize(("names", "content_type", "kind", "expected"), NAMES)
+def test_a_file_is_named_so_that_its_type_shows(
+    names: list[str], content_type: str, kind: str, expected: tuple[str, str]
+) -> None:
+    assert name_file(names, content_type, kind) == expected
+
+
+def info(address: str, port: int = 80) -> tuple[Any, ...]:
+    """What a socket factory is given."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    place: tuple[Any, ...] = (address, port, 0, 0) if ":" in address else (address, port)
+    return family, socket.SOCK_STREAM, 6, "", place
+
+
+def own_address() -> str:
+    """The address by which this machine would reach the public network; loopback where there is none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "10.0.0.1", "::1", "fe80::1%lo", "localhost", own_address()])
+def test_the_guard_makes_no_socket_for_what_is_denied(address: str, log_lines: LogRecorder) -> None:
+    metrics = Metrics()
+    with pytest.raises(DeniedAddress):
+        AddressGuard(metrics, allow_private=False).make_socket(info(address))
+    assert sum(metrics.counts.values()) == 1
+    assert "denied" in log_lines.text and address not in log_lines.text
+
+
+def test_the_guard_denies_this_machines_own_public_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed = [AddressRule(ipaddress.ip_network("0.0.0.0/0"), "public")]
+    monkeypatch.setattr(kimi_proxy, "ADDRESS_RULES", allowed)
+    with pytest.raises(DeniedAddress):
+        AddressGuard(Metrics(), allow_private=False).make_socket(info("127.0.0.1"))
+
+
+def test_the_guard_makes_a_socket_for_a_public_address() -> None:
+    with AddressGuard(Metrics(), allow_private=False).make_socket(info("93.184.215.14")) as made:
+        assert made.family == socket.AF_INET
+    with AddressGuard(Metrics(), allow_private=True).make_socket(info("127.0.0.1")) as made:
+        assert made.type == socket.SOCK_STREAM
+
+
+# Through the front door.
+
+
+def file_part(url: str) -> dict[str, Any]:
+    return {"type": "file", "file_url": {"url": url}}
+
+
+def image_part(url: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def data_url(content: bytes, head: str = "data:application/pdf;base64,") -> str:
+    return head + base64.b64encode(content).decode()
+
+
+async def ask(url: str, token: str, *parts: Any, text: str = "文档里说了什么?", **fields: Any) -> tuple[int, Any]:
+    """A whole answer about files: status and JSON."""
+    content = [*parts, {"type": "text", "text": text}]
+    body = {"messages": [{"role": "user", "content": content}], **fields}
+    async with (
+        aiohttp.ClientSession() as http,
+        http.post(url + CHAT, data=io.BytesIO(json.dumps(body).encode()), headers=bearer(token)) as response,
+    ):
+        return response.status, await response.json()
+
+
+def refs_of(account: Account, number: int = -1) -> list[str]:
+    """The ids that a question referred to, in either dialect."""
+    asked = account.asked[number]
+    if "refs" in asked:
+        return list(asked["refs"])
+    return [block["file"]["id"] for block in asked["message"]["blocks"][1:]]
+
+
+def files_of(account: Account, number: int = -1) -> list[File]:
+    """The files that a question referred to, in its order."""
+    return [account.files[file_id] for file_id in refs_of(account, number)]
+
+
+@pytest.fixture
+async def open_proxy(start_proxy: StartProxy, tmp_path: Path) -> AsyncIterator[str]:
+    """A proxy that may fetch from this machine, with short limits; its spool directory is empty in the end."""
+    yield await start_proxy(
+        allow_private_urls=True,
+        spool_dir=str(tmp_path),
+        file_seconds=0.6,
+        call_seconds=2.0,
+        max_file_mb=2,
+        max_inline_mb=3,
+    )
+    assert os.listdir(tmp_path) == []
+
+
+ORIGINS = {
+    "plain": ("100000/test.pdf", "test.pdf", "application/pdf"),
+    "one byte": ("1/x.txt", "x.txt", "text/plain"),
+    "larger than every buffer": ("2000000/x.bin", "x.bin", "application/octet-stream"),
+    "no length": ("100000+no-length/test.pdf", "test.pdf", "application/pdf"),
+    "gzip": ("100000+gzip/test.pdf", "test.pdf", "application/pdf"),
+    "deflate": ("100000+deflate/test.pdf", "test.pdf", "application/pdf"),
+    "five redirects": ("100000+redirect=5/test.pdf", "test.pdf", "application/pdf"),
+    "slow": ("200000+slow=0.05/test.pdf", "test.pdf", "application/pdf"),
+    "typed": ("100+type=image.png/x", "x.png", "image/png"),
+    "query": ("100/a%20b%E6%96%87.pdf?x=1&y=.exe", "a b文.pdf", "application/pdf"),
+    "disposition": ("100+disposition=%25E6%2596%2587.docx/download", "文.docx", kimi_proxy._TYPES["docx"]),
+    "slash at the end": ("100/dir/", "file", "application/octet-stream"),
+}
+
+
+@pytest.mark.parametrize("name", ORIGINS)
+async def test_a_file_by_url_arrives_byte_for_byte(simulator: Simulator, open_proxy: str, name: str) -> None:
+    path, file_name, content_type = ORIGINS[name]
+    token = simulator.token("read")
+    status, answer = await ask(open_proxy, token, file_part(f"{simulator.origin_url}/{path}"), use_search=False)
+    assert status == 200, answer
+    (file,) = files_of(await simulator.settle(token))
+    size = int(path.partition("/")[0].partition("+")[0])
+    assert (file.size, file.sha256) == (size, digest_content(size))
+    assert (file.name, file.content_type) == (file_name, content_type)
+    assert file_name in answer["choices"][0]["message"]["content"]
+    assert simulator.transfers_open == 0
+
+
+CONTENT = b"".join(make_content(50_000))
+INLINE: dict[str, tuple[Any, str, str]] = {
+    "data url": (file_part(data_url(CONTENT)), "file.pdf", "application/pdf"),
+    "image": (image_part(data_url(CONTENT, "data:image/png;base64,")), "image.png", "image/png"),
+    "image as a string": (
+        {"type": "image_url", "image_url": data_url(CONTENT, "data:image/webp;base64,")},
+        "image.webp",
+        "image/webp",
+    ),
+    "openai's file": (
+        {"type": "file", "file": {"file_data": data_url(CONTENT), "filename": "年报.pdf"}},
+        "年报.pdf",
+        "application/pdf",
+    ),
+    "bare base64": (
+        {"type": "file", "file": {"file_data": base64.b64encode(CONTENT).decode(), "filename": "a.csv"}},
+        "a.csv",
+        "text/csv",
+    ),
+    "named in the url": (
+        file_part(data_url(CONTENT, "data:text/plain;name=%E6%96%87.md;charset=utf-8;base64,")),
+        "文.md",
+        "text/plain",
+    ),
+    "wrapped lines": (file_part("data:text/plain;base64," + base64.encodebytes(CONTENT).decode()), "file.txt", ""),
+    "url alphabet": (
+        file_part("data:text/plain;base64," + base64.urlsafe_b64encode(CONTENT).decode().rstrip("=")),
+        "file.txt",
+        "",
+    ),
+    "percent signs": (
+        file_part("data:text/plain;base64," + base64.b64encode(CONTENT).decode().replace("+", "%2B")),
+        "file.txt",
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INLINE)
+async def test_an_inline_file_arrives_byte_for_byte(simulator: Simulator, open_proxy: str, name: str) -> None:
+    part, file_name, content_type = INLINE[name]
+    token = simulator.token("hello")
+    status, answer = await ask(open_proxy, token, part)
+    assert status == 200, answer
+    (file,) = files_of(await simulator.settle(token))
+    assert (file.size, file.sha256) == (50_000, digest_content(50_000))
+    assert (file.name, file.content_type) == (file_name, content_type or "text/plain")
+
+
+async def test_the_references_two_bodies_work_as_they_are(
+    simulator: Simulator, open_proxy: str, http: aiohttp.ClientSession, dialect: str
+) -> None:
+    for kind, name, question in (
+        ("file_url", "test.pdf", "文档里说了什么?"),
+        ("image_url", "normal-dark.png", "图像描述了什么?"),
+    ):
+        part_type = "file" if kind == "file_url" else kind
+        part = {"type": part_type, kind: {"url": f"{simulator.origin_url}/3000/{name}"}}
+        content = [part, {"type": "text", "text": question}]
+        body = {"messages": [{"role": "user", "content": content}], "use_search": False}
+        token = simulator.token("read")
+        async with http.post(open_proxy + CHAT, json=body, headers=bearer(token)) as response:
+            answer = await response.json()
+        assert name in answer["choices"][0]["message"]["content"]
+        account = await simulator.settle(token)
+        steps = [call.step for call in account.calls if call.step not in ("refresh", "models")]
+        if dialect == "classic":
+            assert steps == ["sign", "store", "register", "parse", "open", "ask", "remove"]
+            action = "file" if kind == "file_url" else "image"
+            assert account.calls[1].body == {"action": action, "name": name}
+            assert account.asked[0]["use_search"] is False
+        else:
+            assert steps == ["upload", "progress", "ask", "remove"]
+
+
+async def test_files_keep_the_order_of_the_messages(simulator: Simulator, open_proxy: str) -> None:
+    token = simulator.token("read")
+    parts = [file_part(f"{simulator.origin_url}/{100 + at}+slow={0.05 * (5 - at)}/{at}.pdf") for at in range(5)]
+    messages = [{"role": "user", "content": parts[:2]}, {"role": "assistant", "content": "ok"}]
+    messages.append({"role": "user", "content": [*parts[2:], {"type": "text", "text": "?"}]})
+    status, _ = await ask(open_proxy, token, messages=messages)
+    assert status == 200
+    names = [file.name for file in files_of(await simulator.settle(token))]
+    assert names == [f"{at}.pdf" for at in range(5)]
+
+
+async def test_four_files_of_a_request_are_on_their_way_at_once(simulator: Simulator, open_proxy: str) -> None:
+    token = simulator.token("read")
+    parts = [file_part(f"{simulator.origin_url}/100000+slow=0.05/{at}.pdf") for at in range(9)]
+    assert (await ask(open_proxy, token, *parts))[0] == 200
+    assert len(refs_of(simulator.account(token))) == 9
+    assert simulator.origins_most == 4
+
+
+async def test_more_than_twenty_files_are_refused(simulator: Simulator, open_proxy: str) -> None:
+    status, answer = await ask(open_proxy, simulator.token("read"), *[file_part(f"http://h/{at}") for at in range(21)])
+    assert (status, answer["error"]["param"]) == (400, "messages")
+    assert "20" in answer["error"]["message"]
+
+
+async def test_a_chats_files_are_uploaded_once_though_they_are_sent_each_turn(
+    simulator: Simulator, open_proxy: str
+) -> None:
+    token = simulator.token("read")
+    parts = (file_part(f"{simulator.origin_url}/100/a.pdf"), file_part(data_url(CONTENT)))
+    for _ in range(3):
+        assert (await ask(open_proxy, token, *parts))[0] == 200
+    account = await simulator.settle(token)
+    assert len(account.files) == 2 and len(simulator.fetches) == 1
+    assert refs_of(account, 0) == refs_of(account, 2)
+    other = simulator.token("read")
+    assert (await ask(open_proxy, other, *parts))[0] == 200
+    assert len(simulator.account(other).files) == 2  # another account has them on its own
+
+
+async def test_the_same_file_asked_for_at_once_is_uploaded_once(simulator: Simulator, open_proxy: str) -> None:
+    token = simulator.token("read")
+    part = file_part(f"{simulator.origin_url}/100000+slow=0.05/a.pdf")
+    answers = await asyncio.gather(*(ask(open_proxy, token, part, part) for _ in range(5)))
+    assert [status for status, _ in answers] == [200] * 5
+    account = await simulator.settle(token)
+    assert len(account.files) == 1 and all(len(refs_of(account, number)) == 1 for number in range(5))
+
+
+async def test_one_that_waited_for_a_failed_upload_tries_itself(simulator: Simulator, open_proxy: str) -> None:
+    token = simulator.token("read", "status=ask:500")
+    part = file_part(f"{simulator.origin_url}/100+status=500/a.pdf")
+    answers = await asyncio.gather(*(ask(open_proxy, token, part) for _ in range(3)))
+    assert {answer["error"]["code"] for _, answer in answers} == {"file_url_invalid"}
+    assert len(simulator.fetches) == 3
+
+
+async def test_search_is_off_with_files_unless_it_is_asked_for(simulator: Simulator, open_proxy: str) -> None:
+    part = file_part(data_url(CONTENT))
+    for fields, expected in (({}, False), ({"use_search": True}, True), ({"model": "kimi-search"}, True)):
+        token = simulator.token("read")
+        assert (await ask(open_proxy, token, part, **fields))[0] == 200
+        asked = simulator.account(token).asked[0]
+        assert (asked["use_search"] if "refs" in asked else bool(asked["tools"])) is expected
+
+
+async def test_a_large_file_flows_it_is_not_held(simulator: Simulator, open_proxy: str) -> None:
+    """The origin gives its second half only when the storage has bytes of the first."""
+    token = simulator.token("read")
+    part = file_part(f"{simulator.origin_url}/2000000+after-storage/a.pdf")
+    assert (await ask(open_proxy, token, part))[0] == 200
+    assert files_of(simulator.account(token))[0].sha256 == digest_content(2_000_000)
+
+
+Fault = tuple[str, int, str, int]
+# What an origin does → status, code, the reference's number.
+ORIGIN_FAULTS: dict[str, Fault] = {
+    "not found": ("100+status=404/a.pdf", 400, "file_url_invalid", -2003),
+    "forbidden": ("100+status=403/a.pdf", 400, "file_url_invalid", -2003),
+    "fails": ("100+status=500/a.pdf", 400, "file_url_invalid", -2003),
+    "partial": ("100+status=206/a.pdf", 400, "file_url_invalid", -2003),
+    "empty": ("0/a.pdf", 400, "file_url_invalid", -2003),
+    "empty without length": ("0+no-length/a.pdf", 400, "file_url_invalid", -2003),
+    "six redirects": ("100+redirect=6/a.pdf", 400, "file_url_invalid", -2003),
+    "unknown encoding": ("100+encoding=br/a.pdf", 400, "file_url_invalid", -2003),
+    "two encodings": ("100+encoding=gzip,%20gzip/a.pdf", 400, "file_url_invalid", -2003),
+    "no http": ("100+no-http/a.pdf", 502, "file_broken", -2003),
+    "no answer": ("100+hang/a.pdf", 504, "file_silent", -2003),
+    "stalls": ("900000+stall/a.pdf", 504, "file_silent", -2003),
+    "stalls without length": ("900000+stall+no-length/a.pdf", 504, "file_silent", -2003),
+    "reset": ("900000+cut/a.pdf", 502, "file_broken", -2003),
+    "reset without length": ("900000+cut+no-length/a.pdf", 502, "file_broken", -2003),
+    "closed": ("900000+close/a.pdf", 502, "file_broken", -2003),
+    "closed without length": ("900000+close+no-length/a.pdf", 502, "file_broken", -2003),
+    "broken chunk": ("900000+cut-chunk/a.pdf", 502, "file_broken", -2003),
+    "closed within gzip": ("900000+close+gzip/a.pdf", 502, "file_broken", -2003),
+    "too large by its head": ("2097153/a.pdf", 413, "file_too_large", -2004),
+    "too large without length": ("2097153+no-length/a.pdf", 413, "file_too_large", -2004),
+    "endless": ("1+endless/a.pdf", 413, "file_too_large", -2004),
+    "cut gzip in good order": ("900000+gzip+half/a.pdf", 502, "file_broken", -2003),
+    "cut deflate in good order": ("900000+deflate+half+no-length/a.pdf", 502, "file_broken", -2003),
+    "gzip bomb": ("30000000+zeros+gzip/a.pdf", 413, "file_too_large", -2004),
+}
+
+
+@pytest.mark.parametrize("name", ORIGIN_FAULTS)
+async def test_what_an_origin_does_wrong_is_told_and_leaves_nothing(
+    simulator: Simulator, open_proxy: str, log_lines: LogRecorder, name: str
+) -> None:
+    path, status, code, number = ORIGIN_FAULTS[name]
+    token = simulator.token("read")
+    seen, answer = await ask(open_proxy, token, file_part(f"{simulator.origin_url}/{path}"))
+    assert (seen, answer["error"]["code"], answer["code"]) == (status, code, number)
+    assert answer["error"]["param"] == "messages[0].content[0].file_url.url"
+    await nothing_is_left(simulator, token)
+    told = json.dumps(answer) + log_lines.text
+    assert "a.pdf" not in told and simulator.origin_url not in told
+    if "status=" in path:
+        assert f"HTTP {path[11:14]}" in answer["error"]["message"]
+
+
+async def test_an_origin_that_sends_more_than_it_promised_does_no_harm(simulator: Simulator, open_proxy: str) -> None:
+    """HTTP ends a body at its length. Where the rest comes at once, aiohttp sees that something is wrong."""
+    token = simulator.token("read")
+    status, _ = await ask(open_proxy, token, file_part(f"{simulator.origin_url}/1000+long/a.pdf"))
+    account = simulator.account(token)
+    assert (status == 502 and not account.conversations) or files_of(account)[0].sha256 == digest_content(1000)
+
+
+async def nothing_is_left(simulator: Simulator, token: str) -> None:
+    """No conversation was opened, no connection is left open, and the next request works."""
+    simulator.stalled.set()
+    await simulator.wait_until(lambda: simulator.transfers_open == 0)
+    account = simulator.account(token)
+    assert not account.conversations and account.count("open") == account.count("ask") == 0
+
+
+UPLOAD_FAULTS: dict[str, tuple[str, tuple[str, ...], int, str]] = {
+    "storage refuses": ("classic", ("storage-status=403",), 502, "storage_failed"),
+    "storage fails": ("classic", ("storage-status=503",), 502, "storage_failed"),
+    "storage redirects": ("classic", ("storage-status=307",), 502, "storage_failed"),
+    "storage answers too early": ("", ("storage-early",), 502, "storage_failed"),
+    "storage stalls": ("", ("storage-stall",), 504, "storage_silent"),
+    "storage resets": ("", ("storage-reset",), 502, "storage_failed"),
+    "signing fails": ("classic", ("status=sign:500",), 502, "service_failed"),
+    "signing hangs": ("classic", ("silent=sign",), 504, "service_silent"),
+    "registering fails": ("classic", ("status=register:500",), 502, "service_failed"),
+    "reading fails": ("classic", ("status=parse:500",), 502, "service_failed"),
+    "reading hangs": ("classic", ("silent=parse",), 504, "service_silent"),
+    "upload limited": ("connect", ("status=upload:429", "retry-after=7"), 429, "rate_limited"),
+    "upload fails": ("connect", ("status=upload:500",), 502, "service_failed"),
+    "upload gives HTML": ("connect", ("wrong-type=upload",), 502, "service_failed"),
+    "dead token each time": ("connect", ("unauthorized-always=upload",), 401, "token_dead"),
+    "progress fails": ("connect", ("status=progress:500",), 502, "service_failed"),
+    "never read": ("connect", ("parse-slow=999",), 504, "service_silent"),
+    "cannot be read": ("connect", ("parse-fail",), 400, "file_unreadable"),
+    "cannot be read, classic": ("classic", ("parse-fail",), 502, "service_failed"),
+}
+
+
+@pytest.mark.parametrize("name", UPLOAD_FAULTS)
+@pytest.mark.parametrize("source", ["url", "inline"])
+async def test_what_the_service_does_wrong_with_a_file_is_told_and_leaves_nothing(
+    simulator: Simulator, start_proxy: StartProxy, log_lines: LogRecorder, name: str, source: str, dialect: str
+) -> None:
+    only, faults, status, code = UPLOAD_FAULTS[name]
+    if only not in ("", dialect):
+        return
+    proxy = await start_proxy(
+        allow_private_urls=True, file_seconds=1.0, call_seconds=0.7, parse_seconds=0.5, max_inline_mb=9
+    )
+    size = 6_000_000  # more than the buffers of a connection hold
+    content = b"".join(make_content(size))
+    part = file_part(f"{simulator.origin_url}/{size}/a.pdf" if source == "url" else data_url(content))
+    token = simulator.token("read", *faults)
+    seen, answer = await ask(proxy, token, part)
+    assert (seen, answer["error"]["code"]) == (status, code), answer
+    await nothing_is_left(simulator, token)
+    assert "sign=" not in json.dumps(answer) + log_lines.text
+    assert (await ask(proxy, simulator.token("read"), part))[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("faults", "only"),
+    [
+        (("no-pictures",), "classic"),
+        (("register-slow=2",), "classic"),
+        (("parse-stream",), "classic"),
+        (("unauthorized-once=sign",), "classic"),
+        (("unauthorized-once=register",), "classic"),
+        (("unauthorized-once=upload",), "connect"),
+        (("unauthorized-once=progress",), "connect"),
+        (("parse-slow=2",), "connect"),
+    ],
+)
+async def test_what_can_be_helped_is_not_noticed(
+    simulator: Simulator, open_proxy: str, faults: tuple[str, ...], only: str, dialect: str
+) -> None:
+    if only != dialect:
+        return
+    token = simulator.token("read", *faults)
+    parts = image_part(f"{simulator.origin_url}/70000/a.png"), image_part(data_url(CONTENT, "data:image/png;base64,"))
+    status, answer = await ask(open_proxy, token, *parts)
+    assert status == 200, answer
+    assert [file.size for file in files_of(simulator.account(token))] == [70_000, 50_000]
+
+
+async def test_a_failed_file_cancels_the_others_of_its_request(simulator: Simulator, open_proxy: str) -> None:
+    token = simulator.token("read")
+    parts = [file_part(f"{simulator.origin_url}/900000+slow=0.4/{at}.pdf") for at in range(3)]
+    status, answer = await ask(open_proxy, token, *parts, file_part(f"{simulator.origin_url}/9+status=404/x.pdf"))
+    assert (status, answer["error"]["param"]) == (400, "messages[0].content[3].file_url.url")
+    await nothing_is_left(simulator, token)
+
+
+async def test_a_client_that_leaves_takes_its_transfers_with_it(simulator: Simulator, open_proxy: str) -> None:
+    token = simulator.token("read")
+    part = file_part(f"{simulator.origin_url}/900000+stall/a.pdf")
+    asking = asyncio.create_task(ask(open_proxy, token, part))
+    await simulator.wait_until(lambda: simulator.transfers_open == 2)
+    asking.cancel()
+    await nothing_is_left(simulator, token)
+
+
+async def test_in_auto_a_file_goes_the_way_that_works(
+    simulator: Simulator, start_proxy: StartProxy, log_lines: LogRecorder
+) -> None:
+    proxy = await start_proxy(protocol="auto", allow_private_urls=True)
+    simulator.retired = "404"
+    token = simulator.token("read")
+    assert (await ask(proxy, token, file_part(f"{simulator.origin_url}/100/a.pdf")))[0] == 200
+    account = await simulator.settle(token)
+    assert account.count("upload") == 1 and len(refs_of(account)) == 1
+
+
+async def test_a_conversation_that_goes_on_gets_the_files_of_its_last_message(
+    simulator: Simulator, open_proxy: str
+) -> None:
+    token = simulator.token("read")
+    first = file_part(f"{simulator.origin_url}/100/a.pdf")
+    _, answer = await ask(open_proxy, token, first, conversation_id="new")
+    messages = [
+        {"role": "user", "content": [first]},
+        {"role": "user", "content": [file_part(f"{simulator.origin_url}/100/b.pdf")]},
+    ]
+    status, _ = await ask(open_proxy, token, messages=messages, conversation_id=answer["id"])
+    assert status == 200
+    assert [file.name for file in files_of(simulator.account(token))] == ["b.pdf"]
+
+
+async def test_a_full_disk_is_told(simulator: Simulator, open_proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.BytesIO):
+        def write(self, data: Any) -> int:
+            raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Full())
+    token = simulator.token("read")
+    status, answer = await ask(open_proxy, token, file_part(f"{simulator.origin_url}/100+no-length/a.pdf"))
+    assert (status, answer["error"]["code"]) == (507, "spool_full")
+    assert "No space left" in answer["error"]["message"]
+    await nothing_is_left(simulator, token)
+
+
+BAD_PARTS: dict[str, tuple[Any, int, str, str]] = {
+    "no url": ({"type": "file", "file_url": {}}, 400, "invalid_request", "file_url.url"),
+    "no string": ({"type": "image_url", "image_url": {"url": 7}}, 400, "invalid_request", "image_url.url"),
+    "nothing": ({"type": "file"}, 400, "invalid_request", "file.file_data"),
+    "no object": ({"type": "file", "file": "x"}, 400, "invalid_request", "file"),
+    "not base64": (file_part("data:text/plain,hello"), 400, "invalid_request", "file_url.url"),
+    "no comma": (file_part("data:text/plain;base64"), 400, "invalid_request", "file_url.url"),
+    "bad base64": (file_part("data:text/plain;base64,!!!!"), 400, "invalid_request", "file_url.url"),
+    "half base64": (file_part("data:text/plain;base64,QUJDR"), 400, "invalid_request", "file_url.url"),
+    "padding within": (file_part("data:text/plain;base64,QQ==QUJD"), 400, "invalid_request", "file_url.url"),
+    "empty": (file_part("data:text/plain;base64,"), 400, "invalid_request", "file_url.url"),
+    "too large": (file_part(data_url(bytes(2_097_153))), 413, "file_too_large", "file_url.url"),
+    "other scheme": (file_part("file:///etc/passwd"), 400, "file_url_invalid", "file_url.url"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PARTS)
+async def test_a_bad_part_is_told_by_its_place(simulator: Simulator, open_proxy: str, name: str) -> None:
+    part, status, code, place = BAD_PARTS[name]
+    token = simulator.token("read")
+    seen, answer = await ask(open_proxy, token, {"type": "text", "text": "a"}, part)
+    assert (seen, answer["error"]["code"]) == (status, code), answer
+    assert answer["error"]["param"] == f"messages[0].content[1].{place}"
+    await nothing_is_left(simulator, token)
+
+
+async def test_inline_files_have_a_limit_together(simulator: Simulator, open_proxy: str) -> None:
+    token = simulator.token("read")
+    good = [file_part(data_url(bytes([at]) * 1_040_000)) for at in range(3)]
+    assert (await ask(open_proxy, token, *good))[0] == 200
+    bad = [file_part(data_url(bytes([at]) * 1_060_000)) for at in range(3)]
+    status, answer = await ask(open_proxy, simulator.token("read"), *bad)
+    assert (status, answer["error"]["code"]) == (413, "file_too_large")
+
+
+async def test_a_body_beyond_the_inline_limit_is_refused_by_its_length(simulator: Simulator, open_proxy: str) -> None:
+    part = file_part(data_url(bytes(5_000_000)))
+    try:
+        status, answer = await ask(open_proxy, simulator.token("read"), part)
+    except aiohttp.ClientConnectionError:
+        return  # closed while the body was still on its way
+    assert (status, answer["error"]["code"]) == (413, "body_too_large")
+
+
+# Hostile addresses, with the guard as it is by default. No packet leaves: what reaches the socket is counted.
+
+
+class Counter:
+    """Counts the sockets that the guard makes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.made: list[int] = []
+        make = AddressGuard.open_socket
+
+        def count(family: int, kind: int, protocol: int) -> socket.socket:
+            self.made.append(family)
+            return make(family, kind, protocol)
+
+        monkeypatch.setattr(AddressGuard, "open_socket", staticmethod(count))
+
+
+HOSTILE_HOSTS = """
+127.0.0.1 127.1 2130706433 0x7f000001 0x7f.1 0x7f.0x0.0x0.0x1 017700000001 0177.0.0.1 127.0.0.1. 0 0.0.0.0
+localhost LOCALHOST. ⓛⓞⓒⓐⓛⓗⓞⓢⓣ 127。0。0。1 ①②⑦.⓪.⓪.① １２７.0.0.1 127.0.0.1%00 %31%32%37.0.0.1
+10.0.0.1 172.31.255.255 192.168.1.1 100.64.0.1 100.100.100.200
+169.254.169.254 169.254.170.2 168.63.129.16 192.0.0.8 192.88.99.1 198.18.0.1 224.0.0.1 240.0.0.1 255.255.255.255
+[::] [::1] [::ffff:127.0.0.1] [::127.0.0.1] [::ffff:0:127.0.0.1] [64:ff9b::a9fe:a9fe] [64:ff9b:1::1] [2001:0:7f00:1::]
+[2002:7f00:1::] [2001:db8::1] [3fff::1] [5f00::1] [fd00:ec2::254] [fe80::1%25lo] [fec0::1] [ff02::1] [::ffff:7f00:1]
+a@127.0.0.1 a:80@127.0.0.1 127.0.0.1#@a 127.0.0.1\\@a
+127.0.0.1:22 127.0.0.1:0 127.0.0.1:99999 [::1]:80 [0:0:0:0:0:0:0:1]
+"""
+HOSTILE_URLS = [f"http://{host}/x.pdf" for host in HOSTILE_HOSTS.split()] + [
+    "https://127.0.0.1/",
+    "ws://127.0.0.1/",
+    "tcp://127.0.0.1/",
+    "//127.0.0.1/",
+    "http:///127.0.0.1/",
+    "file:///etc/passwd",
+    "ftp://127.0.0.1/",
+    "gopher://127.0.0.1/",
+    "dict://127.0.0.1:11211/",
+    "unix:///run/docker.sock",
+    "jar:http://127.0.0.1!/",
+]
+
+
+async def test_no_hostile_address_gets_a_socket(
+    simulator: Simulator, start_proxy: StartProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert len(HOSTILE_URLS) >= 60
+    counter = Counter(monkeypatch)
+    proxy = await start_proxy(call_seconds=5.0)
+    token = simulator.token("read")
+    hostile = [*HOSTILE_URLS, f"http://{own_address()}/", simulator.origin_url + "/100/a.pdf"]
+    answers = [await ask(proxy, token, file_part(url)) for url in hostile]
+    wrong = [
+        url
+        for url, (status, answer) in zip(hostile, answers, strict=True)
+        if (status, answer.get("code")) != (400, -2003)
+    ]
+    assert wrong == [] and counter.made == [] and simulator.fetches == []
+    await nothing_is_left(simulator, token)
+
+
+async def test_nobody_learns_whether_something_listens(simulator: Simulator, start_proxy: StartProxy) -> None:
+    proxy = await start_proxy()
+    token = simulator.token("read")
+    urls = [simulator.origin_url + "/100/a.pdf", "http://127.0.0.1:1234/", "http://10.9.8.7/", "http://x.invalid/"]
+    answers = [await ask(proxy, token, file_part(url)) for url in urls]
+    assert len({json.dumps(answer) for _, answer in answers}) == 1
+
+
+@pytest.fixture
+def loopback_is_public(monkeypatch: pytest.MonkeyPatch) -> None:
+    """127.0.0.1 alone passes the guard, so that an origin of a test can lead elsewhere."""
+    rule = AddressRule(ipaddress.ip_network("127.0.0.1/32"), "public")
+    monkeypatch.setattr(kimi_proxy, "ADDRESS_RULES", [rule, *kimi_proxy.ADDRESS_RULES])
+    monkeypatch.setattr(AddressGuard, "_judge", staticmethod(lambda _, address: classify_address(address[0])))
+
+
+async def test_each_redirect_is_judged(
+    simulator: Simulator, start_proxy: StartProxy, monkeypatch: pytest.MonkeyPatch, loopback_is_public: None
+) -> None:
+    proxy = await start_proxy()
+    counter = Counter(monkeypatch)
+    token = simulator.token("read")
+    for target in ("http://127.0.0.2:8/", "http://10.0.0.1/", "//[::1]/", "file:///etc/passwd", "http://a@h/", "x://y"):
+        before = len(counter.made)
+        url = f"{simulator.origin_url}/100/a.pdf?to={target}"
+        status, answer = await ask(proxy, token, file_part(url))
+        assert (status, answer["code"], len(counter.made) - before) == (400, -2003, 1), target
+    good = f"{simulator.origin_url}/100/a.pdf?to=/200/b.pdf"
+    assert (await ask(proxy, token, file_part(good)))[0] == 200
+    assert files_of(simulator.account(token))[0].size == 200
+
+
+async def test_a_name_is_judged_by_each_address_that_it_has(
+    simulator: Simulator, start_proxy: StartProxy, monkeypatch: pytest.MonkeyPatch, loopback_is_public: None
+) -> None:
+    port = int(simulator.origin_url.rpartition(":")[2])
+    answers = {
+        "private.test": ["10.0.0.1"],
+        "six.test": ["::1"],
+        "mixed.test": ["10.0.0.1", "127.0.0.2", "::1"],
+        "name.test": ["localhost"],
+        "scoped.test": ["fe80::1%lo"],
+        "rebinds.test": ["127.0.0.1"],
+    }
+
+    def resolve(host: str, at: int, *_: Any) -> list[Any]:
+        found = answers[host]
+        if host == "rebinds.test":
+            answers[host] = ["127.0.0.2"]
+        return [(info(one)[0], socket.SOCK_STREAM, 6, "", (*info(one, at)[4],)) for one in found]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    proxy = await start_proxy()
+    counter = Counter(monkeypatch)
+    token = simulator.token("read")
+    for host in answers:
+        before = len(counter.made)
+        expected = (200, 1) if host == "rebinds.test" else (400, 0)
+        status, _ = await ask(proxy, token, file_part(f"http://{host}:{port}/100/a.pdf"))
+        assert (status, len(counter.made) - before) == expected, host
+    status, _ = await ask(proxy, token, file_part(f"http://rebinds.test:{port}/100/b.pdf"))
+    assert status == 400 and simulator.fetches == ["/100/a.pdf"]
+
+
+async def test_the_environments_proxy_is_not_used_for_files(
+    simulator: Simulator, start_proxy: StartProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    proxy = await start_proxy(allow_private_urls=True)
+    token = simulator.token("read")
+    assert (await ask(proxy, token, file_part(f"{simulator.origin_url}/100/a.pdf")))[0] == 200
+
+
+async def test_a_compressed_body_counts_by_what_it_becomes(
+    simulator: Simulator, open_proxy: str, http: aiohttp.ClientSession
+) -> None:
+    body = gzip.compress(json.dumps({"messages": [{"content": [file_part(data_url(bytes(9_000_000)))]}]}).encode())
+    headers = bearer(simulator.token("read")) | {"Content-Encoding": "gzip", "Content-Type": "application/json"}
+    async with http.post(open_proxy + CHAT, data=body, headers=headers) as response:
+        assert (response.status, (await response.json())["error"]["code"]) == (413, "body_too_large")
