@@ -3,11 +3,11 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-PURE := tests/test_wire.py tests/test_events.py tests/test_answers.py tests/test_requests.py tests/test_replies.py \
-	tests/test_errors.py tests/test_settings.py tests/test_logs.py tests/test_layout.py
+PURE := tests/test_wire.py tests/test_events.py tests/test_answers.py tests/test_tools.py tests/test_filters.py \
+	tests/test_requests.py tests/test_replies.py tests/test_errors.py tests/test_settings.py tests/test_logs.py tests/test_layout.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test bench test-lowest check lint toc golden trace clean
+.PHONY: help demo run test test-node bench test-lowest check lint toc golden trace clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -20,6 +20,9 @@ run: $(VENV)/run.stamp ## start the proxy on this machine
 
 test: $(VENV)/test.stamp ## run all tests
 	PYTHONASYNCIODEBUG=1 $(RUN) -W error -m pytest
+
+test-node: $(VENV)/run.stamp $(VENV)/node.stamp ## test with a program from npm; needs Node 18 or later
+	@PYTHONPATH=.:tests $(RUN) tests/node/run.py
 
 bench: $(VENV)/run.stamp ## measure by how much files raise the proxy's peak memory (Linux)
 	@PYTHONPATH=tests $(RUN) tests/bench/memory.py
@@ -50,7 +53,7 @@ trace: $(VENV)/run.stamp ## FILE=tests/wire/…: print frames and events of a re
 	@PYTHONPATH=. $(RUN) tests/trace.py $(FILE)
 
 clean: ## remove the virtual environment and all caches
-	rm -rf $(VENV) .cache .hypothesis .mypy_cache .ruff_cache .pytest_cache
+	rm -rf tests/node/node_modules $(VENV) .cache .hypothesis .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/run.stamp: requirements.txt
@@ -60,6 +63,11 @@ $(VENV)/run.stamp: requirements.txt
 		|| { echo "Python's venv is missing; on Debian and Raspberry Pi OS: sudo apt install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/node.stamp: tests/node/package.json tests/node/package-lock.json | $(VENV)/run.stamp
+	@command -v npm >/dev/null || { echo "this needs Node and npm; on Debian: sudo apt install npm" >&2; exit 1; }
+	cd tests/node && npm ci --no-audit --no-fund --loglevel=error
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/run.stamp tests/requirements.txt

@@ -11,16 +11,16 @@ with the user's own refresh token (the *account*), and answer in the client's fo
                                                     │  bytes, as the network cut them
                          SSEParser / EnvelopeParser │  frames
                       ClassicAnswer / ConnectAnswer │  events (Text, Thinking, SearchHit, … Finished)
-                                          citations │  events
+      filters: citations, length, calls, stop, form │  events
     client ◀── StreamResponse ◀── reply encoder ◀───┘
 
 Two seams carry the design, and both are plain values: *events* (whatever Kimi says, in either dialect) and *reply
-encoders* (whatever form the client wants). Sections 5 to 10 do no I/O and read no clock; each section knows only what
+encoders* (whatever form the client wants). Sections 5 to 11 do no I/O and read no clock; each section knows only what
 stands above it.
 
 Run it with ``python kimi_proxy.py``; ``--help`` lists the settings, ``ask "question"`` is a terminal client, ``check``
-tries every step of the service with your token. To read it, start at ``Asking`` in section 15, through which every
-chat goes, then ``_chat_completions`` in section 16. What is known of the service, and how surely, is told by the
+tries every step of the service with your token. To read it, start at ``Asking`` in section 16, through which every
+chat goes, then ``_chat_completions`` in section 17. What is known of the service, and how surely, is told by the
 docstring of ``tests/kimi_simulator.py``; [ref], [2+], [1] and [open] below are its marks.
 """
 
@@ -50,11 +50,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import cycle
 from json.encoder import encode_basestring
 from pathlib import Path
-from typing import IO, Any, Final, Literal, NoReturn, Protocol, TypeVar, cast
+from typing import IO, Any, Final, Literal, NoReturn, Protocol, TypeGuard, TypeVar, cast
 from urllib.parse import unquote, urljoin
 
 import aiohttp
@@ -62,7 +62,7 @@ from aiohttp import abc, web, web_protocol
 from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
-__version__: Final = "1.2.0"
+__version__: Final = "1.3.0"
 
 
 # ==== 2. Settings ===========================================================
@@ -391,6 +391,12 @@ FAILURES: Final[Mapping[str, Failure]] = {
     "body_timeout": Failure(408, _REQUEST, -2000, "the body of the request did not arrive in time"),
     "body_too_large": Failure(413, _REQUEST, -2000, "the body of the request is too large"),
     "file_too_large": Failure(413, _REQUEST, -2004, "see PROXY_MAX_FILE_MB and PROXY_MAX_INLINE_MB"),
+    "tool_call_failed": Failure(
+        422, _REQUEST, -2001, "the model gave no valid call, twice; simplify the function's schema, or ask again"
+    ),
+    "structured_output_failed": Failure(
+        422, _REQUEST, -2001, "the model's answer did not fit, twice; simplify the schema, or ask again"
+    ),
     "answer_running": Failure(
         429, _LIMIT, -2001, "Kimi is still answering another question of this account; try again shortly", 5
     ),
@@ -937,7 +943,7 @@ def encode_json(value: object) -> str:
 # dialect spoke; `Opened.hits_inline` alone tells how its search hits are shown. The commonest are plain slotted
 # classes, which are cheaper to make than frozen dataclasses.
 
-FinishReason = Literal["stop", "length", "content_filter"]
+FinishReason = Literal["stop", "length", "content_filter", "tool_calls"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -1002,14 +1008,30 @@ class Sources:
     hits: tuple[SearchHit, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
+class ToolCall:
+    """A call that the model makes of a client's function; `arguments` is a JSON object as text."""
+
+    id: str
+    name: str
+    arguments: str
+
+    def __repr__(self) -> str:
+        return f"ToolCall({len(self.arguments)} characters)"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
 class Finished:
-    """The answer is over: always the last event."""
+    """The answer is over: always the last event. `stop_sequence` is the client's that ended it, or empty."""
 
     reason: FinishReason
+    stop_sequence: str = ""
+
+    def __repr__(self) -> str:
+        return f"Finished({self.reason})"
 
 
-Event = Opened | Text | Thinking | SearchHit | Citation | Sources | Finished
+Event = Opened | Text | Thinking | SearchHit | Citation | Sources | ToolCall | Finished
 
 
 # ==== 7. Answers ============================================================
@@ -1360,7 +1382,326 @@ def error_of_connect(
     return ProxyError(code, detail_text, retry_after_seconds=wait, upstream_status=status)
 
 
-# ==== 8. Filters ============================================================
+# ==== 8. Tools ==============================================================
+#
+# What programs ask beyond text: calls of their functions, and answers in a form. Kimi's web service knows neither, so
+# both are described in the prompt and read back from the answer, in the form that open models were trained on:
+# `<tool_call>`, a JSON object, `</tool_call>`. Definitions, results and schemas are data from strangers: marks in them
+# are broken before they reach the prompt, and nothing in them is evaluated that could stop the loop.
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that the model may call; `parameters` is the JSON Schema of its arguments."""
+
+    name: str
+    description: str
+    parameters: Any
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """Whether the model has to call: `auto`, `none`, `required`, or `named`, which is the tool `name`."""
+
+    mode: Literal["auto", "none", "required", "named"] = "auto"
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseFormat:
+    """The form that an answer must have: any JSON object, or a value that fits `schema`."""
+
+    kind: Literal["json_object", "json_schema"]
+    schema: Any = True
+    name: str = ""
+
+
+CALL_MARK: Final = "<tool_call>"
+CALL_END_MARK: Final = "</tool_call>"
+_MARK: Final = re.compile(r"<(/?(?:tool_call|tool_response|tools)>)", re.IGNORECASE)
+
+
+def break_marks(text: str) -> str:
+    """`text` with a blank inside each mark (`< tool_call>`), so that a quotation is no call."""
+    return _MARK.sub(r"< \1", text)
+
+
+def render_tool_call(name: str, arguments: str) -> str:
+    """A call that the model made before, as it wrote it; `arguments` is JSON, or what the client has in its place."""
+    try:
+        value = parse_json(arguments.encode("utf-8", "replace")) if arguments.strip() else {}
+    except WireError:
+        value = arguments
+    return f"{CALL_MARK}\n{break_marks(encode_json({'name': name, 'arguments': value}))}\n{CALL_END_MARK}"
+
+
+def render_tool_response(name: str, content: str) -> str:
+    """What a tool gave back."""
+    return f"<tool_response>\n{break_marks(encode_json({'name': name, 'content': content}))}\n</tool_response>"
+
+
+def describe_tools(tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool) -> str:
+    """The words by which the model learns of `tools` and how to call them; empty where it may not."""
+    if not tools or choice.mode == "none":
+        return ""
+    if choice.mode == "named":
+        tools = [tool for tool in tools if tool.name == choice.name]
+    definitions = "\n".join(
+        break_marks(encode_json({"name": tool.name, "description": tool.description, "parameters": tool.parameters}))
+        for tool in tools
+    )
+    rules = [
+        "You can call these functions. Each line between the tags describes one; `parameters` is a JSON Schema.",
+        f"<tools>\n{definitions}\n</tools>",
+        "To call a function, end your answer with its call in exactly this form, without a code fence:",
+        f'{CALL_MARK}\n{{"name": "function name", "arguments": {{"argument": "value"}}}}\n{CALL_END_MARK}',
+        "`arguments` must fit the function's schema. Write nothing after a call, and never make up a result: it comes "
+        "in the next message, between <tool_response> tags.",
+        "Several calls may follow each other, each between its own tags." if parallel else "Make one call at most.",
+    ]
+    if choice.mode in ("required", "named"):
+        rules.append("This time you must call a function; an answer without a call is of no use.")
+    else:
+        rules.append("Call a function only where it helps; else answer as usual.")
+    return "\n".join(rules)
+
+
+def describe_format(form: ResponseFormat) -> str:
+    """The words by which the model learns in which form to answer."""
+    words = "Answer with one JSON object alone, without any other text and without a code fence."
+    if form.kind == "json_schema":
+        words = "Answer with one JSON value alone, without any other text and without a code fence. It must fit "
+        words += f"this JSON Schema:\n{break_marks(encode_json(form.schema))}"
+    return words
+
+
+def describe_failure(error: str, previous: str) -> str:
+    """The words by which the model learns what was wrong with its `previous` answer."""
+    words = f"That cannot be used: {break_marks(error)}. Answer again, in the form that was asked for."
+    return f"assistant:{break_marks(previous)}\nsystem:{words}\n"
+
+
+_JSON_TOKEN: Final = re.compile(r'"|[{}\[\]]|,(?=\s*[}\]])')
+_STRING_TOKEN: Final = re.compile(r'"|\\.?|[\x00-\x1f]', re.DOTALL)
+
+
+_LETTERS_OF_A_LANGUAGE: Final = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def repair_json(text: str) -> Any:
+    """The JSON value in `text`, as it is or mended. Raises `ValueError`.
+
+    Mended are: a code fence around it, a trailing comma, raw line ends in strings, missing braces at the end.
+    """
+    text = text.strip()
+    if text.startswith("```"):  # its end is missing where a call's object ended before
+        text = text[3:].removesuffix("```").lstrip(_LETTERS_OF_A_LANGUAGE)
+    try:
+        return _load_json(text)
+    except ValueError:
+        return _load_json(_mend(text))
+
+
+def _load_json(text: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=_refuse_number)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def _refuse_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _mend(text: str) -> str:
+    """`text` without trailing commas and raw line ends, and with the braces that are missing at its end."""
+    mended: list[str] = []
+    missing: list[str] = []
+    at, in_string = 0, False
+    while (token := (_STRING_TOKEN if in_string else _JSON_TOKEN).search(text, at)) is not None:
+        mended.append(text[at : token.start()])
+        at, letter = token.end(), token[0]
+        if letter == '"':
+            in_string = not in_string
+        elif in_string:
+            letter = letter if letter[0] == "\\" else f"\\u{ord(letter):04x}"
+        elif letter in "{[":
+            missing.append("}" if letter == "{" else "]")
+        elif letter == ",":
+            letter = ""
+        elif missing:
+            missing.pop()
+        mended.append(letter)
+    rest = text[at:]
+    if missing and not in_string:
+        rest = rest.rstrip().rstrip(",")
+    return "".join([*mended, rest, *reversed(missing)])
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) != float("inf")
+
+
+_SCHEMA_DEPTH: Final = 64
+_SCHEMA_STEPS: Final = 100_000  # a schema may refer to itself, and branch at each step
+_TYPE_CHECKS: Final[Mapping[str, Callable[[Any], bool]]] = {
+    "null": lambda value: value is None,
+    "boolean": lambda value: isinstance(value, bool),
+    "string": lambda value: isinstance(value, str),
+    "array": lambda value: isinstance(value, list),
+    "object": lambda value: isinstance(value, dict),
+    "number": _is_number,
+    "integer": lambda value: _is_number(value) and (isinstance(value, int) or value == int(value)),
+}
+
+
+def check_schema(value: Any, schema: Any) -> str:
+    """What is wrong with `value` by a JSON Schema (2020-12, and `definitions` of before), or empty.
+
+    Checked are type, enum, const, properties, required, additionalProperties, items, prefixItems, any/one/allOf, not,
+    local `$ref`, and the bounds of numbers and lengths, to a depth of 64. `pattern` and `format` are not evaluated: a
+    hostile one would stop the loop. What is no proper keyword is passed over.
+    """
+    return _SchemaCheck(schema).check(value, schema, "$", 0)
+
+
+class _SchemaCheck:
+    """One check of a value: the schema that references point into, and the work that is left."""
+
+    def __init__(self, root: Any) -> None:
+        self._root = root
+        self._steps = _SCHEMA_STEPS
+
+    def check(self, value: Any, schema: Any, path: str, depth: int) -> str:
+        """The first violation at or below `path`."""
+        self._steps -= 1
+        if self._steps < 0 or depth > _SCHEMA_DEPTH:
+            return f"{path}: the schema is too deep or too costly to check"
+        if not isinstance(schema, dict):
+            return f"{path}: nothing may stand here" if schema is False else ""
+        return (
+            self._check_reference(value, schema, path, depth)
+            or self._check_kind(value, schema, path)
+            or self._check_bounds(value, schema, path)
+            or self._check_combined(value, schema, path, depth)
+            or (self._check_object(value, schema, path, depth) if isinstance(value, dict) else "")
+            or (self._check_array(value, schema, path, depth) if isinstance(value, list) else "")
+        )
+
+    def _check_reference(self, value: Any, schema: dict[str, Any], path: str, depth: int) -> str:
+        reference = schema.get("$ref")
+        if not isinstance(reference, str) or not reference.startswith("#"):
+            return ""
+        target = self._root
+        for part in unquote(reference[1:]).split("/")[1:]:
+            part = part.replace("~1", "/").replace("~0", "~")  # noqa: PLW2901
+            if isinstance(target, list) and part.isdigit() and int(part) < len(target):
+                target = target[int(part)]
+            else:
+                target = target.get(part, True) if isinstance(target, dict) else True
+        return self.check(value, target, path, depth + 1)
+
+    @staticmethod
+    def _check_kind(value: Any, schema: dict[str, Any], path: str) -> str:
+        kinds = schema.get("type")
+        kinds = [kinds] if isinstance(kinds, str) else kinds if isinstance(kinds, list) else []
+        known = [kind for kind in kinds if isinstance(kind, str) and kind in _TYPE_CHECKS]
+        if known and not any(_TYPE_CHECKS[kind](value) for kind in known):
+            return f"{path}: must be {' or '.join(known)}"
+        if isinstance(schema.get("enum"), list) and not any(_equals(value, one) for one in schema["enum"]):
+            return f"{path}: must be one of {encode_json(schema['enum'])[:200]}"
+        if "const" in schema and not _equals(value, schema["const"]):
+            return f"{path}: must be {encode_json(schema['const'])[:60]}"
+        return ""
+
+    @staticmethod
+    def _check_bounds(value: Any, schema: dict[str, Any], path: str) -> str:
+        if _is_number(value):
+            for keyword, fails in _NUMBER_BOUNDS.items():
+                if _is_number(bound := schema.get(keyword)) and fails(value, bound):
+                    return f"{path}: {keyword} is {bound}"
+        if isinstance(value, str | list | dict):
+            noun = "Length" if isinstance(value, str) else "Items" if isinstance(value, list) else "Properties"
+            if _is_number(bound := schema.get(f"min{noun}")) and len(value) < bound:
+                return f"{path}: min{noun} is {bound}"
+            if _is_number(bound := schema.get(f"max{noun}")) and len(value) > bound:
+                return f"{path}: max{noun} is {bound}"
+        return ""
+
+    def _check_combined(self, value: Any, schema: dict[str, Any], path: str, depth: int) -> str:
+        for one in _list_of(schema.get("allOf")):
+            if error := self.check(value, one, path, depth + 1):
+                return error
+        for keyword in ("anyOf", "oneOf"):
+            branches = _list_of(schema.get(keyword))
+            errors = [self.check(value, one, path, depth + 1) for one in branches]
+            if branches and all(errors):
+                return f"{path}: fits none of {keyword} ({errors[0]})"
+            if keyword == "oneOf" and errors.count("") > 1:
+                return f"{path}: fits more than one of oneOf"
+        if isinstance(schema.get("not"), dict) and not self.check(value, schema["not"], path, depth + 1):
+            return f"{path}: must not be this"
+        return ""
+
+    def _check_object(self, value: dict[str, Any], schema: dict[str, Any], path: str, depth: int) -> str:
+        for name in _list_of(schema.get("required")):
+            if isinstance(name, str) and name not in value:
+                return f"{path}: {_quote(name)} is missing"
+        properties = schema.get("properties")
+        properties = properties if isinstance(properties, dict) else {}
+        others = schema.get("additionalProperties", True)
+        # Without its patterns evaluated, a schema with `patternProperties` says nothing of other names.
+        others = True if "patternProperties" in schema else others
+        for name, inner in value.items():
+            if name not in properties and others is False:
+                return f"{path}: {_quote(name)} is not known"
+            if error := self.check(inner, properties.get(name, others), f"{path}.{_quote(name)}", depth + 1):
+                return error
+        return ""
+
+    def _check_array(self, value: list[Any], schema: dict[str, Any], path: str, depth: int) -> str:
+        first = _list_of(schema.get("prefixItems"))
+        for number, inner in enumerate(value):
+            one = first[number] if number < len(first) else schema.get("items", True)
+            if error := self.check(inner, one, f"{path}[{number}]", depth + 1):
+                return error
+        return ""
+
+
+def _list_of(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _quote(name: str) -> str:
+    return name if len(name) <= 60 else name[:60] + "…"
+
+
+def _equals(one: Any, other: Any) -> bool:
+    """Whether two JSON values are equal; in Python `True == 1`."""
+    return (type(one) is type(other) and bool(one == other)) or (_is_number(one) and _is_number(other) and one == other)
+
+
+def _is_no_multiple(value: float, bound: float) -> bool:
+    if bound <= 0:
+        return False
+    if isinstance(value, int) and isinstance(bound, int):
+        return value % bound != 0
+    try:
+        return abs(value / bound - round(value / bound)) > 1e-9
+    except (OverflowError, ValueError):
+        return False
+
+
+_NUMBER_BOUNDS: Final[Mapping[str, Callable[[Any, Any], bool]]] = {
+    "minimum": lambda value, bound: value < bound,
+    "maximum": lambda value, bound: value > bound,
+    "exclusiveMinimum": lambda value, bound: value <= bound,
+    "exclusiveMaximum": lambda value, bound: value >= bound,
+    "multipleOf": _is_no_multiple,
+}
+
+
+# ==== 9. Filters ============================================================
 #
 # Events in, events out: what changes an answer on its way. An answer that needs none has an empty chain.
 
@@ -1460,7 +1801,583 @@ def apply_filters(filters: Sequence[Filter], events: list[Event]) -> list[Event]
     return events
 
 
-# ==== 9. Requests ===========================================================
+# How many hundredths of a token a character counts by its class, and how many the start of a run of a class. Fitted to
+# an open tokenizer on Chinese and Latin prose, source code and JSON, within 15 % of it.
+_LETTERS: Final = b"aAl"
+_WEIGHTS: Final[Mapping[bytes, int]] = {
+    b"a": 6,  # small ASCII letters
+    b"A": 17,  # capital ones
+    b"l": 40,  # letters of other alphabets
+    b"0": 29,  # digits
+    b"w": 58,  # Han characters
+    b"p": 90,  # wide punctuation, kana
+    b"e": 100,  # Hangul, emoji and what is rarer
+}
+_RUN_WEIGHTS: Final[Mapping[bytes, int]] = {
+    _LETTERS: 78,  # words
+    b"0": 149,  # numbers
+    b".": 85,  # ASCII punctuation
+    b"n": 100,  # line ends
+}
+
+
+def _make_classes() -> bytes:
+    """The class of each character by its first byte in UTF-8; a blank's is its own."""
+    classes = bytearray(b"l" * 256)
+    for byte in range(128):
+        letter = chr(byte)
+        kind = "a" if letter.islower() else "A" if letter.isupper() else "0" if letter.isdigit() else "."
+        classes[byte] = ord("n" if letter in "\r\n\t" else " " if letter == " " else kind)
+    for first, last, kind in ((0xE2, 0xE3, "p"), (0xE4, 0xE9, "w"), (0xEA, 0xEE, "e"), (0xEF, 0xEF, "p")):
+        classes[first : last + 1] = kind.encode() * (last - first + 1)
+    classes[0xF0:] = b"e" * 16
+    return bytes(classes)
+
+
+_CLASSES: Final = _make_classes()
+_CONTINUATIONS_OF_UTF8: Final = bytes(range(0x80, 0xC0))
+_RUN_TABLES: Final = [
+    (bytes(ord("x") if byte in kinds else ord(".") for byte in range(256)), weight)
+    for kinds, weight in _RUN_WEIGHTS.items()
+]
+
+
+class TokenCounter:
+    """Estimates the tokens of a text that comes in pieces; any split gives the same count.
+
+    Each character counts by its class, each word, number, run of punctuation and line end once more.
+    """
+
+    __slots__ = ("_before", "hundredths")
+
+    def __init__(self) -> None:
+        self.hundredths = 0
+        self._before = b" "
+
+    @property
+    def tokens(self) -> int:
+        """The estimate so far."""
+        return -(-self.hundredths // 100)
+
+    def feed(self, text: str) -> None:
+        """Count `text`."""
+        kinds = text.encode("utf-8", "replace").translate(_CLASSES, _CONTINUATIONS_OF_UTF8)
+        if not kinds:
+            return
+        hundredths = sum(weight * kinds.count(kind) for kind, weight in _WEIGHTS.items())
+        joined = self._before + kinds
+        hundredths += sum(weight * joined.translate(table).count(b".x") for table, weight in _RUN_TABLES)
+        self.hundredths += hundredths
+        self._before = kinds[-1:]
+
+    def fit(self, text: str, limit: int) -> int:
+        """Count `text`, and say how many of its characters fit before the estimate exceeds `limit` tokens."""
+        left, before = limit * 100 - self.hundredths, self._before
+        self.feed(text)
+        if self.hundredths <= limit * 100:
+            return len(text)
+        kinds = text.encode("utf-8", "replace").translate(_CLASSES, _CONTINUATIONS_OF_UTF8)
+        for at in range(len(kinds)):
+            kind = kinds[at : at + 1]
+            left -= _WEIGHTS.get(kind, 0)
+            left -= sum(weight for run, weight in _RUN_WEIGHTS.items() if kind in run and before not in run)
+            if left < 0:
+                return at
+            before = kind
+        return len(text)
+
+
+def estimate_tokens(text: str) -> int:
+    """About how many tokens `text` is, within 15 % on texts of 300 characters and more."""
+    counter = TokenCounter()
+    counter.feed(text)
+    return counter.tokens
+
+
+class LengthFilter:
+    """Ends the answer at `limit` tokens of what the model writes, text and calls; what it thinks does not count."""
+
+    def __init__(self, limit: int) -> None:
+        self.ended = False
+        self._limit = limit
+        self._counter = TokenCounter()
+
+    def feed(self, event: Event) -> list[Event]:
+        """What becomes of one event."""
+        if type(event) is not Text:
+            return [event]
+        fits = self._counter.fit(event.text, self._limit)
+        if fits == len(event.text):
+            return [event]
+        self.ended = True
+        return [*([Text(event.text[:fits])] if fits else []), Finished("length")]
+
+    def begin_second_try(self, asked: bool) -> None:
+        """Give the second answer a length of its own."""
+        self._counter = TokenCounter()
+
+
+_CALL_TOKEN: Final = re.compile(r'["{}\[\]]|</?tool_call>')
+_QUOTED_TOKEN: Final = re.compile(r'["\\]')
+
+
+class CallScanner:
+    """Finds the end of one call's JSON object, in linear time for any split.
+
+    `text` is what was taken. A mark inside a string is text. `ended_by` is `object`, or the mark that came outside of
+    any string before the object was complete.
+    """
+
+    def __init__(self) -> None:
+        self.ended_by = ""
+        self._pieces: list[str] = []
+        self._rest = ""
+        self._depth = 0
+        self._quoted = False
+        self._escaped = False
+
+    @property
+    def text(self) -> str:
+        """All that was taken."""
+        return "".join([*self._pieces, self._rest])
+
+    def feed(self, text: str) -> str:
+        """Take `text` up to the end of the call; what follows it is given back."""
+        text, self._rest = self._rest + text, ""
+        at = 0
+        while at < len(text):
+            if self._escaped:
+                self._escaped = False
+                at += 1
+                continue
+            token = (_QUOTED_TOKEN if self._quoted else _CALL_TOKEN).search(text, at)
+            if token is None:
+                break
+            at = token.end()
+            if self._take(token[0]):
+                start = token.start() if len(token[0]) > 1 else at
+                self._pieces.append(text[:start])
+                return text[at:]
+        held = "" if self._quoted or self._escaped else _begun_mark(text[at:], CALL_MARK, CALL_END_MARK)
+        self._pieces.append(text[: len(text) - len(held)])
+        self._rest = held
+        return ""
+
+    def _take(self, token: str) -> bool:
+        """Note one token; whether the call ends with it."""
+        if token == '"':
+            self._quoted = not self._quoted
+        elif token == "\\":
+            self._escaped = True
+        elif len(token) > 1:
+            self.ended_by = token
+        else:
+            self._depth += 1 if token in "{[" else -1
+            if self._depth <= 0:
+                self.ended_by = "object"
+        return bool(self.ended_by)
+
+
+def _begun_mark(text: str, *marks: str) -> str:
+    """The end of `text` that may become one of `marks`."""
+    at = text.rfind("<", -max(map(len, marks)))
+    return text[at:] if at >= 0 and any(mark.startswith(text[at:]) for mark in marks) else ""
+
+
+class CallError(ValueError):
+    """A call that cannot be used; the text says why, for the model."""
+
+
+def read_call(text: str, tools: Mapping[str, Tool]) -> tuple[str, str]:
+    """Name and arguments (JSON) of the call in `text`. Raises `CallError`.
+
+    Mended are, beside what `repair_json` does: arguments given as a JSON string, `parameters` for `arguments`.
+    """
+    try:
+        value = repair_json(text)
+    except ValueError as error:
+        raise CallError(f"the call is not valid JSON ({error})") from None
+    name = value.get("name") if isinstance(value, dict) else None
+    if not isinstance(name, str):
+        raise CallError("the call is no JSON object with a name")
+    if name not in tools:
+        raise CallError(f"there is no function {_shorten(name)}")
+    arguments = value.get("arguments", value.get("parameters", {}))
+    if isinstance(arguments, str):
+        try:
+            arguments = repair_json(arguments) if arguments.strip() else {}
+        except ValueError as error:
+            raise CallError(f"the arguments of {_shorten(name)} are not valid JSON ({error})") from None
+    if not isinstance(arguments, dict):
+        raise CallError(f"the arguments of {_shorten(name)} are no JSON object")
+    if violation := check_schema(arguments, tools[name].parameters):
+        raise CallError(f"the arguments of {_shorten(name)} do not fit: {violation}")
+    return name, encode_json(arguments)
+
+
+def _shorten(name: str) -> str:
+    return name if len(name) <= 60 else name[:60] + "…"
+
+
+class ToolCallFilter:
+    """Reads the model's calls out of its text: one `ToolCall` each, as soon as its object is complete and valid.
+
+    Text before the first call flows at once, but for what may become a mark and the white space before it; where a
+    call is asked for (`choice`), it is held until there is one. Text after a call is dropped. From a call on that is
+    not valid, all is held. At the end of an answer without a valid call that needs one, `again` says what was wrong:
+    then `begin_second_try` is called and another answer fed, of which only the calls count. `make_id` gives the ids.
+    """
+
+    _LONGEST_QUOTE = 20_000
+
+    def __init__(
+        self, tools: Sequence[Tool], choice: ToolChoice, make_id: Callable[[], str], *, parallel: bool
+    ) -> None:
+        self.again = ""
+        self._must_call = choice.mode in ("required", "named")
+        self._tools = {tool.name: tool for tool in tools if choice.mode != "named" or tool.name == choice.name}
+        self._parallel = parallel
+        self._make_id = make_id
+        self._last = False
+        self._second = False
+        self._called = False
+        self._error = ""
+        self._spaces: list[str] = []
+        self._mark = ""
+        self._scanner: CallScanner | None = None
+        self._held: list[Event] = []
+
+    @property
+    def previous(self) -> str:
+        """What the model wrote that could not be used, its first 20,000 characters."""
+        return "".join(event.text for event in self._held if isinstance(event, Text))[: self._LONGEST_QUOTE]
+
+    def feed(self, event: Event) -> list[Event]:
+        """What becomes of one event. Raises `ProxyError` `tool_call_failed` at the end of a second answer."""
+        if isinstance(event, Finished):
+            return self._finish(event)
+        if type(event) is Text:
+            return self._take_text(event.text)
+        if self._second:
+            return []
+        if not isinstance(event, Citation):
+            return [event]
+        if self._called or self._scanner is not None or self._error:
+            return []
+        return self._show([*self._take_held(), event])
+
+    def begin_second_try(self, asked: bool) -> None:
+        """Expect another answer, the last one. If this filter `asked` for it, its calls alone are used."""
+        self._last, self._second = True, asked
+        self.again, self._error = "", ""
+        self._spaces, self._mark, self._scanner = [], "", None
+
+    def _take_text(self, text: str) -> list[Event]:
+        events: list[Event] = []
+        while text:
+            if self._error:
+                self._hold(text)
+                return events
+            if self._scanner is not None:
+                text = self._scanner.feed(text)
+                if self._scanner.ended_by:
+                    events += self._end_call()
+            elif self._called and not self._parallel:
+                return events
+            else:
+                text = self._find_mark(text, events)
+        return events
+
+    def _find_mark(self, text: str, events: list[Event]) -> str:
+        """Show what of `text` cannot become a mark; what stands behind a mark is given back."""
+        text, self._mark = self._mark + text, ""
+        before, mark, behind = text.partition(CALL_MARK)
+        if not mark:
+            self._mark = _begun_mark(text, CALL_MARK)
+            before = text[: len(text) - len(self._mark)]
+        shown = before.rstrip()
+        if shown:
+            events += self._show([Text("".join([*self._spaces, shown]))])
+            self._spaces = []
+        self._spaces.append(before[len(shown) :])
+        if mark:
+            self._scanner = CallScanner()
+        return behind
+
+    def _show(self, events: list[Event]) -> list[Event]:
+        """`events` of the text before the first call: shown, or held where a call has to come first."""
+        if self._called or self._second:
+            return []
+        if self._must_call:
+            self._held += events
+            return []
+        return events
+
+    def _take_held(self) -> list[Event]:
+        """The white space and the begun mark that were held."""
+        held = "".join([*self._spaces, self._mark])
+        self._spaces, self._mark = [], ""
+        return [Text(held)] if held else []
+
+    def _end_call(self) -> list[Event]:
+        """The call that the scanner took, if it is valid; else hold its text, or drop it after another call."""
+        assert self._scanner is not None
+        scanner, self._scanner = self._scanner, None
+        try:
+            name, arguments = read_call(scanner.text, self._tools)
+        except CallError as reason:
+            if not self._called:
+                self._error = str(reason)
+                mark = scanner.ended_by if scanner.ended_by != "object" else ""
+                self._hold("".join([*self._spaces, CALL_MARK, scanner.text, mark]))
+            elif scanner.ended_by == CALL_MARK:
+                self._scanner = CallScanner()
+            self._spaces = []
+            return []
+        if scanner.ended_by == CALL_MARK and self._parallel:
+            self._scanner = CallScanner()
+        shown = [] if self._called or self._second else self._held
+        if not self._second:
+            self._held = []
+        self._called, self._spaces = True, []
+        return [*shown, ToolCall(self._make_id(), name, arguments)]
+
+    def _hold(self, text: str) -> None:
+        if not self._second:
+            self._held.append(Text(text))
+
+    def _finish(self, event: Finished) -> list[Event]:
+        events: list[Event] = []
+        is_cut = event.reason != "stop"
+        if self._scanner is not None and not is_cut:
+            events += self._end_call()
+        if self._scanner is not None and not self._called:
+            self._hold("".join([*self._spaces, CALL_MARK, self._scanner.text]))
+            self._spaces = []
+        self._scanner = None
+        if self._called:
+            return [*events, Finished("tool_calls") if not is_cut else event]
+        if self._second:
+            return self._give_up()
+        events += self._show(self._take_held())
+        self._error = self._error or ("no function was called" if self._must_call else "")
+        if self._error and not is_cut and not self._last:
+            self.again = self._error
+            return events
+        held, self._held = self._held, []
+        return [*events, *held, event]
+
+    def _give_up(self) -> list[Event]:
+        """What is left when the second answer has no valid call either."""
+        if self._must_call:
+            raise ProxyError("tool_call_failed", self._error)
+        held, self._held = self._held, []
+        return [*held, Finished("stop")]
+
+
+class StopFilter:
+    """Ends the answer before the first of `stops` that is complete; of several that end together, the longer.
+
+    Only what may become one is held. An automaton (Aho and Corasick 1975) takes each character once.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.ended = False
+        self._next: list[dict[str, int]] = [{}]
+        self._found = [""]
+        self._depth = [0]
+        for stop in stops:
+            self._add(stop)
+        self._fallback = [0] * len(self._next)
+        self._link()
+        self._first = re.compile(f"[{re.escape(''.join(self._next[0]))}]")
+        self._state = 0
+        self._held = ""
+
+    def feed(self, event: Event) -> list[Event]:
+        """What becomes of one event."""
+        if type(event) is Text:
+            return self._take_text(event.text)
+        if not isinstance(event, Citation | ToolCall | Finished):
+            return [event]
+        held, self._held, self._state = self._held, "", 0
+        return [*([Text(held)] if held else []), event]
+
+    def begin_second_try(self, asked: bool) -> None:
+        """Forget what was held."""
+        self._held, self._state = "", 0
+
+    def _add(self, stop: str) -> None:
+        state = 0
+        for letter in stop:
+            if letter not in self._next[state]:
+                self._next[state][letter] = len(self._next)
+                self._next.append({})
+                self._found.append("")
+                self._depth.append(self._depth[state] + 1)
+            state = self._next[state][letter]
+        self._found[state] = stop
+
+    def _link(self) -> None:
+        """Say of each state where its longest proper end begins again; in the order of depth."""
+        waiting = list(self._next[0].values())
+        for state in waiting:
+            for letter, target in self._next[state].items():
+                waiting.append(target)
+                self._fallback[target] = self._step(self._fallback[state], letter)
+            self._found[state] = self._found[state] or self._found[self._fallback[state]]
+
+    def _step(self, state: int, letter: str) -> int:
+        while state and letter not in self._next[state]:
+            state = self._fallback[state]
+        return self._next[state].get(letter, 0)
+
+    def _take_text(self, text: str) -> list[Event]:
+        state, at = self._state, 0
+        while at < len(text):
+            if not state:
+                begun = self._first.search(text, at)
+                if begun is None:
+                    break
+                at = begun.start()
+            state = self._step(state, text[at])
+            at += 1
+            if stop := self._found[state]:
+                self.ended = True
+                shown = (self._held + text[:at])[: -len(stop)]
+                return [*([Text(shown)] if shown else []), Finished("stop", stop)]
+        self._state = state
+        text = self._held + text
+        shown, self._held = text[: len(text) - self._depth[state]], text[len(text) - self._depth[state] :]
+        return [Text(shown)] if shown else []
+
+
+class StructureFilter:
+    """Holds the answer until it is whole, and lets it pass when it has the form that was asked for.
+
+    Like `ToolCallFilter` it asks for one second try. What was cut, by length, moderation or a stop sequence, passes as
+    it is, and so does text beside a call. Marks of citations are dropped: they are no JSON.
+    """
+
+    _LONGEST_QUOTE = 20_000
+
+    def __init__(self, form: ResponseFormat) -> None:
+        self.again = ""
+        self._form = form
+        self._second = False
+        self._called = False
+        self._texts: list[str] = []
+
+    @property
+    def previous(self) -> str:
+        """What the model wrote that could not be used, its first 20,000 characters."""
+        return "".join(self._texts)[: self._LONGEST_QUOTE]
+
+    def feed(self, event: Event) -> list[Event]:
+        """What becomes of one event. Raises `ProxyError` `structured_output_failed` at the end of a second answer."""
+        match event:
+            case Thinking():
+                return [] if self._second else [event]
+            case Text():
+                self._texts.append(event.text)
+                return []
+            case Citation():
+                return []
+            case Finished():
+                return self._finish(event)
+            case ToolCall():
+                self._called = True
+                return [event]
+            case Opened() | SearchHit() | Sources():
+                return [] if self._second else [event]
+
+    def begin_second_try(self, asked: bool) -> None:
+        """Expect another answer in place of the first, the last one."""
+        self._second = True
+        self.again = ""
+        self._texts = []
+
+    def _finish(self, event: Finished) -> list[Event]:
+        text = "".join(self._texts)
+        if self._called or event.reason != "stop" or event.stop_sequence:
+            return [*([Text(text)] if text else []), event]
+        error, shown = self._judge(text)
+        if not error:
+            return [Text(shown), event]
+        if self._second:
+            raise ProxyError("structured_output_failed", error)
+        self.again = error
+        return []
+
+    def _judge(self, text: str) -> tuple[str, str]:
+        """What is wrong with `text`, and the JSON to show: its own where that is good, else mended."""
+        try:
+            value = repair_json(text)
+        except ValueError as error:
+            return f"the answer is not valid JSON ({error})", ""
+        if self._form.kind == "json_object" and not isinstance(value, dict):
+            return "the answer is no JSON object", ""
+        if violation := check_schema(value, self._form.schema):
+            return f"the answer does not fit the schema: {violation}", ""
+        try:
+            json.loads(text)
+        except ValueError:
+            return "", encode_json(value)
+        return "", text.strip()
+
+
+class Chain:
+    """The filters of one answer, one after the other. Exactly one `Finished` leaves it, and nothing after that.
+
+    `ended`: a filter ended the answer, so that the rest of it is of no interest. `again`: what was wrong with an answer
+    that is wanted once more; once in all.
+    """
+
+    def __init__(self, filters: Sequence[LengthFilter | ToolCallFilter | StopFilter | StructureFilter] = ()) -> None:
+        self.again = ""
+        self.previous = ""
+        self._filters = filters
+        self._second = False
+        self._finished = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether a filter ended the answer."""
+        return self._finished and any(one.ended for one in self._filters if isinstance(one, LengthFilter | StopFilter))
+
+    def feed(self, events: list[Event]) -> list[Event]:
+        """What becomes of `events`. Raises `ProxyError` where a second answer is of no use either."""
+        if not self._filters:
+            return events
+        shown: list[Event] = []
+        for event in events:
+            if self._finished or (self._second and isinstance(event, Opened)):
+                continue
+            for result in self._pass(event):
+                shown.append(result)
+                if isinstance(result, Finished):
+                    self._finished = True
+                    break
+        return shown
+
+    def begin_second_try(self) -> None:
+        """Expect another answer."""
+        self._second = True
+        self.again = ""
+        for one in self._filters:
+            one.begin_second_try(isinstance(one, ToolCallFilter | StructureFilter) and bool(one.again))
+
+    def _pass(self, event: Event) -> list[Event]:
+        """One event's way through all filters."""
+        events = [event]
+        for one in self._filters:
+            events = [result for event in events for result in one.feed(event)]
+            if isinstance(one, ToolCallFilter | StructureFilter) and one.again:
+                self.again, self.previous = one.again, one.previous
+        return events
+
+
+# ==== 10. Requests ==========================================================
 #
 # What a client sent, checked and made neutral: from here on nobody looks at its JSON again. Unknown fields are ignored,
 # since clients send many; a wrong type in a known one is an error that names the field.
@@ -1513,7 +2430,8 @@ class Message:
 class ChatRequest:
     """A chat that a client asks for. `use_search` is None where neither the request nor its model says.
 
-    `conversation_id`: `new` opens a conversation that is kept, an id goes on with one; else empty.
+    `conversation_id`: `new` opens a conversation that is kept, an id goes on with one; else empty. `max_tokens` is None
+    where there is no limit.
     """
 
     model: str
@@ -1522,6 +2440,27 @@ class ChatRequest:
     include_usage: bool | None
     use_search: bool | None
     conversation_id: str = ""
+    tools: tuple[Tool, ...] = ()
+    tool_choice: ToolChoice = ToolChoice()
+    parallel_tool_calls: bool = True
+    response_format: ResponseFormat | None = None
+    stop: tuple[str, ...] = ()
+    max_tokens: int | None = None
+
+    @property
+    def attachments(self) -> list[Attachment]:
+        """What is attached to the messages that the service is sent."""
+        return [attachment for message in self.sent_messages for attachment in message.attachments]
+
+    @property
+    def sent_messages(self) -> tuple[Message, ...]:
+        """All messages; in a conversation that exists the last alone, with the other results of tools before it."""
+        if not self.goes_on:
+            return self.messages
+        first = len(self.messages) - 1
+        while first and self.messages[first].role == self.messages[first - 1].role == "tool":
+            first -= 1
+        return self.messages[first:]
 
     @property
     def goes_on(self) -> bool:
@@ -1548,7 +2487,12 @@ def parse_chat_request(body: bytes | bytearray) -> ChatRequest:
         raise _refuse("n", "only 1 answer at a time")
     options = _take(value, "stream_options", dict, None)
     search = _take(value, "use_search", bool, None)
-    parsed = tuple(_parse_message(message, f"messages[{index}]") for index, message in enumerate(messages))
+    if search is None and "search" in model.split("-")[1:]:
+        search = True
+    tools, searches = _parse_tools(_take(value, "tools", list, []))
+    search = True if search is None and searches else search
+    names: dict[str, str] = {}
+    parsed = tuple(_parse_message(message, f"messages[{index}]", names) for index, message in enumerate(messages))
     if sum(len(message.attachments) for message in parsed) > MOST_ATTACHMENTS:
         raise _refuse("messages", f"at most {MOST_ATTACHMENTS} files and pictures in a request")
     return ChatRequest(
@@ -1556,8 +2500,14 @@ def parse_chat_request(body: bytes | bytearray) -> ChatRequest:
         messages=parsed,
         stream=_take(value, "stream", bool, False),
         include_usage=None if options is None else _take(options, "include_usage", bool, False, "stream_options."),
-        use_search=True if search is None and "search" in model.split("-")[1:] else search,
+        use_search=search,
         conversation_id=_take(value, "conversation_id", str, ""),
+        tools=tools,
+        tool_choice=_parse_tool_choice(value.get("tool_choice"), tools),
+        parallel_tool_calls=_take(value, "parallel_tool_calls", bool, True),
+        response_format=_parse_response_format(_take(value, "response_format", dict, {})),
+        stop=_parse_stop(value.get("stop")),
+        max_tokens=_parse_max_tokens(value),
     )
 
 
@@ -1584,22 +2534,135 @@ def _take(value: dict[str, Any], name: str, kind: type, default: Any, prefix: st
     return found
 
 
-def _parse_message(value: object, place: str) -> Message:
+def _parse_message(value: object, place: str, names: dict[str, str]) -> Message:
+    """One message; `names` are those of the calls before it, by their ids, and gets what it calls."""
     if not isinstance(value, dict):
         raise _refuse(place, "must be an object")
     role = _take(value, "role", str, "user", f"{place}.") or "user"
     if not _ROLE.fullmatch(role):
         raise _refuse(f"{place}.role", "must be a short word such as user")
-    content = value.get("content")
-    if content is None:
-        return Message(role, "")
-    if isinstance(content, str):
-        return Message(role, content)
+    text, attachments = _parse_content(value.get("content"), f"{place}.content")
+    text += _take(value, "refusal", str, "", f"{place}.")
+    if called := _take(value, "tool_call_id", str, "", f"{place}."):
+        text = render_tool_response(names.get(called) or _take(value, "name", str, "", f"{place}."), text)
+    calls = _take(value, "tool_calls", list, [], f"{place}.")
+    lines = [_parse_call(call, f"{place}.tool_calls[{index}]", names) for index, call in enumerate(calls)]
+    return Message(role, "\n".join([text, *lines] if text else lines), attachments)
+
+
+def _parse_content(content: object, place: str) -> tuple[str, tuple[Attachment, ...]]:
+    """Text and attachments of a message's content: a string, a list of parts, or null."""
+    if content is None or isinstance(content, str):
+        return content or "", ()
     if not isinstance(content, list):
-        raise _refuse(f"{place}.content", "must be a string, a list of parts, or null")
-    parts = [_parse_part(part, f"{place}.content[{index}]") for index, part in enumerate(content)]
+        raise _refuse(place, "must be a string, a list of parts, or null")
+    parts = [_parse_part(part, f"{place}[{index}]") for index, part in enumerate(content)]
     text = "".join(part for part in parts if isinstance(part, str))
-    return Message(role, text, tuple(part for part in parts if isinstance(part, Attachment)))
+    return text, tuple(part for part in parts if isinstance(part, Attachment))
+
+
+def _parse_call(value: object, place: str, names: dict[str, str]) -> str:
+    """A call that the model made before, as text; its name is noted for the result that follows."""
+    if not isinstance(value, dict):
+        raise _refuse(place, "must be an object")
+    function = _take(value, "function", dict, {}, f"{place}.")
+    name = _take(function, "name", str, "", f"{place}.function.")
+    names[_take(value, "id", str, "", f"{place}.")] = name
+    return render_tool_call(name, _take(function, "arguments", str, "", f"{place}.function."))
+
+
+_FUNCTION_NAME: Final = re.compile(r"[^\s\x00-\x1f<>\"{}]{1,128}")
+
+
+def _parse_tools(values: list[Any]) -> tuple[tuple[Tool, ...], bool]:
+    """The functions among `tools`, each name once, and whether a web search is among them."""
+    tools: dict[str, Tool] = {}
+    searches = False
+    for index, value in enumerate(values):
+        place = f"tools[{index}]"
+        if not isinstance(value, dict):
+            raise _refuse(place, "must be an object")
+        kind = _take(value, "type", str, "function", f"{place}.")
+        function = _take(value, "function", dict, {}, f"{place}.")
+        name = _take(function, "name", str, "", f"{place}.function.")
+        if kind.startswith("web_search") or name == "$web_search":
+            searches = True
+            continue
+        if kind != "function":
+            raise _refuse(f"{place}.type", "only functions and web_search are known here")
+        if not _FUNCTION_NAME.fullmatch(name):
+            raise _refuse(f"{place}.function.name", "must be a name without blanks, 128 characters at most")
+        description = _take(function, "description", str, "", f"{place}.function.")
+        parameters = _check_depth(function.get("parameters"), f"{place}.function.parameters")
+        tools.setdefault(name, Tool(name, description, parameters))
+    return tuple(tools.values()), searches
+
+
+def _check_depth(schema: object, place: str) -> Any:
+    """A JSON Schema that can be written out again; none means an object of any kind."""
+    if schema is None:
+        return {"type": "object", "properties": {}}
+    if not isinstance(schema, dict | bool):
+        raise _refuse(place, "must be a JSON Schema")
+    try:
+        encode_json(schema)
+    except RecursionError:
+        raise _refuse(place, "is nested too deep") from None
+    return schema
+
+
+def _parse_tool_choice(value: object, tools: Sequence[Tool]) -> ToolChoice:
+    """What `tool_choice` means for `tools`: a word, or a function by name."""
+    if value is None or value in ("auto", "none"):
+        return ToolChoice("none") if value == "none" else ToolChoice()
+    if value == "required":
+        if not tools:
+            raise _refuse("tool_choice", "there are no functions in tools")
+        return ToolChoice("required")
+    function = value.get("function", value) if isinstance(value, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str):
+        raise _refuse("tool_choice", 'must be auto, none, required, or {"type": "function", "function": {"name"}}')
+    if name not in [tool.name for tool in tools]:
+        raise _refuse("tool_choice", "names a function that is not in tools")
+    return ToolChoice("named", name)
+
+
+def _parse_response_format(value: dict[str, Any]) -> ResponseFormat | None:
+    kind = _take(value, "type", str, "text", "response_format.")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return ResponseFormat("json_object")
+    if kind != "json_schema":
+        raise _refuse("response_format.type", "must be text, json_object or json_schema")
+    form = _take(value, "json_schema", dict, {}, "response_format.")
+    place = "response_format.json_schema"
+    if "schema" not in form:
+        raise _refuse(f"{place}.schema", "is missing")
+    return ResponseFormat("json_schema", _check_depth(form["schema"], f"{place}.schema"), str(form.get("name", "")))
+
+
+_MOST_STOPS: Final = 4
+
+
+def _parse_stop(value: object) -> tuple[str, ...]:
+    stops = [value] if isinstance(value, str) else value
+    if stops is None:
+        return ()
+    if not isinstance(stops, list) or len(stops) > _MOST_STOPS or not all(isinstance(stop, str) for stop in stops):
+        raise _refuse("stop", f"must be a string, or a list of up to {_MOST_STOPS}")
+    return tuple(stop for stop in dict.fromkeys(stops) if stop)
+
+
+def _parse_max_tokens(value: dict[str, Any]) -> int | None:
+    """The limit of the answer, by its newer name or by its older one."""
+    for name in ("max_completion_tokens", "max_tokens"):
+        if (limit := _take(value, name, int, None)) is not None:
+            if limit < 1:
+                raise _refuse(name, "must be at least 1")
+            return int(limit)
+    return None
 
 
 def _parse_part(value: object, place: str) -> str | Attachment:
@@ -1610,8 +2673,10 @@ def _parse_part(value: object, place: str) -> str | Attachment:
         raise _refuse(place, "must be an object")
     kind = _take(value, "type", str, "", f"{place}.")
     match kind:
-        case "text":
-            return str(_take(value, "text", str, "", f"{place}."))
+        case "text" | "refusal":
+            return str(_take(value, kind, str, "", f"{place}."))
+        case "input_audio":
+            raise _refuse(f"{place}.type", "input_audio: Kimi's web service takes no sound")
         case "image_url":
             return _parse_url("image", value.get("image_url"), f"{place}.image_url")
         case "file" if value.get("file_url") is not None:
@@ -1670,10 +2735,33 @@ def merge_messages(messages: Sequence[Message]) -> str:
     )
 
 
-def render_last_message(messages: Sequence[Message]) -> str:
-    """The last message alone, without its role: what a conversation that goes on is asked."""
-    last = messages[-1]
-    return wrap_urls(last.text) if last.role == "user" else last.text
+def render_prompt(request: ChatRequest) -> str:
+    """The one text that the service is sent: what it may call, the messages, and the form of the answer.
+
+    In a conversation that exists a last message that is alone goes without its role.
+    """
+    tools = describe_tools(request.tools, request.tool_choice, parallel=request.parallel_tool_calls)
+    form = describe_format(request.response_format) if request.response_format is not None else ""
+    messages = request.sent_messages
+    if request.goes_on and not tools and not form and len(messages) == 1:
+        return wrap_urls(messages[0].text) if messages[0].role == "user" else messages[0].text
+    before, after = (f"system:{words}\n" if words else "" for words in (tools, form))
+    return f"{before}{merge_messages(messages)}{after}"
+
+
+def make_chain(request: ChatRequest, make_id: Callable[[], str]) -> Chain:
+    """The filters that `request` needs, in their order; `make_id` gives the ids of calls."""
+    filters: list[LengthFilter | ToolCallFilter | StopFilter | StructureFilter] = []
+    if request.max_tokens is not None:
+        filters.append(LengthFilter(request.max_tokens))
+    if request.tools and request.tool_choice.mode != "none":
+        parallel = request.parallel_tool_calls
+        filters.append(ToolCallFilter(request.tools, request.tool_choice, make_id, parallel=parallel))
+    if request.stop:
+        filters.append(StopFilter(request.stop))
+    if request.response_format is not None:
+        filters.append(StructureFilter(request.response_format))
+    return Chain(filters)
 
 
 def wrap_urls(text: str) -> str:
@@ -1683,7 +2771,7 @@ def wrap_urls(text: str) -> str:
     return _URL.sub(r'<url id="" type="url" status="" title="" wc="">\g<0></url>', text)
 
 
-# ==== 10. Replies ===========================================================
+# ==== 11. Replies ===========================================================
 #
 # Events in, the client's bytes out: one encoder an API shape and form. `feed` takes an event, `finish` ends a good
 # answer, `fail` a bad one, `alive` fills silence. Nothing before this point knows which shape the client speaks.
@@ -1691,7 +2779,6 @@ def wrap_urls(text: str) -> str:
 
 MODERATED_SENTENCE: Final = "\n[内容由于不合规被停止生成，我们换个话题吧]"
 _SOURCES_HEAD: Final = "\n\n搜索结果来自：\n"
-_NO_USAGE: Final = '{"prompt_tokens":0,"completion_tokens":0,"total_tokens":0}'
 _NO_CHOICES: Final = '"choices":[]}'
 _LARGEST_TEXT: Final = 8192  # characters in one chunk: some clients take no line beyond 64 KiB
 
@@ -1700,11 +2787,13 @@ class ShownText:
     """The content that a client is shown, event by event, and OpenAI's `annotations` of it.
 
     `sources` as KIMI_SOURCES has it: `text`, `annotations` or `none`. Inline hits stand where they arrive in a streamed
-    answer, and in a list at the end of a whole one [ref]; others in a numbered Markdown list at the end.
+    answer, and in a list at the end of a whole one [ref]; others in a numbered Markdown list at the end. Without
+    `sentence` a moderated answer ends as it is.
     """
 
-    def __init__(self, sources: str, *, streamed: bool) -> None:
+    def __init__(self, sources: str, *, streamed: bool, sentence: bool = True) -> None:
         self.length = 0
+        self._sentence = sentence
         self.annotations: list[dict[str, Any]] = []
         self._sources = sources
         self._streamed = streamed
@@ -1733,6 +2822,8 @@ class ShownText:
             case Opened():
                 self._inline = event.hits_inline
                 return ""
+            case ToolCall():
+                return ""
         self.length += len(piece)
         return piece
 
@@ -1757,7 +2848,7 @@ class ShownText:
 
     def _end(self, event: Finished) -> str:
         piece = ""
-        if event.reason == "content_filter":
+        if event.reason == "content_filter" and self._sentence:
             piece = MODERATED_SENTENCE if self.length else MODERATED_SENTENCE.lstrip()
         listed = self._hits if self._sources == "text" else ()
         if listed:
@@ -1787,6 +2878,57 @@ def _render_line(number: int, hit: SearchHit) -> str:
     return f"{number}. [{title}]({url})\n"
 
 
+class Usage:
+    """The estimate of a request's tokens. Each text is counted once, where its number is first asked for."""
+
+    def __init__(self, prompt: str) -> None:
+        self._prompt = prompt
+        self._texts: list[str] = []
+        self._thoughts: list[str] = []
+
+    def feed(self, event: Event) -> None:
+        """Note what the model wrote; what the proxy adds does not count."""
+        match event:
+            case Thinking():
+                self._thoughts.append(event.text)
+            case Text():
+                self._texts.append(event.text)
+            case ToolCall():
+                self._texts.append(render_tool_call(event.name, event.arguments))
+            case _:
+                pass
+
+    @cached_property
+    def prompt_tokens(self) -> int:
+        """What the service was sent, without attachments."""
+        return estimate_tokens(self._prompt)
+
+    @cached_property
+    def reasoning_tokens(self) -> int:
+        """What the model thought."""
+        return estimate_tokens("".join(self._thoughts))
+
+    @cached_property
+    def completion_tokens(self) -> int:
+        """What the model wrote: text, calls and thinking."""
+        return estimate_tokens("".join(self._texts)) + self.reasoning_tokens
+
+    def render(self) -> dict[str, Any]:
+        """OpenAI's `usage` object."""
+        usage: dict[str, Any] = {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+        }
+        if self.reasoning_tokens:
+            usage["completion_tokens_details"] = {"reasoning_tokens": self.reasoning_tokens}
+        return usage
+
+
+def _render_call(call: ToolCall) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
 class ChatStreamReply:
     """OpenAI's `chat.completion.chunk` events of one answer (OpenAI API reference, "Streaming").
 
@@ -1795,18 +2937,22 @@ class ChatStreamReply:
 
     content_type = "text/event-stream"
 
-    def __init__(self, model: str, created: int, include_usage: bool | None, sources: str = "text") -> None:
+    def __init__(self, model: str, created: int, include_usage: bool | None, shown: ShownText, usage: Usage) -> None:
         self.chunks = 0
         self._model = model
         self._created = created
         self._include_usage = include_usage
-        self._shown = ShownText(sources, streamed=True)
+        self._shown = shown
+        self._usage = usage
+        self._calls = 0
         self._head = ""
         self._role = '"role":"assistant",'
 
     def feed(self, event: Event) -> bytes:
         """The chunks that say `event`; empty for an event that shows nothing."""
         text = self._shown.feed(event)
+        if self._include_usage is not False:
+            self._usage.feed(event)
         match event:
             case Opened():
                 self._open(event.conversation_id)
@@ -1815,6 +2961,8 @@ class ChatStreamReply:
                 return self._encode_text("reasoning_content", event.text)
             case Finished():
                 return self._encode_text("content", text) + self._encode_end(event)
+            case ToolCall():
+                return self._encode_call(event)
             case _:
                 return self._encode_text("content", text)
 
@@ -1854,15 +3002,23 @@ class ChatStreamReply:
         delta = f'{{{role}"{field_name}":{encode_basestring(text)}}}'
         return f'{self._head}{delta},"finish_reason":null}}]}}\n\n'.encode()
 
+    def _encode_call(self, call: ToolCall) -> bytes:
+        role, self._role = self._role and f'{self._role}"content":null,', ""
+        self.chunks += 1
+        value = encode_json({"index": self._calls, **_render_call(call)})
+        self._calls += 1
+        return f'{self._head}{{{role}"tool_calls":[{value}]}},"finish_reason":null}}]}}\n\n'.encode()
+
     def _encode_end(self, event: Finished) -> bytes:
         delta = encode_json({"annotations": self._shown.annotations} if self._shown.annotations else {})
         last = f'{self._head}{delta},"finish_reason":"{event.reason}"}}]'
-        if self._include_usage is None:
-            return f'{last},"usage":{_NO_USAGE}}}\n\n'.encode()
-        if not self._include_usage:
+        if self._include_usage is False:
             return f"{last}}}\n\n".encode()
+        usage = encode_json(self._usage.render())
+        if self._include_usage is None:
+            return f'{last},"usage":{usage}}}\n\n'.encode()
         totals = self._head.rpartition('"usage":null,')[0]
-        return f'{last}}}\n\n{totals}"choices":[],"usage":{_NO_USAGE}}}\n\n'.encode()
+        return f'{last}}}\n\n{totals}"choices":[],"usage":{usage}}}\n\n'.encode()
 
 
 class ChatWholeReply:
@@ -1870,11 +3026,13 @@ class ChatWholeReply:
 
     content_type = "application/json"
 
-    def __init__(self, model: str, created: int, sources: str = "text") -> None:
+    def __init__(self, model: str, created: int, shown: ShownText, usage: Usage) -> None:
         self.chunks = 0
         self._model = model
         self._created = created
-        self._shown = ShownText(sources, streamed=False)
+        self._shown = shown
+        self._usage = usage
+        self._calls: list[dict[str, Any]] = []
         self._conversation_id = ""
         self._texts: list[str] = []
         self._thoughts: list[str] = []
@@ -1885,8 +3043,12 @@ class ChatWholeReply:
         if text := self._shown.feed(event):
             self.chunks += 1
             self._texts.append(text)
+        self._usage.feed(event)
         if isinstance(event, Thinking):
             self._thoughts.append(event.text)
+        elif isinstance(event, ToolCall):
+            self.chunks += 1
+            self._calls.append(_render_call(event))
         elif isinstance(event, Opened):
             self._conversation_id = event.conversation_id
         elif isinstance(event, Finished):
@@ -1895,7 +3057,10 @@ class ChatWholeReply:
 
     def finish(self) -> bytes:
         """The whole body."""
-        message: dict[str, Any] = {"role": "assistant", "content": "".join(self._texts)}
+        text = "".join(self._texts)
+        message: dict[str, Any] = {"role": "assistant", "content": text if text or not self._calls else None}
+        if self._calls:
+            message["tool_calls"] = self._calls
         if self._thoughts:
             message["reasoning_content"] = "".join(self._thoughts)
         if self._shown.annotations:
@@ -1906,7 +3071,7 @@ class ChatWholeReply:
             "created": self._created,
             "model": self._model,
             "choices": [{"index": 0, "message": message, "finish_reason": self._reason}],
-            "usage": json.loads(_NO_USAGE),
+            "usage": self._usage.render(),
         }
         return encode_json(value).encode()
 
@@ -1922,19 +3087,21 @@ class ChatWholeReply:
 Reply = ChatStreamReply | ChatWholeReply
 
 
-def make_chat_reply(request: ChatRequest, created: int, sources: str) -> Reply:
-    """The encoder that `request` asks for; `created` in Unix seconds, `sources` as KIMI_SOURCES.
+def make_chat_reply(request: ChatRequest, created: int, sources: str, prompt: str) -> Reply:
+    """The encoder that `request` asks for; `created` in Unix seconds, `sources` as KIMI_SOURCES, `prompt` to count.
 
-    A `-silent` in the model's name means `annotations`, unless `sources` is `none`.
+    A `-silent` in the model's name means `annotations`, and so do functions and a form, unless `sources` is `none`.
     """
-    if sources == "text" and "silent" in request.model.split("-")[1:]:
+    is_silent = "silent" in request.model.split("-")[1:] or request.tools or request.response_format is not None
+    if sources == "text" and is_silent:
         sources = "annotations"
+    shown = ShownText(sources, streamed=request.stream, sentence=request.response_format is None)
     if request.stream:
-        return ChatStreamReply(request.model, created, request.include_usage, sources)
-    return ChatWholeReply(request.model, created, sources)
+        return ChatStreamReply(request.model, created, request.include_usage, shown, Usage(prompt))
+    return ChatWholeReply(request.model, created, shown, Usage(prompt))
 
 
-# ==== 11. Tasks =============================================================
+# ==== 12. Tasks =============================================================
 #
 # What outlives a request is a tracked task: logged when it fails, waited for at the end. What waits for time is watched
 # by one ticker: a timer for each stream and read would cost more than the stream's own work.
@@ -2073,7 +3240,7 @@ def is_connection_broken(response: aiohttp.ClientResponse) -> bool:
     return connection is not None and connection.protocol is not None and connection.protocol.exception() is not None
 
 
-# ==== 12. Accounts ==========================================================
+# ==== 13. Accounts ==========================================================
 #
 # One account is one refresh token as the client sends it. Its access token is fetched when needed, by one task of the
 # application, however many requests wait: no waiter that goes away can cancel it, and a rotated token cannot get lost.
@@ -2521,7 +3688,7 @@ class Accounts:
                 del self._accounts[token]
 
 
-# ==== 13. Files =============================================================
+# ==== 14. Files =============================================================
 #
 # A file on its way from a request to the service, piece by piece and never held whole: from its origin, through an
 # unlinked temporary file where its length is not known before, or out of the request's base64. URLs come from
@@ -3005,7 +4172,7 @@ async def _read_spool(spooled: IO[bytes]) -> AsyncIterator[bytes]:
         yield piece
 
 
-# ==== 14. Kimi ==============================================================
+# ==== 15. Kimi ==============================================================
 #
 # The service's calls. `Calls` makes one call: token, limits, and what a reply means; it alone repeats a call, where the
 # access token was dead or a kept connection turned out closed. `Classic` and `Connect` know the paths, headers and
@@ -3806,7 +4973,7 @@ class Connect:
         await self._calls.call(account, Call("removing the conversation", "POST", url, headers, body, with_ids=True))
 
 
-# ==== 15. Asking ============================================================
+# ==== 16. Asking ============================================================
 #
 # The way of every chat. `Uploads` has what is attached to it brought to the service, each file once. `Asking` chooses
 # the dialect, opens, asks, relays, and in the end, however it came, removes; it alone asks again.
@@ -3985,10 +5152,13 @@ class Asking:
             logger.info("model %s is not known, %s is asked", quote_words(name)[:60], model.id)
         return model
 
-    async def run(self, account: Account, question: Question, send: Send) -> None:
+    async def run(
+        self, account: Account, question: Question, send: Send, start_chain: Callable[[], Chain] = Chain
+    ) -> None:
         """Ask `question`, and `send` the answer's events, those of one network read at a time.
 
-        Raises `ProxyError`. A cancellation stops the answer at once; the conversation is still removed.
+        They go through a chain of filters that `start_chain` makes for each time of asking. Raises `ProxyError`. A
+        cancellation stops the answer at once; the conversation is still removed.
         """
         visible = False
 
@@ -4001,29 +5171,29 @@ class Asking:
 
         dialect: Dialect = self._connect if account.direct and self._may_change(self._current) else self._current
         if question.goes_on:
-            return await self._go_on(account, question, send)
+            return await self._go_on(account, question, send, start_chain())
         try:
-            await self._ask(account, dialect, question, note_and_send)
+            await self._ask(account, dialect, question, note_and_send, start_chain())
         except StaleToken:
             if visible:
                 raise
             await self._accounts.drop(account, await self._accounts.access_token(account))
-            await self._ask(account, dialect, question, note_and_send)
+            await self._ask(account, dialect, question, note_and_send, start_chain())
         except RetirementSign as sign:
             if visible or not self._may_change(dialect):
                 raise
             logger.debug("! %s", sign)
-            await self._ask(account, self._connect, question, note_and_send)
+            await self._ask(account, self._connect, question, note_and_send, start_chain())
             if self._current is not self._connect:
                 self._current = self._connect
                 logger.warning("classic seems to be retired, connect answered: staying with it (KIMI_PROTOCOL=connect)")
 
-    async def _go_on(self, account: Account, question: Question, send: Send) -> None:
+    async def _go_on(self, account: Account, question: Question, send: Send, chain: Chain) -> None:
         """Ask in a conversation that was kept, in the dialect that opened it."""
         name, parent_id = await self._kept.find(account, question.conversation_id)
         dialect = self._connect if name == self._connect.name else self._classic
         try:
-            await self._ask(account, dialect, replace(question, parent_id=parent_id), send)
+            await self._ask(account, dialect, replace(question, parent_id=parent_id), send, chain)
         except ProxyError as error:
             if error.upstream_status != 404 or not error.detail.startswith("asking"):
                 raise
@@ -4032,11 +5202,50 @@ class Asking:
     def _may_change(self, dialect: Dialect) -> bool:
         return self._settings.protocol == "auto" and dialect is self._classic
 
-    async def _ask(self, account: Account, dialect: Dialect, question: Question, send: Send) -> None:
-        """Ask once, in one dialect. Files go first, so that a bad one opens no conversation."""
+    async def _ask(self, account: Account, dialect: Dialect, question: Question, send: Send, chain: Chain) -> None:
+        """Ask in one dialect, and once more where `chain` wants it. Files go first: a bad one opens no conversation."""
         if question.attachments:
             file_ids = await self._uploads.upload(account, dialect, question.attachments)
             question = replace(question, attachments=[], file_ids=file_ids)
+
+        async def filter_and_send(events: list[Event]) -> None:
+            if events := chain.feed(events):
+                await send(events)
+
+        conversation = await self._converse(account, dialect, question, filter_and_send, chain)
+        if not chain.again:
+            return
+        logger.debug("= the answer cannot be used, asking once more")
+        words = describe_failure(chain.again, chain.previous)
+        if question.conversation_id:
+            parent_id = conversation.reader.message_id
+            second = replace(question, text=words, conversation_id=conversation.known_id, parent_id=parent_id)
+        else:
+            second = replace(question, text=question.text + words)
+        chain.begin_second_try()
+        try:
+            await self._converse(account, dialect, second, filter_and_send, chain)
+        except ProxyError as failure:
+            await self._give_up(failure, chain, send)
+
+    @staticmethod
+    async def _give_up(failure: ProxyError, chain: Chain, send: Send) -> None:
+        """Send what the first answer still has, when the second try failed and the first can stand for itself."""
+        if failure.code in ("tool_call_failed", "structured_output_failed"):
+            raise failure
+        try:
+            events = chain.feed([Finished("stop")])
+        except ProxyError:
+            raise failure from None
+        if not events or events[-1] != Finished("stop"):
+            raise failure
+        logger.warning("! asking once more failed: %s", failure)
+        await send(events)
+
+    async def _converse(
+        self, account: Account, dialect: Dialect, question: Question, send: Send, chain: Chain
+    ) -> _Conversation:
+        """One question and its answer; the conversation, which is being let go of."""
         silence = None
         try:
             opening = self._conversation(account, dialect, question)
@@ -4045,12 +5254,13 @@ class Asking:
                     await send([Opened(conversation.id, hits_inline=dialect is self._classic)])
                 silence = Silence(timeout, self._settings.silence_seconds, self._settings.answer_seconds)
                 self._ticker.add(silence)
-                await self._answer(account, conversation, question, silence, send)
-                conversation.ended = True
+                await self._answer(account, conversation, question, silence, send, chain)
+                conversation.ended = not chain.ended or conversation.reader.answer.ended
                 if question.conversation_id:
                     conversation.kept = True
                     message_id = conversation.reader.message_id
                     await self._kept.keep(account, conversation.known_id, dialect.name, message_id)
+                return conversation
         except TimeoutError:
             if silence is None or not silence.code:
                 raise
@@ -4060,7 +5270,13 @@ class Asking:
                 self._ticker.discard(silence)
 
     async def _answer(
-        self, account: Account, conversation: _Conversation, question: Question, silence: Silence, send: Send
+        self,
+        account: Account,
+        conversation: _Conversation,
+        question: Question,
+        silence: Silence,
+        send: Send,
+        chain: Chain,
     ) -> None:
         """Ask, and relay the answer; where it meets classic's length limit, ask it to go on, a few times."""
         rest = _CONTINUATIONS
@@ -4074,7 +5290,8 @@ class Asking:
             if isinstance(response, ProxyError):
                 raise response
             silence.is_broken = partial(is_connection_broken, response)
-            segment_id = await self._relay(response, conversation.reader, silence, send, may_continue=rest > 0)
+            reader = conversation.reader
+            segment_id = await self._relay(response, reader, silence, send, chain, may_continue=rest > 0)
             if not segment_id:
                 return
             rest -= 1
@@ -4088,24 +5305,28 @@ class Asking:
         reader: Reader,
         silence: Silence,
         send: Send,
+        chain: Chain,
         *,
         may_continue: bool,
     ) -> str:
-        """Send the answer's events; the segment to continue from, where it was cut short and its end was not sent."""
+        """Send the answer's events; the segment to continue from, where it was cut short and its end was not sent.
+
+        An answer that `chain` ended is read no further.
+        """
         answer = reader.answer
-        while not answer.ended and not answer.done:
+        while not answer.ended and not answer.done and not chain.ended:
             await self._relay_piece(response, reader, send, may_continue=may_continue)
             silence.pieces += 1
         try:
             async with asyncio.timeout(_END_SECONDS):
-                while not answer.ended:
+                while not answer.ended and not chain.ended:
                     await self._relay_piece(response, reader, send, may_continue=False)
         except TimeoutError:
             events, _ = reader.finish()
             await send(events)
         for what, name in answer.oddities:
             self._metrics.tell_once(what, name)
-        return reader.segment_id if may_continue else ""
+        return reader.segment_id if may_continue and not chain.ended else ""
 
     @staticmethod
     async def _relay_piece(response: aiohttp.ClientResponse, reader: Reader, send: Send, *, may_continue: bool) -> None:
@@ -4239,7 +5460,7 @@ async def _read_out(response: aiohttp.ClientResponse) -> None:
     response.release()
 
 
-# ==== 16. Server ============================================================
+# ==== 17. Server ============================================================
 #
 # The aiohttp application: state under typed keys, one middleware that gives every request its id, its log line and its
 # errors in JSON, and the handlers. A `Delivery` is one reply on its way: its head goes out with the first visible
@@ -4414,12 +5635,16 @@ def read_bearer(request: web.Request) -> str:
 
 async def _chat_completions(request: web.Request) -> web.StreamResponse:
     account = request.app[STATE].accounts.get(read_bearer(request))
-    question, reply = await _read_chat(request, account)
-    return await _deliver(request, account, question, reply)
+    question, reply, start_chain = await _read_chat(request, account)
+    return await _deliver(request, account, question, reply, start_chain)
 
 
-async def _read_chat(request: web.Request, account: Account) -> tuple[Question, Reply]:
-    """What is asked, and in which form it is to be answered. Body and messages, which may be large, end here.
+def _make_call_id() -> str:
+    return f"call_{secrets.token_hex(12)}"
+
+
+async def _read_chat(request: web.Request, account: Account) -> tuple[Question, Reply, Callable[[], Chain]]:
+    """What is asked, in which form it is to be answered, and through which filters. Body and messages end here.
 
     A body is parsed in one go, without a wait, so that of many large ones only one at a time is there twice.
     """
@@ -4427,17 +5652,19 @@ async def _read_chat(request: web.Request, account: Account) -> tuple[Question, 
     settings = state.settings
     chat = parse_chat_request(await read_body(request, settings.max_body_bytes, settings.body_seconds))
     model = await state.asking.choose_model(account, chat.model)
-    messages = chat.messages[-1:] if chat.goes_on else chat.messages
-    attachments = [attachment for message in messages for attachment in message.attachments]
+    attachments = chat.attachments
     use_search = chat.use_search
     if use_search is None:
-        use_search = settings.use_search and not attachments
-    text = render_last_message(messages) if chat.goes_on else merge_messages(messages)
-    question = Question(text, use_search, model, conversation_id=chat.conversation_id, attachments=attachments)
-    return question, make_chat_reply(chat, int(time.time()), settings.sources)
+        use_search = settings.use_search and not (attachments or chat.tools or chat.response_format is not None)
+    prompt = render_prompt(chat)
+    question = Question(prompt, use_search, model, conversation_id=chat.conversation_id, attachments=attachments)
+    reply = make_chat_reply(chat, int(time.time()), settings.sources, prompt)
+    return question, reply, partial(make_chain, replace(chat, messages=()), _make_call_id)
 
 
-async def _deliver(request: web.Request, account: Account, question: Question, reply: Reply) -> web.StreamResponse:
+async def _deliver(
+    request: web.Request, account: Account, question: Question, reply: Reply, start_chain: Callable[[], Chain]
+) -> web.StreamResponse:
     """Ask, and send the answer to the client, whatever becomes of it. Failures before the head are raised."""
     state = request.app[STATE]
     delivery = Delivery(request, reply, state)
@@ -4445,7 +5672,7 @@ async def _deliver(request: web.Request, account: Account, question: Question, r
     state.ticker.add(delivery)
     state.answering.add(task)
     try:
-        await state.asking.run(account, question, delivery.send)
+        await state.asking.run(account, question, delivery.send, start_chain)
         request[OUTCOME].upstream_status = 200
         return await delivery.finish()
     except asyncio.CancelledError:
@@ -4679,7 +5906,7 @@ def make_app(settings: Settings) -> web.Application:
     return app
 
 
-# ==== 17. Service ===========================================================
+# ==== 18. Service ===========================================================
 #
 # The program around the application: command line, listening, signals, and the terminal client.
 

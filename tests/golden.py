@@ -24,6 +24,7 @@ from kimi_proxy import (
     Sources,
     SSEParser,
     Text,
+    ToolCall,
     WireError,
 )
 
@@ -49,6 +50,8 @@ def render_event(event: Event) -> list[Any]:
             return ["Citation", event.number, event.hit.url]
         case Sources():
             return ["Sources", *(hit.url for hit in event.hits)]
+        case ToolCall():
+            return ["ToolCall", event.name, event.arguments]
         case Finished():
             return ["Finished", event.reason]
 

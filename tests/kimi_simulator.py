@@ -195,15 +195,84 @@ SCRIPTS: Final[dict[str, tuple[Step, ...]]] = {
     "broad": (Say("x" * 200_000), End()),
 }
 _LONG_CHUNKS: Final = 150
+_AGAIN: Final = "That cannot be used"  # how the proxy begins to tell the model what was wrong
+
+
+def make_sample(schema: Any) -> Any:
+    """A value that fits a simple JSON Schema."""
+    if not isinstance(schema, dict):
+        return None
+    if "enum" in schema:
+        return schema["enum"][0]
+    for keyword in ("anyOf", "oneOf", "allOf"):
+        if keyword in schema:
+            return make_sample(schema[keyword][0])
+    match schema.get("type", "object" if "properties" in schema else None):
+        case "string":
+            return "Paris"
+        case "integer" | "number":
+            return max(7, schema.get("minimum", 7))
+        case "boolean":
+            return True
+        case "array":
+            return [make_sample(schema.get("items"))]
+        case "object":
+            return {name: make_sample(inner) for name, inner in schema.get("properties", {}).items()}
+        case _:
+            return None
+
+
+def _read_tools(asked: str) -> list[dict[str, Any]]:
+    found = re.search(r"<tools>\n(.*?)\n</tools>", asked, re.DOTALL)
+    return [json.loads(line) for line in found[1].splitlines()] if found else []
+
+
+def _render_call(tool: dict[str, Any]) -> str:
+    call = {"name": tool["name"], "arguments": make_sample(tool["parameters"])}
+    return f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>"
+
+
+def _call_tools(asked: str, most: int = 1) -> str:
+    """Call the first functions that the prompt describes; once it has results, tell of them."""
+    results = re.findall(r"<tool_response>\n(.*?)\n</tool_response>", asked)
+    if results:
+        return "The results are: " + ", ".join(str(json.loads(result)["content"]) for result in results)
+    calls = "\n".join(map(_render_call, _read_tools(asked)[:most]))
+    return f"Let me see.\n\n{calls}" if calls else "There is nothing to call."
+
+
+def _answer_in_form(asked: str) -> str:
+    """A value that fits the schema in the prompt; any object where there is none."""
+    found = re.search(r"JSON Schema:\n(.*)\n", asked.rpartition("Answer with one JSON value")[2])
+    return json.dumps(make_sample(json.loads(found[1])) if found else {"ok": True}, ensure_ascii=False, indent=1)
+
+
+_BAD_CALL: Final = 'Let me see.\n<tool_call>\n{"name": "no_such_function", "arguments": {}}\n</tool_call>'
+
+# Scripts that answer to what is asked. A `-bad` one gives a good answer when it is asked again, `-worse` never.
+TALKS: Final[dict[str, Callable[[str], str]]] = {
+    "echo": lambda asked: asked,
+    "tool": _call_tools,
+    "tools": lambda asked: _call_tools(asked, 9),
+    "tool-bad": lambda asked: _call_tools(asked) if _AGAIN in asked else _BAD_CALL,
+    "tool-worse": lambda asked: _BAD_CALL,
+    "json": _answer_in_form,
+    "json-bad": lambda asked: _answer_in_form(asked) if _AGAIN in asked else "Sure! Here you are.",
+    "json-worse": lambda asked: "Sure! Here you are.",
+}
 
 
 def make_steps(order: Order, asked: str, files: list[File] | None = None) -> tuple[Step, ...]:
-    """The steps of the order's script; `echo` says what it was `asked`, `long` counts, `read` tells of the `files`."""
+    """The steps of the order's script: one of `SCRIPTS`, or what `TALKS` make of what was `asked`.
+
+    `long` counts, `read` tells of the `files`.
+    """
     if order.script == "read":
         told = [f"{file.name} ({file.content_type}, {file.size} bytes): {file.first_line}\n" for file in files or ()]
         return (*map(Say, told or ["There is no file."]), End())
-    if order.script == "echo":
-        return (*(Say(asked[at : at + 7]) for at in range(0, len(asked), 7)), End())
+    if order.script in TALKS:
+        text = TALKS[order.script](asked)
+        return (*(Say(text[at : at + 7]) for at in range(0, len(text), 7)), End())
     if order.script == "long":
         return (*(Say(f"{number} ") for number in range(int(order.value("chunks", str(_LONG_CHUNKS))))), End())
     return SCRIPTS[order.script]
@@ -240,7 +309,7 @@ def parse_order(token: str) -> Order | None:
     """The order in a refresh token, None where it names no script or an unknown fault."""
     script, *faults = token.partition("~")[0].split("+")
     table = dict(fault.partition("=")[::2] for fault in faults)
-    known = script in SCRIPTS or script in ("echo", "long", "read")
+    known = script in SCRIPTS or script in TALKS or script in ("long", "read")
     return (
         Order(script, table)
         if known and all(name in SHAPES or name in CONNECT_SHAPES or name in FAULTS for name in table)
@@ -510,6 +579,7 @@ FAULTS: Final[dict[str, str]] = {
     "camel": "the new refresh wants `refreshToken`, and answers inside `data`",
     "old-refresh": "the new refresh is refused, the old one works",
     "new-refresh": "the old refresh is refused, the new one works",
+    "again-status": "CODE, that HTTP status when the proxy asks again since the answer could not be used",
     "no-pictures": "classic before pictures: the action `image` is refused",
     "register-slow": "classic: a registration is not ready N times",
     "parse-slow": "connect: a file is not read yet N times",
@@ -1187,6 +1257,8 @@ class Simulator:
     async def _run_stream(
         self, request: web.Request, account: Account, asked: str, chat_id: str, files: list[File]
     ) -> web.StreamResponse:
+        if _AGAIN in asked and account.order.has("again-status"):
+            return _failure(int(account.order.value("again-status")), "order.again", "ordered for the second try")
         account.streams_open += 1
         self._changed.set()
         try:
@@ -1433,7 +1505,7 @@ async def _run(port: int, seed: int | None) -> None:
     async with Simulator(port=port, seed=seed) as simulator:
         print(f"The simulator answers at {simulator.url} (seed {simulator.seed}). Start the proxy with")
         print(f"    KIMI_BASE_URL={simulator.url} KIMI_AUTH_URL={simulator.url} python kimi_proxy.py")
-        print("and use as token one of:", ", ".join([*SCRIPTS, "echo", "long", "read"]))
+        print("and use as token one of:", ", ".join([*SCRIPTS, *TALKS, "long", "read"]))
         print(
             "each with +FAULT[=VALUE] as often as you like:",
             ", ".join({**SHAPES, **CONNECT_SHAPES, **FAULTS}),

@@ -1,4 +1,4 @@
-"""Section 12: one token an account: single flight, no waiter can cancel it, refusals are remembered."""
+"""Section 13: one token an account: single flight, no waiter can cancel it, refusals are remembered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Section 13, and the way of a file from the front door to the service: what arrives, what is refused, what is left."""
+"""Section 14, and the way of a file from the front door to the service: what arrives, what is refused, what is left."""
 
 from __future__ import annotations
 

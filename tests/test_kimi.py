@@ -1,4 +1,4 @@
-"""Section 14: what the service gets to see of us."""
+"""Section 15: what the service gets to see of us."""
 
 from __future__ import annotations
 

@@ -20,18 +20,19 @@ TITLES = {
     5: "Wire formats",
     6: "Events",
     7: "Answers",
-    8: "Filters",
-    9: "Requests",
-    10: "Replies",
-    11: "Tasks",
-    12: "Accounts",
-    13: "Files",
-    14: "Kimi",
-    15: "Asking",
-    16: "Server",
-    17: "Service",
+    8: "Tools",
+    9: "Filters",
+    10: "Requests",
+    11: "Replies",
+    12: "Tasks",
+    13: "Accounts",
+    14: "Files",
+    15: "Kimi",
+    16: "Asking",
+    17: "Server",
+    18: "Service",
 }
-PURE = range(5, 11)
+PURE = range(5, 12)
 IMPURE_NAMES = {"asyncio", "time", "aiohttp", "web", "logger", "logging", "os", "secrets", "socket", "signal", "sys"}
 ACROSS = {"clients", "faults", "fuzz", "readme", "layout", "simulator"}
 
@@ -126,7 +127,7 @@ BAD = {
     "private": (check_dependencies, banner(2, "Settings") + "_a = 1\n" + banner(3, "Errors") + "b = _a\n"),
     "await": (check_purity, banner(7, "Answers") + "async def a(): await b\n"),
     "clock": (check_purity, banner(7, "Answers") + "def a(): return time.time()\n"),
-    "logger": (check_purity, banner(10, "Replies") + "def a(): logger.info('x')\n"),
+    "logger": (check_purity, banner(11, "Replies") + "def a(): logger.info('x')\n"),
     "docstring": (check_docstrings, "class A:\n    '''a'''\n    def b(self): ...\n"),
 }
 

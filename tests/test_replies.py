@@ -1,4 +1,4 @@
-"""Section 10: events in, the client's bytes out."""
+"""Section 11: events in, the client's bytes out."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_proxy import (
+    MODERATED_SENTENCE,
     ChatStreamReply,
     ChatWholeReply,
     Citation,
@@ -23,6 +24,8 @@ from kimi_proxy import (
     SSEParser,
     Text,
     Thinking,
+    ToolCall,
+    Usage,
     make_chat_reply,
     parse_chat_request,
 )
@@ -30,8 +33,16 @@ from kimi_proxy import (
 HIT = SearchHit("T", "https://ab.cd")
 
 
+def make_stream(include_usage: bool | None = None, model: str = "m") -> ChatStreamReply:
+    return ChatStreamReply(model, 7, include_usage, ShownText("text", streamed=True), Usage("你好"))
+
+
+def make_whole() -> ChatWholeReply:
+    return ChatWholeReply("m", 7, ShownText("text", streamed=False), Usage("你好"))
+
+
 def stream(*events: Event, include_usage: bool | None = None) -> list[Any]:
-    reply = ChatStreamReply("m", 7, include_usage)
+    reply = make_stream(include_usage)
     data = b"".join(reply.feed(event) for event in (Opened("c1", hits_inline=True), *events)) + reply.finish()
     frames = [frame.data for frame in SSEParser().feed(data)]
     assert frames.pop() == "[DONE]"
@@ -39,7 +50,7 @@ def stream(*events: Event, include_usage: bool | None = None) -> list[Any]:
 
 
 def whole(*events: Event) -> Any:
-    reply = ChatWholeReply("m", 7)
+    reply = make_whole()
     assert [reply.feed(event) for event in (Opened("c1", hits_inline=True), *events)] == [b""] * (len(events) + 1)
     return json.loads(reply.finish())
 
@@ -52,7 +63,7 @@ def contents(chunks: list[Any]) -> list[str]:
 
 def test_a_stream_has_one_head_one_role_and_one_end() -> None:
     head = {"id": "c1", "object": "chat.completion.chunk", "created": 7, "model": "m"}
-    usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+    usage = {"prompt_tokens": 2, "completion_tokens": 1, "total_tokens": 3}
     assert stream(Text("a"), Text("b"), Finished("stop")) == [
         {**head, "choices": [{"index": 0, "delta": {"role": "assistant", "content": "a"}, "finish_reason": None}]},
         {**head, "choices": [{"index": 0, "delta": {"content": "b"}, "finish_reason": None}]},
@@ -63,7 +74,7 @@ def test_a_stream_has_one_head_one_role_and_one_end() -> None:
 def test_usage_as_openai_has_it_when_asked_for() -> None:
     chunks = stream(Text("a"), Finished("stop"), include_usage=True)
     assert [chunk["usage"] for chunk in chunks[:-1]] == [None, None]
-    assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["total_tokens"] == 0
+    assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["total_tokens"] == 3
     assert chunks[-1]["id"] == "c1"
 
 
@@ -112,7 +123,7 @@ def test_any_text_comes_back_to_the_letter_streamed_and_whole(texts: list[str]) 
 
 def test_a_very_long_text_is_several_lines_that_every_client_takes() -> None:
     text = "你" * 100_000
-    reply = ChatStreamReply("m", 7, None)
+    reply = make_stream()
     reply.feed(Opened("c1", hits_inline=True))
     data = reply.feed(Text(text))
     assert max(map(len, data.split(b"\n"))) < 64_000
@@ -121,7 +132,7 @@ def test_a_very_long_text_is_several_lines_that_every_client_takes() -> None:
 
 @pytest.mark.parametrize("model", ['q"uote', "新模型", "a\nb", "", '"usage":null,'])
 def test_any_model_name_is_repeated_safely(model: str) -> None:
-    reply = ChatStreamReply(model, 7, True)
+    reply = make_stream(True, model)
     events: list[Event] = [Opened("c1", hits_inline=True), Text("a"), Finished("stop")]
     data = b"".join(map(reply.feed, events))
     assert {json.loads(frame.data)["model"] for frame in SSEParser().feed(data)} == {model}
@@ -129,22 +140,22 @@ def test_any_model_name_is_repeated_safely(model: str) -> None:
 
 def test_a_failure_has_an_error_object_and_no_end() -> None:
     error = ProxyError("answer_broken", "x")
-    (frame,) = SSEParser().feed(ChatStreamReply("m", 7, None).fail(error))
+    (frame,) = SSEParser().feed(make_stream().fail(error))
     value = json.loads(frame.data)
     assert value["choices"] == [] and value["error"]["code"] == "answer_broken" and value["code"] == -2001
-    assert json.loads(ChatWholeReply("m", 7).fail(error))["error"]["message"] == error.message
+    assert json.loads(make_whole().fail(error))["error"]["message"] == error.message
 
 
 def test_silence_is_filled_with_a_comment_in_a_stream_alone() -> None:
-    alive = ChatStreamReply("m", 7, None).alive()
+    alive = make_stream().alive()
     assert alive.startswith(b":") and SSEParser().feed(alive) == []
-    assert ChatWholeReply("m", 7).alive() == b""
+    assert make_whole().alive() == b""
 
 
 def test_the_request_chooses_the_form() -> None:
     body = '{"messages":[{"content":"x"}],"stream":%s}'
-    assert isinstance(make_chat_reply(parse_chat_request((body % "true").encode()), 7, "text"), ChatStreamReply)
-    assert isinstance(make_chat_reply(parse_chat_request((body % "false").encode()), 7, "text"), ChatWholeReply)
+    assert isinstance(make_chat_reply(parse_chat_request((body % "true").encode()), 7, "text", ""), ChatStreamReply)
+    assert isinstance(make_chat_reply(parse_chat_request((body % "false").encode()), 7, "text", ""), ChatWholeReply)
 
 
 LISTED = (SearchHit("A [x]", "https://aa.cd/(1)"), SearchHit("B", "https://bb.cd"))
@@ -201,12 +212,12 @@ def test_inline_hits_are_annotated_where_they_stand(streamed: bool) -> None:
 
 
 def test_annotations_are_on_the_message_and_on_the_last_delta() -> None:
-    reply = ChatStreamReply("m", 7, None)
+    reply = make_stream()
     frames = [json.loads(frame.data) for frame in SSEParser().feed(b"".join(map(reply.feed, ANSWER)))]
     last = frames[-1]["choices"][0]
     assert [place["url_citation"]["url"] for place in last["delta"]["annotations"]] == [hit.url for hit in LISTED]
     assert last["finish_reason"] == "stop"
-    one = ChatWholeReply("m", 7)
+    one = make_whole()
     for event in ANSWER:
         one.feed(event)
     message = json.loads(one.finish())["choices"][0]["message"]
@@ -228,8 +239,63 @@ def test_thinking_is_reasoning_content_and_no_content() -> None:
 
 def test_a_silent_model_shows_annotations_alone() -> None:
     body = b'{"messages":[{"content":"x"}],"model":"kimi-search-silent"}'
-    reply = make_chat_reply(parse_chat_request(body), 7, "text")
+    reply = make_chat_reply(parse_chat_request(body), 7, "text", "")
     for event in ANSWER:
         reply.feed(event)
     message = json.loads(reply.finish())["choices"][0]["message"]
     assert message["content"] == "甲[1]乙" and len(message["annotations"]) == 2
+
+
+CALLS = [ToolCall("call_1", "f", '{"a":1}'), ToolCall("call_2", "g", "{}")]
+
+
+def test_calls_of_functions_are_one_delta_each() -> None:
+    chunks = stream(*CALLS, Finished("tool_calls"), include_usage=False)
+    assert [chunk["choices"][0]["delta"] for chunk in chunks] == [
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [
+                {"index": 0, "id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
+            ],
+        },
+        {
+            "tool_calls": [
+                {"index": 1, "id": "call_2", "type": "function", "function": {"name": "g", "arguments": "{}"}}
+            ]
+        },
+        {},
+    ]
+    assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_a_whole_answer_has_its_calls_and_no_text() -> None:
+    choice = whole(*CALLS, Finished("tool_calls"))["choices"][0]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["content"] is None
+    assert [call["function"]["name"] for call in choice["message"]["tool_calls"]] == ["f", "g"]
+    assert whole(Text("a"), CALLS[0], Finished("tool_calls"))["choices"][0]["message"]["content"] == "a"
+
+
+def test_usage_counts_what_the_model_wrote_and_not_what_the_proxy_adds() -> None:
+    plain = whole(Text("答案"), Finished("stop"))["usage"]
+    assert plain["prompt_tokens"] == 2 and plain["total_tokens"] == 2 + plain["completion_tokens"]
+    with_hits = whole(HIT, Text("答案"), Finished("content_filter"))["usage"]
+    assert with_hits == plain
+    thought = whole(Thinking("想想"), Text("答案"), Finished("stop"))["usage"]
+    assert thought["completion_tokens_details"] == {"reasoning_tokens": 2}
+    assert thought["completion_tokens"] == plain["completion_tokens"] + 2
+    assert whole(CALLS[0], Finished("tool_calls"))["usage"]["completion_tokens"] > 5
+
+
+@pytest.mark.parametrize(
+    "field", ['"tools":[{"type":"function","function":{"name":"f"}}]', '"response_format":{"type":"json_object"}']
+)
+def test_sources_of_an_answer_for_a_program_are_annotations_only(field: str) -> None:
+    body = ('{"messages":[{"content":"x"}],' + field + "}").encode()
+    reply = make_chat_reply(parse_chat_request(body), 7, "text", "")
+    for event in (Opened("c", hits_inline=True), HIT, Text("{}"), Finished("content_filter")):
+        reply.feed(event)
+    message = json.loads(reply.finish())["choices"][0]["message"]
+    sentence = "" if "response_format" in field else MODERATED_SENTENCE
+    assert message["content"] == "{}" + sentence and len(message["annotations"]) == 1

@@ -1,4 +1,4 @@
-"""Section 9: what a client may send, and what each wrong thing is told."""
+"""Section 10: what a client may send, and what each wrong thing is told."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from kimi_proxy import (
     Attachment,
     Message,
     ProxyError,
+    ResponseFormat,
+    Tool,
+    ToolChoice,
+    make_chain,
     merge_messages,
     parse_chat_request,
-    render_last_message,
+    render_prompt,
     wrap_urls,
 )
 
@@ -172,8 +176,11 @@ def test_reprs_show_no_content() -> None:
 
 def test_a_conversation_that_goes_on_is_asked_the_last_message_alone() -> None:
     url = "https://example.com/a"
-    assert render_last_message([Message("system", "x"), Message("user", f"see {url}")]) == f"see {tag(url)}"
-    assert render_last_message([Message("tool", url)]) == url
+    messages = [{"role": "system", "content": "x"}, {"role": "user", "content": f"see {url}"}]
+    assert render_prompt(parse(conversation_id="c1", messages=messages)) == f"see {tag(url)}"
+    results = [{"role": "tool", "tool_call_id": "1", "content": word} for word in ("a", "b")]
+    prompt = render_prompt(parse(conversation_id="c1", messages=[*messages, *results]))
+    assert "see" not in prompt and prompt.index('"a"') < prompt.index('"b"')
     assert parse(conversation_id="new").conversation_id == "new"
 
 
@@ -207,3 +214,171 @@ def test_a_data_url_without_base64_is_refused(url: str) -> None:
     with pytest.raises(ProxyError) as caught:
         attachments({"type": "image_url", "image_url": {"url": url}})
     assert caught.value.param == "messages[0].content[0].image_url.url"
+
+
+FUNCTION = {
+    "type": "function",
+    "function": {"name": "get_weather", "description": "Weather", "parameters": {"type": "object"}},
+}
+
+
+def test_tools_are_described_and_earlier_calls_are_told_as_the_model_made_them() -> None:
+    request = parse(
+        tools=[FUNCTION],
+        messages=[
+            {"role": "user", "content": "Weather in Paris?"},
+            {
+                "role": "assistant",
+                "content": "Let me see.",
+                "tool_calls": [
+                    {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": '{"q":"P"}'}},
+                    {"id": "call_2", "type": "function", "function": {"name": "other", "arguments": ""}},
+                ],
+            },
+            {"role": "tool", "tool_call_id": "call_1", "content": [{"type": "text", "text": "sunny"}]},
+            {"role": "tool", "tool_call_id": "call_9", "name": "named", "content": None},
+        ],
+    )
+    assert request.tools == (Tool("get_weather", "Weather", {"type": "object"}),)
+    prompt = render_prompt(request)
+    assert prompt.startswith("system:") and '{"name":"get_weather","description":"Weather"' in prompt
+    assert prompt.endswith(
+        "user:Weather in Paris?\n"
+        'assistant:Let me see.\n<tool_call>\n{"name":"get_weather","arguments":{"q":"P"}}\n</tool_call>\n'
+        '<tool_call>\n{"name":"other","arguments":{}}\n</tool_call>\n'
+        'tool:<tool_response>\n{"name":"get_weather","content":"sunny"}\n</tool_response>\n'
+        'tool:<tool_response>\n{"name":"named","content":""}\n</tool_response>\n'
+    )
+
+
+def test_no_word_of_tools_where_none_may_be_called() -> None:
+    assert render_prompt(parse(tools=[FUNCTION], tool_choice="none")) == "user:hi\n"
+    named = {**FUNCTION, "function": {**FUNCTION["function"], "name": "unwanted"}}  # type: ignore[dict-item]
+    choice = {"type": "function", "function": {"name": "get_weather"}}
+    prompt = render_prompt(parse(tools=[FUNCTION, named], tool_choice=choice))
+    assert "unwanted" not in prompt and "must call" in prompt
+
+
+def test_the_form_of_the_answer_is_the_last_word() -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "array"}, "strict": True}}
+    request = parse(response_format=form)
+    assert request.response_format == ResponseFormat("json_schema", {"type": "array"}, "n")
+    assert render_prompt(request).rstrip().endswith('{"type":"array"}')
+    assert "JSON object" in render_prompt(parse(response_format={"type": "json_object"}))
+    assert parse(response_format={"type": "text"}).response_format is None
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, ToolChoice()),
+        ("auto", ToolChoice()),
+        ("none", ToolChoice("none")),
+        ("required", ToolChoice("required")),
+        ({"type": "function", "function": {"name": "get_weather"}}, ToolChoice("named", "get_weather")),
+        ({"type": "function", "name": "get_weather"}, ToolChoice("named", "get_weather")),
+    ],
+)
+def test_tool_choice(value: object, expected: ToolChoice) -> None:
+    assert parse(tools=[FUNCTION], tool_choice=value).tool_choice == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"stop": "a"}, ("a",)),
+        ({"stop": ["a", "b", "a", ""]}, ("a", "b")),
+        ({"stop": None}, ()),
+        ({"stop": []}, ()),
+    ],
+)
+def test_stop(fields: dict[str, Any], expected: tuple[str, ...]) -> None:
+    assert parse(**fields).stop == expected
+
+
+def test_the_newer_name_of_the_limit_wins() -> None:
+    assert parse(max_tokens=5).max_tokens == 5
+    assert parse(max_tokens=5, max_completion_tokens=7).max_tokens == 7
+    assert parse().max_tokens is None
+
+
+@pytest.mark.parametrize(
+    ("tools", "expected"),
+    [
+        ([{"type": "web_search"}], True),
+        ([{"type": "web_search_preview"}], True),
+        ([{"type": "builtin_function", "function": {"name": "$web_search"}}], True),
+        ([FUNCTION], None),
+    ],
+)
+def test_a_tool_can_ask_for_search(tools: list[Any], expected: bool | None) -> None:
+    request = parse(tools=tools)
+    assert request.use_search is expected and len(request.tools) == (expected is None)
+    assert parse(tools=tools, use_search=False).use_search is False
+
+
+def test_only_what_needs_filters_has_some() -> None:
+    assert make_chain(parse(tools=[FUNCTION], tool_choice="none"), str)._filters == []
+    request = parse(tools=[FUNCTION], stop="x", max_tokens=3, response_format={"type": "json_object"})
+    names = [type(one).__name__ for one in make_chain(request, str)._filters]
+    assert names == ["LengthFilter", "ToolCallFilter", "StopFilter", "StructureFilter"]
+
+
+def deep(depth: int) -> Any:
+    return {"type": "object", "properties": {"a": deep(depth - 1)}} if depth else {}
+
+
+BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
+    ({"tools": [1]}, "tools[0]"),
+    ({"tools": [{"type": "custom"}]}, "tools[0].type"),
+    ({"tools": [{"type": "function"}]}, "tools[0].function.name"),
+    ({"tools": [{"function": {"name": "a b"}}]}, "tools[0].function.name"),
+    ({"tools": [{"function": {"name": "<tool_call>"}}]}, "tools[0].function.name"),
+    ({"tools": [{"function": {"name": "a", "description": 1}}]}, "tools[0].function.description"),
+    ({"tools": [{"function": {"name": "a", "parameters": []}}]}, "tools[0].function.parameters"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"tool_choice": "sometimes"}, "tool_choice"),
+    ({"tool_choice": {"type": "function"}}, "tool_choice"),
+    ({"tool_choice": {"function": {"name": "x"}}, "tools": [FUNCTION]}, "tool_choice"),
+    ({"parallel_tool_calls": 1}, "parallel_tool_calls"),
+    ({"response_format": "json"}, "response_format"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": "x"}}},
+        "response_format.json_schema.schema",
+    ),
+    ({"stop": 5}, "stop"),
+    ({"stop": ["a", 5]}, "stop"),
+    ({"stop": list("abcde")}, "stop"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_completion_tokens": -1}, "max_completion_tokens"),
+    ({"max_tokens": "5"}, "max_tokens"),
+    ({"max_tokens": True}, "max_tokens"),
+    ({"n": 2}, "n"),
+    ({"messages": [{"tool_calls": 1}]}, "messages[0].tool_calls"),
+    ({"messages": [{"tool_calls": [1]}]}, "messages[0].tool_calls[0]"),
+    ({"messages": [{"content": [{"type": "input_audio"}]}]}, "messages[0].content[0].type"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(BAD_FIELDS)))
+def test_a_wrong_field_of_a_programs_request_is_named(number: int) -> None:
+    fields, param = BAD_FIELDS[number]
+    with pytest.raises(ProxyError) as caught:
+        parse(**fields)
+    assert (caught.value.status, caught.value.param) == (400, param)
+    assert caught.value.detail.startswith(param)
+
+
+def test_a_refusal_is_text() -> None:
+    messages = [
+        {"role": "assistant", "content": None, "refusal": "I will not."},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
+    ]
+    assert [message.text for message in parse(messages=messages).messages] == ["I will not.", "No."]
+
+
+def test_sound_is_refused_by_its_name() -> None:
+    with pytest.raises(ProxyError, match="input_audio"):
+        parse(messages=[{"content": [{"type": "input_audio", "input_audio": {}}]}])

@@ -1,4 +1,4 @@
-"""Section 15: chats through the front door: a real proxy on a real socket, the simulator behind it."""
+"""Section 17: chats through the front door: a real proxy on a real socket, the simulator behind it."""
 
 from __future__ import annotations
 
@@ -481,3 +481,207 @@ async def test_a_new_conversation_whose_answer_fails_is_removed(
     assert (await ask(http, proxy, token, conversation_id="new"))[0] == 502
     await simulator.settle(token)
     assert simulator.account(token).count("remove") == 1
+
+
+# What programs ask for: functions, forms, ends, and what it counted.
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather in a city",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "days": {"type": "integer", "minimum": 1}},
+            "required": ["city"],
+        },
+    },
+}
+FORM = {
+    "type": "json_schema",
+    "json_schema": {
+        "name": "city",
+        "schema": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+
+
+def searched(asked: Any) -> bool:
+    """Whether a question let the service search."""
+    return bool(asked["use_search"] if "refs" in asked else asked["tools"])
+
+
+async def test_usage_is_an_estimate_of_both_sides(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession
+) -> None:
+    _, answer, _ = await ask(http, proxy, simulator.token("hello"), text="你好" * 50)
+    usage = answer["usage"]
+    assert 50 < usage["prompt_tokens"] < 80 and 8 < usage["completion_tokens"] < 20
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    chunks, _ = await stream(http, proxy, simulator.token("hello"), text="你好" * 50)
+    assert chunks[-1]["usage"] == usage
+
+
+async def test_a_call_of_a_function_whole_and_streamed(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession
+) -> None:
+    token = simulator.token("tool")
+    _, answer, _ = await ask(http, proxy, token, tools=[WEATHER])
+    (choice,) = answer["choices"]
+    assert (choice["finish_reason"], choice["message"]["content"]) == ("tool_calls", "Let me see.")
+    (call,) = choice["message"]["tool_calls"]
+    assert call["id"].startswith("call_") and call["type"] == "function"
+    assert call["function"] == {"name": "get_weather", "arguments": '{"city":"Paris","days":7}'}
+    chunks, _ = await stream(http, proxy, token, tools=[WEATHER])
+    assert content_of(chunks) == "Let me see."
+    (streamed,) = [delta for chunk in chunks for delta in chunk["choices"][0]["delta"].get("tool_calls", [])]
+    assert streamed == {"index": 0, "id": streamed["id"], "type": "function", "function": call["function"]}
+    assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+    assert not searched((await simulator.settle(token)).asked[0])
+
+
+async def test_a_bad_call_is_asked_for_once_more(simulator: Simulator, proxy: str, http: aiohttp.ClientSession) -> None:
+    token = simulator.token("tool-bad")
+    chunks, text = await stream(http, proxy, token, tools=[WEATHER])
+    assert content_of(chunks) == "Let me see." and text.endswith("data: [DONE]\n\n")
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    assert [len(chunk["choices"][0]["delta"].get("tool_calls", [])) for chunk in chunks].count(1) == 1
+    account = await simulator.settle(token)
+    assert len(account.asked) == len(account.conversations) == 2
+
+
+async def test_a_call_that_is_bad_twice_is_text(simulator: Simulator, proxy: str, http: aiohttp.ClientSession) -> None:
+    token = simulator.token("tool-worse")
+    _, answer, _ = await ask(http, proxy, token, tools=[WEATHER])
+    (choice,) = answer["choices"]
+    assert choice["finish_reason"] == "stop" and "no_such_function" in choice["message"]["content"]
+    assert "tool_calls" not in choice["message"]
+    assert len((await simulator.settle(token)).asked) == 2
+
+
+async def test_a_second_try_that_fails_leaves_the_first_answer(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession
+) -> None:
+    token = simulator.token("tool-worse", "again-status=500")
+    status, answer, _ = await ask(http, proxy, token, tools=[WEATHER])
+    assert status == 200 and "no_such_function" in answer["choices"][0]["message"]["content"]
+    token = simulator.token("json-worse", "again-status=500")
+    status, answer, _ = await ask(http, proxy, token, response_format=FORM)
+    assert (status, answer["error"]["code"]) == (502, "service_failed")
+    await simulator.settle(token)
+
+
+@pytest.mark.parametrize("stream_it", [True, False])
+@pytest.mark.parametrize(
+    ("script", "fields", "code"),
+    [
+        ("tool-worse", {"tools": [WEATHER], "tool_choice": "required"}, "tool_call_failed"),
+        ("hello", {"tools": [WEATHER], "tool_choice": {"function": {"name": "get_weather"}}}, "tool_call_failed"),
+        ("json-worse", {"response_format": FORM}, "structured_output_failed"),
+        ("hello", {"response_format": {"type": "json_object"}}, "structured_output_failed"),
+    ],
+)
+async def test_what_must_come_and_fails_twice_is_a_422(
+    simulator: Simulator,
+    proxy: str,
+    http: aiohttp.ClientSession,
+    script: str,
+    fields: dict[str, Any],
+    code: str,
+    stream_it: bool,
+) -> None:
+    token = simulator.token(script)
+    status, answer, _ = await ask(http, proxy, token, stream=stream_it, **fields)
+    assert (status, answer["error"]["code"]) == (422, code)
+    assert len((await simulator.settle(token)).asked) == 2
+
+
+@pytest.mark.parametrize("script", ["json", "json-bad"])
+async def test_an_answer_in_the_form_that_was_asked_for(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession, script: str
+) -> None:
+    token = simulator.token(script)
+    _, answer, _ = await ask(http, proxy, token, response_format=FORM)
+    assert json.loads(answer["choices"][0]["message"]["content"]) == {"city": "Paris"}
+    chunks, _ = await stream(http, proxy, token, response_format=FORM)
+    assert json.loads(content_of(chunks)) == {"city": "Paris"}
+    account = await simulator.settle(token)
+    assert not searched(account.asked[0]) and len(account.asked) == (2 if script == "json" else 4)
+
+
+async def test_a_second_try_in_a_kept_conversation_goes_on_with_it(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession
+) -> None:
+    token = simulator.token("json-bad")
+    fields: dict[str, Any] = {"response_format": {"type": "json_object"}, "conversation_id": "new"}
+    _, answer, _ = await ask(http, proxy, token, **fields)
+    assert json.loads(answer["choices"][0]["message"]["content"]) == {"ok": True}
+    account = simulator.account(token)
+    assert list(account.conversations) == [answer["id"]] and len(account.asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "content", "reason"),
+    [({"stop": ["20 ", "7"]}, "0 1 2 3 4 5 6 ", "stop"), ({"max_tokens": 5}, None, "length")],
+)
+async def test_an_end_of_our_own_stops_the_answer_at_the_service(
+    simulator: Simulator,
+    proxy: str,
+    http: aiohttp.ClientSession,
+    fields: dict[str, Any],
+    content: str | None,
+    reason: str,
+) -> None:
+    token = simulator.token("long", "pace=0.01", "chunks=100000")
+    chunks, text = await stream(http, proxy, token, **fields)
+    assert chunks[-1]["choices"][0]["finish_reason"] == reason and text.endswith("data: [DONE]\n\n")
+    assert content is None or content_of(chunks) == content
+    assert chunks[-1]["usage"]["completion_tokens"] <= (5 if content is None else 99)
+    account = await simulator.settle(token)
+    assert account.streams_cut == 1 and len(account.asked) == 1
+    _, answer, _ = await ask(http, proxy, simulator.token("long", "chunks=300"), **fields)
+    assert answer["choices"][0]["message"]["content"] == content_of(chunks)
+
+
+async def test_an_answer_that_our_own_end_emptied_is_no_error(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession
+) -> None:
+    status, answer, _ = await ask(http, proxy, simulator.token("hello"), stop=HELLO[:2])
+    assert (status, answer["choices"][0]["message"]["content"]) == (200, "")
+    chunks, text = await stream(http, proxy, simulator.token("hello"), stop=HELLO[:2])
+    assert content_of(chunks) == "" and text.endswith("data: [DONE]\n\n")
+
+
+async def test_stop_sequences_are_not_looked_for_in_what_the_proxy_adds(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession
+) -> None:
+    _, answer, _ = await ask(http, proxy, simulator.token("search"), stop=["moonshot", "搜索结果", "检索"])
+    assert answer["choices"][0]["message"]["content"].startswith(SEARCH_TEXT)
+    assert "moonshot" in answer["choices"][0]["message"]["content"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"tools": [WEATHER]}, False),
+        ({"tools": [WEATHER], "use_search": True}, True),
+        ({"tools": [WEATHER], "model": "kimi-search"}, True),
+        ({"tools": [WEATHER, {"type": "web_search"}]}, True),
+        ({"tools": [WEATHER], "tool_choice": "none"}, False),
+        ({"response_format": {"type": "text"}}, True),
+    ],
+)
+async def test_search_is_off_for_programs_unless_it_is_asked_for(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession, fields: dict[str, Any], expected: bool
+) -> None:
+    token = simulator.token("hello")
+    assert (await ask(http, proxy, token, **fields))[0] == 200
+    assert searched(simulator.account(token).asked[0]) is expected
+
+
+async def test_a_moderated_answer_in_a_form_is_passed_on_without_the_sentence(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession
+) -> None:
+    _, answer, _ = await ask(http, proxy, simulator.token("moderated"), response_format=FORM)
+    (choice,) = answer["choices"]
+    assert choice["finish_reason"] == "content_filter" and choice["message"]["content"] == "从前有座山，山里有"

@@ -1,4 +1,4 @@
-"""Section 16: the program, as a person starts and stops it."""
+"""Section 18: the program, as a person starts and stops it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Section 11: what outlives a request, and what waits for time."""
+"""Section 12: what outlives a request, and what waits for time."""
 
 from __future__ import annotations
 
