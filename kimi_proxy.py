@@ -45,16 +45,18 @@ import tempfile
 import time
 import traceback
 import zlib
+from bisect import bisect_right
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, partial
-from itertools import cycle
+from itertools import accumulate, cycle
 from json.encoder import encode_basestring
+from math import isfinite
 from pathlib import Path
-from typing import IO, Any, Final, Literal, NoReturn, Protocol, TypeGuard, TypeVar, cast
+from typing import IO, Any, Final, Literal, NoReturn, Protocol, TypeVar, cast
 from urllib.parse import unquote, urljoin
 
 import aiohttp
@@ -392,10 +394,10 @@ FAILURES: Final[Mapping[str, Failure]] = {
     "body_too_large": Failure(413, _REQUEST, -2000, "the body of the request is too large"),
     "file_too_large": Failure(413, _REQUEST, -2004, "see PROXY_MAX_FILE_MB and PROXY_MAX_INLINE_MB"),
     "tool_call_failed": Failure(
-        422, _REQUEST, -2001, "the model gave no valid call, twice; simplify the function's schema, or ask again"
+        422, _REQUEST, -2001, "the model gave no valid call of a tool, twice; simplify its schema, or ask again"
     ),
     "structured_output_failed": Failure(
-        422, _REQUEST, -2001, "the model's answer did not fit, twice; simplify the schema, or ask again"
+        422, _REQUEST, -2001, "the model's answer did not fit response_format, twice; simplify the schema"
     ),
     "answer_running": Failure(
         429, _LIMIT, -2001, "Kimi is still answering another question of this account; try again shortly", 5
@@ -812,35 +814,49 @@ def inflate_gzip(data: bytes, limit_bytes: int) -> bytes:
 class Inflater:
     """Decoder of a body that is gzip or deflate (RFC 9110, section 8.4.1; deflate with or without its zlib header)."""
 
+    _MOST_MEMBERS = 100  # of one gzip body: each empty one costs work, and shows nothing
+
     def __init__(self) -> None:
         self._inflater: Any = None
         self._head = b""
+        self._members = 0
+        self._is_gzip = False
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """What `data` becomes, in pieces of 64 KiB at most. Raises `WireError` for what is neither."""
-        try:
-            piece = b""
-            while data or len(piece) == 65_536:  # a full piece may have left more inside
-                if self._inflater is None:
-                    self._head += data
-                    if len(self._head) < 2:
-                        return
-                    data, self._head = self._head, b""
-                    self._inflater = zlib.decompressobj(_window_bits(data))
+        piece = b""
+        while data or len(piece) == 65_536:  # a full piece may have left more inside
+            if self._inflater is None and not (data := self._begin(data)):
+                return
+            try:
                 piece = self._inflater.decompress(data, 65_536)
-                if piece:
-                    yield piece
-                data = self._inflater.unconsumed_tail
-                if self._inflater.eof:  # gzip may have another member
-                    data = self._inflater.unused_data.lstrip(b"\0")
-                    self._inflater = None if data else self._inflater
-        except zlib.error:
-            raise WireError("not the encoding that is announced") from None
+            except zlib.error:
+                raise WireError("not the encoding that is announced") from None
+            if piece:
+                yield piece
+            data = self._inflater.unconsumed_tail
+            if self._inflater.eof:
+                data, self._inflater, piece = self._inflater.unused_data, None, b""
 
     def finish(self) -> None:
         """Say that the input ended. Raises `WireError` where it was cut."""
-        if self._inflater is None or not self._inflater.eof:
+        if self._inflater is not None or self._head or not self._members:
             raise WireError("an encoded body that is cut")
+
+    def _begin(self, data: bytes) -> bytes:
+        """Begin a member with `data`; nothing is given back while its beginning is not there yet."""
+        if self._members:
+            data = data.lstrip(b"\0") if not self._head else data
+        data = self._head + data
+        self._head = data if len(data) < 2 else b""
+        if len(data) < 2:
+            return b""
+        self._members += 1
+        if self._members > (self._MOST_MEMBERS if self._is_gzip else 1):
+            raise WireError("more behind the end of an encoded body")
+        self._is_gzip = data[0] == 0x1F
+        self._inflater = zlib.decompressobj(_window_bits(data))
+        return data
 
 
 def _window_bits(head: bytes) -> int:
@@ -1390,30 +1406,337 @@ def error_of_connect(
 # are broken before they reach the prompt, and nothing in them is evaluated that could stop the loop.
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Tool:
-    """A function that the model may call; `parameters` is the JSON Schema of its arguments."""
+    """A tool of the client. `parameters` is the JSON schema of a call's arguments; True takes any object."""
 
     name: str
     description: str
-    parameters: Any
+    parameters: dict[str, Any] | bool
+
+    def __repr__(self) -> str:
+        return f"Tool({len(self.name)} characters)"
 
 
 @dataclass(frozen=True, slots=True)
 class ToolChoice:
-    """Whether the model has to call: `auto`, `none`, `required`, or `named`, which is the tool `name`."""
+    """Whether the model may, must not or must call a tool, or must call the one of this `name`."""
 
     mode: Literal["auto", "none", "required", "named"] = "auto"
     name: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class ResponseFormat:
-    """The form that an answer must have: any JSON object, or a value that fits `schema`."""
+    """The JSON that the client wants for an answer: any object, or what fits `schema`."""
 
     kind: Literal["json_object", "json_schema"]
-    schema: Any = True
+    schema: dict[str, Any] | bool | None = None
     name: str = ""
+
+    def __repr__(self) -> str:
+        return f"ResponseFormat({self.kind})"
+
+
+_FENCE: Final = re.compile(r"\A\s*+```\w*+")
+_JSON_PARTS: Final = re.compile(r'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[{}\[\]]|,(?=\s*+(?:[}\]]|\Z))', re.DOTALL)
+_STRING_PARTS: Final = re.compile(r"\\.|[\x00-\x1f]", re.DOTALL)
+_CLOSERS: Final = {"{": "}", "[": "]"}
+
+
+def repair_json(text: str) -> Any:
+    """The JSON value that `text` is, or becomes by the repairs that models need. Raises `ValueError` without content.
+
+    Repaired are: a code fence around it, a trailing comma, raw control characters such as line ends in strings, and
+    braces and brackets missing at the end; nothing else. Linear time.
+    """
+    try:
+        return _read_json(text)
+    except WireError as error:
+        first_error = error
+    try:
+        return _read_json(_mend_json(_FENCE.sub("", text, count=1).rstrip().removesuffix("```")))
+    except ValueError:
+        raise first_error from None
+
+
+def _read_json(text: str) -> Any:
+    return parse_json(text.encode("utf-8", "replace"))
+
+
+def _mend_json(text: str) -> str:
+    missing: list[str] = []
+
+    def mend(found: re.Match[str]) -> str:
+        part = found[0]
+        if part in _CLOSERS:
+            missing.append(_CLOSERS[part])
+        elif part in "}]" and missing:
+            missing.pop()
+        return "" if part == "," else _STRING_PARTS.sub(_escape_control, part) if part[0] == '"' else part
+
+    return _JSON_PARTS.sub(mend, text) + "".join(reversed(missing))
+
+
+def _escape_control(found: re.Match[str]) -> str:
+    return found[0] if len(found[0]) > 1 else f"\\u{ord(found[0]):04x}"
+
+
+_DEEPEST_VALUE: Final = 64
+_DEEPEST_CHECK: Final = 200  # three checks a level of a value: itself, a reference, an alternative
+_MOST_STEPS: Final = 100_000
+
+_NUMBER: Final = (int, float)
+_TYPE_CHECKS: Final[Mapping[str, Callable[[Any], bool]]] = {
+    "string": lambda value: isinstance(value, str),
+    "number": lambda value: isinstance(value, _NUMBER) and not isinstance(value, bool),
+    "integer": lambda value: _TYPE_CHECKS["number"](value) and (isinstance(value, int) or value.is_integer()),
+    "boolean": lambda value: isinstance(value, bool),
+    "null": lambda value: value is None,
+    "array": lambda value: isinstance(value, list),
+    "object": lambda value: isinstance(value, dict),
+}
+
+
+def _is_multiple(value: float, unit: float) -> bool:
+    if unit <= 0 or (isinstance(value, int) and isinstance(unit, int)):
+        return unit <= 0 or value % unit == 0
+    try:
+        count = value / unit
+    except OverflowError:
+        return True
+    return not isfinite(count) or abs(count - round(count)) < 1e-9 * max(1.0, abs(count))
+
+
+_BOUNDS: Final[Sequence[tuple[str, str, Callable[[Any, Any], bool], str]]] = (
+    ("minimum", "number", lambda value, limit: value >= limit, "must be at least {}"),
+    ("maximum", "number", lambda value, limit: value <= limit, "must be at most {}"),
+    ("exclusiveMinimum", "number", lambda value, limit: value > limit, "must be more than {}"),
+    ("exclusiveMaximum", "number", lambda value, limit: value < limit, "must be less than {}"),
+    ("multipleOf", "number", _is_multiple, "must be a multiple of {}"),
+    ("minLength", "string", lambda value, limit: len(value) >= limit, "must have at least {} characters"),
+    ("maxLength", "string", lambda value, limit: len(value) <= limit, "must have at most {} characters"),
+    ("minItems", "array", lambda value, limit: len(value) >= limit, "must have at least {} items"),
+    ("maxItems", "array", lambda value, limit: len(value) <= limit, "must have at most {} items"),
+    ("minProperties", "object", lambda value, limit: len(value) >= limit, "must have at least {} properties"),
+    ("maxProperties", "object", lambda value, limit: len(value) <= limit, "must have at most {} properties"),
+)
+
+
+def check_schema(value: Any, schema: Any) -> str | None:
+    """How the JSON `value` first breaks `schema`, as a short sentence that names the place, or None.
+
+    Of JSON Schema (2020-12, and the older forms of the same) it knows type, enum, const, the bounds of numbers and
+    lengths, properties, required, additionalProperties, items, prefixItems, anyOf, oneOf, allOf, not and local `$ref`.
+    All else allows anything: above all `pattern` and `format`, since a hostile one would stop the loop, a reference
+    that leads nowhere, and a keyword of the wrong type. Too deep a value and too much work are violations.
+    """
+    if unfit := _find_unfit(value):
+        return unfit
+    try:
+        wrong = _SchemaCheck(schema).check(value, schema, "$", 0)
+    except _CheckStoppedError as stopped:
+        return str(stopped)
+    return None if wrong is None else wrong[:500]
+
+
+class _CheckStoppedError(Exception):
+    """The check cannot go on. The text says why."""
+
+
+def _find_unfit(value: Any) -> str | None:
+    """What makes a value unfit for any schema: its depth, or a number that JSON cannot tell again."""
+    level = [value]
+    for _ in range(_DEEPEST_VALUE + 1):
+        if any(isinstance(one, float) and not isfinite(one) for one in level):
+            return "a number is too large"
+        level = [
+            child
+            for one in level
+            if isinstance(one, (dict, list))
+            for child in (one.values() if isinstance(one, dict) else one)
+        ]
+        if not level:
+            return None
+    return f"the value is nested more than {_DEEPEST_VALUE} deep"
+
+
+def quote_value(value: Any) -> str:
+    """A value for an error: at most 60 characters of it."""
+    if isinstance(value, (dict, list)):
+        return "an object" if isinstance(value, dict) else "an array"
+    text = encode_json(value[:60] if isinstance(value, str) else value)
+    return text if len(text) <= 60 else text[:59] + "…"
+
+
+def quote_choices(options: list[Any]) -> str:
+    """Some of several values for an error: about 60 characters of them."""
+    text = ""
+    for option in options:
+        more = f", {quote_value(option)}" if text else quote_value(option)
+        if len(text) + len(more) > 59:
+            return f"{text}, …" if text else "…"
+        text += more
+    return text
+
+
+def _step_into(place: str, key: str | int) -> str:
+    if isinstance(key, int):
+        return f"{place}[{key}]"
+    return f"{place}.{key}" if key.isidentifier() and len(key) <= 40 else f"{place}[{quote_value(key[:40])}]"
+
+
+class _SchemaCheck:
+    """One check of a value against a schema, within a budget of steps."""
+
+    def __init__(self, root: Any) -> None:
+        self._root = root
+        self._steps = _MOST_STEPS
+
+    def check(self, value: Any, schema: Any, place: str, depth: int) -> str | None:
+        """How `value`, which stands at `place`, breaks `schema`."""
+        self._spend(1)
+        if depth > _DEEPEST_CHECK:
+            raise _CheckStoppedError(f"at {place[-100:]}: the schema refers to itself too often")
+        if schema is False:
+            return f"at {place}: nothing is allowed here"
+        if not isinstance(schema, dict):
+            return None
+        return (
+            self._check_type(value, schema, place)
+            or self._check_choice(value, schema, place)
+            or self._check_bounds(value, schema, place)
+            or self._check_properties(value, schema, place, depth + 1)
+            or self._check_items(value, schema, place, depth + 1)
+            or self._check_combinations(value, schema, place, depth + 1)
+        )
+
+    def _spend(self, steps: int) -> None:
+        self._steps -= steps
+        if self._steps < 0:
+            raise _CheckStoppedError("the value and its schema are too large to be checked")
+
+    def _check_type(self, value: Any, schema: dict[str, Any], place: str) -> str | None:
+        wanted = schema.get("type")
+        names = wanted if isinstance(wanted, list) else [wanted]
+        self._spend(len(names))
+        known = [name for name in names if isinstance(name, str) and name in _TYPE_CHECKS]
+        if not known or any(_TYPE_CHECKS[name](value) for name in known):
+            return None
+        return f"at {place}: must be of type {' or '.join(known[:7])}, not {quote_value(value)}"
+
+    def _check_choice(self, value: Any, schema: dict[str, Any], place: str) -> str | None:
+        options = schema.get("enum")
+        if isinstance(options, list) and not any(self._is_same(value, option) for option in options):
+            return f"at {place}: must be one of {quote_choices(options)}"
+        if "const" in schema and not self._is_same(value, schema["const"]):
+            return f"at {place}: must be {quote_value(schema['const'])}"
+        return None
+
+    def _is_same(self, value: Any, other: Any) -> bool:
+        """Whether two values are equal as JSON: 1 is 1.0, and true is not 1."""
+        self._spend(1)
+        if isinstance(value, bool) or isinstance(other, bool):
+            return value is other
+        if isinstance(value, list) and isinstance(other, list):
+            return len(value) == len(other) and all(map(self._is_same, value, other))
+        if isinstance(value, dict) and isinstance(other, dict):
+            return value.keys() == other.keys() and all(self._is_same(one, other[key]) for key, one in value.items())
+        return bool(value == other)
+
+    def _check_bounds(self, value: Any, schema: dict[str, Any], place: str) -> str | None:
+        for keyword, kind, fits, text in _BOUNDS:
+            limit = schema.get(keyword)
+            if (
+                limit is not None
+                and _TYPE_CHECKS["number"](limit)
+                and _TYPE_CHECKS[kind](value)
+                and not fits(value, limit)
+            ):
+                return f"at {place}: {text.format(quote_value(limit))}"
+        return None
+
+    def _check_properties(self, value: Any, schema: dict[str, Any], place: str, depth: int) -> str | None:
+        if not isinstance(value, dict):
+            return None
+        required = schema.get("required")
+        required = required if isinstance(required, list) else []
+        self._spend(len(required))
+        for name in required:
+            if isinstance(name, str) and name not in value:
+                return f"at {place}: the property {quote_value(name)} is missing"
+        known = schema.get("properties")
+        known = known if isinstance(known, dict) else {}
+        # What `patternProperties` name is not additional, and which those are is not known without their patterns.
+        others = True if "patternProperties" in schema else schema.get("additionalProperties", True)
+        for name, one in value.items():
+            if name not in known and others is False:
+                return f"at {place}: the property {quote_value(name)} is not allowed"
+            if wrong := self.check(one, known.get(name, others), _step_into(place, name), depth):
+                return wrong
+        return None
+
+    def _check_items(self, value: Any, schema: dict[str, Any], place: str, depth: int) -> str | None:
+        if not isinstance(value, list):
+            return None
+        rest, first = schema.get("items", True), schema.get("prefixItems")
+        if isinstance(rest, list):  # the older form of prefixItems
+            rest, first = True, rest
+        first = first if isinstance(first, list) else []
+        for index, one in enumerate(value):
+            wrong = self.check(one, first[index] if index < len(first) else rest, _step_into(place, index), depth)
+            if wrong:
+                return wrong
+        return None
+
+    def _check_combinations(self, value: Any, schema: dict[str, Any], place: str, depth: int) -> str | None:
+        if "$ref" in schema and (wrong := self.check(value, self._resolve(schema["$ref"]), place, depth)):
+            return wrong
+        for one in self._list(schema, "allOf"):
+            if wrong := self.check(value, one, place, depth):
+                return wrong
+        refused = schema.get("not", False)
+        if isinstance(refused, (dict, bool)) and self.check(value, refused, place, depth) is None:
+            return f"at {place}: must not fit the schema under `not`"
+        return self._check_any(value, schema, place, depth) or self._check_one(value, schema, place, depth)
+
+    def _check_any(self, value: Any, schema: dict[str, Any], place: str, depth: int) -> str | None:
+        first = None
+        for one in self._list(schema, "anyOf"):
+            wrong = self.check(value, one, place, depth)
+            if wrong is None:
+                return None
+            first = first or wrong
+        return first and f"at {place}: fits none of the schemas under `anyOf` (of the first: {first[:200]})"
+
+    def _check_one(self, value: Any, schema: dict[str, Any], place: str, depth: int) -> str | None:
+        wrongs = [self.check(value, one, place, depth) for one in self._list(schema, "oneOf")]
+        fitting = wrongs.count(None)
+        if not wrongs or fitting == 1:
+            return None
+        if fitting:
+            return f"at {place}: fits {fitting} of the schemas under `oneOf`, and must fit just one"
+        return f"at {place}: fits none of the schemas under `oneOf` (of the first: {str(wrongs[0])[:200]})"
+
+    def _list(self, schema: dict[str, Any], keyword: str) -> list[Any]:
+        schemas = schema.get(keyword)
+        return schemas if isinstance(schemas, list) else []
+
+    def _resolve(self, reference: Any) -> Any:
+        """What a local reference leads to (RFC 6901, section 6); True, which allows anything, where that is nothing."""
+        if not isinstance(reference, str) or not (reference + "/").startswith("#/"):
+            return True
+        found = self._root
+        parts = unquote(reference[1:]).split("/")[1:]
+        self._spend(len(parts))
+        for part in parts:
+            if isinstance(found, list):
+                index = int(part) if re.fullmatch("[0-9]{1,8}", part) else len(found)
+                found = found[index] if index < len(found) else True
+            else:
+                name = part.replace("~1", "/").replace("~0", "~")
+                found = found.get(name, True) if isinstance(found, dict) else True
+        return found
 
 
 CALL_MARK: Final = "<tool_call>"
@@ -1422,8 +1745,11 @@ _MARK: Final = re.compile(r"<(/?(?:tool_call|tool_response|tools)>)", re.IGNOREC
 
 
 def break_marks(text: str) -> str:
-    """`text` with a blank inside each mark (`< tool_call>`), so that a quotation is no call."""
-    return _MARK.sub(r"< \1", text)
+    """`text` in which no mark of the tools' form is left: `< tool_call>` for `<tool_call>`, and the like.
+
+    For what strangers wrote (definitions, results, schemas, earlier arguments): a quotation is no call.
+    """
+    return _MARK.sub(r"< \1", text) if "<" in text else text
 
 
 def render_tool_call(name: str, arguments: str) -> str:
@@ -1436,269 +1762,72 @@ def render_tool_call(name: str, arguments: str) -> str:
 
 
 def render_tool_response(name: str, content: str) -> str:
-    """What a tool gave back."""
-    return f"<tool_response>\n{break_marks(encode_json({'name': name, 'content': content}))}\n</tool_response>"
+    """The result of a call, for the prompt."""
+    response = break_marks(encode_json({"name": name, "content": content}))
+    return f"<tool_response>\n{response}\n</tool_response>"
 
 
-def describe_tools(tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool) -> str:
-    """The words by which the model learns of `tools` and how to call them; empty where it may not."""
-    if not tools or choice.mode == "none":
+_TOOLS_TEXT: Final = """\
+# Tools
+
+You can call these tools, which the user's program runs for you. Each line between the marks defines one, as JSON:
+<tools>
+{definitions}
+</tools>
+
+To call a tool, write exactly this, with the tool's name and a JSON object that fits its parameters:
+<tool_call>
+{{"name": "…", "arguments": {{…}}}}
+</tool_call>
+
+- {choice}
+- {parallel}
+- Write a call as plain text without a code fence, and nothing after the last call: its result comes with the next \
+message, between <tool_response> and </tool_response>. Never write a result yourself.
+"""
+_CHOICES: Final = {
+    "auto": "Call a tool where it helps. Where none does, answer without a call, and do not mention the tools.",
+    "required": "Your answer must call at least one tool.",
+    "named": "Your answer must call the tool {name}, and no other.",
+}
+
+
+def describe_tools(tools: Sequence[Tool], choice: ToolChoice, parallel: bool) -> str:
+    """The part of the prompt that defines the tools and the form of a call; empty where the model must not call any."""
+    if choice.mode == "none" or not tools:
         return ""
-    if choice.mode == "named":
-        tools = [tool for tool in tools if tool.name == choice.name]
-    definitions = "\n".join(
-        break_marks(encode_json({"name": tool.name, "description": tool.description, "parameters": tool.parameters}))
+    definitions = [
+        encode_json({"name": tool.name, "description": tool.description, "parameters": tool.parameters})
         for tool in tools
-    )
-    rules = [
-        "You can call these functions. Each line between the tags describes one; `parameters` is a JSON Schema.",
-        f"<tools>\n{definitions}\n</tools>",
-        "To call a function, end your answer with its call in exactly this form, without a code fence:",
-        f'{CALL_MARK}\n{{"name": "function name", "arguments": {{"argument": "value"}}}}\n{CALL_END_MARK}',
-        "`arguments` must fit the function's schema. Write nothing after a call, and never make up a result: it comes "
-        "in the next message, between <tool_response> tags.",
-        "Several calls may follow each other, each between its own tags." if parallel else "Make one call at most.",
+        if choice.mode != "named" or tool.name == choice.name
     ]
-    if choice.mode in ("required", "named"):
-        rules.append("This time you must call a function; an answer without a call is of no use.")
-    else:
-        rules.append("Call a function only where it helps; else answer as usual.")
-    return "\n".join(rules)
+    rule = "Call several tools at once by several such pairs of marks, one call in each."
+    return _TOOLS_TEXT.format(
+        definitions=break_marks("\n".join(definitions)),
+        choice=_CHOICES[choice.mode].format(name=break_marks(encode_json(choice.name))),
+        parallel=rule if parallel else "Make one call at most, and wait for its result.",
+    )
 
 
-def describe_format(form: ResponseFormat) -> str:
-    """The words by which the model learns in which form to answer."""
-    words = "Answer with one JSON object alone, without any other text and without a code fence."
-    if form.kind == "json_schema":
-        words = "Answer with one JSON value alone, without any other text and without a code fence. It must fit "
-        words += f"this JSON Schema:\n{break_marks(encode_json(form.schema))}"
-    return words
+def describe_format(format: ResponseFormat) -> str:
+    """The part of the prompt that asks for JSON alone, and tells its schema where there is one."""
+    what, schema = "object", ""
+    if format.kind == "json_schema" and format.schema is not None:
+        what, schema = "value", f"It must fit this JSON schema:\n{break_marks(encode_json(format.schema))}\n"
+    return (
+        f"# Form of the answer\n\nAnswer with one JSON {what} and nothing else: no words around it, no code fence.\n"
+        f"{schema}"
+    )
 
 
 def describe_failure(error: str, previous: str) -> str:
-    """The words by which the model learns what was wrong with its `previous` answer."""
-    words = f"That cannot be used: {break_marks(error)}. Answer again, in the form that was asked for."
-    return f"assistant:{break_marks(previous)}\nsystem:{words}\n"
-
-
-_JSON_TOKEN: Final = re.compile(r'"|[{}\[\]]|,(?=\s*[}\]])')
-_STRING_TOKEN: Final = re.compile(r'"|\\.?|[\x00-\x1f]', re.DOTALL)
-
-
-_LETTERS_OF_A_LANGUAGE: Final = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-
-def repair_json(text: str) -> Any:
-    """The JSON value in `text`, as it is or mended. Raises `ValueError`.
-
-    Mended are: a code fence around it, a trailing comma, raw line ends in strings, missing braces at the end.
-    """
-    text = text.strip()
-    if text.startswith("```"):  # its end is missing where a call's object ended before
-        text = text[3:].removesuffix("```").lstrip(_LETTERS_OF_A_LANGUAGE)
-    try:
-        return _load_json(text)
-    except ValueError:
-        return _load_json(_mend(text))
-
-
-def _load_json(text: str) -> Any:
-    try:
-        return json.loads(text, parse_constant=_refuse_number)
-    except RecursionError:
-        raise ValueError("nested too deep") from None
-
-
-def _refuse_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
-
-
-def _mend(text: str) -> str:
-    """`text` without trailing commas and raw line ends, and with the braces that are missing at its end."""
-    mended: list[str] = []
-    missing: list[str] = []
-    at, in_string = 0, False
-    while (token := (_STRING_TOKEN if in_string else _JSON_TOKEN).search(text, at)) is not None:
-        mended.append(text[at : token.start()])
-        at, letter = token.end(), token[0]
-        if letter == '"':
-            in_string = not in_string
-        elif in_string:
-            letter = letter if letter[0] == "\\" else f"\\u{ord(letter):04x}"
-        elif letter in "{[":
-            missing.append("}" if letter == "{" else "]")
-        elif letter == ",":
-            letter = ""
-        elif missing:
-            missing.pop()
-        mended.append(letter)
-    rest = text[at:]
-    if missing and not in_string:
-        rest = rest.rstrip().rstrip(",")
-    return "".join([*mended, rest, *reversed(missing)])
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) != float("inf")
-
-
-_SCHEMA_DEPTH: Final = 64
-_SCHEMA_STEPS: Final = 100_000  # a schema may refer to itself, and branch at each step
-_TYPE_CHECKS: Final[Mapping[str, Callable[[Any], bool]]] = {
-    "null": lambda value: value is None,
-    "boolean": lambda value: isinstance(value, bool),
-    "string": lambda value: isinstance(value, str),
-    "array": lambda value: isinstance(value, list),
-    "object": lambda value: isinstance(value, dict),
-    "number": _is_number,
-    "integer": lambda value: _is_number(value) and (isinstance(value, int) or value == int(value)),
-}
-
-
-def check_schema(value: Any, schema: Any) -> str:
-    """What is wrong with `value` by a JSON Schema (2020-12, and `definitions` of before), or empty.
-
-    Checked are type, enum, const, properties, required, additionalProperties, items, prefixItems, any/one/allOf, not,
-    local `$ref`, and the bounds of numbers and lengths, to a depth of 64. `pattern` and `format` are not evaluated: a
-    hostile one would stop the loop. What is no proper keyword is passed over.
-    """
-    return _SchemaCheck(schema).check(value, schema, "$", 0)
-
-
-class _SchemaCheck:
-    """One check of a value: the schema that references point into, and the work that is left."""
-
-    def __init__(self, root: Any) -> None:
-        self._root = root
-        self._steps = _SCHEMA_STEPS
-
-    def check(self, value: Any, schema: Any, path: str, depth: int) -> str:
-        """The first violation at or below `path`."""
-        self._steps -= 1
-        if self._steps < 0 or depth > _SCHEMA_DEPTH:
-            return f"{path}: the schema is too deep or too costly to check"
-        if not isinstance(schema, dict):
-            return f"{path}: nothing may stand here" if schema is False else ""
-        return (
-            self._check_reference(value, schema, path, depth)
-            or self._check_kind(value, schema, path)
-            or self._check_bounds(value, schema, path)
-            or self._check_combined(value, schema, path, depth)
-            or (self._check_object(value, schema, path, depth) if isinstance(value, dict) else "")
-            or (self._check_array(value, schema, path, depth) if isinstance(value, list) else "")
-        )
-
-    def _check_reference(self, value: Any, schema: dict[str, Any], path: str, depth: int) -> str:
-        reference = schema.get("$ref")
-        if not isinstance(reference, str) or not reference.startswith("#"):
-            return ""
-        target = self._root
-        for part in unquote(reference[1:]).split("/")[1:]:
-            part = part.replace("~1", "/").replace("~0", "~")  # noqa: PLW2901
-            if isinstance(target, list) and part.isdigit() and int(part) < len(target):
-                target = target[int(part)]
-            else:
-                target = target.get(part, True) if isinstance(target, dict) else True
-        return self.check(value, target, path, depth + 1)
-
-    @staticmethod
-    def _check_kind(value: Any, schema: dict[str, Any], path: str) -> str:
-        kinds = schema.get("type")
-        kinds = [kinds] if isinstance(kinds, str) else kinds if isinstance(kinds, list) else []
-        known = [kind for kind in kinds if isinstance(kind, str) and kind in _TYPE_CHECKS]
-        if known and not any(_TYPE_CHECKS[kind](value) for kind in known):
-            return f"{path}: must be {' or '.join(known)}"
-        if isinstance(schema.get("enum"), list) and not any(_equals(value, one) for one in schema["enum"]):
-            return f"{path}: must be one of {encode_json(schema['enum'])[:200]}"
-        if "const" in schema and not _equals(value, schema["const"]):
-            return f"{path}: must be {encode_json(schema['const'])[:60]}"
-        return ""
-
-    @staticmethod
-    def _check_bounds(value: Any, schema: dict[str, Any], path: str) -> str:
-        if _is_number(value):
-            for keyword, fails in _NUMBER_BOUNDS.items():
-                if _is_number(bound := schema.get(keyword)) and fails(value, bound):
-                    return f"{path}: {keyword} is {bound}"
-        if isinstance(value, str | list | dict):
-            noun = "Length" if isinstance(value, str) else "Items" if isinstance(value, list) else "Properties"
-            if _is_number(bound := schema.get(f"min{noun}")) and len(value) < bound:
-                return f"{path}: min{noun} is {bound}"
-            if _is_number(bound := schema.get(f"max{noun}")) and len(value) > bound:
-                return f"{path}: max{noun} is {bound}"
-        return ""
-
-    def _check_combined(self, value: Any, schema: dict[str, Any], path: str, depth: int) -> str:
-        for one in _list_of(schema.get("allOf")):
-            if error := self.check(value, one, path, depth + 1):
-                return error
-        for keyword in ("anyOf", "oneOf"):
-            branches = _list_of(schema.get(keyword))
-            errors = [self.check(value, one, path, depth + 1) for one in branches]
-            if branches and all(errors):
-                return f"{path}: fits none of {keyword} ({errors[0]})"
-            if keyword == "oneOf" and errors.count("") > 1:
-                return f"{path}: fits more than one of oneOf"
-        if isinstance(schema.get("not"), dict) and not self.check(value, schema["not"], path, depth + 1):
-            return f"{path}: must not be this"
-        return ""
-
-    def _check_object(self, value: dict[str, Any], schema: dict[str, Any], path: str, depth: int) -> str:
-        for name in _list_of(schema.get("required")):
-            if isinstance(name, str) and name not in value:
-                return f"{path}: {_quote(name)} is missing"
-        properties = schema.get("properties")
-        properties = properties if isinstance(properties, dict) else {}
-        others = schema.get("additionalProperties", True)
-        # Without its patterns evaluated, a schema with `patternProperties` says nothing of other names.
-        others = True if "patternProperties" in schema else others
-        for name, inner in value.items():
-            if name not in properties and others is False:
-                return f"{path}: {_quote(name)} is not known"
-            if error := self.check(inner, properties.get(name, others), f"{path}.{_quote(name)}", depth + 1):
-                return error
-        return ""
-
-    def _check_array(self, value: list[Any], schema: dict[str, Any], path: str, depth: int) -> str:
-        first = _list_of(schema.get("prefixItems"))
-        for number, inner in enumerate(value):
-            one = first[number] if number < len(first) else schema.get("items", True)
-            if error := self.check(inner, one, f"{path}[{number}]", depth + 1):
-                return error
-        return ""
-
-
-def _list_of(value: object) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def _quote(name: str) -> str:
-    return name if len(name) <= 60 else name[:60] + "…"
-
-
-def _equals(one: Any, other: Any) -> bool:
-    """Whether two JSON values are equal; in Python `True == 1`."""
-    return (type(one) is type(other) and bool(one == other)) or (_is_number(one) and _is_number(other) and one == other)
-
-
-def _is_no_multiple(value: float, bound: float) -> bool:
-    if bound <= 0:
-        return False
-    if isinstance(value, int) and isinstance(bound, int):
-        return value % bound != 0
-    try:
-        return abs(value / bound - round(value / bound)) > 1e-9
-    except (OverflowError, ValueError):
-        return False
-
-
-_NUMBER_BOUNDS: Final[Mapping[str, Callable[[Any, Any], bool]]] = {
-    "minimum": lambda value, bound: value < bound,
-    "maximum": lambda value, bound: value > bound,
-    "exclusiveMinimum": lambda value, bound: value <= bound,
-    "exclusiveMaximum": lambda value, bound: value >= bound,
-    "multipleOf": _is_no_multiple,
-}
+    """The part of a second prompt that tells the model what was wrong with its answer `previous`, and what to do."""
+    quoted = f"\n\nYour answer was:\n{previous}" if previous else ""
+    return (
+        f"Your last answer could not be used: {break_marks(error)}.{quoted}\n\n"
+        "Answer again, in the form that was asked for and without this mistake. Write nothing else: no apology, no "
+        "explanation.\n"
+    )
 
 
 # ==== 9. Filters ============================================================
@@ -1801,580 +1930,640 @@ def apply_filters(filters: Sequence[Filter], events: list[Event]) -> list[Event]
     return events
 
 
-# How many hundredths of a token a character counts by its class, and how many the start of a run of a class. Fitted to
-# an open tokenizer on Chinese and Latin prose, source code and JSON, within 15 % of it.
-_LETTERS: Final = b"aAl"
-_WEIGHTS: Final[Mapping[bytes, int]] = {
-    b"a": 6,  # small ASCII letters
-    b"A": 17,  # capital ones
-    b"l": 40,  # letters of other alphabets
-    b"0": 29,  # digits
-    b"w": 58,  # Han characters
-    b"p": 90,  # wide punctuation, kana
-    b"e": 100,  # Hangul, emoji and what is rarer
-}
-_RUN_WEIGHTS: Final[Mapping[bytes, int]] = {
-    _LETTERS: 78,  # words
-    b"0": 149,  # numbers
-    b".": 85,  # ASCII punctuation
-    b"n": 100,  # line ends
-}
+# One row a kind of character, found by the first byte of its UTF-8: those bytes, then hundredths of a token for the
+# first of its kind, for one that follows its own kind, for one behind a space, and for one behind ASCII punctuation.
+# Fitted to DeepSeek's tokenizer: a space and one mark belong to the word behind them, a line end to the mark before.
+_WEIGHTS: Final = (
+    (range(ord("a"), ord("z") + 1), 88, 3, 90, 31),
+    (range(ord("A"), ord("Z") + 1), 12, 42, 14, 0),
+    (range(ord("0"), ord("9") + 1), 75, 24, 173, 75),
+    (b" \t", 2, 7, 7, 2),
+    (b"\n\r", 115, 28, 115, 47),
+    (range(0xC2, 0xCC), 50, 50, 50, 50),  # accented Latin letters
+    (range(0xCC, 0xE0), 60, 35, 60, 60),  # Greek to Arabic
+    (range(0xE0, 0xE2), 90, 60, 90, 90),  # Indic, Thai, Georgian and others
+    (range(0xE2, 0xE3), 95, 62, 150, 95),  # general punctuation, arrows, frames
+    (range(0xE3, 0xE4), 95, 60, 190, 95),  # Chinese punctuation, kana
+    (range(0xE4, 0xEA), 58, 58, 155, 58),  # Chinese characters
+    (range(0xEA, 0xEE), 80, 70, 80, 80),  # Hangul
+    (range(0xEE, 0xF0), 95, 62, 190, 95),  # wide forms of ASCII
+    (range(0xF0, 0xF8), 200, 200, 200, 200),  # emoji, rare Chinese characters
+    (b"", 107, 30, 125, 30),  # ASCII punctuation, and whatever stands in no row
+)
+_SPACES: Final = 3
+_MARKS: Final = len(_WEIGHTS) - 1
+_START: Final = 15  # stands before the first character, where no row does
 
 
-def _make_classes() -> bytes:
-    """The class of each character by its first byte in UTF-8; a blank's is its own."""
-    classes = bytearray(b"l" * 256)
-    for byte in range(128):
-        letter = chr(byte)
-        kind = "a" if letter.islower() else "A" if letter.isupper() else "0" if letter.isdigit() else "."
-        classes[byte] = ord("n" if letter in "\r\n\t" else " " if letter == " " else kind)
-    for first, last, kind in ((0xE2, 0xE3, "p"), (0xE4, 0xE9, "w"), (0xEA, 0xEE, "e"), (0xEF, 0xEF, "p")):
-        classes[first : last + 1] = kind.encode() * (last - first + 1)
-    classes[0xF0:] = b"e" * 16
-    return bytes(classes)
+def _list_kinds() -> bytes:
+    """The row of `_WEIGHTS` for every first byte."""
+    kinds = bytearray([_MARKS] * 256)
+    for kind, (first_bytes, *_) in enumerate(_WEIGHTS):
+        for byte in first_bytes:
+            kinds[byte] = kind
+    return bytes(kinds)
 
 
-_CLASSES: Final = _make_classes()
-_CONTINUATIONS_OF_UTF8: Final = bytes(range(0x80, 0xC0))
-_RUN_TABLES: Final = [
-    (bytes(ord("x") if byte in kinds else ord(".") for byte in range(256)), weight)
-    for kinds, weight in _RUN_WEIGHTS.items()
-]
+def _list_pair_weights() -> bytes:
+    """What a character of one kind weighs behind one of another, at 16 × the kind before + its own."""
+    weights = bytearray(256)
+    for kind, (_, first, later, behind_space, behind_mark) in enumerate(_WEIGHTS):
+        for before in range(16):
+            special = {_SPACES: behind_space, _MARKS: behind_mark, kind: later}
+            weights[16 * before + kind] = special.get(before, first)
+    return bytes(weights)
+
+
+_KINDS_OF_BYTES: Final = _list_kinds()
+_PAIR_WEIGHTS: Final = _list_pair_weights()
+_LATER_BYTES: Final = bytes(range(0x80, 0xC0))  # of a character in UTF-8, which is told by its first
 
 
 class TokenCounter:
-    """Estimates the tokens of a text that comes in pieces; any split gives the same count.
+    """An estimate of the tokens in a text that comes in pieces; the same for any split, in linear time.
 
-    Each character counts by its class, each word, number, run of punctuation and line end once more.
+    A character's weight depends on its kind and on the kind before it alone, by the table `_WEIGHTS`; the sum is
+    rounded up. Within 15 % of DeepSeek's own tokenizer for texts of 300 characters and more in simplified Chinese,
+    English or both, prose and code; traditional Chinese is estimated up to a fifth too low.
     """
 
-    __slots__ = ("_before", "hundredths")
-
     def __init__(self) -> None:
-        self.hundredths = 0
-        self._before = b" "
+        self._hundredths = 0
+        self._before = _START
 
     @property
     def tokens(self) -> int:
-        """The estimate so far."""
-        return -(-self.hundredths // 100)
+        """The tokens so far."""
+        return -(-self._hundredths // 100)
 
     def feed(self, text: str) -> None:
         """Count `text`."""
-        kinds = text.encode("utf-8", "replace").translate(_CLASSES, _CONTINUATIONS_OF_UTF8)
-        if not kinds:
-            return
-        hundredths = sum(weight * kinds.count(kind) for kind, weight in _WEIGHTS.items())
-        joined = self._before + kinds
-        hundredths += sum(weight * joined.translate(table).count(b".x") for table, weight in _RUN_TABLES)
-        self.hundredths += hundredths
-        self._before = kinds[-1:]
+        self._hundredths += sum(self._weigh(text))
 
-    def fit(self, text: str, limit: int) -> int:
-        """Count `text`, and say how many of its characters fit before the estimate exceeds `limit` tokens."""
-        left, before = limit * 100 - self.hundredths, self._before
-        self.feed(text)
-        if self.hundredths <= limit * 100:
-            return len(text)
-        kinds = text.encode("utf-8", "replace").translate(_CLASSES, _CONTINUATIONS_OF_UTF8)
-        for at in range(len(kinds)):
-            kind = kinds[at : at + 1]
-            left -= _WEIGHTS.get(kind, 0)
-            left -= sum(weight for run, weight in _RUN_WEIGHTS.items() if kind in run and before not in run)
-            if left < 0:
-                return at
-            before = kind
-        return len(text)
+    def take(self, text: str, limit_tokens: int) -> str:
+        """As much of `text` as keeps the tokens within `limit_tokens`, counted."""
+        weights = self._weigh(text)
+        room = 100 * limit_tokens - self._hundredths
+        if sum(weights) > room:
+            fitting = bisect_right(list(accumulate(weights)), room)
+            text, weights = text[:fitting], weights[:fitting]
+        self._hundredths += sum(weights)
+        return text
+
+    def _weigh(self, text: str) -> bytes:
+        """The weight of each character, behind what was weighed before."""
+        kinds = bytes((self._before,)) + text.encode("utf-8", "surrogatepass").translate(_KINDS_OF_BYTES, _LATER_BYTES)
+        self._before = kinds[-1]
+        number = int.from_bytes(kinds)  # shifting it pairs each kind with the one before it, all at once
+        return (number | number >> 4).to_bytes(len(kinds))[1:].translate(_PAIR_WEIGHTS)
 
 
 def estimate_tokens(text: str) -> int:
-    """About how many tokens `text` is, within 15 % on texts of 300 characters and more."""
+    """About how many tokens `text` has, by the rule of `TokenCounter`."""
     counter = TokenCounter()
     counter.feed(text)
     return counter.tokens
 
 
 class LengthFilter:
-    """Ends the answer at `limit` tokens of what the model writes, text and calls; what it thinks does not count."""
+    """Cuts what the model writes, text and the calls that are still text here, at `limit_tokens`; thinking is free.
 
-    def __init__(self, limit: int) -> None:
+    The cut falls on the same character for any split; then follow `Finished("length")` and nothing more. In a second
+    try the limit is that answer's alone.
+    """
+
+    def __init__(self, limit_tokens: int) -> None:
         self.ended = False
-        self._limit = limit
+        self._limit_tokens = limit_tokens
         self._counter = TokenCounter()
+
+    def begin_second_try(self) -> None:
+        """Expect another answer."""
+        self._counter = TokenCounter()
+        self.ended = False
 
     def feed(self, event: Event) -> list[Event]:
         """What becomes of one event."""
+        if self.ended:
+            return []
         if type(event) is not Text:
             return [event]
-        fits = self._counter.fit(event.text, self._limit)
-        if fits == len(event.text):
+        fitting = self._counter.take(event.text, self._limit_tokens)
+        if len(fitting) == len(event.text):
             return [event]
         self.ended = True
-        return [*([Text(event.text[:fits])] if fits else []), Finished("length")]
-
-    def begin_second_try(self, asked: bool) -> None:
-        """Give the second answer a length of its own."""
-        self._counter = TokenCounter()
+        return [*([Text(fitting)] if fitting else []), Finished("length")]
 
 
-_CALL_TOKEN: Final = re.compile(r'["{}\[\]]|</?tool_call>')
-_QUOTED_TOKEN: Final = re.compile(r'["\\]')
+class _CallText:
+    """The text of one call, from behind its mark to its end, and no further.
 
-
-class CallScanner:
-    """Finds the end of one call's JSON object, in linear time for any split.
-
-    `text` is what was taken. A mark inside a string is text. `ended_by` is `object`, or the mark that came outside of
-    any string before the object was complete.
+    It ends with its JSON object (`end` is then `object`), or before a mark outside of strings: `end` is that mark.
     """
 
     def __init__(self) -> None:
-        self.ended_by = ""
+        self.end = ""
         self._pieces: list[str] = []
-        self._rest = ""
         self._depth = 0
-        self._quoted = False
+        self._in_string = False
         self._escaped = False
+        self._mark = ""
 
     @property
     def text(self) -> str:
-        """All that was taken."""
-        return "".join([*self._pieces, self._rest])
+        """What was read, without the mark that ended it."""
+        text = "".join(self._pieces)
+        return text if self.end in ("", "object") else text.removesuffix(self.end)
 
-    def feed(self, text: str) -> str:
-        """Take `text` up to the end of the call; what follows it is given back."""
-        text, self._rest = self._rest + text, ""
-        at = 0
-        while at < len(text):
+    def feed(self, text: str, at: int) -> int:
+        """Read `text` from `at`; up to where."""
+        start = at
+        while at < len(text) and not self.end:
             if self._escaped:
                 self._escaped = False
                 at += 1
-                continue
-            token = (_QUOTED_TOKEN if self._quoted else _CALL_TOKEN).search(text, at)
-            if token is None:
-                break
-            at = token.end()
-            if self._take(token[0]):
-                start = token.start() if len(token[0]) > 1 else at
-                self._pieces.append(text[:start])
-                return text[at:]
-        held = "" if self._quoted or self._escaped else _begun_mark(text[at:], CALL_MARK, CALL_END_MARK)
-        self._pieces.append(text[: len(text) - len(held)])
-        self._rest = held
-        return ""
+            elif self._mark:
+                at = self._match_mark(text, at)
+            else:
+                found = (_STRING_STOP if self._in_string else _CALL_STOP).search(text, at)
+                at = found.end() if found else len(text)
+                if found:
+                    self._take(found[0])
+        self._pieces.append(text[start:at])
+        return at
 
-    def _take(self, token: str) -> bool:
-        """Note one token; whether the call ends with it."""
-        if token == '"':
-            self._quoted = not self._quoted
-        elif token == "\\":
+    def _take(self, character: str) -> None:
+        if character == "\\":
             self._escaped = True
-        elif len(token) > 1:
-            self.ended_by = token
+        elif character == '"':
+            self._in_string = self._depth > 0 and not self._in_string
+        elif character == "<":
+            self._mark = "<"
         else:
-            self._depth += 1 if token in "{[" else -1
-            if self._depth <= 0:
-                self.ended_by = "object"
-        return bool(self.ended_by)
+            self._depth += 1 if character in "{[" else -1
+            self.end = "object" if self._depth <= 0 else ""
+
+    def _match_mark(self, text: str, at: int) -> int:
+        """Read one more character of what may become a mark; none where it does not."""
+        longer = self._mark + text[at]
+        if not (CALL_MARK.startswith(longer) or CALL_END_MARK.startswith(longer)):
+            self._mark = ""
+            return at
+        self._mark = longer
+        if longer in (CALL_MARK, CALL_END_MARK):
+            self.end = longer
+        return at + 1
 
 
-def _begun_mark(text: str, *marks: str) -> str:
-    """The end of `text` that may become one of `marks`."""
-    at = text.rfind("<", -max(map(len, marks)))
-    return text[at:] if at >= 0 and any(mark.startswith(text[at:]) for mark in marks) else ""
+_CALL_STOP: Final = re.compile(r'["{}\[\]<]')
+_STRING_STOP: Final = re.compile(r'["\\]')
 
 
-class CallError(ValueError):
-    """A call that cannot be used; the text says why, for the model."""
-
-
-def read_call(text: str, tools: Mapping[str, Tool]) -> tuple[str, str]:
-    """Name and arguments (JSON) of the call in `text`. Raises `CallError`.
-
-    Mended are, beside what `repair_json` does: arguments given as a JSON string, `parameters` for `arguments`.
-    """
-    try:
-        value = repair_json(text)
-    except ValueError as error:
-        raise CallError(f"the call is not valid JSON ({error})") from None
-    name = value.get("name") if isinstance(value, dict) else None
-    if not isinstance(name, str):
-        raise CallError("the call is no JSON object with a name")
-    if name not in tools:
-        raise CallError(f"there is no function {_shorten(name)}")
-    arguments = value.get("arguments", value.get("parameters", {}))
-    if isinstance(arguments, str):
-        try:
-            arguments = repair_json(arguments) if arguments.strip() else {}
-        except ValueError as error:
-            raise CallError(f"the arguments of {_shorten(name)} are not valid JSON ({error})") from None
-    if not isinstance(arguments, dict):
-        raise CallError(f"the arguments of {_shorten(name)} are no JSON object")
-    if violation := check_schema(arguments, tools[name].parameters):
-        raise CallError(f"the arguments of {_shorten(name)} do not fit: {violation}")
-    return name, encode_json(arguments)
-
-
-def _shorten(name: str) -> str:
-    return name if len(name) <= 60 else name[:60] + "…"
+def _join_texts(events: Sequence[Event]) -> list[Event]:
+    """The same events, with neighbouring texts made one."""
+    joined: list[Event] = []
+    pieces: list[str] = []
+    for event in events:
+        if type(event) is Text:
+            pieces.append(event.text)
+            continue
+        joined += [Text("".join(pieces)), event] if pieces else [event]
+        pieces = []
+    return [*joined, Text("".join(pieces))] if pieces else joined
 
 
 class ToolCallFilter:
-    """Reads the model's calls out of its text: one `ToolCall` each, as soon as its object is complete and valid.
+    """Reads the calls of `tools` out of the text: `<tool_call>`, an object with `name` and `arguments`, `</tool_call>`.
 
-    Text before the first call flows at once, but for what may become a mark and the white space before it; where a
-    call is asked for (`choice`), it is held until there is one. Text after a call is dropped. From a call on that is
-    not valid, all is held. At the end of an answer without a valid call that needs one, `again` says what was wrong:
-    then `begin_second_try` is called and another answer fed, of which only the calls count. `make_id` gives the ids.
+    Text before the first call flows, but for white space and what may become a mark. From a mark on the text is held
+    until the call's object is complete; where it is valid a `ToolCall` with a new id of `make_id` takes its place, and
+    no text is passed on behind it. The closing mark may be missing, and is not looked for in strings. Where `choice`
+    demands a call, all text is held until there is one.
+
+    Where the first call is not valid, or a demanded one is missing, all is held to the end. Then `again` tells the
+    model's mistake, and no `Finished` comes: the caller begins a second try, and feeds another answer. Of that one only
+    the calls are used; without one the held text follows, or `tool_call_failed` is raised where a call is demanded. An
+    answer cut by length or moderation has no second try, and neither repairs nor calls that were not complete.
     """
 
-    _LONGEST_QUOTE = 20_000
-
-    def __init__(
-        self, tools: Sequence[Tool], choice: ToolChoice, make_id: Callable[[], str], *, parallel: bool
-    ) -> None:
+    def __init__(self, tools: Sequence[Tool], choice: ToolChoice, parallel: bool, make_id: Callable[[], str]) -> None:
         self.again = ""
-        self._must_call = choice.mode in ("required", "named")
         self._tools = {tool.name: tool for tool in tools if choice.mode != "named" or tool.name == choice.name}
+        self._demanded = choice.mode in ("required", "named")
         self._parallel = parallel
         self._make_id = make_id
-        self._last = False
+        self._calls = 0
+        self._tries_left = 1
         self._second = False
-        self._called = False
-        self._error = ""
-        self._spaces: list[str] = []
-        self._mark = ""
-        self._scanner: CallScanner | None = None
-        self._held: list[Event] = []
+        self._first_answer: list[Event] = []
+        self._sources: list[Event] = []
+        self._begin()
 
-    @property
-    def previous(self) -> str:
-        """What the model wrote that could not be used, its first 20,000 characters."""
-        return "".join(event.text for event in self._held if isinstance(event, Text))[: self._LONGEST_QUOTE]
+    def _begin(self) -> None:
+        """Expect an answer's first text."""
+        self._error = ""  # what is wrong with the call since which all is held
+        self._mistake = ""
+        self._matched = 0  # characters of the mark that stand at the end of what is held
+        self._call: _CallText | None = None
+        self._held: list[Event] = []
+        self._before: list[Event] = []  # the text before a call that is demanded
+
+    def begin_second_try(self) -> None:
+        """Expect another answer: for its calls alone where this filter asked for it, else as the first."""
+        self._second = bool(self.again)
+        if self._second:
+            self._first_answer = [*self._before, *self._held]
+        self.again = ""
+        self._tries_left = 0
+        self._begin()
 
     def feed(self, event: Event) -> list[Event]:
-        """What becomes of one event. Raises `ProxyError` `tool_call_failed` at the end of a second answer."""
-        if isinstance(event, Finished):
-            return self._finish(event)
-        if type(event) is Text:
-            return self._take_text(event.text)
-        if self._second:
-            return []
-        if not isinstance(event, Citation):
-            return [event]
-        if self._called or self._scanner is not None or self._error:
-            return []
-        return self._show([*self._take_held(), event])
-
-    def begin_second_try(self, asked: bool) -> None:
-        """Expect another answer, the last one. If this filter `asked` for it, its calls alone are used."""
-        self._last, self._second = True, asked
-        self.again, self._error = "", ""
-        self._spaces, self._mark, self._scanner = [], "", None
+        """What becomes of one event. Raises `ProxyError`: `tool_call_failed`, when a second answer ends."""
+        match event:
+            case Opened() | Thinking() | SearchHit():
+                return [] if self._second else [event]
+            case Text():
+                return self._take_text(event.text)
+            case Citation():
+                return self._take_citation(event)
+            case Sources():
+                self._sources = self._sources if self._second else [event]
+                return []
+            case ToolCall():
+                return [event]
+            case Finished():
+                return self._finish(event)
 
     def _take_text(self, text: str) -> list[Event]:
         events: list[Event] = []
-        while text:
+        at = 0
+        while at < len(text):
             if self._error:
-                self._hold(text)
-                return events
-            if self._scanner is not None:
-                text = self._scanner.feed(text)
-                if self._scanner.ended_by:
-                    events += self._end_call()
-            elif self._called and not self._parallel:
-                return events
+                self._held.append(Text(text[at:]))
+                break
+            if self._call is not None:
+                at = self._read_call(self._call, text, at, events)
+            elif self._calls and not self._parallel:
+                break
+            elif self._matched:
+                at = self._match_mark(text, at, events)
             else:
-                text = self._find_mark(text, events)
+                at = self._seek_mark(text, at, events)
         return events
 
-    def _find_mark(self, text: str, events: list[Event]) -> str:
-        """Show what of `text` cannot become a mark; what stands behind a mark is given back."""
-        text, self._mark = self._mark + text, ""
-        before, mark, behind = text.partition(CALL_MARK)
-        if not mark:
-            self._mark = _begun_mark(text, CALL_MARK)
-            before = text[: len(text) - len(self._mark)]
-        shown = before.rstrip()
+    def _take_citation(self, event: Citation) -> list[Event]:
+        if self._error or self._call is not None:
+            self._held.append(event)
+            return []
+        self._matched = 0
+        return self._show([*self._take_held(), event])
+
+    def _seek_mark(self, text: str, at: int, events: list[Event]) -> int:
+        """Show `text` from `at` to the first `<`, and hold that, with the white space before it; up to where."""
+        start = text.find("<", at)
+        end = len(text) if start < 0 else start
+        shown = text[at:end].rstrip()
         if shown:
-            events += self._show([Text("".join([*self._spaces, shown]))])
-            self._spaces = []
-        self._spaces.append(before[len(shown) :])
-        if mark:
-            self._scanner = CallScanner()
-        return behind
+            events += self._show([*self._take_held(), Text(shown)])
+        self._matched = int(start >= 0)
+        if at + len(shown) < end + self._matched:
+            self._held.append(Text(text[at + len(shown) : end + self._matched]))
+        return end + self._matched
 
-    def _show(self, events: list[Event]) -> list[Event]:
-        """`events` of the text before the first call: shown, or held where a call has to come first."""
-        if self._called or self._second:
+    def _match_mark(self, text: str, at: int, events: list[Event]) -> int:
+        """Read on in what may be a mark, and show it where it is none; up to where."""
+        wanted = CALL_MARK[self._matched :]
+        piece = text[at : at + len(wanted)]
+        alike = 0
+        while alike < len(piece) and piece[alike] == wanted[alike]:
+            alike += 1
+        if alike:
+            self._held.append(Text(piece[:alike]))
+        self._matched += alike
+        if self._matched == len(CALL_MARK):
+            self._matched = 0
+            self._call = _CallText()
+        elif alike < len(piece):
+            self._matched = 0
+            events += self._show(self._take_held())
+        return at + alike
+
+    def _read_call(self, call: _CallText, text: str, at: int, events: list[Event]) -> int:
+        """Read on in a call, and judge it where it ends; up to where."""
+        end = call.feed(text, at)
+        self._held.append(Text(text[at:end]))
+        if call.end:
+            events += self._judge(call)
+            if call.end == CALL_MARK and not self._error and (self._parallel or not self._calls):
+                self._held.append(Text(CALL_MARK))
+                self._call = _CallText()
+        return end
+
+    def _judge(self, call: _CallText) -> list[Event]:
+        """The call as an event with what was kept before it; or nothing, and the error is kept where it counts."""
+        self._call = None
+        try:
+            event = self._parse(call.text)
+        except ValueError as error:
+            self._mistake = str(error)
+            if not self._calls and not self._second:
+                self._error = self._mistake
+            else:
+                self._held = []
             return []
-        if self._must_call:
-            self._held += events
-            return []
-        return events
+        self._calls += 1
+        before, self._before, self._held = self._before, [], []
+        return [*_join_texts(before), event]
+
+    def _parse(self, text: str) -> ToolCall:
+        """The call in the text between the marks. Raises `ValueError` with what is wrong, in words for the model."""
+        try:
+            value = repair_json(text)
+        except ValueError as error:
+            raise ValueError(f"the text behind {CALL_MARK} is no JSON object ({error})") from None
+        name = value.get("name") if isinstance(value, dict) else None
+        if not isinstance(name, str) or name not in self._tools:
+            known = quote_choices(list(self._tools))
+            raise ValueError(f"a call must be an object with a `name` that is one of {known}, and `arguments`")
+        arguments = value.get("arguments", value.get("parameters", {}))
+        if isinstance(arguments, str):
+            with suppress(ValueError):
+                arguments = repair_json(arguments)
+        if not isinstance(arguments, dict):
+            raise ValueError(f"the `arguments` in the call of {quote_value(name)} must be a JSON object")
+        if wrong := check_schema(arguments, self._tools[name].parameters):
+            raise ValueError(f"the `arguments` in the call of {quote_value(name)}: {wrong}")
+        return ToolCall(self._make_id(), name, encode_json(arguments))
 
     def _take_held(self) -> list[Event]:
-        """The white space and the begun mark that were held."""
-        held = "".join([*self._spaces, self._mark])
-        self._spaces, self._mark = [], ""
-        return [Text(held)] if held else []
+        held, self._held = self._held, []
+        return _join_texts(held)
 
-    def _end_call(self) -> list[Event]:
-        """The call that the scanner took, if it is valid; else hold its text, or drop it after another call."""
-        assert self._scanner is not None
-        scanner, self._scanner = self._scanner, None
-        try:
-            name, arguments = read_call(scanner.text, self._tools)
-        except CallError as reason:
-            if not self._called:
-                self._error = str(reason)
-                mark = scanner.ended_by if scanner.ended_by != "object" else ""
-                self._hold("".join([*self._spaces, CALL_MARK, scanner.text, mark]))
-            elif scanner.ended_by == CALL_MARK:
-                self._scanner = CallScanner()
-            self._spaces = []
+    def _show(self, events: list[Event]) -> list[Event]:
+        """What of the answer's own text is passed on now."""
+        if self._second or self._calls:
             return []
-        if scanner.ended_by == CALL_MARK and self._parallel:
-            self._scanner = CallScanner()
-        shown = [] if self._called or self._second else self._held
-        if not self._second:
-            self._held = []
-        self._called, self._spaces = True, []
-        return [*shown, ToolCall(self._make_id(), name, arguments)]
-
-    def _hold(self, text: str) -> None:
-        if not self._second:
-            self._held.append(Text(text))
+        if self._demanded:
+            self._before += events
+            return []
+        return events
 
     def _finish(self, event: Finished) -> list[Event]:
-        events: list[Event] = []
-        is_cut = event.reason != "stop"
-        if self._scanner is not None and not is_cut:
-            events += self._end_call()
-        if self._scanner is not None and not self._called:
-            self._hold("".join([*self._spaces, CALL_MARK, self._scanner.text]))
-            self._spaces = []
-        self._scanner = None
-        if self._called:
-            return [*events, Finished("tool_calls") if not is_cut else event]
+        cut = event.reason != "stop"
+        events = self._judge(self._call) if self._call is not None and not cut else []
+        if self._calls:
+            return [*events, *self._sources, event if cut else Finished("tool_calls")]
         if self._second:
-            return self._give_up()
-        events += self._show(self._take_held())
-        self._error = self._error or ("no function was called" if self._must_call else "")
-        if self._error and not is_cut and not self._last:
-            self.again = self._error
-            return events
-        held, self._held = self._held, []
-        return [*events, *held, event]
-
-    def _give_up(self) -> list[Event]:
-        """What is left when the second answer has no valid call either."""
-        if self._must_call:
-            raise ProxyError("tool_call_failed", self._error)
-        held, self._held = self._held, []
-        return [*held, Finished("stop")]
+            self._held = self._first_answer
+            if not self._demanded:
+                event = Finished("stop")
+        if not cut and (self._demanded or self._error):
+            if self._tries_left:
+                self.again = self._error or f"it must call {quote_choices(list(self._tools))}, and calls no tool"
+                return []
+            if self._demanded:
+                raise ProxyError("tool_call_failed", self._mistake)
+        return [*_join_texts([*self._before, *self._held]), *self._sources, event]
 
 
 class StopFilter:
-    """Ends the answer before the first of `stops` that is complete; of several that end together, the longer.
+    """Ends the answer before the first of `stops` in its text: the one complete first, at the same end the longer.
 
-    Only what may become one is held. An automaton (Aho and Corasick 1975) takes each character once.
+    Works on `Text` alone, and holds of it no more than what may become a stop sequence, in linear time however these
+    overlap: an automaton (Aho and Corasick, 1975) whose state is the longest end of the text that begins one. What is
+    held is then a start of that one, and needs no storing. After a stop follow `Finished` and nothing more.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.ended = False
-        self._next: list[dict[str, int]] = [{}]
-        self._found = [""]
-        self._depth = [0]
-        for stop in stops:
-            self._add(stop)
-        self._fallback = [0] * len(self._next)
-        self._link()
-        self._first = re.compile(f"[{re.escape(''.join(self._next[0]))}]")
         self._state = 0
-        self._held = ""
+        self._starts = [("", 0)]  # a state's text: a stop sequence, and how much of it
+        self._next: list[dict[str, int]] = [{}]
+        self._fallback = [0]  # the state of the longest other end of a state's text
+        self._found = [""]  # the longest stop sequence that ends with a state's text
+        for stop in filter(None, stops):
+            self._add(stop)
+        self._link()
+        self._first = re.compile("[" + "".join(map(re.escape, self._next[0])) + "]") if self._next[0] else None
+
+    def begin_second_try(self) -> None:
+        """Expect another answer; where no `Finished` came of the first, its text goes on behind what is held."""
+        self.ended = False
 
     def feed(self, event: Event) -> list[Event]:
         """What becomes of one event."""
-        if type(event) is Text:
-            return self._take_text(event.text)
-        if not isinstance(event, Citation | ToolCall | Finished):
-            return [event]
-        held, self._held, self._state = self._held, "", 0
-        return [*([Text(held)] if held else []), event]
-
-    def begin_second_try(self, asked: bool) -> None:
-        """Forget what was held."""
-        self._held, self._state = "", 0
+        if self.ended:
+            return []
+        match event:
+            case Opened() | Thinking() | SearchHit():
+                return [event]
+            case Text():
+                return self._take_text(event.text)
+            case Citation() | Sources() | ToolCall() | Finished():
+                return [*self._release(), event]
 
     def _add(self, stop: str) -> None:
         state = 0
-        for letter in stop:
-            if letter not in self._next[state]:
-                self._next[state][letter] = len(self._next)
+        for end, character in enumerate(stop, 1):
+            following = self._next[state].setdefault(character, len(self._next))
+            if following == len(self._next):
+                self._starts.append((stop, end))
                 self._next.append({})
+                self._fallback.append(0)
                 self._found.append("")
-                self._depth.append(self._depth[state] + 1)
-            state = self._next[state][letter]
+            state = following
         self._found[state] = stop
 
     def _link(self) -> None:
-        """Say of each state where its longest proper end begins again; in the order of depth."""
-        waiting = list(self._next[0].values())
-        for state in waiting:
-            for letter, target in self._next[state].items():
-                waiting.append(target)
-                self._fallback[target] = self._step(self._fallback[state], letter)
-            self._found[state] = self._found[state] or self._found[self._fallback[state]]
+        """Fill the fallbacks, short texts first."""
+        row = list(self._next[0].values())
+        while row:
+            for state in row:
+                for character, following in self._next[state].items():
+                    self._fallback[following] = fallback = self._step(self._fallback[state], character)
+                    self._found[following] = self._found[following] or self._found[fallback]
+            row = [following for state in row for following in self._next[state].values()]
 
-    def _step(self, state: int, letter: str) -> int:
-        while state and letter not in self._next[state]:
+    def _step(self, state: int, character: str) -> int:
+        while state and character not in self._next[state]:
             state = self._fallback[state]
-        return self._next[state].get(letter, 0)
+        return self._next[state].get(character, 0)
 
     def _take_text(self, text: str) -> list[Event]:
+        if self._first is None:
+            return [Text(text)]
         state, at = self._state, 0
         while at < len(text):
             if not state:
-                begun = self._first.search(text, at)
-                if begun is None:
+                found = self._first.search(text, at)
+                if found is None:
                     break
-                at = begun.start()
+                at = found.start()
             state = self._step(state, text[at])
             at += 1
             if stop := self._found[state]:
                 self.ended = True
-                shown = (self._held + text[:at])[: -len(stop)]
-                return [*([Text(shown)] if shown else []), Finished("stop", stop)]
+                return [*self._show(text[:at], len(stop)), Finished("stop", stop)]
+        events = self._show(text, self._starts[state][1])
         self._state = state
-        text = self._held + text
-        shown, self._held = text[: len(text) - self._depth[state]], text[len(text) - self._depth[state] :]
-        return [Text(shown)] if shown else []
+        return events
+
+    def _show(self, text: str, held: int) -> list[Event]:
+        """What was held and `text` behind it, without the last `held` characters."""
+        stop, length = self._starts[self._state]
+        shown = length + len(text) - held
+        return [Text(stop[: min(shown, length)] + text[: max(0, shown - length)])] if shown else []
+
+    def _release(self) -> list[Event]:
+        events = self._show("", 0)
+        self._state = 0
+        return events
 
 
 class StructureFilter:
-    """Holds the answer until it is whole, and lets it pass when it has the form that was asked for.
+    """Holds the text to its end, and passes it on as one piece where it is the JSON that `format` asks for.
 
-    Like `ToolCallFilter` it asks for one second try. What was cut, by length, moderation or a stop sequence, passes as
-    it is, and so does text beside a call. Marks of citations are dropped: they are no JSON.
+    Text that parses is passed on as the model wrote it, repaired text as compact JSON. Where it does not fit, `again`
+    tells the mistake, and no `Finished` comes: the caller begins a second try, and feeds another answer; a second
+    failure raises `structured_output_failed`. An answer that calls tools, or was cut by length, moderation or a stop
+    sequence, is passed on as it is. Citations are dropped: they have no place in JSON.
     """
 
-    _LONGEST_QUOTE = 20_000
-
-    def __init__(self, form: ResponseFormat) -> None:
+    def __init__(self, format: ResponseFormat) -> None:
         self.again = ""
-        self._form = form
-        self._second = False
-        self._called = False
-        self._texts: list[str] = []
+        self._format = format
+        self._tries_left = 1
+        self._held: list[str] = []
+        self._sources: list[Event] = []
 
-    @property
-    def previous(self) -> str:
-        """What the model wrote that could not be used, its first 20,000 characters."""
-        return "".join(self._texts)[: self._LONGEST_QUOTE]
+    def begin_second_try(self) -> None:
+        """Expect another answer; where this filter did not ask for it, its text goes on behind what is held."""
+        if self.again:
+            self._held, self._sources = [], []
+        self.again = ""
+        self._tries_left = 0
 
     def feed(self, event: Event) -> list[Event]:
-        """What becomes of one event. Raises `ProxyError` `structured_output_failed` at the end of a second answer."""
+        """What becomes of one event. Raises `ProxyError`: `structured_output_failed`, when a second answer ends."""
         match event:
-            case Thinking():
-                return [] if self._second else [event]
+            case Opened() | Thinking() | SearchHit():
+                return [event]
             case Text():
-                self._texts.append(event.text)
+                self._held.append(event.text)
                 return []
             case Citation():
                 return []
+            case Sources():
+                self._sources = [event]
+                return []
+            case ToolCall():
+                return [*self._release(), event]
             case Finished():
                 return self._finish(event)
-            case ToolCall():
-                self._called = True
-                return [event]
-            case Opened() | SearchHit() | Sources():
-                return [] if self._second else [event]
-
-    def begin_second_try(self, asked: bool) -> None:
-        """Expect another answer in place of the first, the last one."""
-        self._second = True
-        self.again = ""
-        self._texts = []
 
     def _finish(self, event: Finished) -> list[Event]:
-        text = "".join(self._texts)
-        if self._called or event.reason != "stop" or event.stop_sequence:
-            return [*([Text(text)] if text else []), event]
-        error, shown = self._judge(text)
-        if not error:
-            return [Text(shown), event]
-        if self._second:
-            raise ProxyError("structured_output_failed", error)
-        self.again = error
-        return []
+        if event.reason == "stop" and not event.stop_sequence:
+            try:
+                self._held = [self._read("".join(self._held))]
+            except ValueError as error:
+                if not self._tries_left:
+                    raise ProxyError("structured_output_failed", str(error)) from None
+                self.again = str(error)
+                return []
+        return [*self._release(), *self._sources, event]
 
-    def _judge(self, text: str) -> tuple[str, str]:
-        """What is wrong with `text`, and the JSON to show: its own where that is good, else mended."""
+    def _read(self, text: str) -> str:
+        """The JSON in the text. Raises `ValueError` with what is wrong, in words for the model."""
         try:
             value = repair_json(text)
         except ValueError as error:
-            return f"the answer is not valid JSON ({error})", ""
-        if self._form.kind == "json_object" and not isinstance(value, dict):
-            return "the answer is no JSON object", ""
-        if violation := check_schema(value, self._form.schema):
-            return f"the answer does not fit the schema: {violation}", ""
-        try:
-            json.loads(text)
-        except ValueError:
-            return "", encode_json(value)
-        return "", text.strip()
+            raise ValueError(f"it is not JSON ({error})") from None
+        if self._format.kind == "json_object" and not isinstance(value, dict):
+            raise ValueError(f"it must be a JSON object, not {quote_value(value)}")
+        schema = True if self._format.schema is None else self._format.schema
+        if wrong := check_schema(value, schema):
+            raise ValueError(f"its JSON does not fit the schema: {wrong}")
+        with suppress(WireError):
+            parse_json(text.encode("utf-8", "replace"))
+            return text
+        return encode_json(value)
+
+    def _release(self) -> list[Event]:
+        text = "".join(self._held)
+        self._held = []
+        return [Text(text)] if text else []
+
+
+_LONGEST_PREVIOUS: Final = 20_000  # characters
 
 
 class Chain:
-    """The filters of one answer, one after the other. Exactly one `Finished` leaves it, and nothing after that.
+    """The filters of one answer, in order, and the one second try that they may ask for.
 
-    `ended`: a filter ended the answer, so that the rest of it is of no interest. `again`: what was wrong with an answer
-    that is wanted once more; once in all.
+    Exactly one `Finished` comes out, and nothing after it. Where the last event of an answer leaves `again` set, which
+    tells the model's mistake, the caller calls `begin_second_try`, asks again, and feeds that answer too.
     """
 
-    def __init__(self, filters: Sequence[LengthFilter | ToolCallFilter | StopFilter | StructureFilter] = ()) -> None:
-        self.again = ""
-        self.previous = ""
+    def __init__(self, filters: Sequence[Filter] = ()) -> None:
         self._filters = filters
+        self._two_tries = [one for one in filters if isinstance(one, _KINDS_WITH_TWO_TRIES)]
+        self._over = False
         self._second = False
-        self._finished = False
+        self._previous: list[str] = []
+        self._room = _LONGEST_PREVIOUS if any(isinstance(one, _KINDS_THAT_ASK) for one in filters) else 0
+
+    def feed(self, events: list[Event]) -> list[Event]:
+        """What becomes of `events`. Raises `ProxyError` as the filters do."""
+        if not self._filters:
+            return events
+        if self._over:
+            return []
+        if self._second:
+            events = [event for event in events if not isinstance(event, Opened)]
+        if self._room:
+            self._keep(events)
+        events = apply_filters(self._filters, events)
+        for index, event in enumerate(events):
+            if isinstance(event, Finished):
+                self._over = True
+                return events[: index + 1]
+        return events
 
     @property
     def ended(self) -> bool:
-        """Whether a filter ended the answer."""
-        return self._finished and any(one.ended for one in self._filters if isinstance(one, LengthFilter | StopFilter))
+        """Whether a filter ended the answer, so that the service need not go on with it."""
+        return any(one.ended for one in self._filters if isinstance(one, (LengthFilter, StopFilter)))
 
-    def feed(self, events: list[Event]) -> list[Event]:
-        """What becomes of `events`. Raises `ProxyError` where a second answer is of no use either."""
-        if not self._filters:
-            return events
-        shown: list[Event] = []
-        for event in events:
-            if self._finished or (self._second and isinstance(event, Opened)):
-                continue
-            for result in self._pass(event):
-                shown.append(result)
-                if isinstance(result, Finished):
-                    self._finished = True
-                    break
-        return shown
+    @property
+    def again(self) -> str:
+        """What to tell the model when an answer is over that needs a second try; else empty."""
+        if self._over:
+            return ""
+        return next((one.again for one in self._filters if isinstance(one, _KINDS_THAT_ASK) and one.again), "")
+
+    @property
+    def previous(self) -> str:
+        """What the model wrote, for `describe_failure`: its first 20,000 characters."""
+        return "".join(self._previous)
 
     def begin_second_try(self) -> None:
-        """Expect another answer."""
+        """Expect another answer, the last one."""
         self._second = True
-        self.again = ""
-        for one in self._filters:
-            one.begin_second_try(isinstance(one, ToolCallFilter | StructureFilter) and bool(one.again))
+        self._previous = []
+        self._room = 0
+        for one in self._two_tries:
+            one.begin_second_try()
 
-    def _pass(self, event: Event) -> list[Event]:
-        """One event's way through all filters."""
-        events = [event]
-        for one in self._filters:
-            events = [result for event in events for result in one.feed(event)]
-            if isinstance(one, ToolCallFilter | StructureFilter) and one.again:
-                self.again, self.previous = one.again, one.previous
-        return events
+    def _keep(self, events: list[Event]) -> None:
+        for event in events:
+            if type(event) is Text and self._room:
+                piece = event.text[: self._room]
+                self._previous.append(piece)
+                self._room -= len(piece)
+
+
+_KINDS_THAT_ASK: Final = (ToolCallFilter, StructureFilter)
+_KINDS_WITH_TWO_TRIES: Final = (LengthFilter, StopFilter, *_KINDS_THAT_ASK)
 
 
 # ==== 10. Requests ==========================================================
@@ -2407,8 +2596,8 @@ class Attachment:
 
     @property
     def inline_bytes(self) -> int:
-        """About how many bytes are inline: base64 has 4 characters for 3."""
-        return (len(self.data) - self.start) * 3 // 4
+        """At least how many bytes are inline: base64 has 4 characters for 3, and up to a tenth may be line ends."""
+        return (len(self.data) - self.start) * 27 // 40
 
     def __repr__(self) -> str:
         return f"Attachment({self.kind} at {self.place})"
@@ -2711,6 +2900,14 @@ def _parse_file(value: dict[str, Any], place: str) -> Attachment:
     return Attachment("file", place, data=data, name=name)
 
 
+def _undo_percent(text: str) -> str:
+    """Base64 without the percent signs that may stand for its letters (RFC 3986); each is replaced in one go."""
+    for letter in "+/=-_ \r\n":
+        for code in {f"%{ord(letter):02X}", f"%{ord(letter):02x}"}:
+            text = text.replace(code, letter)
+    return text
+
+
 def _parse_data(kind: Literal["file", "image"], url: str, place: str) -> Attachment:
     """The attachment in a `data:` URL (RFC 2397), in base64; what stands behind its comma is not copied."""
     head, comma, _ = url[:1024].partition(",")
@@ -2719,8 +2916,8 @@ def _parse_data(kind: Literal["file", "image"], url: str, place: str) -> Attachm
         raise _refuse(place, "a data URL must look like data:TYPE;base64,…")
     named = dict(parameter.strip().partition("=")[::2] for parameter in parameters)
     name = unquote(named.get("name") or named.get("filename") or "")
-    if "%" in url:
-        url = url[: len(head) + 1] + unquote(url[len(head) + 1 :])
+    if url.find("%", len(head) + 1) >= 0:
+        url = head + comma + _undo_percent(url[len(head) + 1 :])
     return Attachment(kind, place, "", url, len(head) + 1, name, content_type.strip().lower())
 
 
@@ -2756,7 +2953,7 @@ def make_chain(request: ChatRequest, make_id: Callable[[], str]) -> Chain:
         filters.append(LengthFilter(request.max_tokens))
     if request.tools and request.tool_choice.mode != "none":
         parallel = request.parallel_tool_calls
-        filters.append(ToolCallFilter(request.tools, request.tool_choice, make_id, parallel=parallel))
+        filters.append(ToolCallFilter(request.tools, request.tool_choice, parallel, make_id))
     if request.stop:
         filters.append(StopFilter(request.stop))
     if request.response_format is not None:
@@ -3186,7 +3383,8 @@ class Silence:
 
     Who reads adds 1 to `pieces` for each read; `measure` tells of progress that no reader sees. `is_broken` tells of a
     connection that is lost without the reader being told: aiohttp 3.14.5 leaves it waiting after a broken chunk
-    (tried). `code` is the failure then: `silent`, `late` or `broken`, whoever is waited for by then.
+    (tried). `code` is the failure then: `silent`, `late` or `broken`, whoever is waited for by then. While it is
+    `resting`, nothing is expected to move.
     """
 
     __slots__ = (
@@ -3201,6 +3399,7 @@ class Silence:
         "late",
         "measure",
         "pieces",
+        "resting",
         "silent",
     )
 
@@ -3208,6 +3407,7 @@ class Silence:
         now = asyncio.get_running_loop().time()
         self.pieces = 0
         self.code = ""
+        self.resting = False
         self.silent, self.late, self.broken = "service_silent", "answer_too_long", "answer_broken"
         self.is_broken: Callable[[], bool] | None = None
         self.measure: Callable[[], int] | None = None
@@ -3222,7 +3422,7 @@ class Silence:
         if self.code:
             return
         moved = self.pieces if self.measure is None else self.pieces + self.measure()
-        if moved != self._seen:
+        if moved != self._seen or self.resting:
             self._seen, self._moved_at = moved, now
         if now >= self._deadline:
             self.code = self.late
@@ -3768,6 +3968,9 @@ _BAD_PORTS: Final = frozenset({
 # fmt: on
 
 
+_ENCODED_URL: Final = re.compile(r"[!-~]+")
+
+
 def check_file_url(text: str) -> URL:
     """The URL in `text`, as far as its letters tell whether it may be fetched; its address is judged when connecting.
 
@@ -3776,12 +3979,12 @@ def check_file_url(text: str) -> URL:
     text = text.strip()
     if len(text) > 8192 or "\\" in text or not text.isprintable():
         raise ProxyError("file_url_invalid", "the file's URL is too long, or has characters that no URL has")
-    if not re.match(r"https?://[^/?#]", text, re.IGNORECASE):
+    if not re.match(r"https?://[^/?#]{1,255}(?:[/?#]|\Z)", text, re.IGNORECASE):
         raise ProxyError("file_url_invalid", "the file's URL does not begin with http:// or https:// and a host")
     try:
-        url = URL(text)
+        url = URL(text, encoded=_ENCODED_URL.fullmatch(text) is not None)  # signed ones must stay as they are
         is_good = bool(url.host) and url.port not in _BAD_PORTS
-    except ValueError:
+    except (ValueError, IndexError):  # IndexError: yarl's, for some brackets
         is_good = False
     if not is_good:
         raise ProxyError("file_url_invalid", "the file's URL is not valid, or its port is that of another protocol")
@@ -3846,7 +4049,7 @@ def name_file(names: Sequence[str], content_type: str, kind: str) -> tuple[str, 
 
 def _clean_name(name: str) -> str:
     """The last segment of a path, without what no file system takes, 120 characters at most, its extension kept."""
-    name = re.split(r"[/\\]", name)[-1]
+    name = re.split(r"[/\\]", name[-1000:])[-1]
     name = "".join(letter for letter in name if letter.isprintable() and letter not in '"<>|:*?').strip(". ")
     extension = _EXTENSION.search(name)
     return name if len(name) <= 120 else name[:100] + (extension[0] if extension else "")
@@ -3898,7 +4101,7 @@ class _Resolver(abc.AbstractResolver):
     """Resolves the names of origins in threads of its own: a slow name server of theirs shall not stop ours."""
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(4, "resolve")
+        self._threads = ThreadPoolExecutor(32, "resolve")
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
@@ -3976,9 +4179,14 @@ class Files:
         self._settings = settings
         self._limit_bytes = settings.max_file_mb * MEGABYTE
         guard = AddressGuard(metrics, allow_private=settings.allow_private_urls)
+        self._resolver = _Resolver()
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
-                limit=0, socket_factory=guard.make_socket, resolver=_Resolver(), force_close=True, use_dns_cache=False
+                limit=0,
+                socket_factory=guard.make_socket,
+                resolver=self._resolver,
+                force_close=True,
+                use_dns_cache=False,
             ),
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
@@ -3989,12 +4197,13 @@ class Files:
     async def close(self) -> None:
         """Close all connections."""
         await self._session.close()
+        await self._resolver.close()
 
     async def identify(self, attachment: Attachment) -> Identity:
         """By what `attachment` is known again. Raises `ProxyError` for inline data that is not base64, or too large."""
         if attachment.url:
             return Identity(hashlib.sha256(attachment.url.encode()).digest())
-        if attachment.inline_bytes > self._limit_bytes + 3:
+        if attachment.inline_bytes > self._limit_bytes:
             raise self._too_large()
         try:
             identity = await asyncio.to_thread(_measure_inline, attachment)
@@ -4042,7 +4251,10 @@ class Files:
             if response.status not in _REDIRECTS:
                 return response
             response.close()
-            text = urljoin(str(response.url), response.headers.get("Location", ""))
+            try:
+                text = urljoin(str(response.url), response.headers["Location"])
+            except (KeyError, ValueError):
+                raise ProxyError("file_url_invalid", "a redirect of the file's origin leads nowhere") from None
         raise ProxyError("file_url_invalid", f"more than {self._MOST_REDIRECTS} redirects")
 
     async def _get(self, url: URL) -> aiohttp.ClientResponse:
@@ -4063,6 +4275,8 @@ class Files:
         if response.status != 200:
             raise ProxyError("file_url_invalid", f"the file's origin answers HTTP {response.status}")
         encoding = _encoding_of(response)
+        if response.headers.get("Transfer-Encoding", "chunked").lower() != "chunked":
+            encoding = "unknown"
         if encoding not in ("", "gzip", "x-gzip", "deflate"):
             raise ProxyError("file_url_invalid", "the file's origin sends an encoding that nobody asked for")
         size_bytes = response.content_length
@@ -4075,9 +4289,12 @@ class Files:
     async def _read_origin(self, response: aiohttp.ClientResponse, watch: Silence) -> AsyncIterator[bytes]:
         """The body, as it comes and decoded. Raises `ProxyError`: `file_broken`, `file_too_large`."""
         inflater = Inflater() if _encoding_of(response) else None
-        size_bytes = 0
+        size_bytes = received_bytes = 0
         try:
             while piece := await self._read_piece(response, watch):
+                received_bytes += len(piece)
+                if received_bytes > self._limit_bytes:
+                    raise self._too_large()
                 for decoded in inflater.feed(piece) if inflater is not None else (piece,):
                     size_bytes += len(decoded)
                     if size_bytes > self._limit_bytes:
@@ -4127,10 +4344,11 @@ _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 @contextmanager
 def _waiting_for_origin(watch: Silence) -> Iterator[None]:
     """Say whose fault it is when nothing moves in here."""
-    before = watch.silent, watch.late
+    before = watch.silent, watch.late, watch.resting
     watch.silent = watch.late = "file_silent"
+    watch.resting = False
     yield
-    watch.silent, watch.late = before
+    watch.silent, watch.late, watch.resting = before
 
 
 @contextmanager
@@ -4150,7 +4368,10 @@ def _encoding_of(response: aiohttp.ClientResponse) -> str:
 
 def _disposition_names(response: aiohttp.ClientResponse) -> list[str]:
     """The file name that the origin's `Content-Disposition` tells (RFC 6266), if it does."""
-    disposition = response.content_disposition
+    try:
+        disposition = response.content_disposition
+    except (ValueError, LookupError):  # aiohttp's, for a hostile header
+        return []
     return [disposition.filename] if disposition is not None and disposition.filename else []
 
 
@@ -4444,7 +4665,14 @@ class Calls:
     async def store(self, url: str, file: OpenFile) -> None:
         """Put `file` to a signed URL, which needs no token and gets none. Raises `ProxyError`; time is the caller's."""
         headers = {"Content-Type": file.content_type, "Content-Length": str(file.size_bytes)}
-        async with self._sending("PUT", URL(url, encoded=True), headers, file.read(), file) as response:
+        try:
+            address = URL(url, encoded=True)
+            has_host = bool(address.host and address.port)
+        except (ValueError, IndexError):
+            has_host = False
+        if not has_host:
+            raise ProxyError("service_failed", "signing an upload: the reply has no URL")
+        async with self._sending("PUT", address, headers, file.read(), file) as response:
             if response.status >= 300:
                 status = response.status
                 raise ProxyError("storage_failed", f"storing the file: HTTP {status}", upstream_status=status)
@@ -4481,6 +4709,7 @@ class Calls:
         """The response to a request with `file` in its body. Raises `ProxyError`, the file's own failure first."""
         tracker = aiohttp.UploadTracker()
         file.watch.measure = lambda: tracker.bytes_written
+        file.watch.resting = False
         try:
             request = self._transfers.request(
                 method, url, data=data, headers=headers, allow_redirects=False, upload_tracker=tracker
@@ -4988,7 +5217,8 @@ class Uploads:
     """Brings files to the service, and remembers for an hour what it brought: programs send a chat's files each turn.
 
     Of a file are remembered a digest (of account, dialect, and URL or bytes) and the id that the service gave it. Of
-    several requests for the same file, one uploads it and the others wait.
+    several requests for the same file, one uploads it and the others wait, and share its failure; one that was only
+    cancelled is done over by the next.
     """
 
     _MOST_KEPT = 4096
@@ -5000,7 +5230,7 @@ class Uploads:
         self._ticker = ticker
         self._settings = settings
         self._kept: dict[bytes, tuple[float, str]] = {}
-        self._running: dict[bytes, asyncio.Event] = {}
+        self._running: dict[bytes, asyncio.Future[ProxyError | None]] = {}
 
     async def upload(self, account: Account, dialect: Dialect, attachments: Sequence[Attachment]) -> tuple[str, ...]:
         """The service's ids of `attachments`, in their order, each once.
@@ -5008,14 +5238,20 @@ class Uploads:
         Raises `ProxyError`, the first failure's: the other uploads are cancelled then.
         """
         inline_bytes = sum(attachment.inline_bytes for attachment in attachments)
-        if inline_bytes > self._settings.max_inline_mb * MEGABYTE + 3 * len(attachments):
+        if inline_bytes > self._settings.max_inline_mb * MEGABYTE:
             raise ProxyError("file_too_large", f"inline files of more than {self._settings.max_inline_mb} MB together")
         gate = asyncio.Semaphore(self._AT_ONCE)
+        work = [asyncio.create_task(self._find(gate, account, dialect, one)) for one in attachments]
+        # No task group: in one, a failure hides a cancellation that comes with it.
         try:
-            async with asyncio.TaskGroup() as group:
-                work = [group.create_task(self._find(gate, account, dialect, one)) for one in attachments]
-        except BaseExceptionGroup as failures:
-            raise failures.exceptions[0] from None
+            done, _ = await asyncio.wait(work, return_when=asyncio.FIRST_EXCEPTION)
+        finally:
+            for task in work:
+                task.cancel()
+            await asyncio.gather(*work, return_exceptions=True)
+        for task in done:
+            if (failure := task.exception()) is not None:
+                raise failure
         return tuple(dict.fromkeys(task.result() for task in work))
 
     async def _find(self, gate: asyncio.Semaphore, account: Account, dialect: Dialect, attachment: Attachment) -> str:
@@ -5025,7 +5261,9 @@ class Uploads:
                 identity = await self._files.identify(attachment)
                 key = _key_of(account, dialect, attachment, identity)
                 while (running := self._running.get(key)) is not None:
-                    await running.wait()
+                    await asyncio.wait({running})
+                    if isinstance(failure := running.result(), ProxyError):
+                        raise failure.again()
                 until, file_id = self._kept.get(key, (0.0, ""))
                 if asyncio.get_running_loop().time() < until:
                     return file_id
@@ -5037,7 +5275,8 @@ class Uploads:
     async def _upload_and_keep(
         self, key: bytes, account: Account, dialect: Dialect, attachment: Attachment, identity: Identity
     ) -> str:
-        running = self._running[key] = asyncio.Event()
+        running = self._running[key] = asyncio.get_running_loop().create_future()
+        outcome = None
         try:
             try:
                 stored = await self._store(account, dialect, attachment, identity)
@@ -5049,9 +5288,12 @@ class Uploads:
             while len(self._kept) > self._MOST_KEPT:
                 del self._kept[next(iter(self._kept))]
             return file_id
+        except ProxyError as error:
+            outcome = error.again()
+            raise
         finally:
             del self._running[key]
-            running.set()
+            running.set_result(outcome)
 
     async def _store(
         self, account: Account, dialect: Dialect, attachment: Attachment, identity: Identity
@@ -5064,6 +5306,7 @@ class Uploads:
                 watch = Silence(timeout, settings.file_seconds, settings.transfer_seconds)
                 watch.silent = watch.late = "storage_silent"
                 watch.broken = "file_broken"
+                watch.resting = True  # until the transfer begins: the calls before it have limits of their own
                 self._ticker.add(watch)
                 async with self._files.open(attachment, identity, watch) as file:
                     return await dialect.store(account, file)
@@ -5079,7 +5322,8 @@ class Uploads:
 def _key_of(account: Account, dialect: Dialect, attachment: Attachment, identity: Identity) -> bytes:
     """A digest by which a file of an account is found again; it tells neither."""
     digest = hashlib.sha256(account.token.encode("utf-8", "surrogateescape"))
-    digest.update(f"\0{dialect.name}\0{attachment.kind}\0{bool(attachment.url)}\0".encode())
+    extension = attachment.name.rpartition(".")[2][:20]
+    digest.update(f"\0{dialect.name}\0{attachment.kind}\0{extension}\0{bool(attachment.url)}\0".encode())
     digest.update(identity.digest)
     return digest.digest()
 
@@ -5216,12 +5460,12 @@ class Asking:
         if not chain.again:
             return
         logger.debug("= the answer cannot be used, asking once more")
-        words = describe_failure(chain.again, chain.previous)
+        words = describe_failure(chain.again, "" if question.conversation_id else chain.previous)
         if question.conversation_id:
             parent_id = conversation.reader.message_id
             second = replace(question, text=words, conversation_id=conversation.known_id, parent_id=parent_id)
         else:
-            second = replace(question, text=question.text + words)
+            second = replace(question, text=f"{question.text}system:{words}")
         chain.begin_second_try()
         try:
             await self._converse(account, dialect, second, filter_and_send, chain)

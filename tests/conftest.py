@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -126,3 +127,15 @@ def bearer(token: str) -> dict[str, str]:
 def chat_body(text: str = "hi", **fields: Any) -> dict[str, Any]:
     """The body of a chat request."""
     return {"messages": [{"role": "user", "content": text}], **fields}
+
+
+def assert_linear(seconds_for: Callable[[int], float], size: int = 50_000) -> None:
+    """Twice the work takes about twice as long; a busy machine gets three chances."""
+    ratios: list[float] = []
+    gc.disable()  # its pauses do not grow step by step
+    try:
+        while len(ratios) < 3 and (not ratios or ratios[-1] >= 3.5):
+            ratios.append(seconds_for(2 * size) / seconds_for(size))
+    finally:
+        gc.enable()
+    assert ratios[-1] < 3.5, ratios

@@ -119,6 +119,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from types import TracebackType
 from typing import Any, Final
+from urllib.parse import unquote
 
 from aiohttp import web
 
@@ -195,7 +196,7 @@ SCRIPTS: Final[dict[str, tuple[Step, ...]]] = {
     "broad": (Say("x" * 200_000), End()),
 }
 _LONG_CHUNKS: Final = 150
-_AGAIN: Final = "That cannot be used"  # how the proxy begins to tell the model what was wrong
+_AGAIN: Final = "Your last answer could not be used"  # how the proxy begins to tell the model what was wrong
 
 
 def make_sample(schema: Any) -> Any:
@@ -243,7 +244,7 @@ def _call_tools(asked: str, most: int = 1) -> str:
 
 def _answer_in_form(asked: str) -> str:
     """A value that fits the schema in the prompt; any object where there is none."""
-    found = re.search(r"JSON Schema:\n(.*)\n", asked.rpartition("Answer with one JSON value")[2])
+    found = re.search(r"JSON schema:\n(.*)\n", asked)
     return json.dumps(make_sample(json.loads(found[1])) if found else {"ok": True}, ensure_ascii=False, indent=1)
 
 
@@ -594,6 +595,9 @@ FAULTS: Final[dict[str, str]] = {
 # What the path of an origin can order.
 ORIGIN_FAULTS: Final[dict[str, str]] = {
     "type": "TYPE/SUBTYPE with a dot for the slash, the Content-Type",
+    "raw-disposition": "PARAMETERS of Content-Disposition as they are, percent-encoded twice",
+    "zeros-behind": "zeros without end behind an encoded body",
+    "members": "empty gzip members without end behind an encoded body",
     "disposition": "NAME in Content-Disposition",
     "text": "the body is text",
     "zeros": "the body is zeros",
@@ -616,6 +620,7 @@ ORIGIN_FAULTS: Final[dict[str, str]] = {
     "no-http": "an answer that is no HTTP",
 }
 _BLOCK: Final = random.Random(1).randbytes(65_521)
+_BEHIND: Final = {"zeros-behind": bytes(65_536), "members": gzip.compress(b"") * 1000}
 _LINE: Final = "文档的第一行 — the first line.\n".encode()
 
 
@@ -1132,6 +1137,8 @@ class Simulator:
         pieces = [_LINE[: max(0, size)], b"x" * (size - len(_LINE))] if "text" in order else make_content(size, block)
         response = web.StreamResponse()
         response.headers["Content-Type"] = order.get("type", "application/octet-stream").replace(".", "/", 1)
+        if "raw-disposition" in order:
+            response.headers["Content-Disposition"] = f"attachment; {unquote(order['raw-disposition'])}"
         if "disposition" in order:
             response.headers["Content-Disposition"] = f"attachment; filename*=UTF-8''{order['disposition']}"
         encoding = next((name for name in ("gzip", "deflate") if name in order), order.get("encoding"))
@@ -1141,7 +1148,7 @@ class Simulator:
             body = body[: len(body) // 2] if "half" in order else body
             pieces, size = [body[at : at + 65_536] for at in range(0, len(body), 65_536)], len(body)
             response.headers["Content-Encoding"] = encoding
-        if not order.keys() & {"no-length", "cut-chunk", "endless"}:
+        if not order.keys() & {"no-length", "cut-chunk", "endless", *_BEHIND}:
             response.content_length = size
         await response.prepare(request)
         await self._send_pieces(request, response, pieces, size, order)
@@ -1182,6 +1189,9 @@ class Simulator:
                 await asyncio.Event().wait()
         while "endless" in order:
             await response.write(_BLOCK)
+        for name in order.keys() & _BEHIND.keys():
+            while True:
+                await response.write(_BEHIND[name])
 
     async def _connect_remove(self, request: web.Request) -> web.StreamResponse:
         body = await self._body(request, {"chat_id": str})

