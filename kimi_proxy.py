@@ -20,7 +20,7 @@ stands above it.
 
 Run it with ``python kimi_proxy.py``; ``--help`` lists the settings, ``ask "question"`` is a terminal client, ``check``
 tries every step of the service with your token. To read it, start at ``Asking`` in section 16, through which every
-chat goes, then ``_chat_completions`` in section 17. What is known of the service, and how surely, is told by the
+chat goes, then ``_chat_completions`` in section 18. What is known of the service, and how surely, is told by the
 docstring of ``tests/kimi_simulator.py``; [ref], [2+], [1] and [open] below are its marks.
 """
 
@@ -31,6 +31,7 @@ import asyncio
 import base64
 import binascii
 import hashlib
+import hmac
 import io
 import ipaddress
 import json
@@ -46,9 +47,10 @@ import time
 import traceback
 import zlib
 from bisect import bisect_right
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, partial
@@ -64,13 +66,15 @@ from aiohttp import abc, web, web_protocol
 from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
-__version__: Final = "1.3.0"
+__version__: Final = "1.4.0"
 
 
 # ==== 2. Settings ===========================================================
 #
 # One row an option: its field's metadata gives the environment variable, the flag, `--help` and the README's table.
 # A flag wins over the variable, the variable over the default. Secrets have no flag: flags show in `ps`.
+
+TOKEN_SHAPE: Final = re.compile(r"[!-+\--~]{1,8192}")  # of a token or a key: no blank, and no comma
 
 
 class SettingsError(ValueError):
@@ -142,8 +146,11 @@ def _words(value: str) -> tuple[str, ...]:
     return tuple(word for word in re.split(r"[,\s]+", value) if word)
 
 
-def _option(variable: str, default: Any, check: Callable[[str], Any], unit: str, help_text: str) -> Any:
-    return field(default=default, metadata={"variable": variable, "check": check, "unit": unit, "help": help_text})
+def _option(
+    variable: str, default: Any, check: Callable[[str], Any], unit: str, help_text: str, *, secret: bool = False
+) -> Any:
+    known = {"variable": variable, "check": check, "unit": unit, "help": help_text, "secret": secret}
+    return field(default=default, metadata=known, repr=not secret)
 
 
 _SECONDS: Final = _between(0.01, 86_400)
@@ -183,6 +190,53 @@ class Settings:
         "",
         "how search hits are shown: text (in the answer, and as annotations), annotations, or none",
     )
+    refresh_token: str = _option(
+        "KIMI_REFRESH_TOKEN",
+        "",
+        _text,
+        "",
+        "an account that the proxy holds, by its refresh token; several by comma. Clients then need none",
+        secret=True,
+    )
+    refresh_token_file: str = _option(
+        "KIMI_REFRESH_TOKEN_FILE",
+        "",
+        _text,
+        "",
+        "a file with it, read again when it changes; a relative name is looked up in $CREDENTIALS_DIRECTORY first",
+    )
+    api_keys: str = _option(
+        "PROXY_API_KEYS",
+        "",
+        _text,
+        "",
+        "the proxy's own keys, of which clients must send one; by comma, each key or name:key",
+        secret=True,
+    )
+    api_keys_file: str = _option("PROXY_API_KEYS_FILE", "", _text, "", "a file with them, by comma or line")
+    allowed_hosts: tuple[str, ...] = _option(
+        "PROXY_ALLOWED_HOSTS",
+        (),
+        _words,
+        "",
+        "names by which the proxy may be called while it holds an account, by comma",
+    )
+    proxy_url: str = _option(
+        "KIMI_PROXY_URL",
+        "",
+        _web_address,
+        "",
+        "outgoing HTTP proxy for Kimi and its storage, http://user:password@host:port; never for file URLs",
+        secret=True,
+    )
+    queue_length: int = _option(
+        "PROXY_QUEUE_LENGTH",
+        16,
+        _whole(0, 10_000),
+        "",
+        "requests that may wait for an account that answers one at a time",
+    )
+    queue_seconds: float = _option("PROXY_QUEUE_SECONDS", 60.0, _SECONDS, "s", "how long one of them may wait")
     state_dir: str = _option(
         "PROXY_STATE_DIR",
         "default",
@@ -291,7 +345,8 @@ class Settings:
                 chosen[option.name] = option.metadata["check"](text)
             except (ValueError, OverflowError) as error:
                 reason = str(error) if str(error).startswith("must") else "is not a number"
-                raise SettingsError(f"{source}={text[:80]!r}: {reason}") from None
+                shown = "" if option.metadata["secret"] else f"={text[:80]!r}"
+                raise SettingsError(f"{source}{shown}: {reason}") from None
         return cls(**chosen)
 
 
@@ -307,9 +362,12 @@ def make_option_parser() -> argparse.ArgumentParser:
         description="An OpenAI-compatible gateway in front of the Kimi web service.",
         epilog='`kimi_proxy.py ask "question"` asks a running proxy; `kimi_proxy.py check` tries every step of the '
         "service with your token. Each has its own --help.",
+        allow_abbrev=False,  # an abbreviated flag may be that of a secret, which has none
     )
     parser.add_argument("--version", action="version", version=f"kimi_proxy {__version__}")
     for option in fields(Settings):
+        if option.metadata["secret"]:
+            continue
         variable, unit = option.metadata["variable"], option.metadata["unit"]
         shown = f"{render_default(option.default)} {unit}".strip()
         parser.add_argument(
@@ -348,9 +406,10 @@ class Failure:
     retry_after_seconds: int = 0
 
 
-_REQUEST, _AUTHENTICATION, _LIMIT, _SERVICE = (
+_REQUEST, _AUTHENTICATION, _PERMISSION, _LIMIT, _SERVICE = (
     "invalid_request_error",
     "authentication_error",
+    "permission_error",
     "rate_limit_error",
     "api_error",
 )
@@ -383,6 +442,15 @@ FAILURES: Final[Mapping[str, Failure]] = {
     "token_expired": Failure(
         401, _AUTHENTICATION, -2002, "this access token has expired; send a refresh token, which renews itself"
     ),
+    "key_refused": Failure(401, _AUTHENTICATION, -2002, "send one of the proxy's own API keys as Bearer token"),
+    "host_denied": Failure(403, _PERMISSION, -2000, "the proxy holds an account, and may not be called by this name"),
+    "origin_denied": Failure(403, _PERMISSION, -2000, "the proxy holds an account, which this web page may not use"),
+    "file_not_found": Failure(
+        404,
+        _REQUEST,
+        -2000,
+        "this account has no such file here; ids are forgotten when the proxy restarts: upload again",
+    ),
     "not_found": Failure(404, _REQUEST, -2000, "there is nothing at this path"),
     "model_not_found": Failure(404, _REQUEST, -2000, "GET /v1/models lists the models"),
     "conversation_not_found": Failure(
@@ -401,6 +469,13 @@ FAILURES: Final[Mapping[str, Failure]] = {
     ),
     "answer_running": Failure(
         429, _LIMIT, -2001, "Kimi is still answering another question of this account; try again shortly", 5
+    ),
+    "queue_full": Failure(
+        429,
+        _LIMIT,
+        -2001,
+        "Kimi answers one question of this account at a time, and too many wait; try again shortly",
+        5,
     ),
     "rate_limited": Failure(429, _LIMIT, -2001, "Kimi limits this account for now", 60),
     "quota_used_up": Failure(429, _LIMIT, -2001, "this account's research quota is used up", 3600),
@@ -1482,6 +1557,7 @@ def _escape_control(found: re.Match[str]) -> str:
     return found[0] if len(found[0]) > 1 else f"\\u{ord(found[0]):04x}"
 
 
+_LONGEST_REFERENCE: Final = 1000  # characters; a longer one leads nowhere
 _DEEPEST_VALUE: Final = 64
 _DEEPEST_CHECK: Final = 200  # three checks a level of a value: itself, a reference, an alternative
 _MOST_STEPS: Final = 100_000
@@ -1584,6 +1660,15 @@ def _step_into(place: str, key: str | int) -> str:
     if isinstance(key, int):
         return f"{place}[{key}]"
     return f"{place}.{key}" if key.isidentifier() and len(key) <= 40 else f"{place}[{quote_value(key[:40])}]"
+
+
+# fmt: off
+_KNOWN_KEYWORDS: Final = frozenset({
+    "type", "enum", "const", "properties", "required", "additionalProperties", "items", "prefixItems", "anyOf", "oneOf",
+    "allOf", "not", "$ref", "title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly",
+    "$comment", "$defs", "definitions", "$schema", "$id", *(keyword for keyword, *_ in _BOUNDS),
+})
+# fmt: on
 
 
 class _SchemaCheck:
@@ -1696,7 +1781,8 @@ class _SchemaCheck:
             if wrong := self.check(value, one, place, depth):
                 return wrong
         refused = schema.get("not", False)
-        if isinstance(refused, (dict, bool)) and self.check(value, refused, place, depth) is None:
+        is_known = isinstance(refused, (dict, bool)) and self._is_known(refused)
+        if is_known and self.check(value, refused, place, depth) is None:
             return f"at {place}: must not fit the schema under `not`"
         return self._check_any(value, schema, place, depth) or self._check_one(value, schema, place, depth)
 
@@ -1710,13 +1796,32 @@ class _SchemaCheck:
         return first and f"at {place}: fits none of the schemas under `anyOf` (of the first: {first[:200]})"
 
     def _check_one(self, value: Any, schema: dict[str, Any], place: str, depth: int) -> str | None:
-        wrongs = [self.check(value, one, place, depth) for one in self._list(schema, "oneOf")]
+        schemas = self._list(schema, "oneOf")
+        wrongs = [self.check(value, one, place, depth) for one in schemas]
         fitting = wrongs.count(None)
-        if not wrongs or fitting == 1:
+        if not wrongs or fitting == 1 or (fitting and not all(map(self._is_known, schemas))):
             return None
         if fitting:
             return f"at {place}: fits {fitting} of the schemas under `oneOf`, and must fit just one"
         return f"at {place}: fits none of the schemas under `oneOf` (of the first: {str(wrongs[0])[:200]})"
+
+    def _is_known(self, schema: Any) -> bool:
+        """Whether a schema says nothing but what is checked: a value that fits it may else not fit it after all."""
+        waiting = [schema]
+        while waiting:
+            self._spend(1)
+            one = waiting.pop()
+            if not isinstance(one, dict):
+                continue
+            self._spend(len(one))
+            if one.keys() - _KNOWN_KEYWORDS or not str(one.get("$ref", "#")).startswith("#"):
+                return False
+            inner = one.get("properties")
+            waiting += inner.values() if isinstance(inner, dict) else ()
+            waiting += [one.get("items"), one.get("not"), one.get("additionalProperties")]
+            for keyword in ("anyOf", "oneOf", "allOf", "prefixItems"):
+                waiting += self._list(one, keyword)
+        return True
 
     def _list(self, schema: dict[str, Any], keyword: str) -> list[Any]:
         schemas = schema.get(keyword)
@@ -1724,11 +1829,12 @@ class _SchemaCheck:
 
     def _resolve(self, reference: Any) -> Any:
         """What a local reference leads to (RFC 6901, section 6); True, which allows anything, where that is nothing."""
-        if not isinstance(reference, str) or not (reference + "/").startswith("#/"):
+        is_local = isinstance(reference, str) and (reference + "/").startswith("#/")
+        if not is_local or len(reference) > _LONGEST_REFERENCE:
             return True
         found = self._root
         parts = unquote(reference[1:]).split("/")[1:]
-        self._spend(len(parts))
+        self._spend(len(parts) + len(reference) // 16)
         for part in parts:
             if isinstance(found, list):
                 index = int(part) if re.fullmatch("[0-9]{1,8}", part) else len(found)
@@ -1756,9 +1862,10 @@ def render_tool_call(name: str, arguments: str) -> str:
     """A call that the model made before, as it wrote it; `arguments` is JSON, or what the client has in its place."""
     try:
         value = parse_json(arguments.encode("utf-8", "replace")) if arguments.strip() else {}
-    except WireError:
-        value = arguments
-    return f"{CALL_MARK}\n{break_marks(encode_json({'name': name, 'arguments': value}))}\n{CALL_END_MARK}"
+        call = encode_json({"name": name, "arguments": value})
+    except (WireError, RecursionError):
+        call = encode_json({"name": name, "arguments": arguments})
+    return f"{CALL_MARK}\n{break_marks(call)}\n{CALL_END_MARK}"
 
 
 def render_tool_response(name: str, content: str) -> str:
@@ -2142,7 +2249,8 @@ class ToolCallFilter:
 
     Where the first call is not valid, or a demanded one is missing, all is held to the end. Then `again` tells the
     model's mistake, and no `Finished` comes: the caller begins a second try, and feeds another answer. Of that one only
-    the calls are used; without one the held text follows, or `tool_call_failed` is raised where a call is demanded. An
+    the calls are used; without one the held text follows, or `tool_call_failed` is raised where a call is demanded,
+    before anything, thinking included, was shown. An
     answer cut by length or moderation has no second try, and neither repairs nor calls that were not complete.
     """
 
@@ -2177,11 +2285,18 @@ class ToolCallFilter:
         self._tries_left = 0
         self._begin()
 
+    @property
+    def may_stand_alone(self) -> bool:
+        """Whether, in a second try that this filter asked for, the first answer can be shown in its place."""
+        return self._second and not self._demanded and not self._calls
+
     def feed(self, event: Event) -> list[Event]:
         """What becomes of one event. Raises `ProxyError`: `tool_call_failed`, when a second answer ends."""
         match event:
-            case Opened() | Thinking() | SearchHit():
+            case Opened() | SearchHit():
                 return [] if self._second else [event]
+            case Thinking():
+                return self._show([event])
             case Text():
                 return self._take_text(event.text)
             case Citation():
@@ -2301,8 +2416,10 @@ class ToolCallFilter:
 
     def _show(self, events: list[Event]) -> list[Event]:
         """What of the answer's own text is passed on now."""
-        if self._second or self._calls:
+        if self._second:
             return []
+        if self._calls:
+            return [event for event in events if isinstance(event, Thinking)]
         if self._demanded:
             self._before += events
             return []
@@ -2434,20 +2551,24 @@ class StructureFilter:
         self._format = format
         self._tries_left = 1
         self._held: list[str] = []
+        self._thoughts: list[Event] = []
         self._sources: list[Event] = []
 
     def begin_second_try(self) -> None:
         """Expect another answer; where this filter did not ask for it, its text goes on behind what is held."""
         if self.again:
-            self._held, self._sources = [], []
+            self._held, self._thoughts, self._sources = [], [], []
         self.again = ""
         self._tries_left = 0
 
     def feed(self, event: Event) -> list[Event]:
         """What becomes of one event. Raises `ProxyError`: `structured_output_failed`, when a second answer ends."""
         match event:
-            case Opened() | Thinking() | SearchHit():
+            case Opened() | SearchHit():
                 return [event]
+            case Thinking():
+                self._thoughts.append(event)
+                return []
             case Text():
                 self._held.append(event.text)
                 return []
@@ -2489,9 +2610,9 @@ class StructureFilter:
         return encode_json(value)
 
     def _release(self) -> list[Event]:
-        text = "".join(self._held)
-        self._held = []
-        return [Text(text)] if text else []
+        text, thoughts = "".join(self._held), self._thoughts
+        self._held, self._thoughts = [], []
+        return [*thoughts, Text(text)] if text else thoughts
 
 
 _LONGEST_PREVIOUS: Final = 20_000  # characters
@@ -2546,6 +2667,12 @@ class Chain:
         """What the model wrote, for `describe_failure`: its first 20,000 characters."""
         return "".join(self._previous)
 
+    def give_up(self) -> list[Event]:
+        """What the first answer still has, when the second could not be had; empty where that is of no use."""
+        if not any(isinstance(one, ToolCallFilter) and one.may_stand_alone for one in self._filters):
+            return []
+        return self.feed([Finished("stop")])
+
     def begin_second_try(self) -> None:
         """Expect another answer, the last one."""
         self._second = True
@@ -2581,7 +2708,8 @@ _URL: Final = re.compile(
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Attachment:
-    """A file or picture in a message: at a `url`, or inline, as the base64 in `data` from `start` on.
+    """A file or picture in a message: at a `url`, uploaded before as `file_id`, or inline, as the base64 in `data` from
+    `start` on.
 
     `place` names it for an error. `name` and `content_type` are the client's; empty where it gave none.
     """
@@ -2593,6 +2721,7 @@ class Attachment:
     start: int = 0
     name: str = ""
     content_type: str = ""
+    file_id: str = ""
 
     @property
     def inline_bytes(self) -> int:
@@ -2732,7 +2861,8 @@ def _parse_message(value: object, place: str, names: dict[str, str]) -> Message:
         raise _refuse(f"{place}.role", "must be a short word such as user")
     text, attachments = _parse_content(value.get("content"), f"{place}.content")
     text += _take(value, "refusal", str, "", f"{place}.")
-    if called := _take(value, "tool_call_id", str, "", f"{place}."):
+    called = _take(value, "tool_call_id", str, "", f"{place}.")
+    if called or role in ("tool", "function"):
         text = render_tool_response(names.get(called) or _take(value, "name", str, "", f"{place}."), text)
     calls = _take(value, "tool_calls", list, [], f"{place}.")
     lines = [_parse_call(call, f"{place}.tool_calls[{index}]", names) for index, call in enumerate(calls)]
@@ -2833,6 +2963,7 @@ def _parse_response_format(value: dict[str, Any]) -> ResponseFormat | None:
 
 
 _MOST_STOPS: Final = 4
+_LONGEST_STOP: Final = 1000
 
 
 def _parse_stop(value: object) -> tuple[str, ...]:
@@ -2841,6 +2972,8 @@ def _parse_stop(value: object) -> tuple[str, ...]:
         return ()
     if not isinstance(stops, list) or len(stops) > _MOST_STOPS or not all(isinstance(stop, str) for stop in stops):
         raise _refuse("stop", f"must be a string, or a list of up to {_MOST_STOPS}")
+    if any(len(stop) > _LONGEST_STOP for stop in stops):
+        raise _refuse("stop", f"may have {_LONGEST_STOP} characters")
     return tuple(stop for stop in dict.fromkeys(stops) if stop)
 
 
@@ -2889,9 +3022,11 @@ def _parse_url(kind: Literal["file", "image"], value: object, place: str) -> Att
 
 def _parse_file(value: dict[str, Any], place: str) -> Attachment:
     """The attachment in OpenAI's `{"file_data", "filename"}`: a `data:` URL, or the base64 alone."""
+    if file_id := _take(value, "file_id", str, "", f"{place}."):
+        return Attachment("file", f"{place}.file_id", file_id=file_id)
     data = _take(value, "file_data", str, "", f"{place}.")
     if not data:
-        raise _refuse(f"{place}.file_data", "must be a data URL, or base64")
+        raise _refuse(f"{place}.file_data", "must be a data URL, or base64; else give file_id")
     name = _take(value, "filename", str, "", f"{place}.")
     place = f"{place}.file_data"
     if data[:5].lower() == "data:":
@@ -3207,7 +3342,8 @@ class ChatStreamReply:
         return f'{self._head}{{{role}"tool_calls":[{value}]}},"finish_reason":null}}]}}\n\n'.encode()
 
     def _encode_end(self, event: Finished) -> bytes:
-        delta = encode_json({"annotations": self._shown.annotations} if self._shown.annotations else {})
+        known = {"role": "assistant", "content": ""} if self._role else {}
+        delta = encode_json({**known, **({"annotations": self._shown.annotations} if self._shown.annotations else {})})
         last = f'{self._head}{delta},"finish_reason":"{event.reason}"}}]'
         if self._include_usage is False:
             return f"{last}}}\n\n".encode()
@@ -3477,26 +3613,80 @@ def is_access_token(claims: Mapping[str, Any]) -> bool:
     return claims.get("app_id") == "kimi" and claims.get("typ") == "access"
 
 
+class Line:
+    """The answers of one account that run here, and the requests that wait for their turn.
+
+    Where the service showed that it gives the account one answer at a time, `is_narrow`, a request joins the line, and
+    is let in when no answer runs. The order is kept, and who goes away gives up its place at once.
+    """
+
+    def __init__(self) -> None:
+        self.running = 0
+        self.is_narrow = False
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def enter(self) -> None:
+        """Run an answer; `leave` ends it."""
+        self.running += 1
+
+    def leave(self) -> None:
+        """End an answer, and let in who waits first, if none runs any more."""
+        self.running -= 1
+        while not self.running and self._waiting:
+            first = self._waiting.popleft()
+            if not first.done():
+                self.running += 1
+                first.set_result(None)
+
+    async def wait(self, most: int, seconds: float) -> None:
+        """Enter when it is one's turn. Raises `ProxyError` `queue_full` for too long a line or too long a wait."""
+        if not self.running:
+            self.enter()
+            return
+        if len(self._waiting) >= most:
+            raise ProxyError("queue_full", f"{len(self._waiting)} wait already; see PROXY_QUEUE_LENGTH")
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        try:
+            async with asyncio.timeout(seconds):
+                await turn
+        except BaseException as error:
+            if turn.done() and not turn.cancelled():
+                self.leave()
+            elif turn in self._waiting:
+                self._waiting.remove(turn)
+            if isinstance(error, TimeoutError):
+                raise ProxyError("queue_full", f"waited {seconds:g} s; see PROXY_QUEUE_SECONDS") from None
+            raise
+
+
 class Account:
     """One account: the `token` that the client sends, and what came of it. `label` names it in the log.
 
     `refresh_token` is the newest, `dropped` the access token that the service refused last.
-    `direct`: the client gave an access token, which cannot be renewed. `claims` are the access token's.
+    `direct`: the client gave an access token, which cannot be renewed. `claims` are the access token's. Of several
+    accounts, one is not asked before `aside_until` (loop time); it was asked last at `used_at`.
     """
 
     __slots__ = (
         "access_token",
+        "aside_until",
         "claims",
         "direct",
         "dropped",
         "expires_at",
         "label",
+        "line",
         "lock",
         "refresh_token",
         "refreshing",
         "refused",
         "refused_until",
         "token",
+        "used_at",
     )
 
     def __init__(self, token: str, label: str) -> None:
@@ -3510,6 +3700,9 @@ class Account:
         self.refreshing: asyncio.Task[str | ProxyError] | None = None
         self.refused: ProxyError | None = None
         self.refused_until = 0.0
+        self.line = Line()
+        self.aside_until = 0.0
+        self.used_at = 0.0
         claims = read_claims(token)
         self.direct = is_access_token(claims)
         self.claims = claims if self.direct else {}
@@ -3697,6 +3890,14 @@ class KeptConversations:
         if conversation_id not in kept:
             raise ProxyError("conversation_not_found", param="conversation_id")
         return kept[conversation_id]
+
+    async def has(self, account: Account, conversation_id: str) -> bool:
+        """Whether it is a conversation that `account` keeps."""
+        try:
+            await self.find(account, conversation_id)
+        except ProxyError:
+            return False
+        return True
 
     async def keep(self, account: Account, conversation_id: str, dialect: str, message_id: str) -> None:
         """Remember the conversation as the one used last."""
@@ -4162,6 +4363,20 @@ class OpenFile:
             raise
 
 
+@dataclass(frozen=True, slots=True, repr=False)
+class SpooledFile:
+    """A file that a client uploaded, whole, while it is on its way to the service."""
+
+    kind: str
+    name: str
+    content_type: str
+    size_bytes: int
+    file: IO[bytes]
+
+    def __repr__(self) -> str:
+        return f"SpooledFile({self.size_bytes} bytes)"
+
+
 @dataclass(frozen=True, slots=True)
 class Identity:
     """By what a file is known again: the digest of its URL, or of its bytes, of which there are `size_bytes`."""
@@ -4225,6 +4440,33 @@ class Files:
         name, content_type = name_file([attachment.name], attachment.content_type, attachment.kind)
         pieces = _read_inline(attachment)
         yield OpenFile(attachment.kind, name, content_type, identity.size_bytes, pieces, watch)
+
+    @asynccontextmanager
+    async def open_spooled(self, spooled: SpooledFile, watch: Silence) -> AsyncIterator[OpenFile]:
+        """A file that a client uploaded, from its beginning."""
+        await asyncio.to_thread(spooled.file.seek, 0)
+        pieces = _read_spool(spooled.file)
+        yield OpenFile(spooled.kind, spooled.name, spooled.content_type, spooled.size_bytes, pieces, watch)
+
+    @asynccontextmanager
+    async def spool_upload(
+        self, name: str, content_type: str, pieces: AsyncIterator[bytes]
+    ) -> AsyncIterator[SpooledFile]:
+        """What a client uploads, in a temporary file without a name. Raises `ProxyError`, as `file_too_large`."""
+        async with self._spool(self._limit(pieces)) as (file, size_bytes):
+            if not size_bytes:
+                raise ProxyError("invalid_request", "file: is empty", param="file")
+            name, content_type = name_file([name], content_type, "file")
+            kind = "image" if content_type.startswith("image/") else "file"
+            yield SpooledFile(kind, name, content_type, size_bytes, file)
+
+    async def _limit(self, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        size_bytes = 0
+        async for piece in pieces:
+            size_bytes += len(piece)
+            if size_bytes > self._limit_bytes:
+                raise self._too_large()
+            yield piece
 
     @asynccontextmanager
     async def _open_remote(self, attachment: Attachment, watch: Silence) -> AsyncIterator[OpenFile]:
@@ -4493,7 +4735,8 @@ def choose_model(name: str, models: Sequence[Model]) -> tuple[Model, bool]:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Question:
-    """What the service is asked: the merged text, whether it may search the web, and of which model.
+    """What the service is asked: the merged text, whether it may search the web, and of which model: `model_name` is
+    the client's name, `model` what that means for the account that is asked.
 
     With a `segment_id` it is asked to go on with an answer that met its length limit (classic). `conversation_id` is
     empty, `new` for a conversation that is kept, or the one to go on with, after its message `parent_id` (connect).
@@ -4502,6 +4745,7 @@ class Question:
 
     text: str
     use_search: bool
+    model_name: str = "kimi"
     model: Model = KIMI
     segment_id: str = ""
     conversation_id: str = ""
@@ -4546,8 +4790,10 @@ class _Connection:
     kept: bool = False
 
 
-def open_service_session(*, reuse: bool = True) -> aiohttp.ClientSession:
+def open_service_session(proxy_url: str = "", *, reuse: bool = True) -> aiohttp.ClientSession:
     """The pool for every call to the service: no cookies, since it serves many accounts, and no limit of its own.
+
+    The calls go through the outgoing proxy at `proxy_url`, where there is one.
 
     Without `reuse` each call has a connection of its own: a file can be read once, and would be lost on a kept
     connection that turns out closed.
@@ -4564,7 +4810,17 @@ def open_service_session(*, reuse: bool = True) -> aiohttp.ClientSession:
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
         headers=_BROWSER_HEADERS,
         trace_configs=[trace],
+        proxy=URL(proxy_url).with_user(None) if proxy_url else None,
     )
+
+
+def _render_proxy_headers(proxy_url: str) -> dict[str, str] | None:
+    """The credentials in the outgoing proxy's URL (RFC 9110, section 11.7.2)."""
+    url = URL(proxy_url)
+    if not proxy_url or url.user is None:
+        return None
+    credentials = base64.b64encode(f"{url.user}:{url.password or ''}".encode()).decode()
+    return {"Authorization": f"Basic {credentials}"}  # aiohttp makes Proxy-Authorization of it, where it has to stand
 
 
 @contextmanager
@@ -4576,11 +4832,16 @@ def _network_failures(step: str) -> Iterator[None]:
         raise ProxyError("service_silent", f"{step}: no reply in time") from None
     except aiohttp.ClientConnectorError as error:
         raise ProxyError("service_unreachable", f"{step}: {_render_connect_error(error)}") from None
+    except aiohttp.ClientHttpProxyError as error:
+        reason = f"the outgoing proxy (KIMI_PROXY_URL) answers HTTP {error.status}"
+        raise ProxyError("service_unreachable", f"{step}: {reason}") from None
     except (aiohttp.ClientError, ConnectionError) as error:
         raise ProxyError("service_failed", f"{step}: the connection broke ({type(error).__name__})") from None
 
 
 def _render_connect_error(error: aiohttp.ClientConnectorError) -> str:
+    if isinstance(error, aiohttp.ClientProxyConnectionError):
+        return "the outgoing proxy (KIMI_PROXY_URL) cannot be reached"
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         return "its TLS certificate is not valid"
     if isinstance(error, aiohttp.ClientConnectorDNSError):
@@ -4617,9 +4878,11 @@ class Calls:
         transfers: aiohttp.ClientSession,
         accounts: Accounts,
         call_seconds: float,
+        proxy_url: str = "",
     ) -> None:
         self._session = session
         self._transfers = transfers
+        self._proxy_headers = _render_proxy_headers(proxy_url)
         self._accounts = accounts
         self._call_seconds = call_seconds
 
@@ -4712,7 +4975,13 @@ class Calls:
         file.watch.resting = False
         try:
             request = self._transfers.request(
-                method, url, data=data, headers=headers, allow_redirects=False, upload_tracker=tracker
+                method,
+                url,
+                data=data,
+                headers=headers,
+                allow_redirects=False,
+                upload_tracker=tracker,
+                proxy_headers=self._proxy_headers,
             )
             async with request as response:
                 logger.debug("> %d of %d bytes of a file HTTP %d", file.sent_bytes, file.size_bytes, response.status)
@@ -4764,6 +5033,7 @@ class Calls:
             headers=headers,
             allow_redirects=False,
             trace_request_ctx=connection,
+            proxy_headers=self._proxy_headers,
         )
         logger.debug("> %s HTTP %d", call.step, response.status)
         return response
@@ -4842,10 +5112,11 @@ class StoredFile:
 
 
 class Dialect(Protocol):
-    """What `Asking` needs of a dialect."""
+    """What `Asking` needs of a dialect. `busy_code`: the failure by which it says that another answer is under way."""
 
     name: str
     base_url: str
+    busy_code: str
 
     async def refresh(self, account: Account) -> TokenPair:
         """A new pair of tokens."""
@@ -4919,6 +5190,10 @@ class Reader:
             failure = StaleToken(error.code, error.detail) if error.code == "token_dead" else error
         return apply_filters(self._filters, events), failure
 
+    def list_sources(self) -> list[Event]:
+        """The hits so far, where they are listed at the end: for an answer that is read no further."""
+        return [event for event in apply_filters(self._filters, [Finished("stop")]) if isinstance(event, Sources)]
+
     def finish(self) -> tuple[list[Event], ProxyError | None]:
         """The events of an answer that is held to be over, though its stream is not."""
         return apply_filters(self._filters, self.answer.finish()), None
@@ -4947,6 +5222,7 @@ class Classic:
     """The classic dialect: paths and bodies [ref]."""
 
     name = "classic"
+    busy_code = "answer_running"  # [ref]
 
     def __init__(self, calls: Calls, base_url: str, parse_seconds: float = 120.0) -> None:
         self._calls = calls
@@ -5096,6 +5372,7 @@ class Connect:
     """The connect dialect: paths, headers and bodies [2+]."""
 
     name = "connect"
+    busy_code = "rate_limited"  # it has no word of its own for it [2+]
 
     def __init__(self, calls: Calls, base_url: str, auth_url: str, parse_seconds: float = 120.0) -> None:
         self._calls = calls
@@ -5209,8 +5486,48 @@ class Connect:
 
 _MODELS_SECONDS: Final = 300.0
 _NO_MODELS_SECONDS: Final = 30.0
+_DEAD_SECONDS: Final = 600.0  # an account whose token was refused is not asked for so long, if there are others
 _CONTINUATIONS: Final = 3  # of one answer that meets its length limit (classic)
 _END_SECONDS: Final = 1.0  # what an ended answer still sends is read for so long, so that its connection is reused
+
+
+def _digest_account(account: Account) -> bytes:
+    return hashlib.sha256(account.token.encode("utf-8", "surrogateescape")).digest()
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class UploadedFile:
+    """A file that a client uploaded: its id here, whose it is, and where it is at the service."""
+
+    id: str
+    owner: bytes
+    dialect: str
+    kimi_id: str
+    name: str
+    size_bytes: int
+    purpose: str
+    created: int
+
+    def id_for(self, dialect: Dialect, param: str) -> str:
+        """The service's id. Raises `ProxyError` where another dialect is spoken by now."""
+        if dialect.name != self.dialect:
+            raise ProxyError("file_not_found", "it was uploaded in another protocol of Kimi", param=param)
+        return self.kimi_id
+
+    def render(self) -> dict[str, Any]:
+        """OpenAI's file object."""
+        return {
+            "id": self.id,
+            "object": "file",
+            "bytes": self.size_bytes,
+            "created_at": self.created,
+            "filename": self.name,
+            "purpose": self.purpose,
+            "status": "processed",
+        }
+
+    def __repr__(self) -> str:
+        return f"UploadedFile({self.id})"
 
 
 class Uploads:
@@ -5231,6 +5548,7 @@ class Uploads:
         self._settings = settings
         self._kept: dict[bytes, tuple[float, str]] = {}
         self._running: dict[bytes, asyncio.Future[ProxyError | None]] = {}
+        self._uploaded: dict[str, UploadedFile] = {}
 
     async def upload(self, account: Account, dialect: Dialect, attachments: Sequence[Attachment]) -> tuple[str, ...]:
         """The service's ids of `attachments`, in their order, each once.
@@ -5256,6 +5574,8 @@ class Uploads:
 
     async def _find(self, gate: asyncio.Semaphore, account: Account, dialect: Dialect, attachment: Attachment) -> str:
         """The id of one file: the one that is remembered, else a new one."""
+        if attachment.file_id:
+            return self.find(attachment.file_id, [account], attachment.place).id_for(dialect, attachment.place)
         async with gate:
             try:
                 identity = await self._files.identify(attachment)
@@ -5278,11 +5598,8 @@ class Uploads:
         running = self._running[key] = asyncio.get_running_loop().create_future()
         outcome = None
         try:
-            try:
-                stored = await self._store(account, dialect, attachment, identity)
-            except StaleToken:
-                stored = await self._store(account, dialect, attachment, identity)
-            file_id = await dialect.register(account, stored)
+            opening = partial(self._files.open, attachment, identity)
+            file_id = await self._bring(account, dialect, opening)
             self._kept.pop(key, None)
             self._kept[key] = (asyncio.get_running_loop().time() + self._KEPT_SECONDS, file_id)
             while len(self._kept) > self._MOST_KEPT:
@@ -5295,8 +5612,63 @@ class Uploads:
             del self._running[key]
             running.set_result(outcome)
 
+    async def add(self, account: Account, dialect: Dialect, spooled: SpooledFile, purpose: str) -> UploadedFile:
+        """Bring a file to the service that a client uploaded, and remember it under an id of ours."""
+        kimi_id = await self._bring(account, dialect, partial(self._files.open_spooled, spooled))
+        file = UploadedFile(
+            id=f"file-{secrets.token_hex(12)}",
+            owner=_digest_account(account),
+            dialect=dialect.name,
+            kimi_id=kimi_id,
+            name=spooled.name,
+            size_bytes=spooled.size_bytes,
+            purpose=purpose,
+            created=int(time.time()),
+        )
+        self._uploaded[file.id] = file
+        while len(self._uploaded) > self._MOST_KEPT:
+            del self._uploaded[next(iter(self._uploaded))]
+        return file
+
+    def find(self, file_id: str, accounts: Sequence[Account], param: str | None = None) -> UploadedFile:
+        """What one of `accounts` uploaded as `file_id`. Raises `ProxyError` `file_not_found`, for a stranger's too."""
+        file = self._uploaded.get(file_id)
+        if file is None or file.owner not in map(_digest_account, accounts):
+            raise ProxyError("file_not_found", param=param)
+        return file
+
+    def owns(self, account: Account, file_id: str) -> bool:
+        """Whether `account` uploaded that file."""
+        file = self._uploaded.get(file_id)
+        return file is not None and file.owner == _digest_account(account)
+
+    def list_uploaded(self, accounts: Sequence[Account]) -> list[UploadedFile]:
+        """What `accounts` uploaded, the newest first."""
+        owners = set(map(_digest_account, accounts))
+        return [file for file in reversed(self._uploaded.values()) if file.owner in owners]
+
+    def forget(self, file_id: str, accounts: Sequence[Account]) -> None:
+        """Forget an id; the service keeps the file. Raises `ProxyError` `file_not_found`."""
+        del self._uploaded[self.find(file_id, accounts).id]
+
+    async def _bring(
+        self,
+        account: Account,
+        dialect: Dialect,
+        opening: Callable[[Silence], AbstractAsyncContextManager[OpenFile]],
+    ) -> str:
+        """Have a file flow to the service, and wait until it can be referred to: the service's id of it."""
+        try:
+            stored = await self._store(account, dialect, opening)
+        except StaleToken:
+            stored = await self._store(account, dialect, opening)
+        return await dialect.register(account, stored)
+
     async def _store(
-        self, account: Account, dialect: Dialect, attachment: Attachment, identity: Identity
+        self,
+        account: Account,
+        dialect: Dialect,
+        opening: Callable[[Silence], AbstractAsyncContextManager[OpenFile]],
     ) -> StoredFile:
         """Have the file's bytes flow from where they are to the service."""
         settings = self._settings
@@ -5308,7 +5680,7 @@ class Uploads:
                 watch.broken = "file_broken"
                 watch.resting = True  # until the transfer begins: the calls before it have limits of their own
                 self._ticker.add(watch)
-                async with self._files.open(attachment, identity, watch) as file:
+                async with opening(watch) as file:
                     return await dialect.store(account, file)
         except TimeoutError:
             if watch is None or not watch.code:
@@ -5321,7 +5693,7 @@ class Uploads:
 
 def _key_of(account: Account, dialect: Dialect, attachment: Attachment, identity: Identity) -> bytes:
     """A digest by which a file of an account is found again; it tells neither."""
-    digest = hashlib.sha256(account.token.encode("utf-8", "surrogateescape"))
+    digest = hashlib.sha256(_digest_account(account))
     extension = attachment.name.rpartition(".")[2][:20]
     digest.update(f"\0{dialect.name}\0{attachment.kind}\0{extension}\0{bool(attachment.url)}\0".encode())
     digest.update(identity.digest)
@@ -5329,6 +5701,42 @@ def _key_of(account: Account, dialect: Dialect, attachment: Attachment, identity
 
 
 Send = Callable[[list[Event]], Awaitable[None]]
+
+
+class _Sending:
+    """Sends events on, and notes once the client can see one: from then on nothing is asked again."""
+
+    def __init__(self, send: Send, attachments: list[Attachment]) -> None:
+        self.visible = False
+        self._send = send
+        self._attachments = attachments
+
+    async def __call__(self, events: list[Event]) -> None:
+        if not self.visible and not isinstance(events[-1], Opened):
+            self.visible = True
+            self._attachments.clear()  # inline files are large
+        await self._send(events)
+
+
+class _Filtering:
+    """The way of one answer's events through its filters; `reader` is where they come from."""
+
+    def __init__(self, chain: Chain, send: Send) -> None:
+        self.chain = chain
+        self.send = send
+        self.reader: Reader | None = None
+
+    async def __call__(self, events: list[Event]) -> None:
+        """Send what the filters leave of `events`. Raises `ProxyError` as they do."""
+        shown = self.chain.feed(events)
+        if not shown:
+            return
+        if self.chain.ended and self.reader is not None and isinstance(shown[-1], Finished):
+            shown[-1:-1] = self.reader.list_sources()
+        await self.send(shown)
+
+
+_UNFIT: Final = 422  # what the model wrote is of no use, twice
 
 
 class Asking:
@@ -5397,37 +5805,150 @@ class Asking:
         return model
 
     async def run(
-        self, account: Account, question: Question, send: Send, start_chain: Callable[[], Chain] = Chain
+        self,
+        accounts: Sequence[Account],
+        question: Question,
+        send: Send,
+        start_chain: Callable[[], Chain] = Chain,
     ) -> None:
-        """Ask `question`, and `send` the answer's events, those of one network read at a time.
+        """Ask `question` for one of `accounts`, and `send` the answer's events, those of one network read at a time.
 
         They go through a chain of filters that `start_chain` makes for each time of asking. Raises `ProxyError`. A
         cancellation stops the answer at once; the conversation is still removed.
         """
-        visible = False
+        sending = _Sending(send, question.attachments)
+        accounts = await self._find_owner(accounts, question)
+        busy: list[Account] = []
 
-        async def note_and_send(events: list[Event]) -> None:
-            nonlocal visible
-            if not visible and not isinstance(events[-1], Opened):
-                visible = True
-                question.attachments.clear()  # inline files are large, and nothing is asked again from here on
-            await send(events)
+        async def ask(account: Account) -> bool:
+            """Whether it was answered; not so by an account that has another answer under way."""
+            if account.line.is_narrow and account.line.running:
+                busy.append(account)
+                return False
+            account.line.enter()
+            try:
+                await self._run_for(account, question, sending, start_chain)
+            except ProxyError as failure:
+                if sending.visible or account.line.running < 2 or failure.code != self._dialect_of(account).busy_code:
+                    raise
+                account.line.is_narrow = True
+                busy.append(account)
+                return False
+            finally:
+                account.line.leave()
+            return True
 
-        dialect: Dialect = self._connect if account.direct and self._may_change(self._current) else self._current
-        if question.goes_on:
-            return await self._go_on(account, question, send, start_chain())
+        if await self._try_accounts(accounts, ask, lambda: not sending.visible):
+            return
+        account = min(busy, key=lambda one: len(one.line))
+        await account.line.wait(self._settings.queue_length, self._settings.queue_seconds)
         try:
-            await self._ask(account, dialect, question, note_and_send, start_chain())
+            await self._run_for(account, question, sending, start_chain)
+        finally:
+            account.line.leave()
+
+    async def upload(self, accounts: Sequence[Account], spooled: SpooledFile, purpose: str) -> UploadedFile:
+        """Bring a client's file to the service, for one of `accounts`. Raises `ProxyError`."""
+        uploaded: list[UploadedFile] = []
+
+        async def bring(account: Account) -> bool:
+            dialect = self._dialect_of(account)
+            try:
+                uploaded.append(await self._uploads.add(account, dialect, spooled, purpose))
+            except RetirementSign:
+                if not self._may_change(dialect):
+                    raise
+                uploaded.append(await self._uploads.add(account, self._connect, spooled, purpose))
+            return True
+
+        await self._try_accounts(accounts, bring, lambda: True)
+        return uploaded[0]
+
+    def choose_account(self, accounts: Sequence[Account], tried: Sequence[Account] = ()) -> Account | None:
+        """The account to ask next: the least busy, then the one unused for longest; none that is set aside.
+
+        If all are aside, the one due first is asked all the same. None where all were tried.
+        """
+        now = asyncio.get_running_loop().time()
+        ready = [one for one in accounts if one not in tried and one.aside_until <= now]
+        if ready:
+            return min(ready, key=lambda one: (one.line.running, one.used_at))
+        return None if tried else min(accounts, key=lambda one: one.aside_until)
+
+    async def _try_accounts(
+        self,
+        accounts: Sequence[Account],
+        work: Callable[[Account], Awaitable[bool]],
+        may_move_on: Callable[[], bool],
+    ) -> bool:
+        """Do `work` for one account after the other until one does it; whether one did.
+
+        A refusal of the account (401, 429) sets it aside and moves on to the next, while that may be. Raises
+        `ProxyError`, a limit's rather than a dead token's, where every account was refused.
+        """
+        loop = asyncio.get_running_loop()
+        tried: list[Account] = []
+        failures: list[ProxyError] = []
+        while (account := self.choose_account(accounts, tried)) is not None:
+            tried.append(account)
+            account.used_at = loop.time()
+            try:
+                if await work(account):
+                    account.aside_until = 0.0
+                    return True
+            except ProxyError as failure:
+                if failure.status not in (401, 429) or not may_move_on():
+                    raise
+                aside_seconds = _DEAD_SECONDS if failure.status == 401 else failure.retry_after_seconds
+                account.aside_until = loop.time() + aside_seconds
+                failures.append(failure)
+        if len(failures) < len(tried):
+            return False
+        raise max(failures, key=lambda failure: failure.status)
+
+    async def _find_owner(self, accounts: Sequence[Account], question: Question) -> Sequence[Account]:
+        """The one of `accounts` that the conversation or the files of `question` belong to; all where it names none.
+
+        Raises `ProxyError`, also for what belongs to two accounts.
+        """
+        owners: list[Account] = []
+        if question.goes_on:
+            keepers = [one for one in accounts if await self._kept.has(one, question.conversation_id)]
+            if not keepers:
+                raise ProxyError("conversation_not_found", param="conversation_id")
+            owners.append(keepers[0])
+        for attachment in question.attachments:
+            if attachment.file_id:
+                self._uploads.find(attachment.file_id, accounts, attachment.place)
+                owners += [one for one in accounts if self._uploads.owns(one, attachment.file_id)]
+        if len(set(owners)) > 1:
+            raise ProxyError("invalid_request", "its files and its conversation belong to two accounts")
+        return owners[:1] or accounts
+
+    def _dialect_of(self, account: Account) -> Dialect:
+        """The dialect in use; an access token has meaning in connect alone."""
+        return self._connect if account.direct and self._may_change(self._current) else self._current
+
+    async def _run_for(
+        self, account: Account, question: Question, sending: _Sending, start_chain: Callable[[], Chain]
+    ) -> None:
+        """Ask for one account; again where its token was stale, or classic seems to be retired."""
+        question = replace(question, model=await self.choose_model(account, question.model_name))
+        dialect = self._dialect_of(account)
+        if question.goes_on:
+            return await self._go_on(account, question, sending, start_chain())
+        try:
+            await self._ask(account, dialect, question, sending, start_chain())
         except StaleToken:
-            if visible:
+            if sending.visible:
                 raise
             await self._accounts.drop(account, await self._accounts.access_token(account))
-            await self._ask(account, dialect, question, note_and_send, start_chain())
+            await self._ask(account, dialect, question, sending, start_chain())
         except RetirementSign as sign:
-            if visible or not self._may_change(dialect):
+            if sending.visible or not self._may_change(dialect):
                 raise
             logger.debug("! %s", sign)
-            await self._ask(account, self._connect, question, note_and_send, start_chain())
+            await self._ask(account, self._connect, question, sending, start_chain())
             if self._current is not self._connect:
                 self._current = self._connect
                 logger.warning("classic seems to be retired, connect answered: staying with it (KIMI_PROTOCOL=connect)")
@@ -5452,14 +5973,31 @@ class Asking:
             file_ids = await self._uploads.upload(account, dialect, question.attachments)
             question = replace(question, attachments=[], file_ids=file_ids)
 
-        async def filter_and_send(events: list[Event]) -> None:
-            if events := chain.feed(events):
-                await send(events)
-
-        conversation = await self._converse(account, dialect, question, filter_and_send, chain)
+        filtering = _Filtering(chain, send)
+        conversation = await self._converse(account, dialect, question, filtering)
         if not chain.again:
+            await self._keep(account, dialect, question, conversation)
             return
         logger.debug("= the answer cannot be used, asking once more")
+        try:
+            await self._ask_again(account, dialect, question, conversation, filtering)
+        except BaseException:
+            if question.conversation_id == NEW_CONVERSATION:  # nobody was told of it
+                conversation.kept, conversation.asking = False, None
+                self._tasks.start(self._let_go(account, conversation), "remove")
+            raise
+        await self._keep(account, dialect, question, conversation)
+
+    async def _ask_again(
+        self,
+        account: Account,
+        dialect: Dialect,
+        question: Question,
+        conversation: _Conversation,
+        filtering: _Filtering,
+    ) -> None:
+        """The second try, told what was wrong with the first; in the same conversation where that is kept."""
+        chain = filtering.chain
         words = describe_failure(chain.again, "" if question.conversation_id else chain.previous)
         if question.conversation_id:
             parent_id = conversation.reader.message_id
@@ -5468,42 +6006,35 @@ class Asking:
             second = replace(question, text=f"{question.text}system:{words}")
         chain.begin_second_try()
         try:
-            await self._converse(account, dialect, second, filter_and_send, chain)
+            await self._converse(account, dialect, second, filtering)
         except ProxyError as failure:
-            await self._give_up(failure, chain, send)
+            events = [] if failure.status == _UNFIT else chain.give_up()
+            if not events:
+                raise
+            logger.warning("! asking once more failed: %s", failure)
+            await filtering.send(events)
 
-    @staticmethod
-    async def _give_up(failure: ProxyError, chain: Chain, send: Send) -> None:
-        """Send what the first answer still has, when the second try failed and the first can stand for itself."""
-        if failure.code in ("tool_call_failed", "structured_output_failed"):
-            raise failure
-        try:
-            events = chain.feed([Finished("stop")])
-        except ProxyError:
-            raise failure from None
-        if not events or events[-1] != Finished("stop"):
-            raise failure
-        logger.warning("! asking once more failed: %s", failure)
-        await send(events)
+    async def _keep(self, account: Account, dialect: Dialect, question: Question, conversation: _Conversation) -> None:
+        """Remember the conversation, where the client wants that."""
+        if question.conversation_id:
+            message_id = conversation.reader.message_id
+            await self._kept.keep(account, conversation.known_id, dialect.name, message_id)
 
     async def _converse(
-        self, account: Account, dialect: Dialect, question: Question, send: Send, chain: Chain
+        self, account: Account, dialect: Dialect, question: Question, filtering: _Filtering
     ) -> _Conversation:
-        """One question and its answer; the conversation, which is being let go of."""
+        """One question and its answer; the conversation, which is let go of, and stays where the client keeps it."""
         silence = None
         try:
             opening = self._conversation(account, dialect, question)
             async with asyncio.timeout(None) as timeout, opening as conversation:
                 if conversation.id:
-                    await send([Opened(conversation.id, hits_inline=dialect is self._classic)])
+                    await filtering([Opened(conversation.id, hits_inline=dialect is self._classic)])
                 silence = Silence(timeout, self._settings.silence_seconds, self._settings.answer_seconds)
                 self._ticker.add(silence)
-                await self._answer(account, conversation, question, silence, send, chain)
-                conversation.ended = not chain.ended or conversation.reader.answer.ended
-                if question.conversation_id:
-                    conversation.kept = True
-                    message_id = conversation.reader.message_id
-                    await self._kept.keep(account, conversation.known_id, dialect.name, message_id)
+                await self._answer(account, conversation, question, silence, filtering)
+                conversation.ended = not filtering.chain.ended or conversation.reader.answer.ended
+                conversation.kept = bool(question.conversation_id)
                 return conversation
         except TimeoutError:
             if silence is None or not silence.code:
@@ -5519,8 +6050,7 @@ class Asking:
         conversation: _Conversation,
         question: Question,
         silence: Silence,
-        send: Send,
-        chain: Chain,
+        filtering: _Filtering,
     ) -> None:
         """Ask, and relay the answer; where it meets classic's length limit, ask it to go on, a few times."""
         rest = _CONTINUATIONS
@@ -5529,13 +6059,13 @@ class Asking:
             conversation.asking = self._tasks.start(_or_failure(asking), "ask")
             response = await asyncio.shield(conversation.asking)
             if isinstance(response, ProxyError) and question.segment_id:
-                await send([Finished("length")])
+                await filtering([Finished("length")])
                 return
             if isinstance(response, ProxyError):
                 raise response
             silence.is_broken = partial(is_connection_broken, response)
-            reader = conversation.reader
-            segment_id = await self._relay(response, reader, silence, send, chain, may_continue=rest > 0)
+            reader = filtering.reader = conversation.reader
+            segment_id = await self._relay(response, reader, silence, filtering, may_continue=rest > 0)
             if not segment_id:
                 return
             rest -= 1
@@ -5548,32 +6078,33 @@ class Asking:
         response: aiohttp.ClientResponse,
         reader: Reader,
         silence: Silence,
-        send: Send,
-        chain: Chain,
+        filtering: _Filtering,
         *,
         may_continue: bool,
     ) -> str:
         """Send the answer's events; the segment to continue from, where it was cut short and its end was not sent.
 
-        An answer that `chain` ended is read no further.
+        An answer that a filter ended is read no further.
         """
-        answer = reader.answer
+        answer, chain = reader.answer, filtering.chain
         while not answer.ended and not answer.done and not chain.ended:
-            await self._relay_piece(response, reader, send, may_continue=may_continue)
+            await self._relay_piece(response, reader, filtering, may_continue=may_continue)
             silence.pieces += 1
         try:
             async with asyncio.timeout(_END_SECONDS):
                 while not answer.ended and not chain.ended:
-                    await self._relay_piece(response, reader, send, may_continue=False)
+                    await self._relay_piece(response, reader, filtering, may_continue=False)
         except TimeoutError:
             events, _ = reader.finish()
-            await send(events)
+            await filtering(events)
         for what, name in answer.oddities:
             self._metrics.tell_once(what, name)
         return reader.segment_id if may_continue and not chain.ended else ""
 
     @staticmethod
-    async def _relay_piece(response: aiohttp.ClientResponse, reader: Reader, send: Send, *, may_continue: bool) -> None:
+    async def _relay_piece(
+        response: aiohttp.ClientResponse, reader: Reader, filtering: _Filtering, *, may_continue: bool
+    ) -> None:
         try:
             piece = await response.content.readany()
         except (aiohttp.ClientError, ConnectionError, RuntimeError) as error:
@@ -5583,8 +6114,8 @@ class Asking:
         if may_continue and reader.segment_id and events and isinstance(events[-1], Finished):
             events.pop()
         if events:
-            await send(events)
-        if failure is not None:
+            await filtering(events)
+        if failure is not None and not filtering.chain.ended:
             raise failure
 
     @asynccontextmanager
@@ -5704,7 +6235,181 @@ async def _read_out(response: aiohttp.ClientResponse) -> None:
     response.release()
 
 
-# ==== 17. Server ============================================================
+# ==== 17. Access ============================================================
+#
+# Who may call, and for which accounts. Without a held account each client brings its own token, and nothing is checked.
+# While the proxy holds one, its own keys are asked for where there are any, and web pages are kept out: a page that a
+# user visits can make a browser call any address, or have its own name resolve to it (DNS rebinding).
+
+
+class SecretWords:
+    """The words in a setting or in a file; the file is read again when it changed.
+
+    Raises `SettingsError` where the file cannot be read, or `check` says of a word what is wrong with it. Later on what
+    was read before stays in use, with one warning.
+    """
+
+    def __init__(self, name: str, text: str, path: Path | None, check: Callable[[str], str]) -> None:
+        self._name = name
+        self._path = path
+        self._check = check
+        self._seen: tuple[int, int, int] | None = None
+        self._warned = False
+        if path is None:
+            self._words = self._split(text)
+            return
+        try:
+            self._words = self._read(path)
+        except OSError as error:
+            raise SettingsError(f"{name}_FILE: cannot be read ({os.strerror(error.errno or 0)})") from None
+
+    def read(self) -> tuple[str, ...]:
+        """The words as they are now."""
+        if self._path is None:
+            return self._words
+        try:
+            if self._stat(self._path) != self._seen:
+                self._words = self._read(self._path)
+            self._warned = False
+        except (OSError, SettingsError) as error:
+            if not self._warned:
+                self._warned = True
+                reason = error if isinstance(error, SettingsError) else type(error).__name__
+                logger.warning("! %s_FILE is not usable any more, its last words stay in use (%s)", self._name, reason)
+        return self._words
+
+    def _read(self, path: Path) -> tuple[str, ...]:
+        seen = self._stat(path)
+        try:
+            words = self._split(path.read_text("utf-8"))
+        except UnicodeDecodeError:
+            raise SettingsError(f"{self._name}_FILE: is not text in UTF-8") from None
+        if not words:
+            raise SettingsError(f"{self._name}_FILE: is empty")
+        self._seen = seen
+        return words
+
+    def _split(self, text: str) -> tuple[str, ...]:
+        words = tuple(dict.fromkeys(word for word in re.split(r"[,\s]+", text) if word))
+        for number, word in enumerate(words, 1):
+            if reason := self._check(word):
+                raise SettingsError(f"{self._name}: word {number} {reason}")
+        return words
+
+    @staticmethod
+    def _stat(path: Path) -> tuple[int, int, int]:
+        found = path.stat()
+        return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def find_secret_file(name: str, environ: Mapping[str, str]) -> Path | None:
+    """The file that a setting names; a relative name is first looked up in systemd's credentials (systemd.exec(5))."""
+    if not name:
+        return None
+    place = environ.get("CREDENTIALS_DIRECTORY")
+    if place and not Path(name).is_absolute() and (Path(place) / name).exists():
+        return Path(place) / name
+    return Path(name)
+
+
+def _check_token(word: str) -> str:
+    return "" if TOKEN_SHAPE.fullmatch(word) else "has characters that no token has"
+
+
+def _check_key(word: str) -> str:
+    name, colon, key = word.partition(":")
+    if not colon:
+        return "" if TOKEN_SHAPE.fullmatch(word) else "has characters that no key has"
+    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,32}", name):
+        return "has a name that is not of letters, digits, _, . and -"
+    return "" if TOKEN_SHAPE.fullmatch(key) else "has no key behind its name"
+
+
+_LOCAL_NAMES: Final = frozenset({"localhost", "localhost.localdomain"})
+_HOST: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]@]+)(?::[0-9]{1,5})?")
+
+
+def _is_address(name: str) -> bool:
+    try:
+        return bool(ipaddress.ip_address(name.strip("[]")))
+    except ValueError:
+        return False
+
+
+def is_loopback(host: str) -> bool:
+    """Whether what listens on `host` can be reached from this machine alone."""
+    return host in _LOCAL_NAMES or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
+
+
+class Access:
+    """The held accounts, the proxy's own keys, and the names and pages that may use them.
+
+    Raises `SettingsError` for keys that guard nothing, and for an account that anyone could use.
+    """
+
+    def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
+        for one, other, name in (
+            (settings.refresh_token, settings.refresh_token_file, "KIMI_REFRESH_TOKEN"),
+            (settings.api_keys, settings.api_keys_file, "PROXY_API_KEYS"),
+        ):
+            if one and other:
+                raise SettingsError(f"{name} and {name}_FILE: set one of them")
+        token_file = find_secret_file(settings.refresh_token_file, environ)
+        key_file = find_secret_file(settings.api_keys_file, environ)
+        self._tokens = SecretWords("KIMI_REFRESH_TOKEN", settings.refresh_token, token_file, _check_token)
+        self._keys = SecretWords("PROXY_API_KEYS", settings.api_keys, key_file, _check_key)
+        self.holds = bool(self._tokens.read())
+        self.has_keys = bool(self._keys.read())
+        self._names = {*_LOCAL_NAMES, *(name.lower().rstrip(".") for name in (settings.host, *settings.allowed_hosts))}
+        self._origins = frozenset(settings.cors_origins) - {"*"} if self.holds else frozenset(settings.cors_origins)
+        if self.has_keys and not self.holds:
+            raise SettingsError("PROXY_API_KEYS: there is no held account to guard; set KIMI_REFRESH_TOKEN too")
+        if self.holds and not self.has_keys and not is_loopback(settings.host):
+            raise SettingsError(
+                f"PROXY_HOST={settings.host}: whoever reaches it could use the held account; set PROXY_API_KEYS"
+            )
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """The refresh tokens of the held accounts."""
+        return self._tokens.read()
+
+    def allows_origin(self, origin: str) -> bool:
+        """Whether pages of `origin` may call; while an account is held `*` allows none."""
+        return origin in self._origins or "*" in self._origins
+
+    @property
+    def allows_all_origins(self) -> bool:
+        """Whether pages of any origin may call."""
+        return "*" in self._origins
+
+    def check_page(self, host: str, origin: str | None) -> None:
+        """Raise `ProxyError` for a request that a web page may have made: `host_denied`, `origin_denied`."""
+        if not self.holds:
+            return
+        found = _HOST.fullmatch(host)
+        name = found[1].lower().rstrip(".") if found is not None else ""
+        if not name or not (_is_address(name) or name in self._names):
+            shown = quote_words(name)[:100] or "(none)"
+            raise ProxyError("host_denied", f"Host {shown}: if it is yours, set PROXY_ALLOWED_HOSTS={shown}")
+        if origin is not None and not self.allows_origin(origin):
+            shown = quote_words(origin)[:100]
+            raise ProxyError("origin_denied", f"Origin {shown}: if it is yours, set PROXY_CORS_ORIGINS={shown}")
+
+    def check_key(self, key: str) -> str:
+        """The name of the client's key. Raises `ProxyError` `key_refused`; takes the same time for every key."""
+        digest, name = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest(), ""
+        for number, word in enumerate(self._keys.read(), 1):
+            own_name, colon, own = word.partition(":")
+            own = own if colon else word
+            if hmac.compare_digest(hashlib.sha256(own.encode()).digest(), digest):
+                name = own_name if colon else f"#{number}"
+        if not name:
+            raise ProxyError("key_refused")
+        return name
+
+
+# ==== 18. Server ============================================================
 #
 # The aiohttp application: state under typed keys, one middleware that gives every request its id, its log line and its
 # errors in JSON, and the handlers. A `Delivery` is one reply on its way: its head goes out with the first visible
@@ -5712,7 +6417,8 @@ async def _read_out(response: aiohttp.ClientResponse) -> None:
 
 _CHAT_PATHS: Final = ("/v1/chat/completions", "/chat/completions")
 _MODELS_CREATED: Final = 1_704_067_200
-_PATHS: Final = "POST /v1/chat/completions, GET /v1/models, GET /ping, GET /"
+_PATHS: Final = "POST /v1/chat/completions, GET /v1/models, POST and GET /v1/files, GET /health, GET /ping, GET /"
+_OPEN_PATHS: Final = frozenset({"/", "/ping", "/health"})
 _CLIENT_CLOSED: Final = 499  # as nginx logs a client that went away
 
 
@@ -5730,6 +6436,9 @@ class State:
     ticker: Ticker
     accounts: Accounts
     asking: Asking
+    files: Files
+    uploads: Uploads
+    access: Access
     draining: asyncio.Event
     answering: set[asyncio.Task[Any]]
 
@@ -5741,6 +6450,7 @@ class Outcome:
     chunks: int = 0
     failure: str = ""
     upstream_status: int | None = None
+    key: str = ""
 
 
 STATE: Final = web.AppKey("state", State)
@@ -5866,28 +6576,34 @@ async def read_body(request: web.Request, limit_bytes: int, seconds: float) -> b
         raise ProxyError("body_broken") from None
 
 
-def read_bearer(request: web.Request) -> str:
-    """The token in `Authorization: Bearer …` (RFC 6750). Raises `ProxyError` where there is none that could be one."""
-    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-    token = token.strip()
-    if scheme.lower() != "bearer" or not token:
+def read_bearer(request: web.Request) -> tuple[str, ...]:
+    """The tokens in `Authorization: Bearer …` (RFC 6750), by comma. Raises `ProxyError` where there is none."""
+    scheme, _, text = request.headers.get("Authorization", "").partition(" ")
+    tokens = tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    if scheme.lower() != "bearer" or not tokens:
         raise ProxyError("token_missing")
-    if not re.fullmatch(r"[!-~]{1,8192}", token):
+    if not all(map(TOKEN_SHAPE.fullmatch, tokens)):
         raise ProxyError("token_missing", "the token has characters that no token has")
-    return token
+    return tokens
+
+
+def find_accounts(request: web.Request) -> list[Account]:
+    """The accounts that a request is for: those that the proxy holds, else those of the client's own tokens."""
+    state = request.app[STATE]
+    tokens = state.access.tokens if state.access.holds else read_bearer(request)
+    return [state.accounts.get(token) for token in tokens]
 
 
 async def _chat_completions(request: web.Request) -> web.StreamResponse:
-    account = request.app[STATE].accounts.get(read_bearer(request))
-    question, reply, start_chain = await _read_chat(request, account)
-    return await _deliver(request, account, question, reply, start_chain)
+    accounts = find_accounts(request)
+    return await _deliver(request, accounts, *await _read_chat(request))
 
 
 def _make_call_id() -> str:
     return f"call_{secrets.token_hex(12)}"
 
 
-async def _read_chat(request: web.Request, account: Account) -> tuple[Question, Reply, Callable[[], Chain]]:
+async def _read_chat(request: web.Request) -> tuple[Question, Reply, Callable[[], Chain]]:
     """What is asked, in which form it is to be answered, and through which filters. Body and messages end here.
 
     A body is parsed in one go, without a wait, so that of many large ones only one at a time is there twice.
@@ -5895,19 +6611,22 @@ async def _read_chat(request: web.Request, account: Account) -> tuple[Question, 
     state = request.app[STATE]
     settings = state.settings
     chat = parse_chat_request(await read_body(request, settings.max_body_bytes, settings.body_seconds))
-    model = await state.asking.choose_model(account, chat.model)
     attachments = chat.attachments
     use_search = chat.use_search
     if use_search is None:
         use_search = settings.use_search and not (attachments or chat.tools or chat.response_format is not None)
     prompt = render_prompt(chat)
-    question = Question(prompt, use_search, model, conversation_id=chat.conversation_id, attachments=attachments)
+    question = Question(prompt, use_search, chat.model, conversation_id=chat.conversation_id, attachments=attachments)
     reply = make_chat_reply(chat, int(time.time()), settings.sources, prompt)
     return question, reply, partial(make_chain, replace(chat, messages=()), _make_call_id)
 
 
 async def _deliver(
-    request: web.Request, account: Account, question: Question, reply: Reply, start_chain: Callable[[], Chain]
+    request: web.Request,
+    accounts: Sequence[Account],
+    question: Question,
+    reply: Reply,
+    start_chain: Callable[[], Chain],
 ) -> web.StreamResponse:
     """Ask, and send the answer to the client, whatever becomes of it. Failures before the head are raised."""
     state = request.app[STATE]
@@ -5916,7 +6635,7 @@ async def _deliver(
     state.ticker.add(delivery)
     state.answering.add(task)
     try:
-        await state.asking.run(account, question, delivery.send, start_chain)
+        await state.asking.run(accounts, question, delivery.send, start_chain)
         request[OUTCOME].upstream_status = 200
         return await delivery.finish()
     except asyncio.CancelledError:
@@ -5943,7 +6662,8 @@ async def _deliver(
 async def _list_models(request: web.Request) -> list[dict[str, Any]]:
     """The entries of the list of models: each model, and with search."""
     state = request.app[STATE]
-    account = state.accounts.get(read_bearer(request)) if "Authorization" in request.headers else None
+    asks_kimi = state.access.holds or "Authorization" in request.headers
+    account = state.asking.choose_account(find_accounts(request)) if asks_kimi else None
     names = [model.id for model in await state.asking.models(account)]
     names = [variant for name in names for variant in (name, f"{name}-search")]
     return [{"id": name, "object": "model", "created": _MODELS_CREATED, "owned_by": "kimi"} for name in names]
@@ -5961,6 +6681,107 @@ async def _model(request: web.Request) -> web.StreamResponse:
     raise ProxyError("model_not_found", quote_words(name)[:60], param="model")
 
 
+_MOST_FIELDS: Final = 20  # of an uploading form
+_MOST_FIELD_BYTES: Final = 8192
+
+
+async def _create_file(request: web.Request) -> web.StreamResponse:
+    """OpenAI's "Upload file": a form with `file` and `purpose`, the latter before or after the former."""
+    state = request.app[STATE]
+    accounts = find_accounts(request)
+    settings = state.settings
+    if (request.content_length or 0) > (settings.max_file_mb + 1) * MEGABYTE:
+        raise ProxyError("file_too_large", f"the file has more than {settings.max_file_mb} MB")
+    if request.content_type != "multipart/form-data":
+        raise ProxyError("invalid_request", "the body must be a form (multipart/form-data) with the field `file`")
+    async with AsyncExitStack() as stack:
+        try:
+            async with asyncio.timeout(settings.transfer_seconds):
+                spooled, purpose = await _receive_form(request, stack)
+        except TimeoutError:
+            raise ProxyError("body_timeout", f"not within {settings.transfer_seconds:g} s") from None
+        except (ValueError, AssertionError, web.RequestPayloadError, aiohttp.ClientPayloadError, HttpProcessingError):
+            raise ProxyError("body_broken", "the form cannot be read") from None
+        uploaded = await state.asking.upload(accounts, spooled, purpose)
+    return _json(uploaded.render())
+
+
+async def _receive_form(request: web.Request, stack: AsyncExitStack) -> tuple[SpooledFile, str]:
+    """The form's file, spooled until `stack` is left, and its purpose."""
+    files = request.app[STATE].files
+    spooled, purpose = None, "assistants"
+    form = await request.multipart()
+    for _ in range(_MOST_FIELDS):
+        part = await form.next()
+        if part is None:
+            break
+        if not isinstance(part, aiohttp.BodyPartReader):
+            continue
+        if part.name == "file" and spooled is None:
+            kind = part.headers.get("Content-Type", "")
+            spooled = await stack.enter_async_context(files.spool_upload(part.filename or "", kind, _read_part(part)))
+            continue
+        field_bytes = b"".join([piece async for piece in _read_part(part, _MOST_FIELD_BYTES)])
+        purpose = field_bytes.decode("utf-8", "replace")[:64] if part.name == "purpose" else purpose
+    if spooled is None:
+        raise ProxyError("invalid_request", "file: is missing", param="file")
+    return spooled, purpose
+
+
+async def _read_part(part: aiohttp.BodyPartReader, limit_bytes: int | None = None) -> AsyncIterator[bytes]:
+    size_bytes = 0
+    while piece := await part.read_chunk(65_536):
+        size_bytes += len(piece)
+        if limit_bytes is not None and size_bytes > limit_bytes:
+            raise ProxyError("body_too_large", f"a field of a form may have {limit_bytes} bytes")
+        yield piece
+
+
+async def _list_files(request: web.Request) -> web.StreamResponse:
+    files = [file.render() for file in request.app[STATE].uploads.list_uploaded(find_accounts(request))]
+    ends = {"first_id": files[0]["id"], "last_id": files[-1]["id"]} if files else {"first_id": None, "last_id": None}
+    return _json({"object": "list", "data": files, "has_more": False, **ends})
+
+
+async def _file(request: web.Request) -> web.StreamResponse:
+    file = request.app[STATE].uploads.find(request.match_info["id"], find_accounts(request), "file_id")
+    return _json(file.render())
+
+
+async def _delete_file(request: web.Request) -> web.StreamResponse:
+    file_id = request.match_info["id"]
+    request.app[STATE].uploads.forget(file_id, find_accounts(request))
+    return _json({"id": file_id, "object": "file", "deleted": True})
+
+
+async def _file_content(request: web.Request) -> web.StreamResponse:
+    request.app[STATE].uploads.find(request.match_info["id"], find_accounts(request), "file_id")
+    raise ProxyError("invalid_request", "the content of a file: Kimi gives none back, and the proxy keeps none")
+
+
+async def _check_token_live(request: web.Request) -> web.StreamResponse:
+    """The reference's `POST /token/check`: whether Kimi takes a refresh token [ref]."""
+    state = request.app[STATE]
+    try:
+        value = parse_json(await read_body(request, 65_536, state.settings.body_seconds))
+    except WireError as error:
+        raise ProxyError("invalid_json", f"the body: {error}") from None
+    token = value.get("token") if isinstance(value, dict) else None
+    if not isinstance(token, str) or not TOKEN_SHAPE.fullmatch(token):
+        raise ProxyError("invalid_request", "token: must be a refresh token", param="token")
+    try:
+        await state.accounts.access_token(state.accounts.get(token))
+    except ProxyError as error:
+        if error.status != 401:
+            raise
+        return _json({"live": False})
+    return _json({"live": True})
+
+
+async def _health(request: web.Request) -> web.StreamResponse:
+    return _json({"status": "ok"})
+
+
 async def _ping(request: web.Request) -> web.StreamResponse:
     return web.Response(text="pong")
 
@@ -5976,7 +6797,7 @@ _PAGE: Final = """<!doctype html>
 <h1>kimi_proxy {version}</h1>
 <p>An OpenAI-compatible gateway in front of the Kimi web service.</p>
 <p>Base URL for your program: <code id="base">/v1</code> (this address, with <code>/v1</code>).
-API key: your Kimi refresh token.</p>
+API key: what its owner gave you, or your own Kimi refresh token.</p>
 <script>document.getElementById("base").textContent = location.origin + "/v1"</script>
 </body></html>
 """
@@ -6019,13 +6840,14 @@ async def _frame(request: web.Request, handler: Callable[[web.Request], Awaitabl
         return web.Response(status=_CLIENT_CLOSED)
     finally:
         logger.info(
-            "%s %s %d %.3fs chunks=%d upstream=%s%s",
+            "%s %s %d %.3fs chunks=%d upstream=%s%s%s",
             request.method,
             quote_words(request.path)[:100],
             status,
             time.monotonic() - started,
             outcome.chunks,
             outcome.upstream_status or "-",
+            f" key={outcome.key}" if outcome.key else "",
             f" {outcome.failure}" if outcome.failure else "",
         )
 
@@ -6034,6 +6856,7 @@ async def _answer_or_fail(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
     try:
+        _check_access(request)
         if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
             return web.Response(status=204)
         return await handler(request)
@@ -6049,8 +6872,22 @@ async def _answer_or_fail(
     _note_failure(request, error)
     response = render_failure(error)
     if error.code == "method_not_allowed":
-        response.headers["Allow"] = "POST" if request.path in _CHAT_PATHS else "GET"
+        response.headers["Allow"] = "POST" if request.path in (*_CHAT_PATHS, "/token/check") else "GET"
     return response
+
+
+def _check_access(request: web.Request) -> None:
+    """Raise `ProxyError` for who may not call: web pages first, then clients without a key where there are keys."""
+    access = request.app[STATE].access
+    hosts = request.headers.getall("Host", [])
+    host = hosts[0] if len(hosts) == 1 else ""
+    if "://" in request.raw_path.partition("?")[0] and request.url.authority != host:
+        host = ""  # an absolute-form target of another name (RFC 9112, section 3.2.2)
+    access.check_page(host, request.headers.get("Origin"))
+    is_preflight = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
+    if access.has_keys and request.path not in _OPEN_PATHS and not is_preflight:
+        scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+        request[OUTCOME].key = access.check_key(key.strip() if scheme.lower() == "bearer" else "")
 
 
 def _error_of_http(request: web.Request, failure: web.HTTPException) -> ProxyError:
@@ -6067,13 +6904,13 @@ async def _add_headers(request: web.Request, response: web.StreamResponse) -> No
     """Headers of every response: the request's id, the CORS answer (Fetch standard, "CORS protocol")."""
     response.headers["X-Request-Id"] = request_id.get()
     response.headers["Server"] = "kimi_proxy"
-    settings = request.app[STATE].settings
+    access = request.app[STATE].access
     origin = request.headers.get("Origin")
-    if origin is None or not ("*" in settings.cors_origins or origin in settings.cors_origins):
+    if origin is None or not access.allows_origin(origin):
         return
-    response.headers["Access-Control-Allow-Origin"] = "*" if "*" in settings.cors_origins else origin
+    response.headers["Access-Control-Allow-Origin"] = "*" if access.allows_all_origins else origin
     response.headers["Access-Control-Expose-Headers"] = "X-Request-Id, Retry-After"
-    if "*" not in settings.cors_origins:
+    if not access.allows_all_origins:
         response.headers["Vary"] = "Origin"
     if request.method == "OPTIONS":
         asked = request.headers.get("Access-Control-Request-Headers", "Authorization, Content-Type")
@@ -6094,7 +6931,8 @@ async def _own_state(app: web.Application) -> AsyncIterator[None]:
         settings.transfer_seconds,
     )
     ticker = Ticker(max(0.02, min(0.25, shortest / 4, settings.comment_seconds / 4, settings.send_seconds / 4)))
-    session, transfers = open_service_session(), open_service_session(reuse=False)
+    session = open_service_session(settings.proxy_url)
+    transfers = open_service_session(settings.proxy_url, reuse=False)
     files = Files(settings, metrics)
 
     async def refresh(account: Account) -> TokenPair:
@@ -6105,11 +6943,13 @@ async def _own_state(app: web.Application) -> AsyncIterator[None]:
     if deleted:
         logger.info("deleted the tokens of %d accounts that were unused for 100 days", deleted)
     accounts = Accounts(refresh, tasks, store, token_seconds=settings.token_seconds, max_accounts=settings.max_accounts)
-    calls = Calls(session, transfers, accounts, settings.call_seconds)
+    calls = Calls(session, transfers, accounts, settings.call_seconds, settings.proxy_url)
     kept = KeptConversations(store, settings.max_accounts)
     uploads = Uploads(files, ticker, settings)
     asking = Asking(calls, accounts, kept, uploads, tasks, ticker, metrics, settings)
-    app[STATE] = State(settings, metrics, tasks, ticker, accounts, asking, asyncio.Event(), set())
+    app[STATE] = State(
+        settings, metrics, tasks, ticker, accounts, asking, files, uploads, app[_ACCESS], asyncio.Event(), set()
+    )
     yield
     late = await tasks.drain(settings.removal_seconds)
     if late:
@@ -6120,6 +6960,7 @@ async def _own_state(app: web.Application) -> AsyncIterator[None]:
 
 
 _SETTINGS: Final = web.AppKey("settings", Settings)
+_ACCESS: Final = web.AppKey("access", Access)
 
 
 async def end_answers(app: web.Application) -> None:
@@ -6135,9 +6976,10 @@ async def end_answers(app: web.Application) -> None:
 
 
 def make_app(settings: Settings) -> web.Application:
-    """The application: its routes, its middleware and what it owns."""
+    """The application: its routes, its middleware and what it owns. Raises `SettingsError` for secrets of no use."""
     app = web.Application(middlewares=[_frame], client_max_size=settings.max_body_bytes)
     app[_SETTINGS] = settings
+    app[_ACCESS] = Access(settings, os.environ)
     app.cleanup_ctx.append(_own_state)
     app.on_response_prepare.append(_add_headers)
     app.on_shutdown.append(end_answers)
@@ -6145,12 +6987,19 @@ def make_app(settings: Settings) -> web.Application:
         app.router.add_post(path, _chat_completions)
     app.router.add_get("/v1/models", _models)
     app.router.add_get("/v1/models/{id}", _model)
+    app.router.add_post("/v1/files", _create_file)
+    app.router.add_get("/v1/files", _list_files)
+    app.router.add_get("/v1/files/{id}", _file)
+    app.router.add_delete("/v1/files/{id}", _delete_file)
+    app.router.add_get("/v1/files/{id}/content", _file_content)
+    app.router.add_post("/token/check", _check_token_live)
     app.router.add_get("/ping", _ping)
+    app.router.add_get("/health", _health)
     app.router.add_get("/", _front_page)
     return app
 
 
-# ==== 18. Service ===========================================================
+# ==== 19. Service ===========================================================
 #
 # The program around the application: command line, listening, signals, and the terminal client.
 
@@ -6257,6 +7106,17 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def read_held_token(environ: Mapping[str, str]) -> str:
+    """The refresh token of the first held account, as the proxy itself would find it; empty without one.
+
+    Raises `SettingsError`.
+    """
+    settings = Settings.load(environ)
+    path = find_secret_file(settings.refresh_token_file, environ)
+    words = SecretWords("KIMI_REFRESH_TOKEN", settings.refresh_token, path, lambda _: "").read()
+    return words[0] if words else ""
+
+
 def ask_command(argv: Sequence[str]) -> int:
     """`ask "question"`: ask a running proxy, and print the answer as it comes. The exit status: 1 for a failure."""
     parser = argparse.ArgumentParser(prog="kimi_proxy.py ask", description="Ask a running kimi_proxy in the terminal.")
@@ -6270,9 +7130,13 @@ def ask_command(argv: Sequence[str]) -> int:
     question = " ".join(options.question)
     if not sys.stdin.isatty():
         question = f"{question}\n{sys.stdin.read()}".strip()
-    token = os.environ.get("KIMI_REFRESH_TOKEN", "")
-    if not question or not token:
-        print("kimi_proxy ask: " + ("set KIMI_REFRESH_TOKEN" if question else "ask a question"), file=sys.stderr)
+    if not question:
+        print("kimi_proxy ask: ask a question", file=sys.stderr)
+        return 2
+    try:
+        token = os.environ.get("PROXY_API_KEY", "") or read_held_token(os.environ)
+    except SettingsError as error:
+        print(f"kimi_proxy: {error}", file=sys.stderr)
         return 2
     url = options.url.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
     try:
@@ -6322,14 +7186,15 @@ async def _print_answer(url: str, token: str, body: dict[str, Any]) -> int:
     try:
         async with aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
-            headers={"Authorization": f"Bearer {token}"},
+            headers={"Authorization": f"Bearer {token}"} if token else {},
             middlewares=(keep_refusal,),
         ) as session:
             source = EventSource(url, option={"method": "POST"}, session=session, max_connect_retry=0, json=body)
             async with source:
                 return await _print_events(source, screen)
     except ConnectionError as error:
-        screen.fail(_read_failure(refusals[0]) if refusals else str(error))
+        hint = "" if token else " In the terminal, set PROXY_API_KEY or KIMI_REFRESH_TOKEN."
+        screen.fail(_read_failure(refusals[0]) + hint if refusals else str(error))
     except aiohttp.ClientError as error:
         screen.fail(f"cannot reach {url} ({type(error).__name__}); is the proxy running?")
     finally:
@@ -6403,8 +7268,9 @@ def check_command(argv: Sequence[str]) -> int:
     """`check`: walk every step of the service once; the exit status: 0 where a program in front would work."""
     parser = argparse.ArgumentParser(
         prog="kimi_proxy.py check",
-        description="Try every step of the Kimi service once, with the token in KIMI_REFRESH_TOKEN, and say what was "
-        "seen. The settings are the proxy's, by environment variable. One short question is asked in each dialect.",
+        description="Try every step of the Kimi service once, with the held account (KIMI_REFRESH_TOKEN), and say "
+        "what was seen. The settings are the proxy's, by environment variable. One short question is asked in each "
+        "dialect.",
     )
     parser.add_argument(
         "--record",
@@ -6412,20 +7278,17 @@ def check_command(argv: Sequence[str]) -> int:
         help="write the answers' streams, tokens, ids and texts replaced, to FILE.sse, FILE.connect",
     )
     options = parser.parse_args(list(argv))
-    token = os.environ.get("KIMI_REFRESH_TOKEN", "")
-    if not _TOKEN_SHAPE.fullmatch(token):
-        print("kimi_proxy check: set KIMI_REFRESH_TOKEN", file=sys.stderr)
-        return 2
     try:
         settings = Settings.load(os.environ)
+        token = read_held_token(os.environ)
     except SettingsError as error:
         print(f"kimi_proxy: {error}", file=sys.stderr)
         return 2
+    if not TOKEN_SHAPE.fullmatch(token):
+        print("kimi_proxy check: set KIMI_REFRESH_TOKEN", file=sys.stderr)
+        return 2
     configure_logging("warning")
     return asyncio.run(_check(settings, token, options.record))
-
-
-_TOKEN_SHAPE: Final = re.compile(r"[!-~]{1,8192}")
 
 
 async def _check(settings: Settings, token: str, record: str | None) -> int:
@@ -6435,7 +7298,8 @@ async def _check(settings: Settings, token: str, record: str | None) -> int:
     metrics, tasks = Metrics(), BackgroundTasks()
     store = TokenStore(find_state_dir(settings.state_dir, os.environ), metrics, settings.call_seconds)
     works: dict[str, bool] = {}
-    async with open_service_session() as session, open_service_session(reuse=False) as transfers:
+    proxy_url = settings.proxy_url
+    async with open_service_session(proxy_url) as session, open_service_session(proxy_url, reuse=False) as transfers:
         for name in ("classic", "connect"):
             if settings.protocol in ("auto", name):
                 check = _Check(settings, (session, transfers), store, tasks, name)
@@ -6469,7 +7333,7 @@ class _Check:
             return await self._dialect.refresh(account)
 
         self._accounts = Accounts(refresh, tasks, store, token_seconds=settings.token_seconds, max_accounts=1)
-        calls = Calls(*sessions, self._accounts, settings.call_seconds)
+        calls = Calls(*sessions, self._accounts, settings.call_seconds, settings.proxy_url)
         self._connect = Connect(calls, settings.base_url, settings.auth_url)
         self._dialect: Dialect = self._connect if name == "connect" else Classic(calls, settings.base_url)
 
@@ -6520,7 +7384,7 @@ class _Check:
             await files.close()
 
     async def _look_up(self) -> int:
-        address = URL(self._dialect.base_url)
+        address = URL(self._settings.proxy_url or self._dialect.base_url)
         try:
             found = await asyncio.get_running_loop().getaddrinfo(address.host, address.port)
         except OSError:
@@ -6528,7 +7392,7 @@ class _Check:
         return len({entry[4][0] for entry in found})
 
     async def _reach(self) -> None:
-        address = URL(self._dialect.base_url)
+        address = URL(self._settings.proxy_url or self._dialect.base_url)
         try:
             async with asyncio.timeout(self._settings.call_seconds):
                 _, writer = await asyncio.open_connection(

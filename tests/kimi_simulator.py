@@ -581,6 +581,7 @@ FAULTS: Final[dict[str, str]] = {
     "old-refresh": "the new refresh is refused, the old one works",
     "new-refresh": "the old refresh is refused, the new one works",
     "again-status": "CODE, that HTTP status when the proxy asks again since the answer could not be used",
+    "again-cut": "the second try is reset after N pieces",
     "no-pictures": "classic before pictures: the action `image` is refused",
     "register-slow": "classic: a registration is not ready N times",
     "parse-slow": "connect: a file is not read yet N times",
@@ -1292,6 +1293,8 @@ class Simulator:
         loop = asyncio.get_running_loop()
         due = loop.time()
         limits = {name: int(order.value(name, "0")) for name in ("cut", "cut-chunk", "stall") if order.has(name)}
+        if order.has("again-cut") and sum(map(len, (one.asked for one in account.conversations.values()))) > 1:
+            limits["again-cut"] = int(order.value("again-cut"))
         number, written = 0, b""
         for piece in self._pieces(account, _part(steps, account.round), chat_id):
             if number in limits.values():
@@ -1330,7 +1333,7 @@ class Simulator:
         dice = None if steady else account.dice
         if order.has("endless"):
             steps = steps[:1]
-        if any(order.has(fault) for fault in ("cut", "cut-chunk", "stall", "endless")):
+        if any(order.has(fault) for fault in ("cut", "cut-chunk", "stall", "endless", "again-cut")):
             dice = None  # pieces are counted: one is one event, the first two or three before the text
         if chat_id:
             rendered = render_connect(steps, chat_id, dice, stages=order.has("stages"))

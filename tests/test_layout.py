@@ -29,8 +29,9 @@ TITLES = {
     14: "Files",
     15: "Kimi",
     16: "Asking",
-    17: "Server",
-    18: "Service",
+    17: "Access",
+    18: "Server",
+    19: "Service",
 }
 PURE = range(5, 12)
 IMPURE_NAMES = {"asyncio", "time", "aiohttp", "web", "logger", "logging", "os", "secrets", "socket", "signal", "sys"}

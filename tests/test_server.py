@@ -1,4 +1,4 @@
-"""Section 17: chats through the front door: a real proxy on a real socket, the simulator behind it."""
+"""Section 18: chats through the front door: a real proxy on a real socket, the simulator behind it."""
 
 from __future__ import annotations
 
@@ -115,11 +115,11 @@ async def test_the_merged_text_reaches_the_service(
         {"role": "developer", "content": [{"type": "text", "text": "short"}]},
         {"role": "user", "content": [{"type": "text", "text": "你好 "}, {"type": "text", "text": "https://ab.cd/d"}]},
         {"role": "assistant", "content": None},
-        {"role": "tool", "content": "42"},
+        {"role": "critic", "content": "42"},
     ]
     _, answer, _ = await ask(http, proxy, token, messages=messages)
     wrapped = '<url id="" type="url" status="" title="" wc="">https://ab.cd/d</url>'
-    expected = f"system:see https://ab.cd\ndeveloper:short\nuser:你好 {wrapped}\nassistant:\ntool:42\n"
+    expected = f"system:see https://ab.cd\ndeveloper:short\nuser:你好 {wrapped}\nassistant:\ncritic:42\n"
     assert answer["choices"][0]["message"]["content"] == expected
 
 
@@ -685,3 +685,58 @@ async def test_a_moderated_answer_in_a_form_is_passed_on_without_the_sentence(
     _, answer, _ = await ask(http, proxy, simulator.token("moderated"), response_format=FORM)
     (choice,) = answer["choices"]
     assert choice["finish_reason"] == "content_filter" and choice["message"]["content"] == "从前有座山，山里有"
+
+
+async def test_a_second_form_that_breaks_off_is_not_mended(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession
+) -> None:
+    token = simulator.token("json-bad", "again-cut=4")
+    status, answer, _ = await ask(http, proxy, token, response_format=FORM)
+    assert (status, answer["error"]["code"]) == (502, "answer_broken")
+    await simulator.settle(token)
+
+
+@pytest.mark.parametrize("fields", [{"response_format": FORM}, {"tools": [WEATHER], "tool_choice": "required"}])
+@pytest.mark.parametrize("faults", [(), ("again-status=500",)])
+async def test_a_conversation_that_was_to_be_kept_is_removed_when_the_second_try_fails(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession, fields: dict[str, Any], faults: tuple[str, ...]
+) -> None:
+    token = simulator.token("json-worse", *faults)
+    status, _, _ = await ask(http, proxy, token, conversation_id="new", **fields)
+    assert status in (422, 502)
+    account = await simulator.settle(token)
+    assert [one.removed for one in account.conversations.values()] == [1]
+
+
+async def test_an_end_of_our_own_is_good_whatever_comes_behind_it(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession, dialect: str
+) -> None:
+    fault = "error-after-done" if dialect == "connect" else "garbage"
+    for shape in ("one-piece", "cut-characters"):
+        token = simulator.token("hello", fault, shape)
+        chunks, text = await stream(http, proxy, token, stop="世")
+        assert content_of(chunks) == "你好，" and text.endswith("data: [DONE]\n\n")
+
+
+async def test_an_end_of_our_own_still_lists_the_sources(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession, dialect: str
+) -> None:
+    _, answer, _ = await ask(http, proxy, simulator.token("cite"), stop="乙", use_search=True)
+    content = answer["choices"][0]["message"]["content"]
+    assert "moonshot" in content and "www.kimi.com" in content
+    assert len(answer["choices"][0]["message"]["annotations"]) == 2
+
+
+async def test_nothing_is_streamed_before_a_call_that_has_to_come(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession
+) -> None:
+    for fields in ({"tools": [WEATHER], "tool_choice": "required"}, {"response_format": FORM}):
+        status, _, _ = await ask(http, proxy, simulator.token("think"), stream=True, **fields)
+        assert status == 422
+
+
+async def test_a_stream_that_our_own_end_emptied_has_its_role(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession
+) -> None:
+    chunks, _ = await stream(http, proxy, simulator.token("hello"), stop=HELLO[:2])
+    assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"

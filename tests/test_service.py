@@ -1,4 +1,4 @@
-"""Section 18: the program, as a person starts and stops it."""
+"""Section 19: the program, as a person starts and stops it."""
 
 from __future__ import annotations
 
@@ -163,9 +163,9 @@ async def test_ask_shows_a_failure_and_ends_with_1(
     assert status == 1 and says in err and token not in err and "Traceback" not in err
 
 
-async def test_ask_says_what_is_missing() -> None:
-    status, _, err = await run("ask", "hi")
-    assert status == 2 and "KIMI_REFRESH_TOKEN" in err
+async def test_ask_says_what_is_missing(proxy: str) -> None:
+    status, _, err = await run("ask", "hi", "--url", proxy)
+    assert status == 1 and "set PROXY_API_KEY or KIMI_REFRESH_TOKEN" in err
     status, _, err = await run("ask", KIMI_REFRESH_TOKEN="x")
     assert status == 2 and "question" in err
     with socket.socket() as unused:
@@ -305,3 +305,37 @@ async def test_ask_sends_files_and_pictures(simulator: Simulator, start_proxy: S
     assert kinds == {"年报.txt": "file", "image.png": "image", "b.pdf": "file", "c.webp": "image"}
     status, _, err = await run("ask", "--file", "/no/such/file", "?", "--url", url, KIMI_REFRESH_TOKEN=token)
     assert status == 2 and "/no/such/file: No such file" in err
+
+
+async def test_ask_sends_the_proxys_key_and_check_uses_the_held_account(
+    simulator: Simulator, start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    token = simulator.token("hello")
+    url = await start_proxy(refresh_token=token, api_keys="me:sesame-open")
+    for environment, expected in (({"PROXY_API_KEY": "sesame-open"}, 0), ({"PROXY_API_KEY": "wrong"}, 1), ({}, 1)):
+        status, out, err = await run("ask", "hi", "--url", url, **environment)
+        assert status == expected, err
+        assert (HELLO in out) is (expected == 0)
+    path = tmp_path / "token"
+    path.write_text(f"{token}\n")
+    status, out, _ = await check(simulator, "", KIMI_REFRESH_TOKEN_FILE=str(path))
+    assert status == 0 and "yes" in out
+    open_url = await start_proxy(refresh_token=token)
+    assert (await run("ask", "hi", "--url", open_url))[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"PROXY_API_KEYS": "k"}, "no held account"),
+        ({"KIMI_REFRESH_TOKEN": "t", "PROXY_HOST": "0.0.0.0"}, "set PROXY_API_KEYS"),
+        ({"KIMI_REFRESH_TOKEN_FILE": "/no/such/file"}, "KIMI_REFRESH_TOKEN_FILE: cannot be read"),
+        ({"KIMI_REFRESH_TOKEN": "t", "KIMI_REFRESH_TOKEN_FILE": "x"}, "set one of them"),
+        ({"KIMI_REFRESH_TOKEN": "t", "PROXY_API_KEYS": "a b:"}, "PROXY_API_KEYS: word 2"),
+        ({"KIMI_REFRESH_TOKEN": "t\x7fsesame"}, "characters that no token has"),
+    ],
+)
+async def test_secrets_that_are_of_no_use_stop_the_start_with_one_line(environment: dict[str, str], says: str) -> None:
+    status, out, err = await run("--port", "0", **environment)
+    assert (status, out) == (2, "") and says in err and err.count("\n") == 1
+    assert "sesame" not in err

@@ -22,6 +22,20 @@ def test_defaults_are_those_that_are_promised() -> None:
     assert settings.max_body_bytes == 32 * 1_048_576 * 4 // 3 + 1_048_576
 
 
+SECRETS = {option.metadata["variable"] for option in fields(Settings) if option.metadata["secret"]}
+
+
+def test_secrets_have_no_flag_and_show_nowhere() -> None:
+    assert {"KIMI_REFRESH_TOKEN", "PROXY_API_KEYS", "KIMI_PROXY_URL"} == SECRETS
+    settings = Settings.load(dict.fromkeys(SECRETS, "http://sesame"))
+    assert "sesame" not in repr(settings)
+    with pytest.raises(SettingsError) as caught:
+        Settings.load({"KIMI_PROXY_URL": "sesame"})
+    assert "sesame" not in str(caught.value)
+    with pytest.raises(SystemExit):
+        Settings.load({}, ["--kimi-refresh-token", "x"])
+
+
 GOOD = {
     "PROXY_HOST": ("0.0.0.0", "0.0.0.0"),
     "PROXY_PORT": ("0", 0),
@@ -36,6 +50,13 @@ GOOD = {
     "PROXY_MAX_FILE_MB": ("1", 1),
     "PROXY_MAX_INLINE_MB": ("1", 1),
     "PROXY_SPOOL_DIR": (".", "."),
+    "KIMI_REFRESH_TOKEN": ("a,b", "a,b"),
+    "KIMI_REFRESH_TOKEN_FILE": ("token", "token"),
+    "PROXY_API_KEYS": ("me:key", "me:key"),
+    "PROXY_API_KEYS_FILE": ("/keys", "/keys"),
+    "PROXY_ALLOWED_HOSTS": ("a.example,b.example", ("a.example", "b.example")),
+    "PROXY_QUEUE_LENGTH": ("0", 0),
+    "KIMI_PROXY_URL": ("http://u:p@127.0.0.1:3128", "http://u:p@127.0.0.1:3128"),
     "PROXY_ALLOW_PRIVATE_URLS": ("1", True),
     "PROXY_MAX_ACCOUNTS": ("5", 5),
 } | {variable: ("2.5", 2.5) for variable in VARIABLES if variable.endswith("_SECONDS")}
@@ -49,6 +70,8 @@ BAD = {
     "PROXY_LOG_LEVEL": ["loud"],
     "PROXY_MAX_FILE_MB": ["0", "1e9"],
     "PROXY_MAX_INLINE_MB": ["0", "1025"],
+    "PROXY_QUEUE_LENGTH": ["-1", "many"],
+    "KIMI_PROXY_URL": ["socks5://127.0.0.1:1", "x"],
     "PROXY_SPOOL_DIR": ["/no/such/directory", __file__],
     "PROXY_ALLOW_PRIVATE_URLS": ["10.0.0.0/8"],
     "PROXY_MAX_ACCOUNTS": ["0"],
@@ -64,6 +87,8 @@ def test_a_setting_by_variable_by_flag_and_the_flag_wins(variable: str) -> None:
     text, value = GOOD[variable]
     (name,) = [option.name for option in fields(Settings) if option.metadata["variable"] == variable]
     assert getattr(Settings.load({variable: text}), name) == value
+    if variable in SECRETS:
+        return
     assert getattr(Settings.load({variable: "nonsense"}, [f"{option_flag(variable)}={text}"]), name) == value
 
 
@@ -71,7 +96,9 @@ def test_a_setting_by_variable_by_flag_and_the_flag_wins(variable: str) -> None:
 def test_a_bad_value_is_one_line_that_names_it(variable: str, text: str) -> None:
     with pytest.raises(SettingsError) as caught:
         Settings.load({variable: text})
-    assert str(caught.value).startswith(f"{variable}=") and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(variable) and "\n" not in str(caught.value)
+    if variable in SECRETS:
+        return
     with pytest.raises(SettingsError, match=option_flag(variable)):
         Settings.load({}, [f"{option_flag(variable)}={text}"])
 
@@ -79,6 +106,9 @@ def test_a_bad_value_is_one_line_that_names_it(variable: str, text: str) -> None
 def test_help_shows_every_flag_with_its_default_and_variable() -> None:
     text = " ".join(make_option_parser().format_help().split())
     for option in fields(Settings):
+        if option.metadata["secret"]:
+            assert f"{option_flag(option.metadata['variable'])} " not in text
+            continue
         assert option_flag(option.metadata["variable"]) in text
         assert option.metadata["variable"] in text
         assert f"(default {render_default(option.default)}" in text.replace("- ", "-")

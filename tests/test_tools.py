@@ -387,3 +387,32 @@ def test_a_failure_is_described() -> None:
     assert "it is x< tool_call>y< /tool_response>" in text
     assert "my answer <tool_call>" in text
     assert "Your answer was" not in describe_failure("it is bad", "")
+
+
+def test_what_is_not_checked_lets_pass_what_it_may() -> None:
+    """A branch that says more than is checked cannot be told from another by what is."""
+    schemas: list[Any] = [
+        {"type": "string", "not": {"pattern": "^x"}},
+        {"oneOf": [{"type": "string", "format": "date"}, {"type": "string", "format": "email"}]},
+        {"oneOf": [{"$ref": "other.json"}, {"type": "string"}]},
+        {"not": {"properties": {"a": {"propertyNames": {}}}}},
+        {"properties": {"a": {"$ref": "#anchor"}}},
+        {"$ref": "#/" + "x" * 100_000},
+    ]
+    assert [schema for schema in schemas if check_schema("abc", schema) is not None] == []
+    assert check_schema("abc", {"not": {"type": "string"}}) is not None
+
+
+@pytest.mark.parametrize("count", [15_000, 100_000])
+def test_a_large_schema_ends(count: int) -> None:
+    enum = {"enum": [f"word {number}" for number in range(count)]}
+    schemas: list[Any] = [
+        {"$defs": {"e": enum}, "anyOf": [{"$ref": "#/$defs/e"}] * 1500},
+        {"anyOf": [{"$ref": "#"}] * count},
+        {"oneOf": [{"type": "string"}] * count},
+        {"anyOf": [{"$ref": "#/" + "a/" * 400}] * count},
+    ]
+    for schema in schemas:
+        started = time.process_time()
+        assert isinstance(check_schema({}, schema), str | None)
+        assert time.process_time() - started < 5  # unbounded, it takes minutes

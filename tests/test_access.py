@@ -1,0 +1,236 @@
+"""Section 17: who may call, and for which accounts; keys, held accounts, and web pages that are kept out."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from conftest import LogRecorder, StartProxy, bearer, chat_body
+from kimi_simulator import HELLO, Simulator
+
+from kimi_proxy import Access, ProxyError, SecretWords, Settings, SettingsError, find_secret_file, is_loopback
+
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(params=["classic", "connect"])
+def dialect(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+async def call(
+    url: str, headers: dict[str, str] | None = None, *, path: str = CHAT, method: str = "POST"
+) -> tuple[int, Any]:
+    """One request: status, and JSON where there is some."""
+    body = chat_body() if method == "POST" else None
+    async with (
+        aiohttp.ClientSession() as http,
+        http.request(method, url + path, json=body, headers=headers) as response,
+    ):
+        is_json = response.content_type == "application/json"
+        return response.status, await response.json() if is_json else await response.text()
+
+
+async def test_a_held_account_needs_no_token(simulator: Simulator, start_proxy: StartProxy) -> None:
+    token = simulator.token("hello")
+    proxy = await start_proxy(refresh_token=token)
+    for headers in ({}, bearer("anything"), {"Authorization": "Basic x"}, {"Authorization": ""}):
+        status, answer = await call(proxy, headers)
+        assert (status, answer["choices"][0]["message"]["content"]) == (200, HELLO)
+    assert simulator.account(token).count("ask") == 4
+
+
+async def test_with_keys_only_a_key_is_let_in_and_nothing_else_goes_to_kimi(
+    simulator: Simulator, start_proxy: StartProxy, log_lines: LogRecorder
+) -> None:
+    token = simulator.token("hello")
+    proxy = await start_proxy(refresh_token=token, api_keys="me:open-sesame, second-key\nyou:third:key")
+    for key in ("open-sesame", "second-key", "third:key"):
+        assert (await call(proxy, bearer(key)))[0] == 200
+    asked = simulator.account(token).count("ask")
+    for headers in ({}, bearer("wrong"), bearer(token), bearer("me:open-sesame"), bearer("open-sesame,second-key")):
+        for path, method in ((CHAT, "POST"), ("/v1/models", "GET"), ("/nowhere", "GET"), ("/v1/files", "GET")):
+            status, answer = await call(proxy, headers, path=path, method=method)
+            assert (status, answer["error"]["code"]) == (401, "key_refused")
+    for path in ("/", "/ping", "/health"):
+        assert (await call(proxy, path=path, method="GET"))[0] == 200
+    assert simulator.account(token).count("ask") == asked == 3
+    assert "key=me" in log_lines.text and "key=#2" in log_lines.text and "key=you" in log_lines.text
+    assert "sesame" not in log_lines.text and "second-key" not in log_lines.text
+
+
+async def test_a_key_that_is_no_utf8_is_refused(simulator: Simulator, start_proxy: StartProxy) -> None:
+    proxy = await start_proxy(refresh_token=simulator.token("hello"), api_keys="open-sesame")
+    host, _, port = proxy.removeprefix("http://").partition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer \xff\xfe\r\n")
+    writer.write(b"Connection: close\r\n\r\n")
+    answer = await reader.read()
+    writer.close()
+    assert answer.startswith(b"HTTP/1.1 401") and b"key_refused" in answer
+
+
+HOSTS = {
+    "127.0.0.1:8000": True,
+    "127.0.0.1": True,
+    "[::1]:8000": True,
+    "192.168.1.5": True,
+    "localhost": True,
+    "LOCALHOST:1": True,
+    "localhost.": True,
+    "proxy.example": True,
+    "PROXY.example:443": True,
+    "": False,
+    "evil.example": False,
+    "localhost.evil.example": False,
+    "127.0.0.1.evil.example": False,
+    "a@localhost": False,
+    "localhost:80:80": False,
+    "localhost/x": False,
+    "[::1": False,
+    "proxy.example, evil.example": False,
+    "2130706433x": False,
+}
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_only_known_hosts_are_let_in_while_an_account_is_held(host: str) -> None:
+    access = Access(Settings(refresh_token="t", allowed_hosts=("Proxy.example",)), {})
+    if HOSTS[host]:
+        access.check_page(host, None)
+        return
+    with pytest.raises(ProxyError) as caught:
+        access.check_page(host, None)
+    assert (caught.value.code, caught.value.status) == ("host_denied", 403)
+    assert "PROXY_ALLOWED_HOSTS=" in caught.value.message
+    Access(Settings(), {}).check_page(host, "null")  # without a held account nothing is checked
+
+
+@pytest.mark.parametrize("origin", ["null", "https://evil.example", "http://127.0.0.1:8000", "", "https://a.example:1"])
+def test_only_named_origins_are_let_in_while_an_account_is_held(origin: str) -> None:
+    for origins in (("*",), ("https://a.example",), ("https://a.example", "*")):
+        with pytest.raises(ProxyError) as caught:
+            Access(Settings(refresh_token="t", cors_origins=origins), {}).check_page("localhost", origin)
+        assert caught.value.code == "origin_denied" and "PROXY_CORS_ORIGINS=" in caught.value.message
+    Access(Settings(refresh_token="t", cors_origins=("https://a.example",)), {}).check_page(
+        "localhost", "https://a.example"
+    )
+
+
+async def test_a_web_page_does_not_reach_a_held_account(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession
+) -> None:
+    token = simulator.token("hello")
+    proxy = await start_proxy(refresh_token=token, cors_origins=("https://good.example",))
+    for headers, code in (
+        ({"Host": "rebound.example"}, "host_denied"),
+        ({"Origin": "https://evil.example", "Content-Type": "text/plain"}, "origin_denied"),
+        ({"Origin": "null"}, "origin_denied"),
+        ({"Host": ""}, "host_denied"),
+    ):
+        async with http.post(proxy + CHAT, data=b"{}", headers=headers) as response:
+            answer = await response.json()
+            assert (response.status, answer["error"]["code"]) == (403, code)
+            assert "Access-Control-Allow-Origin" not in response.headers
+    for path in ("/", "/ping", "/v1/models"):
+        async with http.get(proxy + path, headers={"Host": "rebound.example"}) as response:
+            assert response.status == 403
+    assert simulator.account(token).calls == []
+    good = {"Origin": "https://good.example"}
+    async with http.options(proxy + CHAT, headers={**good, "Access-Control-Request-Method": "POST"}) as response:
+        assert (response.status, response.headers["Access-Control-Allow-Origin"]) == (204, "https://good.example")
+    async with http.post(proxy + CHAT, json=chat_body(), headers=good) as response:
+        assert response.status == 200
+
+
+async def test_an_absolute_target_of_another_name_is_refused(simulator: Simulator, start_proxy: StartProxy) -> None:
+    proxy = await start_proxy(refresh_token=simulator.token("hello"))
+    host, _, port = proxy.removeprefix("http://").partition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"GET http://evil.example/v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    answer = await reader.read()
+    writer.close()
+    assert answer.startswith(b"HTTP/1.1 403")
+
+
+async def test_a_preflight_needs_no_key(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession
+) -> None:
+    proxy = await start_proxy(
+        refresh_token=simulator.token("hello"), api_keys="open-sesame", cors_origins=("https://good.example",)
+    )
+    headers = {"Origin": "https://good.example", "Access-Control-Request-Method": "POST"}
+    async with http.options(proxy + CHAT, headers=headers) as response:
+        assert response.status == 204
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.9.9.9"])
+def test_loopback(host: str) -> None:
+    assert is_loopback(host)
+    assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.1.1", "example.com", "")))
+
+
+BAD_SECRETS: dict[str, dict[str, Any]] = {
+    "keys without an account": {"api_keys": "k"},
+    "an account for everyone": {"refresh_token": "t", "host": "0.0.0.0"},
+    "both forms": {"refresh_token": "t", "refresh_token_file": "x"},
+    "no such file": {"refresh_token_file": "/no/such/file"},
+    "a directory": {"refresh_token_file": "/"},
+    "a key without a key": {"refresh_token": "t", "api_keys": "me:"},
+    "a key without a name": {"refresh_token": "t", "api_keys": ":key"},
+    "a name with blanks": {"refresh_token": "t", "api_keys": "m*e:key"},
+    "a key beyond ASCII": {"refresh_token": "t", "api_keys": "schlüssel"},
+    "a token beyond ASCII": {"refresh_token": "tökén"},
+}
+
+
+@pytest.mark.parametrize("name", BAD_SECRETS)
+def test_secrets_of_no_use_are_one_line(name: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        Access(Settings(**BAD_SECRETS[name]), {})
+    assert "\n" not in str(caught.value) and "schl" not in str(caught.value) and "ök" not in str(caught.value)
+
+
+def test_a_relative_file_is_looked_up_among_the_credentials_first(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("secret")
+    environ = {"CREDENTIALS_DIRECTORY": str(tmp_path)}
+    assert find_secret_file("token", environ) == tmp_path / "token"
+    assert find_secret_file("other", environ) == Path("other")
+    assert find_secret_file("/etc/token", environ) == Path("/etc/token")
+    assert find_secret_file("", environ) is None
+    assert Access(Settings(refresh_token_file="token"), environ).tokens == ("secret",)
+
+
+def test_a_file_is_read_again_when_it_changed(tmp_path: Path, log_lines: LogRecorder) -> None:
+    path = tmp_path / "keys"
+    path.write_text("a,b\n c")
+    words = SecretWords("X", "", path, lambda word: "is bad" if word == "bad" else "")
+    assert words.read() == ("a", "b", "c")
+    path.write_text("d")
+    os.utime(path, ns=(1, 1))
+    assert words.read() == ("d",)
+    for content in (b"bad", b"\xff", b" \n"):
+        path.write_bytes(content)
+        os.utime(path, ns=(2, 2))
+        assert words.read() == words.read() == ("d",)
+    path.unlink()
+    assert words.read() == ("d",)
+    assert log_lines.text.count("X_FILE is not usable any more") == 1
+    path.write_text("e")
+    assert words.read() == ("e",)
+
+
+async def test_a_rotated_key_file_is_used_at_once(
+    simulator: Simulator, start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    path = tmp_path / "keys"
+    path.write_text("me:first-key")
+    proxy = await start_proxy(refresh_token=simulator.token("hello"), api_keys_file=str(path))
+    assert (await call(proxy, bearer("first-key")))[0] == 200
+    path.write_text("me:second-key-now")
+    assert (await call(proxy, bearer("first-key")))[0] == 401
+    assert (await call(proxy, bearer("second-key-now")))[0] == 200

@@ -1,0 +1,423 @@
+"""Section 16: several accounts, the line of one that answers one at a time, and files that belong to an account."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import openai
+import pytest
+from conftest import LogRecorder, StartProxy, bearer, chat_body
+from kimi_simulator import HELLO, Simulator, digest_content, make_content
+
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(params=["classic", "connect"])
+def dialect(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+async def ask(url: str, token: str, **fields: Any) -> tuple[int, Any, Any]:
+    """A whole answer: status, JSON, headers."""
+    async with (
+        aiohttp.ClientSession() as http,
+        http.post(url + CHAT, json=chat_body(**fields), headers=bearer(token)) as response,
+    ):
+        return response.status, await response.json(), response.headers
+
+
+def asks(simulator: Simulator, *tokens: str) -> list[int]:
+    """How often each account was asked."""
+    return [len(simulator.account(token).asked) for token in tokens]
+
+
+async def test_several_tokens_take_turns(simulator: Simulator, proxy: str) -> None:
+    tokens = [simulator.token("hello") for _ in range(3)]
+    for _ in range(6):
+        assert (await ask(proxy, ", ".join(tokens)))[0] == 200
+    assert asks(simulator, *tokens) == [2, 2, 2]
+
+
+async def test_the_least_busy_account_is_asked(simulator: Simulator, proxy: str) -> None:
+    tokens = [simulator.token("quiet"), simulator.token("quiet")]
+    answers = await asyncio.gather(*(ask(proxy, ",".join(tokens)) for _ in range(4)))
+    assert [status for status, _, _ in answers] == [200] * 4
+    assert asks(simulator, *tokens) == [2, 2]
+
+
+@pytest.mark.parametrize(
+    "faults", [("unauthorized-always=refresh",), ("status=ask:429", "retry-after=30"), ("unauthorized-always=ask",)]
+)
+async def test_a_refused_account_is_set_aside_and_the_next_one_asked(
+    simulator: Simulator, proxy: str, faults: tuple[str, ...]
+) -> None:
+    bad, good = simulator.token("hello", *faults), simulator.token("hello")
+    for _ in range(3):
+        status, answer, _ = await ask(proxy, f"{bad},{good}")
+        assert (status, answer["choices"][0]["message"]["content"]) == (200, HELLO)
+    assert asks(simulator, good) == [3]
+    assert simulator.account(bad).count("refresh") <= 2
+
+
+async def test_where_all_are_refused_a_limit_is_told_before_a_dead_token(simulator: Simulator, proxy: str) -> None:
+    dead = simulator.token("hello", "unauthorized-always=refresh")
+    limited = simulator.token("hello", "status=ask:429", "retry-after=30")
+    status, answer, headers = await ask(proxy, f"{limited},{dead}")
+    assert (status, answer["error"]["code"], headers["Retry-After"]) == (429, "rate_limited", "30")
+    before = len(simulator.account(limited).calls)
+    status, answer, _ = await ask(proxy, f"{limited},{dead}")  # all are aside: the one due first is asked all the same
+    assert status == 429 and len(simulator.account(limited).calls) > before
+
+
+@pytest.mark.parametrize("faults", [("status=ask:500",), ("cut=9",), ("cut=9", "retry-after=1")])
+async def test_other_failures_and_visible_text_do_not_move_on(
+    simulator: Simulator, proxy: str, faults: tuple[str, ...]
+) -> None:
+    tokens = [simulator.token("long", *faults) for _ in range(2)]
+    status, _, _ = await ask(proxy, ",".join(tokens))
+    assert status == 502
+    assert sum(simulator.account(token).count("ask") for token in tokens) == 1
+
+
+async def test_one_token_twice_is_one_account(simulator: Simulator, proxy: str) -> None:
+    token = simulator.token("hello", "status=ask:429")
+    assert (await ask(proxy, f"{token},{token}"))[0] == 429
+    assert simulator.account(token).count("ask") == 1
+
+
+@pytest.mark.parametrize("header", ["Bearer ,", "Bearer  , ,", "Bearer a b", "Bearer tok\u00e9n"])
+async def test_a_list_without_a_token_is_refused(proxy: str, http: aiohttp.ClientSession, header: str) -> None:
+    async with http.post(proxy + CHAT, json=chat_body(), headers={"Authorization": header}) as response:
+        assert (response.status, (await response.json())["error"]["code"]) == (401, "token_missing")
+
+
+async def test_files_are_brought_to_the_account_that_is_asked_in_the_end(
+    simulator: Simulator, start_proxy: StartProxy
+) -> None:
+    proxy = await start_proxy(allow_private_urls=True)
+    bad, good = simulator.token("read", "status=ask:429"), simulator.token("read")
+    part = {"type": "file", "file_url": {"url": f"{simulator.origin_url}/500/a.pdf"}}
+    messages = [{"role": "user", "content": [part]}]
+    status, answer, _ = await ask(proxy, f"{bad},{good}", messages=messages)
+    assert status == 200 and "500 bytes" in answer["choices"][0]["message"]["content"]
+    assert len(simulator.account(bad).files) == len(simulator.account(good).files) == 1
+
+
+# One answer at a time.
+
+
+async def test_a_refused_request_waits_for_its_turn_and_is_tried_once_more(
+    simulator: Simulator, proxy: str, dialect: str
+) -> None:
+    token = simulator.token("quiet", "one-at-a-time")
+    first = asyncio.create_task(ask(proxy, token))
+    await simulator.wait_until(lambda: simulator.account(token).streams_open == 1)
+    others = await asyncio.gather(*(ask(proxy, token) for _ in range(3)))
+    assert [(await first)[0], *(status for status, _, _ in others)] == [200] * 4
+    account = await simulator.settle(token)
+    assert account.count("ask") in (5, 6, 7)  # each is refused once at most
+
+
+async def test_the_order_of_the_line_is_kept_and_who_goes_away_gives_up_its_place(
+    simulator: Simulator, proxy: str
+) -> None:
+    token = simulator.token("quiet", "one-at-a-time")
+    account = simulator.account(token)
+    first = asyncio.create_task(ask(proxy, token))
+    await simulator.wait_until(lambda: account.streams_open == 1)
+    order: list[int] = []
+
+    async def wait(number: int) -> None:
+        await ask(proxy, token)
+        order.append(number)
+
+    waiting = []
+    for number in range(4):
+        waiting.append(asyncio.create_task(wait(number)))
+        await asyncio.sleep(0.05)  # each is in the line before the next comes
+    waiting[1].cancel()
+    await asyncio.gather(first, *waiting, return_exceptions=True)
+    assert order == [0, 2, 3]
+
+
+async def test_a_full_line_and_a_long_wait_are_a_429(simulator: Simulator, start_proxy: StartProxy) -> None:
+    proxy = await start_proxy(queue_length=1, queue_seconds=0.3)
+    token = simulator.token("long", "one-at-a-time", "pace=0.05", "chunks=40")
+    first = asyncio.create_task(ask(proxy, token))
+    await simulator.wait_until(lambda: simulator.account(token).streams_open == 1)
+    answers = await asyncio.gather(*(ask(proxy, token) for _ in range(3)))
+    assert {(status, answer["error"]["code"]) for status, answer, _ in answers} == {(429, "queue_full")}
+    words = " ".join(answer["error"]["message"] for _, answer, _ in answers)
+    assert "PROXY_QUEUE_LENGTH" in words and "waited 0.3 s" in words
+    assert all("Retry-After" in headers for _, _, headers in answers)
+    assert (await first)[0] == 200
+
+
+async def test_a_refusal_with_no_answer_of_ours_is_a_429_at_once(simulator: Simulator, proxy: str) -> None:
+    token = simulator.token("hello", "error-type=ask:chat.user_stream_pushing")
+    status, answer, headers = await ask(proxy, token)
+    assert status == 429 and answer["error"]["code"] in ("answer_running", "rate_limited")
+    assert "Retry-After" in headers and simulator.account(token).count("ask") == 1
+
+
+async def test_a_refused_request_goes_to_a_free_account_first(simulator: Simulator, proxy: str) -> None:
+    one, other = simulator.token("quiet", "one-at-a-time"), simulator.token("hello")
+    first = asyncio.create_task(ask(proxy, one))
+    await simulator.wait_until(lambda: simulator.account(one).streams_open == 1)
+    await ask(proxy, one, messages=[{"content": "make it known"}], max_tokens=1)
+    second = asyncio.create_task(ask(proxy, one))
+    await simulator.wait_until(lambda: simulator.account(one).streams_open == 1)
+    status, _, _ = await ask(proxy, f"{one},{other}")
+    assert status == 200 and len(simulator.account(other).asked) == 1
+    await asyncio.gather(first, second)
+
+
+# Files of OpenAI's API.
+
+
+@pytest.fixture
+async def client_for(start_proxy: StartProxy, tmp_path: Path) -> AsyncIterator[Any]:
+    """Makes SDK clients; afterwards the spool directory is empty."""
+    proxy = await start_proxy(spool_dir=str(tmp_path), max_file_mb=1, parse_seconds=0.5)
+    clients: list[openai.AsyncOpenAI] = []
+
+    def make(token: str) -> openai.AsyncOpenAI:
+        clients.append(openai.AsyncOpenAI(api_key=token, base_url=f"{proxy}/v1", max_retries=0))
+        return clients[-1]
+
+    yield make
+    for client in clients:
+        await client.close()
+    assert not list(tmp_path.iterdir())  # noqa: ASYNC240
+
+
+async def test_the_sdk_uploads_a_file_and_asks_about_it(simulator: Simulator, client_for: Any) -> None:
+    token = simulator.token("read")
+    client = client_for(token)
+    content = b"".join(make_content(200_000))
+    file = await client.files.create(file=("报告.pdf", content), purpose="user_data")
+    assert (file.bytes, file.filename, file.purpose, file.status) == (200_000, "报告.pdf", "user_data", "processed")
+    parts: Any = [{"type": "file", "file": {"file_id": file.id}}, {"type": "text", "text": "?"}]
+    answer = await client.chat.completions.create(model="kimi", messages=[{"role": "user", "content": parts}])
+    assert "报告.pdf (application/pdf, 200000 bytes)" in answer.choices[0].message.content
+    (stored,) = simulator.account(token).files.values()
+    assert stored.sha256 == digest_content(200_000)
+    assert (await client.files.retrieve(file.id)).id == file.id
+    assert [one.id async for one in client.files.list()] == [file.id]
+    assert (await client.files.delete(file.id)).deleted is True
+    with pytest.raises(openai.NotFoundError):
+        await client.files.retrieve(file.id)
+    with pytest.raises(openai.NotFoundError):
+        await client.chat.completions.create(model="kimi", messages=[{"role": "user", "content": parts}])
+
+
+async def test_a_file_belongs_to_the_account_that_uploaded_it(simulator: Simulator, client_for: Any) -> None:
+    owner, stranger = client_for(simulator.token("read")), client_for(simulator.token("read"))
+    file = await owner.files.create(file=("a.txt", b"hello"), purpose="assistants")
+    parts: Any = [{"type": "file", "file": {"file_id": file.id}}]
+    for action in (
+        stranger.files.retrieve(file.id),
+        stranger.files.delete(file.id),
+        stranger.chat.completions.create(model="kimi", messages=[{"role": "user", "content": parts}]),
+    ):
+        with pytest.raises(openai.NotFoundError, match="upload again"):
+            await action
+    assert [one async for one in stranger.files.list()] == []
+    with pytest.raises(openai.BadRequestError, match="Kimi gives none back"):
+        await owner.files.content(file.id)
+
+
+async def test_a_request_with_a_file_goes_to_its_owner_and_two_owners_are_refused(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession
+) -> None:
+    proxy = await start_proxy()
+    tokens = [simulator.token("read"), simulator.token("read")]
+    ids = []
+    for token in tokens:
+        form = aiohttp.FormData()
+        form.add_field("purpose", "assistants")
+        form.add_field("file", io.BytesIO(b"hello"), filename="a.txt")
+        async with http.post(f"{proxy}/v1/files", data=form, headers=bearer(token)) as response:
+            ids.append((await response.json())["id"])
+    both = ",".join(tokens)
+    for at in (0, 1, 0, 1, 1):
+        messages = [{"role": "user", "content": [{"type": "file", "file": {"file_id": ids[at]}}]}]
+        before = asks(simulator, *tokens)
+        assert (await ask(proxy, both, messages=messages))[0] == 200
+        assert asks(simulator, *tokens)[at] == before[at] + 1
+    parts = [{"type": "file", "file": {"file_id": one}} for one in ids]
+    status, answer, _ = await ask(proxy, both, messages=[{"role": "user", "content": parts}])
+    assert status == 400 and "two accounts" in answer["error"]["message"]
+    _, opened, _ = await ask(proxy, tokens[0], conversation_id="new")
+    status, _, _ = await ask(proxy, both, conversation_id=opened["id"])
+    assert status == 200
+    messages = [{"role": "user", "content": parts[1:]}]
+    status, answer, _ = await ask(proxy, both, conversation_id=opened["id"], messages=messages)
+    assert status == 400 and "two accounts" in answer["error"]["message"]
+    status, answer, _ = await ask(proxy, tokens[1], conversation_id=opened["id"])
+    assert (status, answer["error"]["code"]) == (404, "conversation_not_found")
+
+
+async def test_an_upload_moves_on_to_the_next_account(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession
+) -> None:
+    bad, good = simulator.token("read", "unauthorized-always=refresh"), simulator.token("read")
+    form = aiohttp.FormData()
+    form.add_field("file", io.BytesIO(b"hello"), filename="a.txt")
+    async with http.post(f"{proxy}/v1/files", data=form, headers=bearer(f"{bad},{good}")) as response:
+        assert response.status == 200
+    assert len(simulator.account(good).files) == 1
+
+
+BAD_FORMS: dict[str, tuple[dict[str, Any], int, str]] = {
+    "no form": ({"json": {}}, 400, "invalid_request"),
+    "no boundary": ({"data": b"x", "headers": {"Content-Type": "multipart/form-data"}}, 400, "body_broken"),
+    "no file": ({"data": {"purpose": "x"}, "form": True}, 400, "invalid_request"),
+    "broken": (
+        {"data": b"--x\r\nno header\r\n\r\n", "headers": {"Content-Type": "multipart/form-data; boundary=x"}},
+        400,
+        "body_broken",
+    ),
+    "cut": (
+        {
+            "data": b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nabc',
+            "headers": {"Content-Type": "multipart/form-data; boundary=x"},
+        },
+        400,
+        "body_broken",
+    ),
+    "empty": ({"data": {"file": io.BytesIO(b"")}, "form": True}, 400, "invalid_request"),
+    "too large": ({"data": {"file": io.BytesIO(bytes(1_500_000))}, "form": True}, 413, "file_too_large"),
+    "too large by its length": ({"data": {"file": io.BytesIO(bytes(3_500_000))}, "form": True}, 413, "file_too_large"),
+    "a huge field": ({"data": {"purpose": "x" * 100_000}, "form": True}, 413, "body_too_large"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FORMS)
+async def test_a_bad_form_is_told_and_leaves_nothing(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession, tmp_path: Path, name: str
+) -> None:
+    proxy = await start_proxy(max_file_mb=1, spool_dir=str(tmp_path))
+    options, status, code = BAD_FORMS[name]
+    options = {**options}
+    token = simulator.token("read")
+    if options.pop("form", False):
+        form = aiohttp.FormData(default_to_multipart=True)
+        for key, value in options.pop("data").items():
+            if isinstance(value, io.BytesIO):
+                value = io.BytesIO(value.getvalue())  # noqa: PLW2901
+                form.add_field(key, value, filename="a.txt")
+            else:
+                form.add_field(key, value)
+        options["data"] = form
+    headers = bearer(token) | options.pop("headers", {})
+    try:
+        async with http.post(f"{proxy}/v1/files", headers=headers, **options) as response:
+            answer = await response.json()
+            assert (response.status, answer["error"]["code"]) == (status, code), answer
+    except aiohttp.ClientConnectionError:
+        assert status == 413  # closed while the body was still on its way
+    assert not simulator.account(token).files
+    assert not list(tmp_path.iterdir())  # noqa: ASYNC240
+    assert (await ask(proxy, token))[0] == 200
+
+
+async def test_token_check(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession, log_lines: LogRecorder
+) -> None:
+    live, dead = simulator.token("hello"), simulator.token("hello", "unauthorized-always=refresh")
+    for token, expected in ((live, True), (dead, False), ("no-such-token", False)):
+        async with http.post(f"{proxy}/token/check", json={"token": token}) as response:
+            assert (response.status, await response.json()) == (200, {"live": expected})
+    failing = simulator.token("hello", "status=refresh:500")
+    async with http.post(f"{proxy}/token/check", json={"token": failing}) as response:
+        assert response.status == 502
+    for body in (b"", b"[]", b"{}", b'{"token": 5}', b'{"token": "a b"}', b'{"token": "a,b"}'):
+        async with http.post(f"{proxy}/token/check", data=body) as response:
+            assert response.status == 400
+    assert live not in log_lines.text
+
+
+# The outgoing proxy.
+
+
+class OutgoingProxy:
+    """An HTTP proxy that passes on requests with an absolute target, and notes them."""
+
+    def __init__(self, status: int = 0) -> None:
+        self.targets: list[str] = []
+        self.credentials: set[str] = set()
+        self.url = ""
+        self._status = status
+
+    async def __aenter__(self) -> OutgoingProxy:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.url = f"http://user:sesame@127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        method, target, _ = head.split("\r\n")[0].split(" ")
+        self.targets.append(target)
+        lines = [line for line in head.split("\r\n")[1:] if line]
+        self.credentials |= {line for line in lines if line.lower().startswith("proxy-authorization")}
+        if self._status:
+            writer.write(f"HTTP/1.1 {self._status} No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
+            writer.close()
+            return
+        authority, _, path = target.removeprefix("http://").partition("/")
+        host, _, port = authority.partition(":")
+        up_reader, up_writer = await asyncio.open_connection(host, int(port))
+        kept = [line for line in lines if not line.lower().startswith(("proxy-", "connection"))]
+        up_writer.write("\r\n".join([f"{method} /{path} HTTP/1.1", *kept, "Connection: close", "", ""]).encode())
+
+        async def pump(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+            while piece := await source.read(65_536):
+                target.write(piece)
+                await target.drain()
+
+        sending = asyncio.create_task(pump(reader, up_writer))
+        await pump(up_reader, writer)
+        sending.cancel()
+        up_writer.close()
+        writer.close()
+
+
+async def test_kimi_and_its_storage_are_reached_through_the_outgoing_proxy_and_origins_are_not(
+    simulator: Simulator, start_proxy: StartProxy, log_lines: LogRecorder, dialect: str
+) -> None:
+    async with OutgoingProxy() as outgoing:
+        proxy = await start_proxy(proxy_url=outgoing.url, allow_private_urls=True)
+        part = {"type": "file", "file_url": {"url": f"{simulator.origin_url}/500/a.pdf"}}
+        token = simulator.token("read")
+        status, answer, _ = await ask(proxy, token, messages=[{"role": "user", "content": [part]}])
+        assert status == 200, answer
+        await simulator.settle(token)
+        places = {target.split("/")[2] for target in outgoing.targets}
+        expected = {simulator.url, simulator.storage_url} if dialect == "classic" else {simulator.url}
+        assert places == {place.removeprefix("http://") for place in expected}
+        assert outgoing.credentials == {"Proxy-Authorization: Basic dXNlcjpzZXNhbWU="}
+    assert "sesame" not in log_lines.text
+
+
+@pytest.mark.parametrize("status", [407, 502])
+async def test_an_outgoing_proxy_that_refuses_is_named(
+    simulator: Simulator, start_proxy: StartProxy, status: int
+) -> None:
+    async with OutgoingProxy(status) as outgoing:
+        proxy = await start_proxy(proxy_url=outgoing.url)
+        seen, answer, _ = await ask(proxy, simulator.token("hello"))
+    assert seen == 502 and "sesame" not in json.dumps(answer)
+    proxy = await start_proxy(proxy_url="http://user:sesame@127.0.0.1:9")
+    seen, answer, _ = await ask(proxy, simulator.token("hello"))
+    assert (seen, answer["error"]["code"]) == (502, "service_unreachable")
+    assert "KIMI_PROXY_URL" in answer["error"]["message"] and "sesame" not in json.dumps(answer)
