@@ -2749,7 +2749,7 @@ class ChatRequest:
     """A chat that a client asks for. `use_search` is None where neither the request nor its model says.
 
     `conversation_id`: `new` opens a conversation that is kept, an id goes on with one; else empty. `max_tokens` is None
-    where there is no limit.
+    where there is no limit. `left_out`: names of the tools that nobody here can run, for the log.
     """
 
     model: str
@@ -2764,6 +2764,7 @@ class ChatRequest:
     response_format: ResponseFormat | None = None
     stop: tuple[str, ...] = ()
     max_tokens: int | None = None
+    left_out: tuple[str, ...] = ()
 
     @property
     def attachments(self) -> list[Attachment]:
@@ -3103,6 +3104,230 @@ def wrap_urls(text: str) -> str:
     return _URL.sub(r'<url id="" type="url" status="" title="" wc="">\g<0></url>', text)
 
 
+_Block = str | Attachment | Message
+_MOST_STOP_SEQUENCES: Final = 16
+# What comes back of the model's thinking was for the client, and a server tool's work is that of another service.
+_DROPPED_BLOCKS: Final = ("thinking", "redacted_thinking", "server_tool_use")
+
+
+def parse_messages_request(body: bytes | bytearray) -> ChatRequest:
+    """The request in the body of `POST /v1/messages` (Anthropic API reference, "Create a Message") or of its
+    `/count_tokens`, which has no `max_tokens`.
+
+    A tool's result is a message of role `tool` that stands before the other words of its message. Tools that are
+    neither functions nor a web search are `left_out`. Raises `ProxyError`: `invalid_json`, or `invalid_request` with
+    the field's name as `param`.
+    """
+    value = _parse_object(body)
+    model = _take(value, "model", str, "kimi").strip() or "kimi"
+    tools, others = _parse_messages_tools(_take(value, "tools", list, []))
+    searches = any(kind.startswith("web_search") for kind in others.values())
+    choice = _take(value, "tool_choice", dict, {})
+    is_serial = _take(choice, "disable_parallel_tool_use", bool, False, "tool_choice.")
+    return ChatRequest(
+        model=model,
+        messages=_parse_turns(value),
+        stream=_take(value, "stream", bool, False),
+        include_usage=None,
+        use_search=True if searches or "search" in model.split("-")[1:] else None,
+        tools=tools,
+        tool_choice=_parse_messages_choice(choice, tools, others),
+        parallel_tool_calls=not is_serial,
+        response_format=_parse_output_format(_take(value, "output_config", dict, {})),
+        stop=_parse_stop_sequences(_take(value, "stop_sequences", list, [])),
+        max_tokens=_parse_max_tokens({"max_tokens": value.get("max_tokens")}),
+        left_out=tuple(name for name, kind in others.items() if not kind.startswith("web_search")),
+    )
+
+
+def count_messages_tokens(request: ChatRequest) -> int:
+    """What `/count_tokens` answers: the same number as `input_tokens` of the answer to `request`."""
+    return estimate_tokens(render_prompt(request))
+
+
+def _parse_object(body: bytes | bytearray) -> dict[str, Any]:
+    """The JSON object that a body is."""
+    try:
+        value = parse_json(body)
+    except WireError as error:
+        raise ProxyError("invalid_json", f"the body: {error}") from None
+    if not isinstance(value, dict):
+        raise ProxyError("invalid_json", "the body must be a JSON object")
+    return value
+
+
+def _parse_turns(value: dict[str, Any]) -> tuple[Message, ...]:
+    """`system` and `messages` as one list; a message of role `system` stays in its place."""
+    turns = _take(value, "messages", list, None)
+    if not turns:
+        raise _refuse("messages", "must be a list with at least one message")
+    system = _parse_system(value.get("system"))
+    messages = [system] if system.text else []
+    names: dict[str, str] = {}
+    for index, turn in enumerate(turns):
+        messages += _parse_turn(turn, f"messages[{index}]", names)
+    if sum(len(message.attachments) for message in messages) > MOST_ATTACHMENTS:
+        raise _refuse("messages", f"at most {MOST_ATTACHMENTS} files and pictures in a request")
+    return tuple(messages)
+
+
+def _parse_system(value: object) -> Message:
+    blocks = _parse_blocks(value, "system", _parse_plain_block)
+    for index, block in enumerate(blocks):
+        if isinstance(block, Attachment):
+            raise _refuse(f"system[{index}].type", "must be text")
+    return _join_blocks("system", blocks)
+
+
+def _parse_turn(value: object, place: str, names: dict[str, str]) -> list[Message]:
+    """The results of tools in one message, then what else it says; `names` as in `_parse_message`."""
+    if not isinstance(value, dict):
+        raise _refuse(place, "must be an object")
+    role = _take(value, "role", str, "user", f"{place}.") or "user"
+    if not _ROLE.fullmatch(role):
+        raise _refuse(f"{place}.role", "must be a short word such as user")
+    blocks = _parse_blocks(value.get("content"), f"{place}.content", partial(_parse_block, names=names))
+    results = [block for block in blocks if isinstance(block, Message)]
+    rest = _join_blocks(role, blocks)
+    return [*results, rest] if rest.text or rest.attachments or not results else results
+
+
+def _parse_blocks(content: object, place: str, parse: Callable[[object, str], _Block]) -> list[_Block]:
+    """What `parse` makes of each block of a content: a string, a list of blocks, or null."""
+    if content is None or isinstance(content, str):
+        return [content or ""]
+    if not isinstance(content, list):
+        raise _refuse(place, "must be a string or a list of blocks")
+    return [parse(block, f"{place}[{index}]") for index, block in enumerate(content)]
+
+
+def _join_blocks(role: str, blocks: Sequence[_Block]) -> Message:
+    """The texts and attachments of `blocks` as one message; each text begins on a line of its own."""
+    text = "\n".join(block for block in blocks if isinstance(block, str) and block)
+    return Message(role, text, tuple(block for block in blocks if isinstance(block, Attachment)))
+
+
+def _parse_block(value: object, place: str, names: dict[str, str]) -> _Block:
+    """One block of a message; an empty text for what is dropped."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    if isinstance(value, dict) and kind == "tool_use":
+        return _parse_tool_use(value, place, names)
+    if isinstance(value, dict) and kind == "tool_result":
+        return _parse_tool_result(value, place, names)
+    return _parse_plain_block(value, place)
+
+
+def _parse_tool_use(value: dict[str, Any], place: str, names: dict[str, str]) -> str:
+    """A call that the model made before, as text; its name is noted for the result that follows."""
+    name = _take(value, "name", str, "", f"{place}.")
+    names[_take(value, "id", str, "", f"{place}.")] = name
+    arguments = _take(value, "input", dict, {}, f"{place}.")
+    try:
+        return render_tool_call(name, encode_json(arguments))
+    except RecursionError:
+        raise _refuse(f"{place}.input", "is nested too deep") from None
+
+
+def _parse_tool_result(value: dict[str, Any], place: str, names: dict[str, str]) -> Message:
+    """What a tool gave back, with the pictures and files in it; no result stands within another."""
+    name = names.get(_take(value, "tool_use_id", str, "", f"{place}."), "")
+    result = _join_blocks("tool", _parse_blocks(value.get("content"), f"{place}.content", _parse_plain_block))
+    error = "Error: " if _take(value, "is_error", bool, False, f"{place}.") else ""
+    return replace(result, text=render_tool_response(name, error + result.text))
+
+
+def _parse_plain_block(value: object, place: str) -> str | Attachment:
+    """A block that is neither a call nor a result of one."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, dict):
+        raise _refuse(place, "must be an object")
+    kind = _take(value, "type", str, "", f"{place}.")
+    if kind == "text":
+        return str(_take(value, "text", str, "", f"{place}."))
+    if kind == "image":
+        return _parse_source("image", value, place)
+    if kind == "document":
+        return _parse_source("file", value, place)
+    if kind in _DROPPED_BLOCKS or kind.endswith("_tool_result"):  # web_search_tool_result and its like
+        return ""
+    name = quote_words(kind)[:40] or "(none)"
+    known = "text, image, document, tool_use, tool_result, thinking"
+    raise _refuse(f"{place}.type", f"unknown kind of block, or not known here: {name}; known: {known}")
+
+
+def _parse_source(kind: Literal["file", "image"], value: dict[str, Any], place: str) -> str | Attachment:
+    """The attachment in a block's `{"source": {"type": …}, "title"}`; a document that is plain text is the text."""
+    source = _take(value, "source", dict, {}, f"{place}.")
+    title = _take(value, "title", str, "", f"{place}.")
+    place = f"{place}.source"
+    form = _take(source, "type", str, "", f"{place}.")
+    if form == "url":
+        attachment = _parse_url(kind, source.get("url"), f"{place}.url")
+        return replace(attachment, name=title or attachment.name)
+    if form not in ("base64", "text") or (form == "text" and kind == "image"):
+        raise _refuse(f"{place}.type", "must be base64 or url, or text in a document")
+    data = _take(source, "data", str, "", f"{place}.")
+    if form == "text":
+        return f"{title}\n{data}" if title else str(data)
+    if not data:
+        raise _refuse(f"{place}.data", "must be base64")
+    content_type = _take(source, "media_type", str, "", f"{place}.").strip().lower()
+    return Attachment(kind, f"{place}.data", data=data, name=title, content_type=content_type)
+
+
+def _parse_messages_tools(values: list[Any]) -> tuple[tuple[Tool, ...], dict[str, str]]:
+    """The functions among `tools`, each name once, and the types of the others by their names."""
+    tools: dict[str, Tool] = {}
+    others: dict[str, str] = {}
+    for index, value in enumerate(values):
+        place = f"tools[{index}]"
+        if not isinstance(value, dict):
+            raise _refuse(place, "must be an object")
+        kind = _take(value, "type", str, "custom", f"{place}.")
+        name = _take(value, "name", str, "", f"{place}.")
+        if kind != "custom":
+            others[quote_words(name or kind)[:60]] = kind
+            continue
+        if not _FUNCTION_NAME.fullmatch(name):
+            raise _refuse(f"{place}.name", "must be a name without blanks, 128 characters at most")
+        description = _take(value, "description", str, "", f"{place}.")
+        parameters = _check_depth(value.get("input_schema"), f"{place}.input_schema")
+        tools.setdefault(name, Tool(name, description, parameters))
+    return tuple(tools.values()), others
+
+
+def _parse_messages_choice(value: dict[str, Any], tools: Sequence[Tool], others: Mapping[str, str]) -> ToolChoice:
+    """What `tool_choice` means; where it wants one of the `others`, which the model cannot call, it means nothing."""
+    kind = _take(value, "type", str, "auto", "tool_choice.")
+    name = _take(value, "name", str, "", "tool_choice.")
+    if kind not in ("auto", "any", "tool", "none"):
+        raise _refuse("tool_choice.type", "must be auto, any, tool or none")
+    if (kind == "any" and others and not tools) or (kind == "tool" and name in others):
+        return ToolChoice()
+    if kind == "tool":
+        return _parse_tool_choice({"name": name}, tools)
+    return _parse_tool_choice("required" if kind == "any" else kind, tools)
+
+
+def _parse_output_format(config: dict[str, Any]) -> ResponseFormat | None:
+    form = _take(config, "format", dict, None, "output_config.")
+    if form is None:
+        return None
+    place = "output_config.format"
+    if _take(form, "type", str, "", f"{place}.") != "json_schema":
+        raise _refuse(f"{place}.type", "must be json_schema")
+    if form.get("schema") is None:
+        raise _refuse(f"{place}.schema", "is missing")
+    return ResponseFormat("json_schema", _check_depth(form["schema"], f"{place}.schema"))
+
+
+def _parse_stop_sequences(stops: list[Any]) -> tuple[str, ...]:
+    if len(stops) > _MOST_STOP_SEQUENCES or not all(isinstance(stop, str) for stop in stops):
+        raise _refuse("stop_sequences", f"must be a list of up to {_MOST_STOP_SEQUENCES} strings")
+    return tuple(stop for stop in dict.fromkeys(stops) if stop)
+
+
 # ==== 11. Replies ===========================================================
 #
 # Events in, the client's bytes out: one encoder an API shape and form. `feed` takes an event, `finish` ends a good
@@ -3432,6 +3657,253 @@ def make_chat_reply(request: ChatRequest, created: int, sources: str, prompt: st
     if request.stream:
         return ChatStreamReply(request.model, created, request.include_usage, shown, Usage(prompt))
     return ChatWholeReply(request.model, created, shown, Usage(prompt))
+
+
+_SIGNATURE: Final = "a2ltaV9wcm94eQ=="  # clients send it back with the thinking, where it is dropped
+_BLOCK_STARTS: Final = {
+    "text": '{"type":"text","text":""}',
+    "thinking": '{"type":"thinking","thinking":"","signature":""}',
+}
+_STOP_REASONS: Final[Mapping[FinishReason, str]] = {
+    "stop": "end_turn",
+    "length": "max_tokens",
+    "tool_calls": "tool_use",
+    "content_filter": "refusal",
+}
+_MESSAGES_ERRORS: Final[Mapping[int, str]] = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    413: "request_too_large",
+    422: "invalid_request_error",
+    429: "rate_limit_error",
+    504: "timeout_error",
+}
+
+
+def render_messages_error(error: ProxyError) -> dict[str, Any]:
+    """Anthropic's error object (Anthropic API reference, "Errors")."""
+    kind = _MESSAGES_ERRORS.get(error.status, "api_error")
+    return {"type": "error", "error": {"type": kind, "message": error.message}}
+
+
+class _MessagesReply:
+    """What the two forms of a message share: which of its blocks says an event, so that both carry the same.
+
+    Thinking, text and each call have blocks of their own, in the order of events. The list of sources is the last, and
+    a message that would have none has an empty text, since clients read the first block without asking.
+    """
+
+    def __init__(self, model: str, shown: ShownText, usage: Usage) -> None:
+        self.chunks = 0
+        self._model = model
+        self._shown = shown
+        self._usage = usage
+        self._id = "msg_"
+        self._kind = ""  # of the block that is open; empty where none is
+        self._blocks = 0
+        self._stop: dict[str, str | None] = {"stop_reason": None, "stop_sequence": None}
+
+    def feed(self, event: Event) -> bytes:
+        """What says `event`; empty for an event that shows nothing, and in a whole answer."""
+        text = self._shown.feed(event)
+        self._usage.feed(event)
+        match event:
+            case Thinking():
+                return self._add("thinking", event.text)
+            case ToolCall():
+                self.chunks += 1
+                return self._close() + self._add_call(event)
+            case Opened():
+                # Nothing is sent yet: until the service answers, a failure has a status of its own.
+                self._id = f"msg_{event.conversation_id}"
+                return b""
+            case Finished():
+                return self._end(event, text)
+            case _:
+                return self._add("text", text)
+
+    def _add(self, kind: str, text: str) -> bytes:
+        """`text` at the end of the open block, or in a new one where that is of another kind."""
+        if not text:
+            return b""
+        self.chunks += 1
+        if kind == self._kind:
+            return self._add_text(text)
+        return self._close() + self._open(kind) + self._add_text(text)
+
+    def _end(self, event: Finished, text: str) -> bytes:
+        sentence, head, listed = text.partition(_SOURCES_HEAD)
+        data = self._add("text", sentence) + self._close() + self._add("text", head + listed)
+        if not self._blocks:
+            data += self._open("text")
+        self._stop["stop_reason"] = "stop_sequence" if event.stop_sequence else _STOP_REASONS[event.reason]
+        self._stop["stop_sequence"] = event.stop_sequence or None
+        return data + self._close()
+
+    def _render_message(self, content: str, output_tokens: int) -> str:
+        """The message object around the JSON of its blocks."""
+        head = encode_json({"id": self._id, "type": "message", "role": "assistant", "model": self._model})
+        usage = {"input_tokens": self._usage.prompt_tokens, "output_tokens": output_tokens}
+        caches = {"cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}
+        return f'{head[:-1]},"content":[{content}],{encode_json({**self._stop, "usage": {**usage, **caches}})[1:]}'
+
+    def _open(self, kind: str) -> bytes:
+        raise NotImplementedError
+
+    def _add_text(self, text: str) -> bytes:
+        raise NotImplementedError
+
+    def _close(self) -> bytes:
+        raise NotImplementedError
+
+    def _add_call(self, call: ToolCall) -> bytes:
+        raise NotImplementedError
+
+
+def _render_tool_use(call: ToolCall, arguments: str) -> str:
+    return f'{encode_json({"type": "tool_use", "id": call.id, "name": call.name})[:-1]},"input":{arguments}}}'
+
+
+def _encode_message_event(kind: str, rest: str) -> bytes:
+    """One event of a message's stream; `rest` is its fields beside `type`, as JSON without the opening brace."""
+    return encode_sse(f'{{"type":"{kind}",{rest}', kind)
+
+
+class MessagesStreamReply(_MessagesReply):
+    """Anthropic's events of one answer (Anthropic API reference, "Streaming Messages")."""
+
+    content_type = "text/event-stream"
+
+    def __init__(self, model: str, shown: ShownText, usage: Usage) -> None:
+        super().__init__(model, shown, usage)
+        self._delta_head = ""
+
+    def finish(self) -> bytes:
+        """The mark of a stream that ended well."""
+        return encode_sse('{"type":"message_stop"}', "message_stop")
+
+    def fail(self, error: ProxyError) -> bytes:
+        """The last event of a stream that failed after its head went out: no `message_stop` follows."""
+        return encode_sse(encode_json(render_messages_error(error)), "error")
+
+    def alive(self) -> bytes:
+        """An event that clients pass over, before `message_start` too."""
+        return encode_sse('{"type":"ping"}', "ping")
+
+    def _end(self, event: Finished, text: str) -> bytes:
+        data = super()._end(event, text)
+        usage = {"output_tokens": self._usage.completion_tokens}
+        return data + _encode_message_event("message_delta", encode_json({"delta": self._stop, "usage": usage})[1:])
+
+    def _open(self, kind: str) -> bytes:
+        self._kind = kind
+        data = self._start_block(_BLOCK_STARTS[kind])
+        self._delta_head = self._render_delta_head(f"{kind}_delta", kind)
+        return data
+
+    def _start_block(self, block: str) -> bytes:
+        """A block's first event, and the message's before that of the first block."""
+        start = b""
+        if not self._blocks:
+            start = _encode_message_event("message_start", f'"message":{self._render_message("", 1)}}}')
+        self._blocks += 1
+        return start + _encode_message_event("content_block_start", f'"index":{self._index},"content_block":{block}}}')
+
+    @property
+    def _index(self) -> int:
+        return self._blocks - 1
+
+    def _render_delta_head(self, kind: str, field_name: str) -> str:
+        """What stands before the text of a delta; two braces follow it."""
+        head = f'{{"type":"content_block_delta","index":{self._index},"delta":{{"type":"{kind}","{field_name}":'
+        return f"event: content_block_delta\ndata: {head}"
+
+    def _add_text(self, text: str) -> bytes:
+        if len(text) > _LARGEST_TEXT:
+            pieces = (text[start : start + _LARGEST_TEXT] for start in range(0, len(text), _LARGEST_TEXT))
+            return b"".join(map(self._add_text, pieces))
+        return f"{self._delta_head}{encode_basestring(text)}}}}}\n\n".encode()
+
+    def _close(self) -> bytes:
+        kind, self._kind = self._kind, ""
+        if not kind:
+            return b""
+        signature = b""
+        if kind == "thinking":
+            signature = f'{self._render_delta_head("signature_delta", "signature")}"{_SIGNATURE}"}}}}\n\n'.encode()
+        return signature + self._stop_block()
+
+    def _stop_block(self) -> bytes:
+        return _encode_message_event("content_block_stop", f'"index":{self._index}}}')
+
+    def _add_call(self, call: ToolCall) -> bytes:
+        start = self._start_block(_render_tool_use(call, "{}"))
+        head = self._render_delta_head("input_json_delta", "partial_json")
+        return start + f"{head}{encode_basestring(call.arguments)}}}}}\n\n".encode() + self._stop_block()
+
+
+class MessagesWholeReply(_MessagesReply):
+    """Anthropic's message object of one answer, made when it ends."""
+
+    content_type = "application/json"
+
+    def __init__(self, model: str, shown: ShownText, usage: Usage) -> None:
+        super().__init__(model, shown, usage)
+        self._content: list[str] = []
+        self._texts: list[str] = []
+
+    def finish(self) -> bytes:
+        """The whole body."""
+        return self._render_message(",".join(self._content), self._usage.completion_tokens).encode()
+
+    def fail(self, error: ProxyError) -> bytes:
+        """The whole body of a failure."""
+        return encode_json(render_messages_error(error)).encode()
+
+    def alive(self) -> bytes:
+        """Nothing: a whole answer has no form for silence."""
+        return b""
+
+    def _open(self, kind: str) -> bytes:
+        self._kind = kind
+        self._blocks += 1
+        self._texts = []
+        return b""
+
+    def _add_text(self, text: str) -> bytes:
+        self._texts.append(text)
+        return b""
+
+    def _close(self) -> bytes:
+        if self._kind:
+            block = {"type": self._kind, self._kind: "".join(self._texts)}
+            self._content.append(encode_json({**block, **({"signature": _SIGNATURE} if "thinking" in block else {})}))
+        self._kind = ""
+        return b""
+
+    def _add_call(self, call: ToolCall) -> bytes:
+        self._blocks += 1
+        self._content.append(_render_tool_use(call, call.arguments))
+        return b""
+
+
+MessagesReply = MessagesStreamReply | MessagesWholeReply
+
+
+def make_messages_reply(request: ChatRequest, created: int, sources: str, prompt: str) -> MessagesReply:
+    """The encoder that `request` asks for; the arguments are those of `make_chat_reply`, `created` is not told here.
+
+    The API has no place for annotations: where sources are not shown as text, no mark refers to them either. Inline
+    hits are listed at the end too, in a block of their own.
+    """
+    is_silent = "silent" in request.model.split("-")[1:] or request.response_format is not None
+    sources = "text" if sources == "text" and not is_silent else "none"
+    shown = ShownText(sources, streamed=False, sentence=request.response_format is None)
+    encoder = MessagesStreamReply if request.stream else MessagesWholeReply
+    return encoder(request.model, shown, Usage(prompt))
 
 
 # ==== 12. Tasks =============================================================
