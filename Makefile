@@ -3,11 +3,12 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+AGENTS ?= $(HOME)/.cache/kimi_proxy/agents
 PURE := tests/test_wire.py tests/test_events.py tests/test_answers.py tests/test_tools.py tests/test_filters.py \
 	tests/test_requests.py tests/test_replies.py tests/test_errors.py tests/test_settings.py tests/test_logs.py tests/test_layout.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test test-node bench test-lowest check lint toc golden trace clean
+.PHONY: help demo run test test-node test-agents bench test-lowest check lint toc golden trace clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -23,6 +24,13 @@ test: $(VENV)/test.stamp ## run all tests
 
 test-node: $(VENV)/run.stamp $(VENV)/node.stamp ## test with a program from npm; needs Node 18 or later
 	@PYTHONPATH=.:tests $(RUN) tests/node/run.py
+
+test-agents: $(VENV)/run.stamp ## test with Claude Code and Codex CLI (several hundred MB outside of this tree)
+	@command -v npm >/dev/null || { echo "this needs Node and npm" >&2; exit 1; }
+	mkdir -p $(AGENTS)
+	cd $(AGENTS) && npm install --no-audit --no-fund --loglevel=error \
+		@anthropic-ai/claude-code@2.1.197 @openai/codex@0.169.0
+	@PYTHONPATH=.:tests $(RUN) tests/agents/run.py $(AGENTS)
 
 bench: $(VENV)/run.stamp ## measure by how much files raise the proxy's peak memory (Linux)
 	@PYTHONPATH=tests $(RUN) tests/bench/memory.py

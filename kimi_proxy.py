@@ -66,7 +66,7 @@ from aiohttp import abc, web, web_protocol
 from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
-__version__: Final = "1.4.0"
+__version__: Final = "1.5.0"
 
 
 # ==== 2. Settings ===========================================================
@@ -431,6 +431,9 @@ FAILURES: Final[Mapping[str, Failure]] = {
         "give a public http or https address that needs no log-in; PROXY_ALLOW_PRIVATE_URLS=1 opens your own network",
     ),
     "file_unreadable": Failure(400, _REQUEST, -2000, "Kimi cannot read this file; try another format"),
+    "previous_response_not_found": Failure(
+        400, _REQUEST, -2000, "this account keeps no such response here; send the whole input instead"
+    ),
     "token_missing": Failure(401, _AUTHENTICATION, -2002, "send `Authorization: Bearer <refresh token>`"),
     "token_dead": Failure(
         401,
@@ -451,6 +454,7 @@ FAILURES: Final[Mapping[str, Failure]] = {
         -2000,
         "this account has no such file here; ids are forgotten when the proxy restarts: upload again",
     ),
+    "response_not_found": Failure(404, _REQUEST, -2000, "this account keeps no such response here"),
     "not_found": Failure(404, _REQUEST, -2000, "there is nothing at this path"),
     "model_not_found": Failure(404, _REQUEST, -2000, "GET /v1/models lists the models"),
     "conversation_not_found": Failure(
@@ -2787,27 +2791,37 @@ class ChatRequest:
         return self.conversation_id not in ("", NEW_CONVERSATION)
 
 
-def parse_chat_request(body: bytes | bytearray) -> ChatRequest:
-    """The request in the body of `POST /v1/chat/completions` (OpenAI API reference, "Create chat completion").
-
-    Raises `ProxyError`: `invalid_json`, or `invalid_request` with the field's name as `param`.
-    """
+def _parse_object(body: bytes | bytearray) -> dict[str, Any]:
+    """The JSON object in a body. Raises `ProxyError` `invalid_json`."""
     try:
         value = parse_json(body)
     except WireError as error:
         raise ProxyError("invalid_json", f"the body: {error}") from None
     if not isinstance(value, dict):
         raise ProxyError("invalid_json", "the body must be a JSON object")
+    return value
+
+
+def _parse_model(value: dict[str, Any]) -> tuple[str, bool | None]:
+    """The model's name, and whether to search, where the request or that name says."""
     model = _take(value, "model", str, "kimi").strip() or "kimi"
+    search = _take(value, "use_search", bool, None)
+    return model, True if search is None and "search" in model.split("-")[1:] else search
+
+
+def parse_chat_request(body: bytes | bytearray) -> ChatRequest:
+    """The request in the body of `POST /v1/chat/completions` (OpenAI API reference, "Create chat completion").
+
+    Raises `ProxyError`: `invalid_json`, or `invalid_request` with the field's name as `param`.
+    """
+    value = _parse_object(body)
+    model, search = _parse_model(value)
     messages = _take(value, "messages", list, None)
     if not messages:
         raise _refuse("messages", "must be a list with at least one message")
     if _take(value, "n", int, 1) != 1:
         raise _refuse("n", "only 1 answer at a time")
     options = _take(value, "stream_options", dict, None)
-    search = _take(value, "use_search", bool, None)
-    if search is None and "search" in model.split("-")[1:]:
-        search = True
     tools, searches = _parse_tools(_take(value, "tools", list, []))
     search = True if search is None and searches else search
     names: dict[str, str] = {}
@@ -3145,17 +3159,6 @@ def count_messages_tokens(request: ChatRequest) -> int:
     return estimate_tokens(render_prompt(request))
 
 
-def _parse_object(body: bytes | bytearray) -> dict[str, Any]:
-    """The JSON object that a body is."""
-    try:
-        value = parse_json(body)
-    except WireError as error:
-        raise ProxyError("invalid_json", f"the body: {error}") from None
-    if not isinstance(value, dict):
-        raise ProxyError("invalid_json", "the body must be a JSON object")
-    return value
-
-
 def _parse_turns(value: dict[str, Any]) -> tuple[Message, ...]:
     """`system` and `messages` as one list; a message of role `system` stays in its place."""
     turns = _take(value, "messages", list, None)
@@ -3326,6 +3329,380 @@ def _parse_stop_sequences(stops: list[Any]) -> tuple[str, ...]:
     if len(stops) > _MOST_STOP_SEQUENCES or not all(isinstance(stop, str) for stop in stops):
         raise _refuse("stop_sequences", f"must be a list of up to {_MOST_STOP_SEQUENCES} strings")
     return tuple(stop for stop in dict.fromkeys(stops) if stop)
+
+
+@dataclass(frozen=True, slots=True)
+class ResponsesRequest:
+    """What a client asks for by `POST /v1/responses`: the `chat`, and what that API has beside it.
+
+    `store`: whether the answer may be kept, to be gone on from by its id. `echo` is what the response object repeats of
+    the request, with OpenAI's defaults. `unnamed_results` are the results of calls that are not in this request: at the
+    place in `chat.messages`, the call's id and what it gave back.
+    """
+
+    chat: ChatRequest
+    previous_response_id: str
+    store: bool
+    echo: Mapping[str, Any] = field(repr=False)
+    unnamed_results: Mapping[int, tuple[str, str]] = field(repr=False, default_factory=dict)
+
+    @property
+    def own_messages(self) -> tuple[Message, ...]:
+        """The messages that a later turn is given again: all but `instructions`, which are for one answer."""
+        return self.chat.messages[1:] if self.echo["instructions"] else self.chat.messages
+
+
+def parse_responses_request(body: bytes | bytearray) -> ResponsesRequest:
+    """The request in the body of `POST /v1/responses` (OpenAI API reference, "Create a model response").
+
+    Raises `ProxyError`: `invalid_json`, or `invalid_request` with the field's name as `param`.
+    """
+    value = _parse_object(body)
+    model, search = _parse_model(value)
+    previous = _take(value, "previous_response_id", str, "")
+    instructions = _take(value, "instructions", str, "")
+    reader = _InputReader([Message("system", instructions)] if instructions else [])
+    reader.feed(value.get("input"), is_optional=bool(previous))
+    tools, left_out, searches = _parse_flat_tools(_take(value, "tools", list, []))
+    form, form_echo = _parse_text_format(_take(value, "text", dict, {}))
+    chat = ChatRequest(
+        model=model,
+        messages=tuple(reader.messages),
+        stream=_take(value, "stream", bool, False),
+        include_usage=None,
+        use_search=True if search is None and searches else search,
+        tools=tools,
+        tool_choice=_parse_flat_tool_choice(value.get("tool_choice"), tools, left_out, searches=searches),
+        parallel_tool_calls=_take(value, "parallel_tool_calls", bool, True),
+        response_format=form,
+        max_tokens=_parse_limit(value, "max_output_tokens"),
+        left_out=left_out,
+    )
+    store = _take(value, "store", bool, True)
+    own = {"text": form_echo, "parallel_tool_calls": chat.parallel_tool_calls, "max_output_tokens": chat.max_tokens}
+    echo = {**_echo_fields(value), **own, "instructions": instructions or None, "store": store}
+    return ResponsesRequest(chat, previous, store, echo, reader.unnamed_results)
+
+
+def extend_request(
+    request: ResponsesRequest, before: Sequence[Message], names: Mapping[str, str] | None = None
+) -> ChatRequest:
+    """The chat of `request` after the messages of the turns `before` it, its own instructions still first.
+
+    `names` are those of the calls in these turns, by their ids, as `call_names` gives them. With the result as `chat`,
+    the request's `own_messages` are those of all turns. Raises `ProxyError` `invalid_request` for too many attachments.
+    """
+    own = list(request.chat.messages)
+    for index, (call_id, text) in request.unnamed_results.items():
+        own[index] = replace(own[index], text=render_tool_response((names or {}).get(call_id, ""), text))
+    first = len(own) - len(request.own_messages)
+    messages = (*own[:first], *before, *own[first:])
+    _count_attachments(messages, "input")
+    return replace(request.chat, messages=messages)
+
+
+def answer_message(response: Mapping[str, Any]) -> Message:
+    """The assistant's message that an answer becomes in the next turn: its text and its calls, without its thinking.
+
+    `response` is a response object as a reply of section 11 makes it.
+    """
+    lines: list[str] = []
+    for item in response["output"]:
+        if item["type"] == "message":
+            lines += [part["text"] for part in item["content"]]
+        elif item["type"] == "function_call":
+            lines.append(render_tool_call(item["name"], item["arguments"]))
+    return Message("assistant", "\n".join(filter(None, lines)))
+
+
+def call_names(response: Mapping[str, Any]) -> dict[str, str]:
+    """The names of the functions that a `response` object calls, by the ids of the calls."""
+    return {item["call_id"]: item["name"] for item in response["output"] if item["type"] == "function_call"}
+
+
+def _parse_limit(value: dict[str, Any], name: str) -> int | None:
+    limit: int | None = _take(value, name, int, None)
+    if limit is not None and limit < 1:
+        raise _refuse(name, "must be at least 1")
+    return limit
+
+
+def _count_attachments(messages: Sequence[Message], param: str) -> None:
+    if sum(len(message.attachments) for message in messages) > MOST_ATTACHMENTS:
+        raise _refuse(param, f"at most {MOST_ATTACHMENTS} files and pictures in a request")
+
+
+class _InputReader:
+    """Makes messages of the Responses API's `input`. A call is told in the message of the words before it.
+
+    Left out are the model's thinking and items of the service's own tools, which Kimi's web service has not.
+    """
+
+    def __init__(self, messages: list[Message]) -> None:
+        self.messages = messages
+        self.unnamed_results: dict[int, tuple[str, str]] = {}
+        self._names: dict[str, str] = {}
+        self._calls: list[str] = []
+
+    def feed(self, value: object, *, is_optional: bool) -> None:
+        """Read all of `input`. Raises `ProxyError` where it is wrong, or says nothing and is not optional."""
+        begun = len(self.messages)
+        if isinstance(value, str):
+            self.messages += [Message("user", value)] if value else []
+        elif isinstance(value, list):
+            for index, item in enumerate(value):
+                self._take_item(item, f"input[{index}]")
+            self._end_calls()
+        elif value is not None:
+            raise _refuse("input", "must be a string or a list of items")
+        if len(self.messages) == begun and not is_optional:
+            raise _refuse("input", "must be a text, or a list with at least one message")
+        _count_attachments(self.messages, "input")
+
+    def _take_item(self, item: object, place: str) -> None:
+        if not isinstance(item, dict):
+            raise _refuse(place, "must be an object")
+        is_reference = "id" in item and "role" not in item and "content" not in item
+        match _take(item, "type", str, "item_reference" if is_reference else "message", f"{place}."):
+            case "message":
+                self._take_message(item, place)
+            case "function_call":
+                self._take_call(item, place)
+            case "function_call_output":
+                self._take_result(item, place)
+            case "item_reference":
+                raise _refuse(place, "a reference to an item: items are not kept here, send the item itself")
+            case _:
+                pass
+
+    def _take_message(self, item: dict[str, Any], place: str) -> None:
+        role = _take(item, "role", str, "user", f"{place}.") or "user"
+        if not _ROLE.fullmatch(role):
+            raise _refuse(f"{place}.role", "must be a short word such as user")
+        text, attachments = _parse_input_content(item.get("content"), f"{place}.content")
+        self._end_calls()
+        self.messages.append(Message(role, text, attachments))
+
+    def _take_call(self, item: dict[str, Any], place: str) -> None:
+        name = _take(item, "name", str, "", f"{place}.")
+        self._names[_take(item, "call_id", str, "", f"{place}.")] = name
+        self._calls.append(render_tool_call(name, _take(item, "arguments", str, "", f"{place}.")))
+
+    def _take_result(self, item: dict[str, Any], place: str) -> None:
+        called = _take(item, "call_id", str, "", f"{place}.")
+        text, attachments = _parse_input_content(item.get("output"), f"{place}.output")
+        self._end_calls()
+        if called not in self._names:
+            self.unnamed_results[len(self.messages)] = (called, text)
+        self.messages.append(Message("tool", render_tool_response(self._names.get(called, ""), text), attachments))
+
+    def _end_calls(self) -> None:
+        """Tell the calls since the last message in that message, if it is the assistant's, else in one of their own."""
+        if not self._calls:
+            return
+        if not self.messages or self.messages[-1].role != "assistant":
+            self.messages.append(Message("assistant", ""))
+        last = self.messages.pop()
+        self.messages.append(replace(last, text="\n".join([last.text, *self._calls] if last.text else self._calls)))
+        self._calls = []
+
+
+def _parse_input_content(content: object, place: str) -> tuple[str, tuple[Attachment, ...]]:
+    """Text and attachments of an item's content or output: a string, a list of parts, or null."""
+    if content is None or isinstance(content, str):
+        return content or "", ()
+    if not isinstance(content, list):
+        raise _refuse(place, "must be a string, a list of parts, or null")
+    parts = [_parse_input_part(part, f"{place}[{index}]") for index, part in enumerate(content)]
+    text = "".join(part for part in parts if isinstance(part, str))
+    return text, tuple(part for part in parts if isinstance(part, Attachment))
+
+
+def _parse_input_part(value: object, place: str) -> str | Attachment:
+    """The text or the attachment in one part of an item's content."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, dict):
+        raise _refuse(place, "must be an object")
+    kind = _take(value, "type", str, "", f"{place}.")
+    match kind:
+        case "input_text" | "output_text" | "text":
+            return str(_take(value, "text", str, "", f"{place}."))
+        case "refusal":
+            return str(_take(value, "refusal", str, "", f"{place}."))
+        case "input_audio":
+            raise _refuse(f"{place}.type", "input_audio: Kimi's web service takes no sound")
+        case "input_image" if value.get("image_url") is not None:
+            return _parse_url("image", value["image_url"], f"{place}.image_url")
+        case "input_file" if value.get("file_url") is not None:
+            named = _take(value, "filename", str, "", f"{place}.")
+            attachment = _parse_url("file", value["file_url"], f"{place}.file_url")
+            return replace(attachment, name=named or attachment.name)
+        case "input_image" | "input_file" if value.get("file_id") is not None:
+            raise _refuse(f"{place}.file_id", "files are not kept here; send the data or a URL")
+        case "input_image":
+            raise _refuse(f"{place}.image_url", "must be a URL")
+        case "input_file":
+            return _parse_file(value, place)
+        case _:
+            known = "input_text, input_image, input_file"
+            name = quote_words(kind)[:40] or "(none)"
+            raise _refuse(f"{place}.type", f"unknown kind of part: {name}; known: {known}")
+
+
+def _parse_flat_tools(values: list[Any]) -> tuple[tuple[Tool, ...], tuple[str, ...], bool]:
+    """The functions among the Responses API's `tools`, the names of what is left out, and whether to search."""
+    tools: dict[str, Tool] = {}
+    left_out: list[str] = []
+    searches = False
+    for index, value in enumerate(values):
+        place = f"tools[{index}]"
+        if not isinstance(value, dict):
+            raise _refuse(place, "must be an object")
+        kind = _take(value, "type", str, "function", f"{place}.")
+        if kind.startswith("web_search"):
+            searches = True
+        elif kind == "function":
+            tool = _parse_flat_tool(value, place)
+            tools.setdefault(tool.name, tool)
+        else:
+            left_out += _read_foreign_names(value, kind)
+    return tuple(tools.values()), tuple(dict.fromkeys(left_out)), searches
+
+
+def _parse_flat_tool(value: dict[str, Any], place: str) -> Tool:
+    name = _take(value, "name", str, "", f"{place}.")
+    if not _FUNCTION_NAME.fullmatch(name):
+        raise _refuse(f"{place}.name", "must be a name without blanks, 128 characters at most")
+    description = _take(value, "description", str, "", f"{place}.")
+    return Tool(name, description, _check_depth(value.get("parameters"), f"{place}.parameters"))
+
+
+def _read_foreign_names(value: dict[str, Any], kind: str) -> list[str]:
+    """What a tool of another kind is called, or else its kind; of a `namespace` its tools too. Only what is a name."""
+    nested = value.get("tools")
+    inner = [tool.get("name") for tool in nested if isinstance(tool, dict)] if isinstance(nested, list) else []
+    names = [value.get("name") or value.get("server_label") or kind, *inner]
+    return [name for name in names if isinstance(name, str) and _FUNCTION_NAME.fullmatch(name)]
+
+
+def _parse_flat_tool_choice(
+    value: object, tools: Sequence[Tool], left_out: Sequence[str], *, searches: bool
+) -> ToolChoice:
+    """What the Responses API's `tool_choice` means for `tools`; `auto` where it wants what is not offered."""
+    if isinstance(value, dict) and value.get("type", "function") != "function":
+        value = value.get("mode", "auto")  # `allowed_tools` has one; the other kinds name what is left out
+    if value == "required" and not tools and (left_out or searches):
+        return ToolChoice()
+    if isinstance(value, dict) and value.get("name") in left_out:
+        return ToolChoice()
+    return _parse_tool_choice(value, tools)
+
+
+def _parse_text_format(text: dict[str, Any]) -> tuple[ResponseFormat | None, dict[str, Any]]:
+    """The form that `text.format` asks for, and `text` as the response object repeats it."""
+    form = _take(text, "format", dict, {}, "text.")
+    kind = _take(form, "type", str, "text", "text.format.")
+    verbosity = text.get("verbosity")
+    rest = {"verbosity": verbosity if verbosity in ("low", "medium", "high") else "medium"}
+    if kind == "text":
+        return None, {"format": {"type": "text"}, **rest}
+    if kind == "json_object":
+        return ResponseFormat("json_object"), {"format": {"type": "json_object"}, **rest}
+    if kind != "json_schema":
+        raise _refuse("text.format.type", "must be text, json_object or json_schema")
+    if "schema" not in form:
+        raise _refuse("text.format.schema", "is missing")
+    schema = _repeat(_check_depth(form["schema"], "text.format.schema"), "text.format.schema")
+    name = _take(form, "name", str, "", "text.format.")
+    shown = {"type": kind, "name": name, "schema": schema, "strict": form.get("strict") is True, "description": None}
+    return ResponseFormat("json_schema", schema, name), {"format": shown, **rest}
+
+
+_ROOM: Final = 50  # levels of JSON that a response object and its making may add to what it repeats
+
+
+def _repeat(value: Any, param: str) -> Any:
+    """`value`, which can be written out again within a response object. Raises `ProxyError` for any other."""
+    inner = value
+    for _ in range(_ROOM):
+        inner = [inner]
+    try:
+        json.dumps(inner, allow_nan=False)
+    except RecursionError:
+        raise _refuse(param, "is nested too deep") from None
+    except ValueError:
+        raise _refuse(param, "holds a number that is too large") from None
+    return value
+
+
+_OBJECTS: Final = ("metadata", "reasoning")
+_EFFORTS: Final = ("effort", "summary")
+_WORDS_REPEATED: Final = ("previous_response_id", "prompt_cache_key", "safety_identifier", "user")
+
+
+def _echo_fields(value: dict[str, Any]) -> dict[str, Any]:
+    """What a response object repeats of fields that have no effect, or one that is already read, with the defaults.
+
+    A wrong type in what has no effect is no error, and not repeated (OpenAI API reference, "The response object").
+    """
+    metadata, reasoning = (found if isinstance(found := value.get(name), dict) else {} for name in _OBJECTS)
+    tools = [_echo_tool(tool) for tool in value.get("tools") or []]
+    return {
+        "background": False,
+        "max_tool_calls": None,
+        "metadata": {name: word for name, word in metadata.items() if isinstance(word, str)},
+        **_echo_words(value, _WORDS_REPEATED),
+        "reasoning": _echo_words(reasoning, _EFFORTS),
+        "service_tier": "default",
+        "temperature": _echo_number(value.get("temperature"), 2),
+        "tool_choice": _repeat(value.get("tool_choice") or "auto", "tool_choice"),
+        "tools": _repeat(tools, "tools"),
+        "top_logprobs": 0,
+        "top_p": _echo_number(value.get("top_p"), 1),
+        "truncation": "disabled",
+    }
+
+
+def _echo_words(value: dict[str, Any], names: Sequence[str]) -> dict[str, str | None]:
+    return {name: found if isinstance(found := value.get(name), str) and found else None for name in names}
+
+
+def _echo_number(value: object, most: int) -> float:
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most else 1.0
+
+
+def _echo_tool(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool with the fields that the API's own object always has."""
+    if tool.get("type", "function") != "function":
+        return tool
+    return {"type": "function", "description": None, "parameters": None, "strict": None, **tool}
+
+
+def parse_completion_request(body: bytes | bytearray) -> ChatRequest:
+    """The request in the body of the older `POST /v1/completions` (OpenAI API reference, "Create completion").
+
+    Its one prompt is a user's message. Raises `ProxyError`: `invalid_json`, or `invalid_request` with its `param`.
+    """
+    value = _parse_object(body)
+    model, search = _parse_model(value)
+    prompt = value.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1:
+        prompt = prompt[0]
+    if not isinstance(prompt, str) or not prompt:
+        raise _refuse("prompt", "must be one text; several, and numbers of tokens, are not known here")
+    if _take(value, "n", int, 1) != 1:
+        raise _refuse("n", "only 1 answer at a time")
+    options = _take(value, "stream_options", dict, None)
+    return ChatRequest(
+        model=model,
+        messages=(Message("user", prompt),),
+        stream=_take(value, "stream", bool, False),
+        include_usage=None if options is None else _take(options, "include_usage", bool, False, "stream_options."),
+        use_search=search,
+        stop=_parse_stop(value.get("stop")),
+        max_tokens=_parse_limit(value, "max_tokens"),
+    )
 
 
 # ==== 11. Replies ===========================================================
@@ -3642,7 +4019,32 @@ class ChatWholeReply:
         return b""
 
 
-Reply = ChatStreamReply | ChatWholeReply
+class Reply(Protocol):
+    """An encoder of one API's answers; `content_type` tells a stream from a whole body."""
+
+    content_type: str
+
+    @property
+    def chunks(self) -> int:
+        """How many pieces of the answer it has encoded."""
+
+    def feed(self, event: Event) -> bytes:
+        """The client's bytes for one event."""
+
+    def finish(self) -> bytes:
+        """What ends a good answer."""
+
+    def fail(self, error: ProxyError) -> bytes:
+        """What ends a bad one, once its head went out."""
+
+    def alive(self) -> bytes:
+        """What fills silence."""
+
+
+def _choose_sources(request: ChatRequest, sources: str) -> str:
+    """How the answer to `request` shows its sources, by KIMI_SOURCES and what the request is for."""
+    is_silent = "silent" in request.model.split("-")[1:] or request.tools or request.response_format is not None
+    return "annotations" if sources == "text" and is_silent else sources
 
 
 def make_chat_reply(request: ChatRequest, created: int, sources: str, prompt: str) -> Reply:
@@ -3650,9 +4052,7 @@ def make_chat_reply(request: ChatRequest, created: int, sources: str, prompt: st
 
     A `-silent` in the model's name means `annotations`, and so do functions and a form, unless `sources` is `none`.
     """
-    is_silent = "silent" in request.model.split("-")[1:] or request.tools or request.response_format is not None
-    if sources == "text" and is_silent:
-        sources = "annotations"
+    sources = _choose_sources(request, sources)
     shown = ShownText(sources, streamed=request.stream, sentence=request.response_format is None)
     if request.stream:
         return ChatStreamReply(request.model, created, request.include_usage, shown, Usage(prompt))
@@ -3904,6 +4304,445 @@ def make_messages_reply(request: ChatRequest, created: int, sources: str, prompt
     shown = ShownText(sources, streamed=False, sentence=request.response_format is None)
     encoder = MessagesStreamReply if request.stream else MessagesWholeReply
     return encoder(request.model, shown, Usage(prompt))
+
+
+@dataclass(frozen=True, slots=True)
+class _ItemKind:
+    """What the events of an item of text are called, and its ids."""
+
+    type: str
+    prefix: str
+    index: str
+    part_event: str
+    text_event: str
+    extra: Mapping[str, Any]
+
+
+_MESSAGE: Final = _ItemKind(
+    "message", "msg", "content_index", "response.content_part", "response.output_text", {"logprobs": []}
+)
+_REASONING: Final = _ItemKind(
+    "reasoning",
+    "rs",
+    "summary_index",
+    "response.reasoning_summary_part",
+    "response.reasoning_summary_text",
+    {},
+)
+
+
+class _OpenItem:
+    """The item of text under way: a message, or what the model thinks. `start` is its place in all text shown."""
+
+    def __init__(self, kind: _ItemKind, item_id: str, output_index: int, start: int) -> None:
+        self.kind = kind
+        self.start = start
+        self.texts: list[str] = []
+        self.annotations: list[dict[str, Any]] = []
+        self.place = {"item_id": item_id, "output_index": output_index, kind.index: 0}
+        # all that is the same in each delta, rendered once
+        known = encode_json({"type": f"{kind.text_event}.delta", **self.place, **kind.extra})
+        self.delta_head = f'event: {kind.text_event}.delta\ndata: {known[:-1]},"delta":'
+
+    def render(self, status: str, *parts: Mapping[str, Any]) -> dict[str, Any]:
+        """The item; its parts are the content of a message, or the summary of a thought."""
+        known = {"id": self.place["item_id"], "type": self.kind.type}
+        if self.kind is _REASONING:
+            return {**known, "summary": list(parts)}
+        return {**known, "status": status, "role": "assistant", "content": list(parts)}
+
+    def render_part(self) -> dict[str, Any]:
+        """The one part of the item, as far as it has come."""
+        text = "".join(self.texts)
+        if self.kind is _REASONING:
+            return {"type": "summary_text", "text": text}
+        return {"type": "output_text", "text": text, "annotations": list(self.annotations), "logprobs": []}
+
+
+class ResponsesStreamReply:
+    """The events of one answer in the Responses API (OpenAI API reference, "Streaming events"), numbered from 0.
+
+    Each run of thinking becomes a reasoning item, each run of text a message. Calls come last: what stands at the
+    text's end, sources and the sentence of moderation, is known only when the answer is over, and a message is whole
+    before the next item begins. `response` is the response object, from the answer's end on.
+
+    `head` has the fields of that object that are known before, as `make_responses_reply` renders them.
+    """
+
+    content_type = "text/event-stream"
+
+    def __init__(self, head: Mapping[str, Any], shown: ShownText, usage: Usage) -> None:
+        self.chunks = 0
+        self.response: dict[str, Any] | None = None
+        self._head = head
+        self._shown = shown
+        self._usage = usage
+        self._number = 0
+        self._output: list[dict[str, Any]] = []
+        self._item: _OpenItem | None = None
+        self._calls: list[ToolCall] = []
+        self._annotated = 0
+
+    def feed(self, event: Event) -> bytes:
+        """The events that say `event`; empty for one that shows nothing, or not yet."""
+        text = self._shown.feed(event)
+        self._usage.feed(event)
+        match event:
+            case Opened():
+                return b""  # a failure before the first text still has its HTTP status
+            case Thinking():
+                return self._encode_text(_REASONING, event.text)
+            case ToolCall():
+                self._calls.append(event)
+                return b""
+            case Finished():
+                return self._end(event, text)
+            case _:
+                return self._encode_text(_MESSAGE, text)
+
+    def finish(self) -> bytes:
+        """Nothing: the last event went with the answer's end, and this API has no other mark."""
+        return b""
+
+    def fail(self, error: ProxyError) -> bytes:
+        """The last event of an answer that failed; nothing where it was over before."""
+        if self.response is not None:
+            return b""
+        response = self._render("failed", error=_render_response_error(error))
+        return self._begin() + self._encode("response.failed", response=response)
+
+    def alive(self) -> bytes:
+        """A comment line, which clients pass over (WHATWG HTML, section 9.2.7)."""
+        return b": still waiting for Kimi\n\n"
+
+    def _encode(self, event: str, **fields: Any) -> bytes:
+        value = {"type": event, "sequence_number": self._number, **fields}
+        self._number += 1
+        return encode_sse(encode_json(value), event)
+
+    def _begin(self) -> bytes:
+        """The two events before all others, once."""
+        if self._number:
+            return b""
+        response = self._render("in_progress")
+        return self._encode("response.created", response=response) + self._encode(
+            "response.in_progress", response=response
+        )
+
+    def _render(self, status: str, **fields: Any) -> dict[str, Any]:
+        """The response object as it is now."""
+        unknown = {"error": None, "incomplete_details": None, "usage": None}
+        return {**self._head, "status": status, **unknown, "output": list(self._output), **fields}
+
+    def _encode_text(self, kind: _ItemKind, text: str) -> bytes:
+        """`text` as deltas of an item of this `kind`, which begins if it is not the one under way."""
+        if not text:
+            return b""
+        begun = b""
+        item = self._item
+        if item is None or item.kind is not kind:
+            begun = self._begin_item(kind, self._shown.length - len(text))
+            item = cast(_OpenItem, self._item)
+        item.texts.append(text)
+        if len(text) <= _LARGEST_TEXT:
+            deltas = self._encode_delta(item, text)
+        else:
+            pieces = (text[start : start + _LARGEST_TEXT] for start in range(0, len(text), _LARGEST_TEXT))
+            deltas = b"".join(self._encode_delta(item, piece) for piece in pieces)
+        return begun + deltas + self._encode_annotations()
+
+    def _encode_delta(self, item: _OpenItem, text: str) -> bytes:
+        number = self._number
+        self._number = number + 1
+        self.chunks += 1
+        return f'{item.delta_head}{encode_basestring(text)},"sequence_number":{number}}}\n\n'.encode()
+
+    def _encode_annotations(self) -> bytes:
+        """The annotations of the message under way that were not told yet, by their places in that message."""
+        item, known = self._item, self._shown.annotations
+        if item is None or item.kind is not _MESSAGE or self._annotated == len(known):
+            return b""
+        data = []
+        for annotation in known[self._annotated :]:
+            place = annotation["url_citation"]
+            start, end = place["start_index"] - item.start, place["end_index"] - item.start
+            value = {"type": "url_citation", **place, "start_index": start, "end_index": end}
+            fields = {**item.place, "annotation_index": len(item.annotations), "annotation": value}
+            data.append(self._encode("response.output_text.annotation.added", **fields))
+            item.annotations.append(value)
+        self._annotated = len(known)
+        return b"".join(data)
+
+    def _name_item(self, prefix: str) -> str:
+        return f"{prefix}_{self._head['id'].removeprefix('resp_')}_{len(self._output)}"
+
+    def _begin_item(self, kind: _ItemKind, start: int) -> bytes:
+        """End the item under way, and begin another."""
+        before = self._begin() + self._end_item("completed")
+        index = len(self._output)
+        item = self._item = _OpenItem(kind, self._name_item(kind.prefix), index, start)
+        return b"".join(
+            [
+                before,
+                self._encode("response.output_item.added", output_index=index, item=item.render("in_progress")),
+                self._encode(f"{kind.part_event}.added", **item.place, part=item.render_part()),
+            ]
+        )
+
+    def _end_item(self, status: str) -> bytes:
+        """End the item under way, if there is one."""
+        item, self._item = self._item, None
+        if item is None:
+            return b""
+        part, index = item.render_part(), len(self._output)
+        whole = item.render(status, part)
+        self._output.append(whole)
+        return b"".join(
+            [
+                self._encode(f"{item.kind.text_event}.done", **item.place, text=part["text"], **item.kind.extra),
+                self._encode(f"{item.kind.part_event}.done", **item.place, part=part),
+                self._encode("response.output_item.done", output_index=index, item=whole),
+            ]
+        )
+
+    def _encode_call(self, call: ToolCall) -> bytes:
+        index, item_id = len(self._output), self._name_item("fc")
+        whole = {
+            "id": item_id,
+            "type": "function_call",
+            "status": "completed",
+            "call_id": call.id,
+            "name": call.name,
+            "arguments": call.arguments,
+        }
+        self._output.append(whole)
+        self.chunks += 1
+        place = {"item_id": item_id, "output_index": index}
+        begun = {**whole, "status": "in_progress", "arguments": ""}
+        event = "response.function_call_arguments"
+        return b"".join(
+            [
+                self._encode("response.output_item.added", output_index=index, item=begun),
+                self._encode(f"{event}.delta", **place, delta=call.arguments),
+                self._encode(f"{event}.done", **place, name=call.name, arguments=call.arguments),
+                self._encode("response.output_item.done", output_index=index, item=whole),
+            ]
+        )
+
+    def _end(self, event: Finished, text: str) -> bytes:
+        """All that is left. An answer without calls has a message at its end, be it empty."""
+        reason = _INCOMPLETE.get(event.reason)
+        data = [self._begin(), self._encode_text(_MESSAGE, text)]
+        if not self._calls and (self._item is None or self._item.kind is not _MESSAGE):
+            data.append(self._begin_item(_MESSAGE, self._shown.length))
+        data += [self._encode_annotations(), self._end_item("incomplete" if reason else "completed")]
+        data += map(self._encode_call, self._calls)
+        status = "incomplete" if reason else "completed"
+        details = {"reason": reason} if reason else None
+        response = self._render(status, incomplete_details=details, usage=_render_response_usage(self._usage))
+        data.append(self._encode(f"response.{status}", response=response))
+        self.response = response
+        return b"".join(data)
+
+
+_INCOMPLETE: Final[Mapping[str, str]] = {"length": "max_output_tokens", "content_filter": "content_filter"}
+
+
+def _render_response_usage(usage: Usage) -> dict[str, Any]:
+    """The Responses API's `usage` object."""
+    return {
+        "input_tokens": usage.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+        "output_tokens": usage.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+    }
+
+
+def _render_response_error(error: ProxyError) -> dict[str, Any]:
+    """The `error` of a response object, whose codes are a closed set; ours stands in the message.
+
+    Codex CLI reads from the words `try again in 5s` how long to wait.
+    """
+    is_limit = error.status == 429
+    wait = f"; try again in {error.retry_after_seconds}s" if is_limit and error.retry_after_seconds else ""
+    code = "rate_limit_exceeded" if is_limit else "server_error"
+    return {"code": code, "message": f"{error.code}: {error.message}{wait}"}
+
+
+class ResponsesWholeReply:
+    """The response object of one answer, made when it ends: the same one that ends a stream."""
+
+    content_type = "application/json"
+
+    def __init__(self, head: Mapping[str, Any], shown: ShownText, usage: Usage) -> None:
+        self._stream = ResponsesStreamReply(head, shown, usage)
+
+    @property
+    def chunks(self) -> int:
+        """How many pieces of text and calls there were."""
+        return self._stream.chunks
+
+    @property
+    def response(self) -> dict[str, Any] | None:
+        """The response object, from the answer's end on."""
+        return self._stream.response
+
+    def feed(self, event: Event) -> bytes:
+        """Nothing yet: the event is kept for `finish`."""
+        self._stream.feed(event)
+        return b""
+
+    def finish(self) -> bytes:
+        """The whole body."""
+        return encode_json(self._stream.response).encode()
+
+    def fail(self, error: ProxyError) -> bytes:
+        """The whole body of a failure."""
+        return encode_json(render_error(error)).encode()
+
+    def alive(self) -> bytes:
+        """Nothing: a whole answer has no form for silence."""
+        return b""
+
+
+def make_responses_reply(
+    request: ResponsesRequest, created: int, sources: str, prompt: str, response_id: str
+) -> ResponsesStreamReply | ResponsesWholeReply:
+    """The encoder that `request` asks for; the arguments as `make_chat_reply` has them, and the id `resp_…`.
+
+    Hits stand in a list at the text's end, streamed as whole, so that both are the same object.
+    """
+    chat = request.chat
+    head = {
+        "id": response_id,
+        "object": "response",
+        "created_at": created,
+        "status": "in_progress",
+        "model": chat.model,
+        **request.echo,
+    }
+    sentence = chat.response_format is None
+    shown = ShownText(_choose_sources(chat, sources), streamed=False, sentence=sentence)
+    return (ResponsesStreamReply if chat.stream else ResponsesWholeReply)(head, shown, Usage(prompt))
+
+
+class CompletionStreamReply:
+    """The older API's `text_completion` chunks of one answer (OpenAI API reference, "Create completion").
+
+    `include_usage` as `ChatStreamReply` has it. The API has no form for thinking, calls and annotations.
+    """
+
+    content_type = "text/event-stream"
+
+    def __init__(self, model: str, created: int, include_usage: bool | None, shown: ShownText, usage: Usage) -> None:
+        self.chunks = 0
+        self._model = model
+        self._created = created
+        self._include_usage = include_usage
+        self._shown = shown
+        self._usage = usage
+        self._known: dict[str, Any] = {}
+        self._head = ""
+
+    def feed(self, event: Event) -> bytes:
+        """The chunks that say `event`; empty for an event that shows nothing."""
+        text = self._shown.feed(event)
+        self._usage.feed(event)
+        if isinstance(event, Opened):
+            self._open(event.conversation_id)
+        pieces = (text[start : start + _LARGEST_TEXT] for start in range(0, len(text), _LARGEST_TEXT))
+        data = b"".join(map(self._encode_text, pieces))
+        return data + self._encode_end(event) if isinstance(event, Finished) else data
+
+    def finish(self) -> bytes:
+        """The mark of a stream that ended well."""
+        return b"data: [DONE]\n\n"
+
+    def fail(self, error: ProxyError) -> bytes:
+        """The last event of a stream that failed after its head went out: no `[DONE]` follows."""
+        return encode_sse(encode_json({**render_error(error), "choices": []}))
+
+    def alive(self) -> bytes:
+        """A comment line, which clients pass over (WHATWG HTML, section 9.2.7)."""
+        return b": still waiting for Kimi\n\n"
+
+    def _open(self, conversation_id: str) -> None:
+        self._known = _render_completion(conversation_id, self._created, self._model)
+        known = encode_json({**self._known, **({"usage": None} if self._include_usage else {}), "choices": []})
+        self._head = f'data: {known[: -len(_NO_CHOICES)]}"choices":[{{"index":0,"logprobs":null,"text":'
+
+    def _encode_text(self, text: str) -> bytes:
+        self.chunks += 1
+        return f'{self._head}{encode_basestring(text)},"finish_reason":null}}]}}\n\n'.encode()
+
+    def _encode_end(self, event: Finished) -> bytes:
+        usage = {} if self._include_usage is False else {"usage": self._usage.render()}
+        choices = [_render_completion_choice("", event.reason)]
+        if not self._include_usage:
+            return encode_sse(encode_json({**self._known, "choices": choices, **usage}))
+        last = encode_sse(encode_json({**self._known, "choices": choices, "usage": None}))
+        return last + encode_sse(encode_json({**self._known, "choices": [], **usage}))
+
+
+class CompletionWholeReply:
+    """The older API's `text_completion` object of one answer, made when it ends."""
+
+    content_type = "application/json"
+
+    def __init__(self, model: str, created: int, shown: ShownText, usage: Usage) -> None:
+        self.chunks = 0
+        self._model = model
+        self._created = created
+        self._shown = shown
+        self._usage = usage
+        self._conversation_id = ""
+        self._texts: list[str] = []
+        self._reason: FinishReason = "stop"
+
+    def feed(self, event: Event) -> bytes:
+        """Nothing yet: the event is kept for `finish`."""
+        if text := self._shown.feed(event):
+            self.chunks += 1
+            self._texts.append(text)
+        self._usage.feed(event)
+        if isinstance(event, Opened):
+            self._conversation_id = event.conversation_id
+        elif isinstance(event, Finished):
+            self._reason = event.reason
+        return b""
+
+    def finish(self) -> bytes:
+        """The whole body."""
+        known = _render_completion(self._conversation_id, self._created, self._model)
+        choices = [_render_completion_choice("".join(self._texts), self._reason)]
+        return encode_json({**known, "choices": choices, "usage": self._usage.render()}).encode()
+
+    def fail(self, error: ProxyError) -> bytes:
+        """The whole body of a failure."""
+        return encode_json(render_error(error)).encode()
+
+    def alive(self) -> bytes:
+        """Nothing: a whole answer has no form for silence."""
+        return b""
+
+
+def _render_completion(conversation_id: str, created: int, model: str) -> dict[str, Any]:
+    return {"id": conversation_id, "object": "text_completion", "created": created, "model": model}
+
+
+def _render_completion_choice(text: str, reason: FinishReason) -> dict[str, Any]:
+    return {"index": 0, "logprobs": None, "text": text, "finish_reason": reason}
+
+
+def make_completion_reply(
+    request: ChatRequest, created: int, sources: str, prompt: str
+) -> CompletionStreamReply | CompletionWholeReply:
+    """The encoder that `request` asks for; the arguments as `make_chat_reply` has them."""
+    shown = ShownText(_choose_sources(request, sources), streamed=request.stream)
+    if request.stream:
+        return CompletionStreamReply(request.model, created, request.include_usage, shown, Usage(prompt))
+    return CompletionWholeReply(request.model, created, shown, Usage(prompt))
 
 
 # ==== 12. Tasks =============================================================
@@ -5963,13 +6802,17 @@ _CONTINUATIONS: Final = 3  # of one answer that meets its length limit (classic)
 _END_SECONDS: Final = 1.0  # what an ended answer still sends is read for so long, so that its connection is reused
 
 
-def _digest_account(account: Account) -> bytes:
+def digest_account(account: Account) -> bytes:
+    """What an account is known by in what is kept of it."""
     return hashlib.sha256(account.token.encode("utf-8", "surrogateescape")).digest()
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class UploadedFile:
-    """A file that a client uploaded: its id here, whose it is, and where it is at the service."""
+    """A file that a client uploaded: its id here, whose it is, and where it is at the service.
+
+    What was attached to a kept response has an id too, but is not `listed`.
+    """
 
     id: str
     owner: bytes
@@ -5979,6 +6822,7 @@ class UploadedFile:
     size_bytes: int
     purpose: str
     created: int
+    listed: bool = True
 
     def id_for(self, dialect: Dialect, param: str) -> str:
         """The service's id. Raises `ProxyError` where another dialect is spoken by now."""
@@ -6002,6 +6846,15 @@ class UploadedFile:
         return f"UploadedFile({self.id})"
 
 
+@dataclass(frozen=True, slots=True)
+class Brought:
+    """Whose question was answered, and what became of its attachments: the service's ids, in their order."""
+
+    account: Account
+    dialect: str
+    file_ids: tuple[str, ...]
+
+
 class Uploads:
     """Brings files to the service, and remembers for an hour what it brought: programs send a chat's files each turn.
 
@@ -6023,7 +6876,7 @@ class Uploads:
         self._uploaded: dict[str, UploadedFile] = {}
 
     async def upload(self, account: Account, dialect: Dialect, attachments: Sequence[Attachment]) -> tuple[str, ...]:
-        """The service's ids of `attachments`, in their order, each once.
+        """The service's ids of `attachments`, in their order.
 
         Raises `ProxyError`, the first failure's: the other uploads are cancelled then.
         """
@@ -6042,7 +6895,7 @@ class Uploads:
         for task in done:
             if (failure := task.exception()) is not None:
                 raise failure
-        return tuple(dict.fromkeys(task.result() for task in work))
+        return tuple(task.result() for task in work)
 
     async def _find(self, gate: asyncio.Semaphore, account: Account, dialect: Dialect, attachment: Attachment) -> str:
         """The id of one file: the one that is remembered, else a new one."""
@@ -6087,15 +6940,46 @@ class Uploads:
     async def add(self, account: Account, dialect: Dialect, spooled: SpooledFile, purpose: str) -> UploadedFile:
         """Bring a file to the service that a client uploaded, and remember it under an id of ours."""
         kimi_id = await self._bring(account, dialect, partial(self._files.open_spooled, spooled))
+        return self._remember(account, dialect.name, kimi_id, spooled.name, spooled.size_bytes, purpose)
+
+    def keep(self, brought: Brought, messages: Sequence[Message]) -> tuple[Message, ...]:
+        """`messages` with what is attached to them named by ids of ours, as it was `brought`: nothing large is kept."""
+        ids = iter(brought.file_ids)
+
+        def name_one(attachment: Attachment) -> Attachment:
+            kimi_id = next(ids)
+            if attachment.file_id:
+                return attachment
+            name = attachment.name or attachment.kind
+            file = self._remember(brought.account, brought.dialect, kimi_id, name, 0, "assistants", listed=False)
+            return Attachment(attachment.kind, attachment.place, file_id=file.id)
+
+        return tuple(
+            replace(message, attachments=tuple(map(name_one, message.attachments))) if message.attachments else message
+            for message in messages
+        )
+
+    def _remember(
+        self,
+        account: Account,
+        dialect: str,
+        kimi_id: str,
+        name: str,
+        size_bytes: int,
+        purpose: str,
+        *,
+        listed: bool = True,
+    ) -> UploadedFile:
         file = UploadedFile(
             id=f"file-{secrets.token_hex(12)}",
-            owner=_digest_account(account),
-            dialect=dialect.name,
+            owner=digest_account(account),
+            dialect=dialect,
             kimi_id=kimi_id,
-            name=spooled.name,
-            size_bytes=spooled.size_bytes,
+            name=name,
+            size_bytes=size_bytes,
             purpose=purpose,
             created=int(time.time()),
+            listed=listed,
         )
         self._uploaded[file.id] = file
         while len(self._uploaded) > self._MOST_KEPT:
@@ -6105,19 +6989,19 @@ class Uploads:
     def find(self, file_id: str, accounts: Sequence[Account], param: str | None = None) -> UploadedFile:
         """What one of `accounts` uploaded as `file_id`. Raises `ProxyError` `file_not_found`, for a stranger's too."""
         file = self._uploaded.get(file_id)
-        if file is None or file.owner not in map(_digest_account, accounts):
+        if file is None or file.owner not in map(digest_account, accounts):
             raise ProxyError("file_not_found", param=param)
         return file
 
     def owns(self, account: Account, file_id: str) -> bool:
         """Whether `account` uploaded that file."""
         file = self._uploaded.get(file_id)
-        return file is not None and file.owner == _digest_account(account)
+        return file is not None and file.owner == digest_account(account)
 
     def list_uploaded(self, accounts: Sequence[Account]) -> list[UploadedFile]:
         """What `accounts` uploaded, the newest first."""
-        owners = set(map(_digest_account, accounts))
-        return [file for file in reversed(self._uploaded.values()) if file.owner in owners]
+        owners = set(map(digest_account, accounts))
+        return [file for file in reversed(self._uploaded.values()) if file.listed and file.owner in owners]
 
     def forget(self, file_id: str, accounts: Sequence[Account]) -> None:
         """Forget an id; the service keeps the file. Raises `ProxyError` `file_not_found`."""
@@ -6165,7 +7049,7 @@ class Uploads:
 
 def _key_of(account: Account, dialect: Dialect, attachment: Attachment, identity: Identity) -> bytes:
     """A digest by which a file of an account is found again; it tells neither."""
-    digest = hashlib.sha256(_digest_account(account))
+    digest = hashlib.sha256(digest_account(account))
     extension = attachment.name.rpartition(".")[2][:20]
     digest.update(f"\0{dialect.name}\0{attachment.kind}\0{extension}\0{bool(attachment.url)}\0".encode())
     digest.update(identity.digest)
@@ -6180,6 +7064,7 @@ class _Sending:
 
     def __init__(self, send: Send, attachments: list[Attachment]) -> None:
         self.visible = False
+        self.brought: Brought | None = None
         self._send = send
         self._attachments = attachments
 
@@ -6282,7 +7167,7 @@ class Asking:
         question: Question,
         send: Send,
         start_chain: Callable[[], Chain] = Chain,
-    ) -> None:
+    ) -> Brought:
         """Ask `question` for one of `accounts`, and `send` the answer's events, those of one network read at a time.
 
         They go through a chain of filters that `start_chain` makes for each time of asking. Raises `ProxyError`. A
@@ -6311,13 +7196,14 @@ class Asking:
             return True
 
         if await self._try_accounts(accounts, ask, lambda: not sending.visible):
-            return
+            return cast(Brought, sending.brought)
         account = min(busy, key=lambda one: len(one.line))
         await account.line.wait(self._settings.queue_length, self._settings.queue_seconds)
         try:
             await self._run_for(account, question, sending, start_chain)
         finally:
             account.line.leave()
+        return cast(Brought, sending.brought)
 
     async def upload(self, accounts: Sequence[Account], spooled: SpooledFile, purpose: str) -> UploadedFile:
         """Bring a client's file to the service, for one of `accounts`. Raises `ProxyError`."""
@@ -6425,12 +7311,12 @@ class Asking:
                 self._current = self._connect
                 logger.warning("classic seems to be retired, connect answered: staying with it (KIMI_PROTOCOL=connect)")
 
-    async def _go_on(self, account: Account, question: Question, send: Send, chain: Chain) -> None:
+    async def _go_on(self, account: Account, question: Question, sending: _Sending, chain: Chain) -> None:
         """Ask in a conversation that was kept, in the dialect that opened it."""
         name, parent_id = await self._kept.find(account, question.conversation_id)
         dialect = self._connect if name == self._connect.name else self._classic
         try:
-            await self._ask(account, dialect, replace(question, parent_id=parent_id), send, chain)
+            await self._ask(account, dialect, replace(question, parent_id=parent_id), sending, chain)
         except ProxyError as error:
             if error.upstream_status != 404 or not error.detail.startswith("asking"):
                 raise
@@ -6439,13 +7325,18 @@ class Asking:
     def _may_change(self, dialect: Dialect) -> bool:
         return self._settings.protocol == "auto" and dialect is self._classic
 
-    async def _ask(self, account: Account, dialect: Dialect, question: Question, send: Send, chain: Chain) -> None:
+    async def _ask(
+        self, account: Account, dialect: Dialect, question: Question, sending: _Sending, chain: Chain
+    ) -> None:
         """Ask in one dialect, and once more where `chain` wants it. Files go first: a bad one opens no conversation."""
         if question.attachments:
             file_ids = await self._uploads.upload(account, dialect, question.attachments)
-            question = replace(question, attachments=[], file_ids=file_ids)
+            sending.brought = Brought(account, dialect.name, file_ids)
+            question = replace(question, attachments=[], file_ids=tuple(dict.fromkeys(file_ids)))
 
-        filtering = _Filtering(chain, send)
+        else:
+            sending.brought = Brought(account, dialect.name, ())
+        filtering = _Filtering(chain, sending)
         conversation = await self._converse(account, dialect, question, filtering)
         if not chain.again:
             await self._keep(account, dialect, question, conversation)
@@ -6707,6 +7598,57 @@ async def _read_out(response: aiohttp.ClientResponse) -> None:
     response.release()
 
 
+@dataclass(frozen=True, slots=True, repr=False)
+class KeptResponse:
+    """One answer of the Responses API that can be gone on from: its object, what was said, and the calls' names."""
+
+    owner: bytes
+    response: Mapping[str, Any]
+    messages: tuple[Message, ...]
+    names: Mapping[str, str]
+
+    @property
+    def size(self) -> int:
+        """About how much memory it holds: characters."""
+        return sum(len(message.text) for message in self.messages)
+
+    def __repr__(self) -> str:
+        return f"KeptResponse({len(self.messages)} messages)"
+
+
+class KeptResponses:
+    """The answers that programs may go on from, by id: the newest, in this process's memory alone."""
+
+    _MOST = 1000
+    _MOST_CHARACTERS = 50_000_000
+
+    def __init__(self) -> None:
+        self._kept: dict[str, KeptResponse] = {}
+        self._characters = 0
+
+    def keep(self, response_id: str, kept: KeptResponse) -> None:
+        """Keep one more; the oldest make room."""
+        self._kept[response_id] = kept
+        self._characters += kept.size
+        while len(self._kept) > self._MOST or (self._characters > self._MOST_CHARACTERS and len(self._kept) > 1):
+            self._drop(next(iter(self._kept)))
+
+    def find(self, response_id: str, accounts: Sequence[Account]) -> KeptResponse | None:
+        """What is kept of a response of one of `accounts`; None for a stranger's too."""
+        kept = self._kept.get(response_id)
+        return kept if kept is not None and kept.owner in map(digest_account, accounts) else None
+
+    def forget(self, response_id: str, accounts: Sequence[Account]) -> bool:
+        """Forget a response; whether there was one."""
+        found = self.find(response_id, accounts) is not None
+        if found:
+            self._drop(response_id)
+        return found
+
+    def _drop(self, response_id: str) -> None:
+        self._characters -= self._kept.pop(response_id).size
+
+
 # ==== 17. Access ============================================================
 #
 # Who may call, and for which accounts. Without a held account each client brings its own token, and nothing is checked.
@@ -6888,8 +7830,14 @@ class Access:
 # bytes, so that a failure before them still has its HTTP status.
 
 _CHAT_PATHS: Final = ("/v1/chat/completions", "/chat/completions")
+_POST_PATHS: Final = frozenset(
+    {*_CHAT_PATHS, "/v1/messages", "/v1/messages/count_tokens", "/v1/responses", "/v1/completions", "/token/check"}
+)
 _MODELS_CREATED: Final = 1_704_067_200
-_PATHS: Final = "POST /v1/chat/completions, GET /v1/models, POST and GET /v1/files, GET /health, GET /ping, GET /"
+_PATHS: Final = (
+    "POST /v1/chat/completions, /v1/messages, /v1/responses and /v1/completions, GET /v1/models, POST and GET "
+    "/v1/files, GET /health, GET /ping, GET /"
+)
 _OPEN_PATHS: Final = frozenset({"/", "/ping", "/health"})
 _CLIENT_CLOSED: Final = 499  # as nginx logs a client that went away
 
@@ -6910,6 +7858,7 @@ class State:
     asking: Asking
     files: Files
     uploads: Uploads
+    responses: KeptResponses
     access: Access
     draining: asyncio.Event
     answering: set[asyncio.Task[Any]]
@@ -7009,7 +7958,7 @@ class Delivery:
             self._writing = False
 
     async def _end(self, data: bytes, status: int) -> web.StreamResponse:
-        if isinstance(self._reply, ChatWholeReply):
+        if self._reply.content_type == "application/json":
             return web.Response(body=data, status=status, content_type="application/json", charset="utf-8")
         await self._write(data)
         response = cast(web.StreamResponse, self._response)
@@ -7048,11 +7997,25 @@ async def read_body(request: web.Request, limit_bytes: int, seconds: float) -> b
         raise ProxyError("body_broken") from None
 
 
-def read_bearer(request: web.Request) -> tuple[str, ...]:
-    """The tokens in `Authorization: Bearer …` (RFC 6750), by comma. Raises `ProxyError` where there is none."""
+def speaks_anthropic(request: web.Request) -> bool:
+    """Whether a request is of Anthropic's API, so that its failures are told in that form too."""
+    if request.path.startswith("/v1/models"):
+        return "anthropic-version" in request.headers
+    return request.path.startswith("/v1/messages")
+
+
+def read_credential(request: web.Request) -> str:
+    """What a client shows: `x-api-key`, else the Bearer token (RFC 6750); empty where there is neither."""
+    if key := request.headers.get("x-api-key", "").strip():
+        return key
     scheme, _, text = request.headers.get("Authorization", "").partition(" ")
-    tokens = tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
-    if scheme.lower() != "bearer" or not tokens:
+    return text.strip() if scheme.lower() == "bearer" else ""
+
+
+def read_tokens(request: web.Request) -> tuple[str, ...]:
+    """The client's tokens, by comma. Raises `ProxyError` where there is none."""
+    tokens = tuple(dict.fromkeys(word.strip() for word in read_credential(request).split(",") if word.strip()))
+    if not tokens:
         raise ProxyError("token_missing")
     if not all(map(TOKEN_SHAPE.fullmatch, tokens)):
         raise ProxyError("token_missing", "the token has characters that no token has")
@@ -7062,35 +8025,112 @@ def read_bearer(request: web.Request) -> tuple[str, ...]:
 def find_accounts(request: web.Request) -> list[Account]:
     """The accounts that a request is for: those that the proxy holds, else those of the client's own tokens."""
     state = request.app[STATE]
-    tokens = state.access.tokens if state.access.holds else read_bearer(request)
+    tokens = state.access.tokens if state.access.holds else read_tokens(request)
     return [state.accounts.get(token) for token in tokens]
 
 
-async def _chat_completions(request: web.Request) -> web.StreamResponse:
-    accounts = find_accounts(request)
-    return await _deliver(request, accounts, *await _read_chat(request))
+def _make_call_id(prefix: str) -> str:
+    return f"{prefix}_{secrets.token_hex(12)}"
 
 
-def _make_call_id() -> str:
-    return f"call_{secrets.token_hex(12)}"
+def _make_question(request: web.Request, chat: ChatRequest, prompt: str) -> Question:
+    """What Kimi is asked. Where nobody says, the web is searched for people alone, not with files or for programs."""
+    use_search, attachments = chat.use_search, chat.attachments
+    if use_search is None:
+        is_plain = not (attachments or chat.tools or chat.response_format is not None)
+        use_search = request.app[STATE].settings.use_search and is_plain
+    if chat.left_out:
+        logger.info("tools that are not known here are left out: %s", quote_words(", ".join(chat.left_out)))
+    return Question(prompt, use_search, chat.model, conversation_id=chat.conversation_id, attachments=attachments)
 
 
-async def _read_chat(request: web.Request) -> tuple[Question, Reply, Callable[[], Chain]]:
+async def _read_body(request: web.Request) -> bytearray:
+    settings = request.app[STATE].settings
+    return await read_body(request, settings.max_body_bytes, settings.body_seconds)
+
+
+async def _read_chat(
+    request: web.Request,
+    parse: Callable[[bytearray], ChatRequest],
+    make_reply: Callable[[ChatRequest, int, str, str], Reply],
+    id_prefix: str = "call",
+) -> tuple[Question, Reply, Callable[[], Chain]]:
     """What is asked, in which form it is to be answered, and through which filters. Body and messages end here.
 
     A body is parsed in one go, without a wait, so that of many large ones only one at a time is there twice.
     """
-    state = request.app[STATE]
-    settings = state.settings
-    chat = parse_chat_request(await read_body(request, settings.max_body_bytes, settings.body_seconds))
-    attachments = chat.attachments
-    use_search = chat.use_search
-    if use_search is None:
-        use_search = settings.use_search and not (attachments or chat.tools or chat.response_format is not None)
+    chat = parse(await _read_body(request))
     prompt = render_prompt(chat)
-    question = Question(prompt, use_search, chat.model, conversation_id=chat.conversation_id, attachments=attachments)
-    reply = make_chat_reply(chat, int(time.time()), settings.sources, prompt)
-    return question, reply, partial(make_chain, replace(chat, messages=()), _make_call_id)
+    reply = make_reply(chat, int(time.time()), request.app[STATE].settings.sources, prompt)
+    start_chain = partial(make_chain, replace(chat, messages=()), partial(_make_call_id, id_prefix))
+    return _make_question(request, chat, prompt), reply, start_chain
+
+
+async def _chat_completions(request: web.Request) -> web.StreamResponse:
+    accounts = find_accounts(request)
+    return await _deliver(request, accounts, *await _read_chat(request, parse_chat_request, make_chat_reply))
+
+
+async def _completions(request: web.Request) -> web.StreamResponse:
+    accounts = find_accounts(request)
+    return await _deliver(
+        request, accounts, *await _read_chat(request, parse_completion_request, make_completion_reply)
+    )
+
+
+async def _messages(request: web.Request) -> web.StreamResponse:
+    accounts = find_accounts(request)
+    read = await _read_chat(request, parse_messages_request, make_messages_reply, "toolu")
+    return await _deliver(request, accounts, *read)
+
+
+async def _count_tokens(request: web.Request) -> web.StreamResponse:
+    find_accounts(request)
+    return _json({"input_tokens": count_messages_tokens(parse_messages_request(await _read_body(request)))})
+
+
+async def _responses(request: web.Request) -> web.StreamResponse:
+    state = request.app[STATE]
+    accounts = find_accounts(request)
+    asked = parse_responses_request(await _read_body(request))
+    names: Mapping[str, str] = {}
+    if asked.previous_response_id:
+        before = state.responses.find(asked.previous_response_id, accounts)
+        if before is None:
+            raise ProxyError("previous_response_not_found", param="previous_response_id")
+        names = before.names
+        asked = replace(asked, chat=extend_request(asked, before.messages, names))
+        accounts = [account for account in accounts if digest_account(account) == before.owner]
+    response_id = f"resp_{secrets.token_hex(24)}"
+    prompt = render_prompt(asked.chat)
+    reply = make_responses_reply(asked, int(time.time()), state.settings.sources, prompt, response_id)
+    start_chain = partial(make_chain, replace(asked.chat, messages=()), partial(_make_call_id, "call"))
+    messages = asked.own_messages if asked.store else ()
+    question = _make_question(request, asked.chat, prompt)
+
+    def keep(brought: Brought) -> None:
+        if reply.response is None:
+            return
+        said = (*state.uploads.keep(brought, messages), answer_message(reply.response))
+        known = {**names, **call_names(reply.response)}
+        kept = KeptResponse(digest_account(brought.account), reply.response, said, known)
+        state.responses.keep(response_id, kept)
+
+    return await _deliver(request, accounts, question, reply, start_chain, keep if asked.store else None)
+
+
+async def _response(request: web.Request) -> web.StreamResponse:
+    kept = request.app[STATE].responses.find(request.match_info["id"], find_accounts(request))
+    if kept is None:
+        raise ProxyError("response_not_found")
+    return _json(kept.response)
+
+
+async def _delete_response(request: web.Request) -> web.StreamResponse:
+    response_id = request.match_info["id"]
+    if not request.app[STATE].responses.forget(response_id, find_accounts(request)):
+        raise ProxyError("response_not_found")
+    return _json({"id": response_id, "object": "response", "deleted": True})
 
 
 async def _deliver(
@@ -7099,17 +8139,24 @@ async def _deliver(
     question: Question,
     reply: Reply,
     start_chain: Callable[[], Chain],
+    keep: Callable[[Brought], None] | None = None,
 ) -> web.StreamResponse:
-    """Ask, and send the answer to the client, whatever becomes of it. Failures before the head are raised."""
+    """Ask, and send the answer to the client, whatever becomes of it. Failures before the head are raised.
+
+    `keep` is told of a good answer, after its end went out.
+    """
     state = request.app[STATE]
     delivery = Delivery(request, reply, state)
     task = cast(asyncio.Task[Any], asyncio.current_task())
     state.ticker.add(delivery)
     state.answering.add(task)
     try:
-        await state.asking.run(accounts, question, delivery.send, start_chain)
+        brought = await state.asking.run(accounts, question, delivery.send, start_chain)
         request[OUTCOME].upstream_status = 200
-        return await delivery.finish()
+        response = await delivery.finish()
+        if keep is not None:
+            keep(brought)
+        return response
     except asyncio.CancelledError:
         if not state.draining.is_set() or request.transport is None:
             raise
@@ -7134,7 +8181,7 @@ async def _deliver(
 async def _list_models(request: web.Request) -> list[dict[str, Any]]:
     """The entries of the list of models: each model, and with search."""
     state = request.app[STATE]
-    asks_kimi = state.access.holds or "Authorization" in request.headers
+    asks_kimi = state.access.holds or bool(read_credential(request))
     account = state.asking.choose_account(find_accounts(request)) if asks_kimi else None
     names = [model.id for model in await state.asking.models(account)]
     names = [variant for name in names for variant in (name, f"{name}-search")]
@@ -7142,14 +8189,23 @@ async def _list_models(request: web.Request) -> list[dict[str, Any]]:
 
 
 async def _models(request: web.Request) -> web.StreamResponse:
-    return _json({"object": "list", "data": await _list_models(request)})
+    models = await _list_models(request)
+    if not speaks_anthropic(request):
+        return _json({"object": "list", "data": models})
+    data = [_render_anthropic_model(model["id"]) for model in models]
+    return _json({"data": data, "has_more": False, "first_id": data[0]["id"], "last_id": data[-1]["id"]})
+
+
+def _render_anthropic_model(name: str) -> dict[str, Any]:
+    """A model as Anthropic's API lists it (Anthropic API reference, "List Models")."""
+    return {"type": "model", "id": name, "display_name": name, "created_at": "2024-01-01T00:00:00Z"}
 
 
 async def _model(request: web.Request) -> web.StreamResponse:
     name = request.match_info["id"]
     for entry in await _list_models(request):
         if entry["id"] == name:
-            return _json(entry)
+            return _json(_render_anthropic_model(name) if speaks_anthropic(request) else entry)
     raise ProxyError("model_not_found", quote_words(name)[:60], param="model")
 
 
@@ -7281,9 +8337,9 @@ def _json(value: object, status: int = 200) -> web.Response:
     )
 
 
-def render_failure(error: ProxyError) -> web.Response:
-    """The whole response to a request that failed."""
-    response = _json(render_error(error), error.status)
+def render_failure(error: ProxyError, *, anthropic: bool = False) -> web.Response:
+    """The whole response to a request that failed, in OpenAI's form or in Anthropic's."""
+    response = _json(render_messages_error(error) if anthropic else render_error(error), error.status)
     if error.retry_after_seconds:
         response.headers["Retry-After"] = str(error.retry_after_seconds)
     if error.code.startswith("body_"):  # what is left of the body is not worth reading
@@ -7342,9 +8398,9 @@ async def _answer_or_fail(
         logger.exception("! the proxy itself failed")
         error = ProxyError("internal_error")
     _note_failure(request, error)
-    response = render_failure(error)
+    response = render_failure(error, anthropic=speaks_anthropic(request))
     if error.code == "method_not_allowed":
-        response.headers["Allow"] = "POST" if request.path in (*_CHAT_PATHS, "/token/check") else "GET"
+        response.headers["Allow"] = "POST" if request.path in _POST_PATHS else "GET"
     return response
 
 
@@ -7358,8 +8414,7 @@ def _check_access(request: web.Request) -> None:
     access.check_page(host, request.headers.get("Origin"))
     is_preflight = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
     if access.has_keys and request.path not in _OPEN_PATHS and not is_preflight:
-        scheme, _, key = request.headers.get("Authorization", "").partition(" ")
-        request[OUTCOME].key = access.check_key(key.strip() if scheme.lower() == "bearer" else "")
+        request[OUTCOME].key = access.check_key(read_credential(request))
 
 
 def _error_of_http(request: web.Request, failure: web.HTTPException) -> ProxyError:
@@ -7420,7 +8475,18 @@ async def _own_state(app: web.Application) -> AsyncIterator[None]:
     uploads = Uploads(files, ticker, settings)
     asking = Asking(calls, accounts, kept, uploads, tasks, ticker, metrics, settings)
     app[STATE] = State(
-        settings, metrics, tasks, ticker, accounts, asking, files, uploads, app[_ACCESS], asyncio.Event(), set()
+        settings,
+        metrics,
+        tasks,
+        ticker,
+        accounts,
+        asking,
+        files,
+        uploads,
+        KeptResponses(),
+        app[_ACCESS],
+        asyncio.Event(),
+        set(),
     )
     yield
     late = await tasks.drain(settings.removal_seconds)
@@ -7457,6 +8523,12 @@ def make_app(settings: Settings) -> web.Application:
     app.on_shutdown.append(end_answers)
     for path in _CHAT_PATHS:
         app.router.add_post(path, _chat_completions)
+    app.router.add_post("/v1/messages", _messages)
+    app.router.add_post("/v1/messages/count_tokens", _count_tokens)
+    app.router.add_post("/v1/completions", _completions)
+    app.router.add_post("/v1/responses", _responses)
+    app.router.add_get("/v1/responses/{id}", _response)
+    app.router.add_delete("/v1/responses/{id}", _delete_response)
     app.router.add_get("/v1/models", _models)
     app.router.add_get("/v1/models/{id}", _model)
     app.router.add_post("/v1/files", _create_file)

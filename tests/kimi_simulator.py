@@ -242,6 +242,25 @@ def _call_tools(asked: str, most: int = 1) -> str:
     return f"Let me see.\n\n{calls}" if calls else "There is nothing to call."
 
 
+def _read_as_agent(asked: str) -> str:
+    """Read the file that the task names, by whatever tool of an agent can, and tell what it says."""
+    results = re.findall(r"<tool_response>\n(.*?)\n</tool_response>", asked)
+    path = re.search(r"Read the file (/\S+)", asked)
+    if results or path is None:
+        return f"The file says: {json.loads(results[-1])['content']}" if results else "There is nothing to do."
+    ways = {
+        "Read": {"file_path": path[1]},
+        "exec_command": {"cmd": f"cat {path[1]}"},
+        "shell_command": {"command": f"cat {path[1]}"},
+        "shell": {"command": ["cat", path[1]]},
+        "Bash": {"command": f"cat {path[1]}", "description": "read a file"},
+    }
+    names = {tool["name"] for tool in _read_tools(asked)}
+    name = next((way for way in ways if way in names), "")
+    call = json.dumps({"name": name, "arguments": ways.get(name)})
+    return f"I read it.\n<tool_call>\n{call}\n</tool_call>" if name else f"No way to read among {sorted(names)}."
+
+
 def _answer_in_form(asked: str) -> str:
     """A value that fits the schema in the prompt; any object where there is none."""
     found = re.search(r"JSON schema:\n(.*)\n", asked)
@@ -257,6 +276,7 @@ TALKS: Final[dict[str, Callable[[str], str]]] = {
     "tools": lambda asked: _call_tools(asked, 9),
     "tool-bad": lambda asked: _call_tools(asked) if _AGAIN in asked else _BAD_CALL,
     "tool-worse": lambda asked: _BAD_CALL,
+    "agent": _read_as_agent,
     "json": _answer_in_form,
     "json-bad": lambda asked: _answer_in_form(asked) if _AGAIN in asked else "Sure! Here you are.",
     "json-worse": lambda asked: "Sure! Here you are.",

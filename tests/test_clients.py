@@ -1,12 +1,15 @@
-"""The programs in front: the official SDK, sync and async, and an SSE reader that is not ours."""
+"""The programs in front: the official SDKs, LangChain, agents, and an SSE reader that is not ours."""
 
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 from collections.abc import AsyncIterator
 from typing import Any
 
+import aiohttp
+import anthropic
 import openai
 import pydantic
 import pytest
@@ -282,3 +285,278 @@ async def test_langchain_binds_tools(simulator: Simulator, langchain_for: Any) -
 async def test_langchains_structured_output(simulator: Simulator, langchain_for: Any, method: str, script: str) -> None:
     model = langchain_for(simulator.token(script)).with_structured_output(City, method=method)
     assert await model.ainvoke("A city") == City(name="Paris", tags=["Paris"], people=7)
+
+
+# Anthropic's Messages.
+
+
+@pytest.fixture
+async def claude_for(start_proxy: StartProxy) -> AsyncIterator[Any]:
+    """Makes a client of Anthropic's SDK for a token, in front of one proxy."""
+    proxy = await start_proxy(allow_private_urls=True)
+    clients: list[anthropic.AsyncAnthropic] = []
+
+    def make(token: str, **options: Any) -> anthropic.AsyncAnthropic:
+        clients.append(anthropic.AsyncAnthropic(api_key=token, base_url=proxy, max_retries=0, **options))
+        return clients[-1]
+
+    yield make
+    for client in clients:
+        await client.close()
+
+
+CLAUDE: Any = {"model": "kimi", "max_tokens": 1000, "messages": QUESTION}
+
+
+async def test_anthropics_sdk_gets_the_same_message_whole_and_streamed(simulator: Simulator, claude_for: Any) -> None:
+    client = claude_for(simulator.token("hello"))
+    message = await client.messages.create(**CLAUDE)
+    assert (message.content[0].text, message.stop_reason, message.role) == (HELLO, "end_turn", "assistant")
+    async with client.messages.stream(**CLAUDE) as stream:
+        assert "".join([text async for text in stream.text_stream]) == HELLO
+        streamed = await stream.get_final_message()
+    assert streamed.usage.output_tokens == message.usage.output_tokens > 5
+    counted = await client.messages.count_tokens(model="kimi", messages=QUESTION)
+    assert counted.input_tokens == message.usage.input_tokens == streamed.usage.input_tokens
+
+
+async def test_anthropics_tool_loop_comes_to_its_end(simulator: Simulator, claude_for: Any) -> None:
+    client = claude_for(simulator.token("tool"))
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    tools: Any = [{"name": "get_weather", "description": "Weather", "input_schema": schema}]
+    messages: list[Any] = [{"role": "user", "content": "What is the weather in Paris?"}]
+    while True:
+        async with client.messages.stream(model="kimi", max_tokens=999, messages=messages, tools=tools) as stream:
+            message = await stream.get_final_message()
+        messages.append({"role": "assistant", "content": [block.model_dump() for block in message.content]})
+        if message.stop_reason != "tool_use":
+            break
+        results = [
+            {"type": "tool_result", "tool_use_id": block.id, "content": f"sunny in {block.input['city']}"}
+            for block in message.content
+            if block.type == "tool_use"
+        ]
+        assert [block.id[:6] for block in message.content if block.type == "tool_use"] == ["toolu_"]
+        messages.append({"role": "user", "content": results})
+    assert message.content[0].text == "The results are: sunny in Paris"
+
+
+async def test_anthropics_documents_and_images_reach_kimi(simulator: Simulator, claude_for: Any) -> None:
+    content: Any = [
+        {
+            "type": "document",
+            "title": "年报.txt",
+            "source": {"type": "base64", "media_type": "text/plain", "data": "SGkK"},
+        },
+        {"type": "document", "source": {"type": "url", "url": f"{simulator.origin_url}/70/b.pdf"}},
+        {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "SGkK"}},
+        {"type": "text", "text": "?"},
+    ]
+    message = await claude_for(simulator.token("read")).messages.create(
+        model="kimi", max_tokens=99, messages=[{"role": "user", "content": content}]
+    )
+    for told in ("年报.txt (text/plain, 3 bytes): Hi", "b.pdf (application/pdf, 70 bytes)", "image.png"):
+        assert told in message.content[0].text
+
+
+async def test_anthropics_thinking_is_a_block_of_its_own(simulator: Simulator, claude_for: Any, dialect: str) -> None:
+    client = claude_for(simulator.token("think"))
+    async with client.messages.stream(**CLAUDE, thinking={"type": "adaptive"}) as stream:
+        message = await stream.get_final_message()
+    kinds = [block.type for block in message.content]
+    assert kinds == (["thinking", "text"] if dialect == "connect" else ["text"])
+    again = [*QUESTION, {"role": "assistant", "content": [block.model_dump() for block in message.content]}, *QUESTION]
+    assert (await client.messages.create(model="kimi", max_tokens=99, messages=again)).content
+
+
+@pytest.mark.parametrize(
+    ("faults", "kind"),
+    [
+        (("unauthorized-always=refresh",), anthropic.AuthenticationError),
+        (("status=ask:429", "retry-after=7"), anthropic.RateLimitError),
+        (("status=ask:500",), anthropic.InternalServerError),
+    ],
+)
+async def test_anthropics_errors_are_its_typed_exceptions(
+    simulator: Simulator, claude_for: Any, faults: tuple[str, ...], kind: type[anthropic.APIStatusError]
+) -> None:
+    client = claude_for(simulator.token("hello", *faults))
+    for stream in (False, True):
+        with pytest.raises(kind) as caught:
+            await client.messages.create(**CLAUDE, stream=stream)
+        body: Any = caught.value.body
+        assert body["type"] == "error" and set(body["error"]) == {"type", "message"}
+    with pytest.raises(anthropic.BadRequestError, match="role"):
+        await client.messages.create(model="kimi", max_tokens=9, messages=[{"role": "a b", "content": "x"}])
+    with pytest.raises(anthropic.NotFoundError):
+        await client.get("/v1/messages/nowhere", cast_to=object)
+
+
+async def test_an_anthropic_stream_that_breaks_is_told(simulator: Simulator, claude_for: Any) -> None:
+    client = claude_for(simulator.token("long", "cut=20"))
+    with pytest.raises(anthropic.APIStatusError, match="broke"):
+        async with client.messages.stream(**CLAUDE) as stream:
+            await stream.get_final_message()
+
+
+async def test_anthropics_models_and_keys(simulator: Simulator, start_proxy: StartProxy) -> None:
+    proxy = await start_proxy(refresh_token=simulator.token("hello"), api_keys="me:open-sesame")
+    async with anthropic.AsyncAnthropic(api_key="open-sesame", base_url=proxy, max_retries=0) as client:
+        assert "kimi" in [model.id async for model in client.models.list()]
+        assert (await client.messages.create(**CLAUDE)).content
+    async with anthropic.AsyncAnthropic(auth_token="open-sesame", base_url=proxy, max_retries=0) as client:
+        assert (await client.messages.create(**CLAUDE)).content
+    headers = {"x-api-key": "wrong", "Authorization": "Bearer open-sesame"}
+    async with anthropic.AsyncAnthropic(api_key="wrong", base_url=proxy, max_retries=0) as client:
+        with pytest.raises(anthropic.AuthenticationError):
+            await client.messages.create(**CLAUDE, extra_headers=headers)
+
+
+async def test_every_failure_of_a_path_has_the_form_of_its_api(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession
+) -> None:
+    proxy = await start_proxy(max_inline_mb=1)
+    token = bearer(simulator.token("hello"))
+    calls: list[tuple[str, str, Any, int]] = [
+        ("POST", "/v1/messages", b"{", 400),
+        ("GET", "/v1/messages", None, 405),
+        ("POST", "/v1/messages/nowhere", b"{}", 404),
+        ("POST", "/v1/messages", b" " * 3_000_000, 413),
+        ("POST", "/v1/messages/count_tokens", b"[]", 400),
+    ]
+    for method, path, data, status in calls:
+        try:
+            body = io.BytesIO(data) if data else None
+            async with http.request(method, proxy + path, data=body, headers=token) as response:
+                answer = await response.json()
+                assert (response.status, answer["type"], set(answer["error"])) == (status, "error", {"type", "message"})
+        except aiohttp.ClientConnectionError:
+            assert status == 413  # closed while the body was on its way
+        other = path.replace("/messages/count_tokens", "/responses").replace("/messages", "/responses")
+        try:
+            body = io.BytesIO(data) if data else None
+            async with http.request(method, proxy + other, data=body, headers=token) as response:
+                answer = await response.json()
+                assert {"message", "type", "param", "code"} == set(answer["error"])
+        except aiohttp.ClientConnectionError:
+            assert status == 413
+    async with http.head(proxy + "/") as response:
+        assert response.status == 200
+
+
+# OpenAI's Responses.
+
+
+async def test_responses_whole_and_streamed_are_the_same(simulator: Simulator, client_for: Any) -> None:
+    client = client_for(simulator.token("hello"))
+    whole = await client.responses.create(model="kimi", input="hi")
+    assert (whole.output_text, whole.status, whole.object) == (HELLO, "completed", "response")
+    kinds = []
+    async with client.responses.stream(model="kimi", input="hi") as stream:
+        async for event in stream:
+            kinds.append(event.type)
+        streamed = await stream.get_final_response()
+    assert streamed.output_text == HELLO and streamed.usage.total_tokens == whole.usage.total_tokens
+    assert kinds[:2] == ["response.created", "response.in_progress"] and kinds[-1] == "response.completed"
+
+
+async def test_responses_parse(simulator: Simulator, client_for: Any) -> None:
+    answer = await client_for(simulator.token("json-bad")).responses.parse(model="kimi", input="x", text_format=City)
+    assert answer.output_parsed == City(name="Paris", tags=["Paris"], people=7)
+
+
+RESPONSES_TOOL: Any = {
+    "type": "function",
+    "name": "get_weather",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+}
+
+
+@pytest.mark.parametrize("by_id", [True, False])
+async def test_a_tool_loop_by_previous_response_and_by_the_whole_input(
+    simulator: Simulator, client_for: Any, by_id: bool
+) -> None:
+    client = client_for(simulator.token("tool"))
+    question: Any = [{"role": "user", "content": "What is the weather in Paris?"}]
+    first = await client.responses.create(
+        model="kimi", input=question, tools=[RESPONSES_TOOL], instructions="Be short."
+    )
+    (call,) = [item for item in first.output if item.type == "function_call"]
+    result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}
+    if by_id:
+        fields: Any = {"previous_response_id": first.id, "input": [result]}
+    else:
+        fields = {"input": [*question, *[item.model_dump(exclude_none=True) for item in first.output], result]}
+    second = await client.responses.create(model="kimi", tools=[RESPONSES_TOOL], **fields)
+    assert second.output_text == "The results are: sunny"
+    account = next(iter(simulator._accounts.values()))
+    asked = json.dumps(account.asked[-1], ensure_ascii=False)
+    assert "get_weather" in asked and "What is the weather in Paris?" in asked and "Be short." not in asked
+
+
+async def test_kept_responses_belong_to_their_account_and_can_be_deleted(
+    simulator: Simulator, start_proxy: StartProxy
+) -> None:
+    proxy = await start_proxy(allow_private_urls=True)
+    owner = openai.AsyncOpenAI(api_key=simulator.token("read"), base_url=f"{proxy}/v1", max_retries=0)
+    stranger = openai.AsyncOpenAI(api_key=simulator.token("read"), base_url=f"{proxy}/v1", max_retries=0)
+    async with owner, stranger:
+        content: Any = [{"type": "input_file", "file_data": "data:text/plain;base64,SGkK", "filename": "a.txt"}]
+        kept = await owner.responses.create(model="kimi", input=[{"role": "user", "content": content}])
+        assert "a.txt (text/plain, 3 bytes): Hi" in kept.output_text
+        assert (await owner.responses.retrieve(kept.id)).output_text == kept.output_text
+        again = await owner.responses.create(model="kimi", input="And?", previous_response_id=kept.id)
+        assert "a.txt (text/plain, 3 bytes): Hi" in again.output_text  # the file goes along, uploaded once
+        assert [file async for file in owner.files.list()] == []
+        for client, action in ((stranger, "retrieve"), (stranger, "delete")):
+            with pytest.raises(openai.NotFoundError):
+                await getattr(client.responses, action)(kept.id)
+        with pytest.raises(openai.BadRequestError) as caught:
+            await stranger.responses.create(model="kimi", input="x", previous_response_id=kept.id)
+        assert caught.value.code == "previous_response_not_found"
+        await owner.responses.delete(kept.id)
+        with pytest.raises(openai.NotFoundError):
+            await owner.responses.retrieve(kept.id)
+        forgotten = await owner.responses.create(model="kimi", input="x", store=False)
+        with pytest.raises(openai.NotFoundError):
+            await owner.responses.retrieve(forgotten.id)
+
+
+async def test_a_responses_failure_keeps_its_status_before_the_first_text(
+    simulator: Simulator, client_for: Any
+) -> None:
+    for stream in (True, False):
+        with pytest.raises(openai.RateLimitError) as caught:
+            await client_for(simulator.token("hello", "status=ask:429")).responses.create(
+                model="kimi", input="x", stream=stream
+            )
+        assert "Retry-After" in caught.value.response.headers
+    client = client_for(simulator.token("long", "cut=20"))
+    events = [event async for event in await client.responses.create(model="kimi", input="x", stream=True)]
+    assert events[-1].type == "response.failed" and "broke" in events[-1].response.error.message
+
+
+async def test_legacy_completions(simulator: Simulator, client_for: Any) -> None:
+    client = client_for(simulator.token("hello"))
+    answer = await client.completions.create(model="kimi", prompt="hi", max_tokens=99)
+    assert (answer.choices[0].text, answer.object) == (HELLO, "text_completion")
+    pieces = [piece async for piece in await client.completions.create(model="kimi", prompt="hi", stream=True)]
+    assert "".join(piece.choices[0].text for piece in pieces if piece.choices) == HELLO
+
+
+async def test_the_openai_agents_package_comes_to_its_end(
+    simulator: Simulator, client_for: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_AGENTS_DISABLE_TRACING", "1")
+    import agents  # noqa: PLC0415  # slow to load
+
+    @agents.function_tool
+    def get_weather(city: str) -> str:
+        """The weather in a city."""
+        return f"sunny in {city}"
+
+    client = client_for(simulator.token("tool"))
+    for kind in (agents.OpenAIResponsesModel, agents.OpenAIChatCompletionsModel):
+        agent = agents.Agent(name="a", tools=[get_weather], model=kind(model="kimi", openai_client=client))
+        result = await agents.Runner.run(agent, "What is the weather in Paris?")
+        assert result.final_output == "The results are: sunny in Paris"

@@ -686,7 +686,7 @@ def test_a_streams_events_to_the_letter() -> None:
         {
             "type": "message_delta",
             "delta": {"stop_reason": "end_turn", "stop_sequence": None},
-            "usage": {"output_tokens": 2},
+            "usage": {"output_tokens": 3},
         },
         {"type": "message_stop"},
     ]
@@ -703,7 +703,7 @@ def test_a_whole_message_to_the_letter() -> None:
         "stop_sequence": None,
         "usage": {
             "input_tokens": 4,
-            "output_tokens": 2,
+            "output_tokens": 3,
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": 0,
         },
