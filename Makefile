@@ -30,7 +30,7 @@ test-agents: $(VENV)/run.stamp ## test with Claude Code and Codex CLI (several h
 	mkdir -p $(AGENTS)
 	cd $(AGENTS) && npm install --no-audit --no-fund --loglevel=error \
 		@anthropic-ai/claude-code@2.1.197 @openai/codex@0.169.0
-	@PYTHONPATH=.:tests $(RUN) tests/agents/run.py $(AGENTS)
+	@PYTHONPATH=.:tests $(RUN) tests/agents/task.py $(AGENTS)
 
 bench: $(VENV)/run.stamp ## measure by how much files raise the proxy's peak memory (Linux)
 	@PYTHONPATH=tests $(RUN) tests/bench/memory.py

@@ -248,8 +248,16 @@ async def langchain_for(proxy: str) -> AsyncIterator[Any]:
     models: list[Any] = []
 
     def make(token: str) -> Any:
+        # LangChain shares its HTTP clients between models; one that is closed here must be this model's own.
         models.append(
-            ChatOpenAI(model="kimi", base_url=f"{proxy}/v1", api_key=pydantic.SecretStr(token), max_retries=0)
+            ChatOpenAI(
+                model="kimi",
+                base_url=f"{proxy}/v1",
+                api_key=pydantic.SecretStr(token),
+                max_retries=0,
+                http_client=openai.DefaultHttpxClient(),
+                http_async_client=openai.DefaultAsyncHttpxClient(),
+            )
         )
         return models[-1]
 
