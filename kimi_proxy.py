@@ -66,7 +66,7 @@ from aiohttp import abc, web, web_protocol
 from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
-__version__: Final = "1.5.0"
+__version__: Final = "1.6.0"
 
 
 # ==== 2. Settings ===========================================================
@@ -254,6 +254,9 @@ class Settings:
         "",
         "debug, info, warning or error; debug adds kind and size of each upstream event",
     )
+    log_format: str = _option(
+        "PROXY_LOG_FORMAT", "text", _one_of("text", "json"), "", "text, or json: one JSON object a line"
+    )
     call_seconds: float = _option("KIMI_CALL_SECONDS", 15.0, _SECONDS, "s", "limit of one ordinary call to the service")
     silence_seconds: float = _option(
         "KIMI_SILENCE_SECONDS", 120.0, _SECONDS, "s", "an answer in which no byte came for so long has failed"
@@ -274,6 +277,13 @@ class Settings:
     )
     send_seconds: float = _option(
         "PROXY_SEND_SECONDS", 60.0, _SECONDS, "s", "a client that takes nothing for so long is dropped"
+    )
+    drain_delay_seconds: float = _option(
+        "PROXY_DRAIN_DELAY_SECONDS",
+        0.0,
+        _between(0, 3600),
+        "s",
+        "at the end, /health says 503 for so long before anything else changes; 2 behind a balancer",
     )
     drain_seconds: float = _option(
         "PROXY_DRAIN_SECONDS", 30.0, _between(0, 3600), "s", "at the end, running answers may finish for so long"
@@ -317,6 +327,15 @@ class Settings:
         _yes_or_no,
         "",
         "file URLs may lead into private networks and to this machine",
+    )
+    max_requests: int = _option(
+        "PROXY_MAX_REQUESTS", 256, _whole(1, 1_000_000), "", "requests at once; beyond it a 503 with Retry-After"
+    )
+    max_connections: int = _option(
+        "PROXY_MAX_CONNECTIONS", 1024, _whole(1, 1_000_000), "", "connections of clients at once; beyond it a 503"
+    )
+    max_account_requests: int = _option(
+        "PROXY_MAX_ACCOUNT_REQUESTS", 64, _whole(1, 1_000_000), "", "answers of one account at once; beyond it a 429"
     )
     max_accounts: int = _option("PROXY_MAX_ACCOUNTS", 1000, _whole(1, 1_000_000), "", "accounts kept in memory")
 
@@ -491,6 +510,7 @@ FAILURES: Final[Mapping[str, Failure]] = {
     "answer_empty": Failure(502, _SERVICE, -2001, "Kimi ended its answer without any text; try again"),
     "file_broken": Failure(502, _SERVICE, -2003, "the file broke off on its way from its origin; try again"),
     "storage_failed": Failure(502, _SERVICE, -2001, "Kimi's storage did not take the file; try again"),
+    "too_busy": Failure(503, _SERVICE, -2001, "the proxy has as many requests as it may; try again shortly", 5),
     "shutting_down": Failure(503, _SERVICE, -2001, "the proxy is shutting down; try again shortly", 5),
     "service_silent": Failure(504, _SERVICE, -2001, "Kimi sent nothing for too long; try again"),
     "answer_too_long": Failure(504, _SERVICE, -2001, "Kimi's answer did not end in time; see KIMI_ANSWER_SECONDS"),
@@ -592,10 +612,14 @@ request_id: Final[ContextVar[str]] = ContextVar("request_id", default="-")
 
 
 class RedactingFormatter(logging.Formatter):
-    """Log lines with the request's id, redacted, tracebacks without messages."""
+    """Log lines with the request's id, redacted, tracebacks without messages; as text, or as JSON objects."""
+
+    def __init__(self, form: str = "text") -> None:
+        super().__init__()
+        self._form = form
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line for the record, and one for each frame of its traceback."""
+        """One line for the record; as text, one more for each frame of its traceback."""
         if record.name.startswith("kimi_proxy"):
             text = record.getMessage()
         else:
@@ -604,10 +628,14 @@ class RedactingFormatter(logging.Formatter):
             constant = ": ".join(str(record.msg).partition("%")[0].split(": ")[:2])
             text = f"{record.name}: {constant[:160]}".strip()
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(record.created))
-        line = f"{moment} {record.levelname.lower()} [{request_id.get()}] {redact(text)}"
-        if record.exc_info and record.exc_info[1] is not None:
-            line += "".join(f"\n    {place}" for place in render_traceback(record.exc_info[1]))
-        return line
+        level, text = record.levelname.lower(), redact(text)
+        error = record.exc_info[1] if record.exc_info else None
+        places = render_traceback(error) if error is not None else []
+        if self._form == "json":
+            value = {"time": moment, "level": level, "request_id": request_id.get(), "message": text}
+            return json.dumps(value | ({"traceback": places} if places else {}), ensure_ascii=False)
+        line = f"{moment} {level} [{request_id.get()}] {text}"
+        return line + "".join(f"\n    {place}" for place in places)
 
 
 def render_traceback(error: BaseException) -> list[str]:
@@ -619,26 +647,54 @@ def render_traceback(error: BaseException) -> list[str]:
     return [*before, f"{type(error).__module__}.{type(error).__qualname__}", *places]
 
 
-def configure_logging(level: str) -> None:
+def configure_logging(level: str, form: str = "text") -> None:
     """Send all logging of the process to standard error, at `level`, through `RedactingFormatter`."""
     handler = logging.StreamHandler()
-    handler.setFormatter(RedactingFormatter())
+    handler.setFormatter(RedactingFormatter(form))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.captureWarnings(True)
     logger.setLevel(level.upper())
 
 
+# Every metric that there is: its type and what it counts (Prometheus text format, version 0.0.4).
+METRICS: Final[Mapping[str, tuple[str, str]]] = {
+    "kimi_proxy_requests_total": ("counter", "Requests that were answered, by route and status."),
+    "kimi_proxy_requests_running": ("gauge", "Requests that are being answered."),
+    "kimi_proxy_answers_running": ("gauge", "Answers of Kimi that are on their way to a client."),
+    "kimi_proxy_accounts": ("gauge", "Accounts in memory."),
+    "kimi_proxy_chunks_total": ("counter", "Pieces of answers sent to clients."),
+    "kimi_proxy_failures_total": ("counter", "Failures that a client was told of, by code."),
+    "kimi_proxy_tokens_refreshed_total": ("counter", "Access tokens fetched."),
+    "kimi_proxy_upstream_seconds": ("histogram", "Time until Kimi answered a call."),
+    "kimi_proxy_first_text_seconds": ("histogram", "Time from a request to the first piece of its answer."),
+    "kimi_proxy_removals_failed_total": ("counter", "Conversations that may be left at Kimi."),
+    "kimi_proxy_denied_addresses_total": ("counter", "Connections to file addresses that were denied, by verdict."),
+    "kimi_proxy_state_failures_total": ("counter", "Writes of the state directory that failed."),
+    "kimi_proxy_unknown_total": ("counter", "What Kimi sent that is not known, by what it is."),
+}
+_BUCKETS: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+
+
 class Metrics:
-    """Counts of what happened, by name and labels. One instance belongs to the application."""
+    """Counts of what happened, by name and labels, and how long it took. One instance belongs to the application."""
 
     def __init__(self) -> None:
         self.counts: dict[tuple[str, tuple[tuple[str, str], ...]], int] = {}
+        self.times: dict[str, list[float]] = {}
         self._told: set[tuple[str, str]] = set()
 
     def count(self, name: str, amount: int = 1, **labels: str) -> None:
         """Add `amount` to the counter `name`."""
         key = (name, tuple(sorted(labels.items())))
         self.counts[key] = self.counts.get(key, 0) + amount
+
+    def observe(self, name: str, seconds: float) -> None:
+        """Add a time to the histogram `name`: the counts of its buckets, then their number and sum."""
+        times = self.times.setdefault(name, [0.0] * (len(_BUCKETS) + 2))
+        for at, bound in enumerate(_BUCKETS):
+            times[at] += seconds <= bound
+        times[-2] += 1
+        times[-1] += seconds
 
     def tell_once(self, what: str, name: str) -> None:
         """Count an oddity of the service, and log it the first time that this `name` is seen (1,000 at most)."""
@@ -651,6 +707,36 @@ class Metrics:
     def value(self, name: str, **labels: str) -> int:
         """What the counter stands at."""
         return self.counts.get((name, tuple(sorted(labels.items()))), 0)
+
+
+def render_metrics(metrics: Metrics, gauges: Mapping[str, float]) -> str:
+    """All metrics in Prometheus' text format, those included that stand at 0; `gauges` by name."""
+    lines: list[str] = []
+    for name, (kind, text) in METRICS.items():
+        lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+        if kind == "gauge":
+            lines.append(f"{name} {gauges.get(name, 0):g}")
+        elif kind == "histogram":
+            lines += _render_histogram(name, metrics.times.get(name, [0.0] * (len(_BUCKETS) + 2)))
+        else:
+            found = {labels: count for (counted, labels), count in metrics.counts.items() if counted == name}
+            lines += [f"{name}{_render_labels(labels)} {count}" for labels, count in (found or {(): 0}).items()]
+    return "\n".join(lines) + "\n"
+
+
+def _render_histogram(name: str, times: Sequence[float]) -> list[str]:
+    lines = [f'{name}_bucket{{le="{bound:g}"}} {times[at]:g}' for at, bound in enumerate(_BUCKETS)]
+    return [
+        *lines,
+        f'{name}_bucket{{le="+Inf"}} {times[-2]:g}',
+        f"{name}_count {times[-2]:g}",
+        f"{name}_sum {times[-1]}",
+    ]
+
+
+def _render_labels(labels: Sequence[tuple[str, str]]) -> str:
+    escaped = [(name, value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")) for name, value in labels]
+    return "{" + ",".join(f'{name}="{value}"' for name, value in escaped) + "}" if labels else ""
 
 
 # ==== 5. Wire formats =======================================================
@@ -6188,14 +6274,15 @@ class Calls:
         session: aiohttp.ClientSession,
         transfers: aiohttp.ClientSession,
         accounts: Accounts,
-        call_seconds: float,
-        proxy_url: str = "",
+        metrics: Metrics,
+        settings: Settings,
     ) -> None:
+        self._metrics = metrics
         self._session = session
         self._transfers = transfers
-        self._proxy_headers = _render_proxy_headers(proxy_url)
+        self._proxy_headers = _render_proxy_headers(settings.proxy_url)
         self._accounts = accounts
-        self._call_seconds = call_seconds
+        self._call_seconds = settings.call_seconds
 
     async def call(self, account: Account, call: Call) -> dict[str, Any]:
         """The JSON object that the service replies. Raises `ProxyError` for every other outcome.
@@ -6336,7 +6423,7 @@ class Calls:
 
     async def _request(self, call: Call, token: str, connection: _Connection) -> aiohttp.ClientResponse:
         headers = {**call.headers, "Authorization": f"Bearer {token}"} if token else call.headers
-        body = call.body
+        body, started = call.body, time.monotonic()
         response = await self._session.request(
             call.method,
             URL(call.url),
@@ -6346,6 +6433,7 @@ class Calls:
             trace_request_ctx=connection,
             proxy_headers=self._proxy_headers,
         )
+        self._metrics.observe("kimi_proxy_upstream_seconds", time.monotonic() - started)
         logger.debug("> %s HTTP %d", call.step, response.status)
         return response
 
@@ -7182,6 +7270,9 @@ class Asking:
             if account.line.is_narrow and account.line.running:
                 busy.append(account)
                 return False
+            if account.line.running >= self._settings.max_account_requests:
+                most = self._settings.max_account_requests
+                raise ProxyError("queue_full", f"{most} answers of this account run; see PROXY_MAX_ACCOUNT_REQUESTS")
             account.line.enter()
             try:
                 await self._run_for(account, question, sending, start_chain)
@@ -7836,9 +7927,10 @@ _POST_PATHS: Final = frozenset(
 _MODELS_CREATED: Final = 1_704_067_200
 _PATHS: Final = (
     "POST /v1/chat/completions, /v1/messages, /v1/responses and /v1/completions, GET /v1/models, POST and GET "
-    "/v1/files, GET /health, GET /ping, GET /"
+    "/v1/files, GET /health, GET /metrics, GET /ping, GET /"
 )
 _OPEN_PATHS: Final = frozenset({"/", "/ping", "/health"})
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _CLIENT_CLOSED: Final = 499  # as nginx logs a client that went away
 
 
@@ -7862,6 +7954,9 @@ class State:
     access: Access
     draining: asyncio.Event
     answering: set[asyncio.Task[Any]]
+    requests: int = 0
+    closing: bool = False
+    requested_at: float = 0.0
 
 
 @dataclass(slots=True)
@@ -7889,7 +7984,8 @@ class Delivery:
         self._writes = 0
         self._writing = False
         self._seen = (0, 0)
-        self._quiet_since = asyncio.get_running_loop().time()
+        self._started = self._quiet_since = asyncio.get_running_loop().time()
+        self._shown = False
         self._next_comment = self._quiet_since + state.settings.first_comment_seconds
 
     @property
@@ -7900,6 +7996,10 @@ class Delivery:
     async def send(self, events: list[Event]) -> None:
         """Encode `events` and write what they show, in one write. Raises `ClientGone`."""
         data = b"".join(map(self._reply.feed, events))
+        if not self._shown and self._reply.chunks:
+            self._shown = True
+            seconds = asyncio.get_running_loop().time() - self._started
+            self._state.metrics.observe("kimi_proxy_first_text_seconds", seconds)
         if data:
             await self._write(data)
 
@@ -8307,7 +8407,20 @@ async def _check_token_live(request: web.Request) -> web.StreamResponse:
 
 
 async def _health(request: web.Request) -> web.StreamResponse:
-    return _json({"status": "ok"})
+    """Whether it lives, and whether it should be sent requests: not while it shuts down."""
+    is_ready = not request.app[STATE].draining.is_set()
+    return _json({"live": True, "ready": is_ready}, 200 if is_ready else 503)
+
+
+async def _metrics(request: web.Request) -> web.StreamResponse:
+    state = request.app[STATE]
+    gauges = {
+        "kimi_proxy_requests_running": state.requests,
+        "kimi_proxy_answers_running": len(state.answering),
+        "kimi_proxy_accounts": len(state.accounts),
+    }
+    text = render_metrics(state.metrics, gauges)
+    return web.Response(body=text.encode(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
 
 async def _ping(request: web.Request) -> web.StreamResponse:
@@ -8350,15 +8463,19 @@ def render_failure(error: ProxyError, *, anthropic: bool = False) -> web.Respons
 def _note_failure(request: web.Request, error: ProxyError) -> None:
     outcome = request[OUTCOME]
     outcome.failure, outcome.upstream_status = error.code, error.upstream_status
+    request.app[STATE].metrics.count("kimi_proxy_failures_total", code=error.code)
 
 
 @web.middleware
 async def _frame(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> Any:
     """Around every request: its id, its errors in JSON, its log line."""
-    started = time.monotonic()
-    request_id.set(secrets.token_hex(6))
+    state, started = request.app[STATE], time.monotonic()
+    given = request.headers.get("X-Request-Id", "")
+    request_id.set(given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(6))
     status = _CLIENT_CLOSED
     outcome = request[OUTCOME] = Outcome()
+    state.requests += 1
+    state.requested_at = asyncio.get_running_loop().time()
     try:
         response = await _answer_or_fail(request, handler)
         status = response.status
@@ -8367,6 +8484,11 @@ async def _frame(request: web.Request, handler: Callable[[web.Request], Awaitabl
         # Nobody reads this; aiohttp wants an object all the same.
         return web.Response(status=_CLIENT_CLOSED)
     finally:
+        state.requests -= 1
+        resource = request.match_info.route.resource
+        route = resource.canonical if resource is not None else "other"
+        state.metrics.count("kimi_proxy_requests_total", route=route, status=str(status))
+        state.metrics.count("kimi_proxy_chunks_total", outcome.chunks)
         logger.info(
             "%s %s %d %.3fs chunks=%d upstream=%s%s%s",
             request.method,
@@ -8385,6 +8507,9 @@ async def _answer_or_fail(
 ) -> web.StreamResponse:
     try:
         _check_access(request)
+        state = request.app[STATE]
+        if state.requests > state.settings.max_requests and request.path not in (*_OPEN_PATHS, "/metrics"):
+            raise ProxyError("too_busy")
         if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
             return web.Response(status=204)
         return await handler(request)
@@ -8431,6 +8556,9 @@ async def _add_headers(request: web.Request, response: web.StreamResponse) -> No
     """Headers of every response: the request's id, the CORS answer (Fetch standard, "CORS protocol")."""
     response.headers["X-Request-Id"] = request_id.get()
     response.headers["Server"] = "kimi_proxy"
+    if request.app[STATE].closing:
+        response.headers["Connection"] = "close"
+        response.force_close()
     access = request.app[STATE].access
     origin = request.headers.get("Origin")
     if origin is None or not access.allows_origin(origin):
@@ -8463,14 +8591,16 @@ async def _own_state(app: web.Application) -> AsyncIterator[None]:
     files = Files(settings, metrics)
 
     async def refresh(account: Account) -> TokenPair:
-        return await asking.refresh(account)
+        pair = await asking.refresh(account)
+        metrics.count("kimi_proxy_tokens_refreshed_total")
+        return pair
 
     store = TokenStore(find_state_dir(settings.state_dir, os.environ), metrics, settings.call_seconds)
     deleted = await asyncio.to_thread(store.delete_unused, time.time())
     if deleted:
         logger.info("deleted the tokens of %d accounts that were unused for 100 days", deleted)
     accounts = Accounts(refresh, tasks, store, token_seconds=settings.token_seconds, max_accounts=settings.max_accounts)
-    calls = Calls(session, transfers, accounts, settings.call_seconds, settings.proxy_url)
+    calls = Calls(session, transfers, accounts, metrics, settings)
     kept = KeptConversations(store, settings.max_accounts)
     uploads = Uploads(files, ticker, settings)
     asking = Asking(calls, accounts, kept, uploads, tasks, ticker, metrics, settings)
@@ -8499,6 +8629,29 @@ async def _own_state(app: web.Application) -> AsyncIterator[None]:
 
 _SETTINGS: Final = web.AppKey("settings", Settings)
 _ACCESS: Final = web.AppKey("access", Access)
+
+
+_QUIET_SECONDS: Final = 1.0
+_GRACE_SECONDS: Final = 3.0
+
+
+async def announce_end(app: web.Application) -> None:
+    """Say that the end is near, while all is still served: to balancers first, then on every response head.
+
+    A kept connection is closed by an answer that says so, not between two requests: none is lost. It is over when no
+    request came for a second, after three at most.
+    """
+    state, loop = app[STATE], asyncio.get_running_loop()
+    state.draining.set()
+    await asyncio.sleep(state.settings.drain_delay_seconds)
+    state.closing = True
+    begun = loop.time()
+    while True:
+        quiet_at = max(begun, state.requested_at) + _QUIET_SECONDS
+        left = min(quiet_at, begun + _GRACE_SECONDS) - loop.time()
+        if left <= 0:
+            return
+        await asyncio.sleep(left)
 
 
 async def end_answers(app: web.Application) -> None:
@@ -8539,17 +8692,59 @@ def make_app(settings: Settings) -> web.Application:
     app.router.add_post("/token/check", _check_token_live)
     app.router.add_get("/ping", _ping)
     app.router.add_get("/health", _health)
+    app.router.add_get("/metrics", _metrics)
     app.router.add_get("/", _front_page)
     return app
 
 
 # ==== 19. Service ===========================================================
 #
-# The program around the application: command line, listening, signals, and the terminal client.
+# The program around the application: command line, listening, signals, systemd's protocol, and the terminal client.
+
+
+@dataclass(slots=True)
+class _Connections:
+    """How many connections there are, and may be."""
+
+    most: int
+    open: int = 0
+
+
+_NO_ROOM: Final = (
+    b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+)
 
 
 class _Connected(web_protocol.RequestHandler):
     """One connection of a client. aiohttp would echo the bytes of a malformed head, which may hold a token."""
+
+    __slots__ = ("_connections", "_counted")
+
+    def __init__(self, connections: _Connections, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._connections = connections
+        self._counted = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin; one connection too many is told so, and closed."""
+        if self._connections.open >= self._connections.most:
+            cast(asyncio.Transport, transport).write(_NO_ROOM)
+            transport.close()
+            return
+        self._connections.open += 1
+        self._counted = True
+        super().connection_made(transport)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """End."""
+        if self._counted:
+            self._connections.open -= 1
+            super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes, but of one connection too many."""
+        if self._counted:
+            super().data_received(data)
 
     def log_exception(self, *args: Any, **kwargs: Any) -> None:
         """Log what no handler caught, unless it is the client's broken body, which was answered."""
@@ -8588,48 +8783,148 @@ class _Runner(web.AppRunner):
             "lingering_time": 1,
             "access_log": None,
         }
-        return partial(_Connected, server, loop=asyncio.get_running_loop(), **options)
+        return partial(_Connected, self._connections, server, loop=asyncio.get_running_loop(), **options)
 
     def __init__(self, app: web.Application, settings: Settings) -> None:
         super().__init__(app, handle_signals=False, handler_cancellation=True, access_log=None, shutdown_timeout=1)
         self._idle_seconds = settings.idle_seconds
+        self._connections = _Connections(settings.max_connections)
+
+
+class Notifier:
+    """Tells systemd how it goes (sd_notify(3)); nothing where nobody listens. A full queue drops what is said."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._address = environ.get("NOTIFY_SOCKET", "")
+        self._socket: socket.socket | None = None
+        if self._address[:1] in ("/", "@"):
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            self._socket.setblocking(False)
+        is_ours = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        microseconds = environ.get("WATCHDOG_USEC", "")
+        self.watchdog_seconds = int(microseconds) / 1e6 if is_ours and microseconds.isdigit() else 0.0
+
+    def tell(self, **fields: str) -> None:
+        """Send `fields`, such as READY="1" or STATUS="…"."""
+        if self._socket is None:
+            return
+        address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
+        with suppress(OSError):
+            self._socket.sendto("\n".join(f"{name}={value}" for name, value in fields.items()).encode(), address)
+
+    def close(self) -> None:
+        """Let go of the socket; may be called twice."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+
+def take_sockets(environ: Mapping[str, str]) -> list[socket.socket]:
+    """The listening sockets that systemd handed over (sd_listen_fds(3)); empty where it did not."""
+    count = environ.get("LISTEN_FDS", "")
+    if environ.get("LISTEN_PID") != str(os.getpid()) or not count.isdigit():
+        return []
+    return [socket.socket(fileno=_FIRST_DESCRIPTOR + number) for number in range(int(count))]
+
+
+_FIRST_DESCRIPTOR: Final = 3
+
+
+@asynccontextmanager
+async def _run_app(settings: Settings, sockets: Sequence[socket.socket]) -> AsyncIterator[tuple[str, web.Application]]:
+    """A running application, on `sockets` or where the settings say: its first address, and the application itself."""
+    app = make_app(settings)
+    runner = _Runner(app, settings)
+    await runner.setup()
+    try:
+        sites: list[web.BaseSite] = [web.SockSite(runner, one) for one in sockets]
+        sites = sites or [web.TCPSite(runner, settings.host, settings.port)]
+        try:
+            for site in sites:
+                await site.start()
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise SettingsError(f"cannot listen on {settings.host}:{settings.port}: {quote_words(reason)}") from None
+        name, port = runner.addresses[0][:2]
+        host = name if sockets else settings.host
+        yield f"http://{f'[{host}]' if ':' in host else host}:{port}", app
+        # Whoever waits in the queue of an inherited socket is served by the next process: nothing more is accepted,
+        # and what was accepted in this very pass of the loop is still served.
+        for one in sockets:
+            asyncio.get_running_loop().remove_reader(one.fileno())
+        if sockets:
+            await asyncio.sleep(0.1)
+    finally:
+        await runner.cleanup()
 
 
 @asynccontextmanager
 async def run_server(settings: Settings) -> AsyncIterator[str]:
     """A running proxy; gives the address that it listens on, as `http://host:port`.
 
-    Raises `SettingsError` where it cannot listen.
+    Raises `SettingsError` where it cannot listen, or holds secrets of no use.
     """
-    runner = _Runner(make_app(settings), settings)
-    await runner.setup()
-    try:
-        site = web.TCPSite(runner, settings.host, settings.port)
+    async with _run_app(settings, ()) as (address, _):
+        yield address
+
+
+class _Beat:
+    """Tells systemd regularly that the loop runs, and what runs in it."""
+
+    def __init__(self, notifier: Notifier, app: web.Application) -> None:
+        self._notifier = notifier
+        self._app = app
+        self._seconds = min(notifier.watchdog_seconds / 2 or 10.0, 10.0)
+        self._timer: asyncio.TimerHandle | None = None
+
+    def beat(self) -> None:
+        """Beat now, and again."""
+        state = self._app[STATE]
+        status = f"{len(state.answering)} answers, {state.requests} requests, {len(state.accounts)} accounts"
+        self._notifier.tell(WATCHDOG="1", STATUS=status)
+        self._timer = asyncio.get_running_loop().call_later(self._seconds, self.beat)
+
+    def stop(self) -> None:
+        """Beat no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+
+def _listen_for_signals() -> asyncio.Event:
+    """An event that the first SIGINT or SIGTERM sets; a second one ends the process at once."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def take(number: int) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
         try:
-            await site.start()
-        except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise SettingsError(f"cannot listen on {settings.host}:{settings.port}: {quote_words(reason)}") from None
-        port = runner.addresses[0][1]
-        host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        yield f"http://{host}:{port}"
-    finally:
-        await runner.cleanup()
+            loop.add_signal_handler(number, take, number)
+        except NotImplementedError:  # Windows
+            signal.signal(number, lambda number, _: loop.call_soon_threadsafe(take, number))
+    return stop
 
 
 async def _serve(settings: Settings) -> None:
-    """Serve until a signal asks to stop."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        try:
-            loop.add_signal_handler(number, stop.set)
-        except NotImplementedError:  # Windows
-            signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
-    async with run_server(settings) as address:
+    """Serve until a signal asks to stop; then let go of clients and balancers in good order."""
+    notifier = Notifier(os.environ)
+    stop = _listen_for_signals()
+    async with _run_app(settings, take_sockets(os.environ)) as (address, app):
+        beat = _Beat(notifier, app)
         print(f"kimi_proxy {__version__} is ready. Base URL for your program: {address}/v1", flush=True)
+        notifier.tell(READY="1")
+        beat.beat()
         await stop.wait()
         logger.info("shutting down")
+        seconds = settings.drain_delay_seconds + settings.drain_seconds + settings.removal_seconds + 10
+        notifier.tell(STOPPING="1", EXTEND_TIMEOUT_USEC=str(int(seconds * 1e6)))
+        if app[STATE].requested_at:  # else nobody can keep a connection
+            await announce_end(app)
+    beat.stop()
+    notifier.close()
 
 
 def main(argv: Sequence[str]) -> int:
@@ -8640,7 +8935,7 @@ def main(argv: Sequence[str]) -> int:
         return check_command(argv[1:])
     try:
         settings = Settings.load(os.environ, argv)
-        configure_logging(settings.log_level)
+        configure_logging(settings.log_level, settings.log_format)
         asyncio.run(_serve(settings))
     except SettingsError as error:
         print(f"kimi_proxy: {error}", file=sys.stderr)
@@ -8877,7 +9172,7 @@ class _Check:
             return await self._dialect.refresh(account)
 
         self._accounts = Accounts(refresh, tasks, store, token_seconds=settings.token_seconds, max_accounts=1)
-        calls = Calls(*sessions, self._accounts, settings.call_seconds, settings.proxy_url)
+        calls = Calls(*sessions, self._accounts, Metrics(), settings)
         self._connect = Connect(calls, settings.base_url, settings.auth_url)
         self._dialect: Dialect = self._connect if name == "connect" else Classic(calls, settings.base_url)
 

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 
-from kimi_proxy import Metrics, RedactingFormatter, configure_logging, logger, render_traceback, request_id
+from kimi_proxy import (
+    METRICS,
+    Metrics,
+    RedactingFormatter,
+    configure_logging,
+    logger,
+    render_metrics,
+    render_traceback,
+    request_id,
+)
 
 JWT = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJhIn0.c2lnbmF0dXJl"
 
@@ -87,3 +99,30 @@ def test_metrics_count_by_name_and_labels() -> None:
     assert metrics.value("a") == 3
     assert metrics.value("a", kind="y", step="x") == 1
     assert metrics.value("b") == 0
+
+
+def test_log_lines_as_json() -> None:
+    formatter = RedactingFormatter("json")
+    try:
+        raise ValueError("secret words")
+    except ValueError as error:
+        record = logging.LogRecord("kimi_proxy", logging.ERROR, "", 0, 'a "quoted" line: %s', ("文",), None)
+        record.exc_info = (ValueError, error, error.__traceback__)
+    line = formatter.format(record)
+    value = json.loads(line)
+    assert (value["level"], value["message"], value["request_id"]) == ("error", 'a "quoted" line: 文', "-")
+    assert value["traceback"][0] == "builtins.ValueError" and "secret" not in line and "\n" not in line
+
+
+def test_every_metric_has_its_row_and_labels_are_escaped() -> None:
+    metrics = Metrics()
+    metrics.count("kimi_proxy_failures_total", code='a"b\\c\nd')
+    metrics.observe("kimi_proxy_upstream_seconds", 0.2)
+    text = render_metrics(metrics, {"kimi_proxy_accounts": 5})
+    assert 'kimi_proxy_failures_total{code="a\\"b\\\\c\\nd"} 1' in text
+    assert 'kimi_proxy_upstream_seconds_bucket{le="0.1"} 0\n' in text
+    assert 'kimi_proxy_upstream_seconds_bucket{le="0.25"} 1\n' in text
+    assert "kimi_proxy_accounts 5\n" in text
+    source = Path(render_metrics.__code__.co_filename).read_text("utf-8")
+    counted = set(re.findall(r'(?:count|observe)\(\s*"(kimi_proxy_\w+)"', source))
+    assert counted <= METRICS.keys() and all(f"# TYPE {name} " in text for name in METRICS)

@@ -14,6 +14,7 @@ import aiohttp
 import pytest
 from conftest import LogRecorder, StartProxy, bearer, chat_body
 from kimi_simulator import HELLO, Simulator
+from prometheus_client.parser import text_string_to_metric_families
 
 CHAT = "/v1/chat/completions"
 SENTENCE = "[内容由于不合规被停止生成，我们换个话题吧]"
@@ -740,3 +741,96 @@ async def test_a_stream_that_our_own_end_emptied_has_its_role(
 ) -> None:
     chunks, _ = await stream(http, proxy, simulator.token("hello"), stop=HELLO[:2])
     assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
+
+
+# What there is to see, and what is bounded.
+
+
+def read_metrics(text: str) -> dict[str, float]:
+    """The samples of a page of metrics, by name and labels, as Prometheus' own parser reads them."""
+    families = text_string_to_metric_families(text)
+    return {
+        sample.name + "".join(f",{name}={value}" for name, value in sorted(sample.labels.items())): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+async def test_metrics_tell_what_happened(simulator: Simulator, proxy: str, http: aiohttp.ClientSession) -> None:
+    async with http.get(proxy + "/metrics") as response:
+        assert response.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+        before = read_metrics(await response.text())
+    assert before["kimi_proxy_requests_running"] == 1 and before["kimi_proxy_upstream_seconds_count"] == 0
+    await ask(http, proxy, simulator.token("hello"))
+    chunks, _ = await stream(http, proxy, simulator.token("hello"))
+    await ask(http, proxy, simulator.token("hello", "status=ask:500"))
+    async with http.get(proxy + "/metrics") as response:
+        after = read_metrics(await response.text())
+    route = "route=/v1/chat/completions"
+    assert after[f"kimi_proxy_requests_total,{route},status=200"] == 2
+    assert after[f"kimi_proxy_requests_total,{route},status=502"] == 1
+    assert after["kimi_proxy_failures_total,code=service_failed"] == 1
+    assert after["kimi_proxy_chunks_total"] >= len(chunks)
+    assert after["kimi_proxy_tokens_refreshed_total"] == after["kimi_proxy_accounts"] == 3
+    assert after["kimi_proxy_first_text_seconds_count"] == 2
+    assert after["kimi_proxy_upstream_seconds_bucket,le=+Inf"] == after["kimi_proxy_upstream_seconds_count"] > 6
+    assert after["kimi_proxy_answers_running"] == 0
+
+
+async def test_health_is_live_and_ready_and_nothing_else(proxy: str, http: aiohttp.ClientSession) -> None:
+    async with http.get(proxy + "/health") as response:
+        assert (response.status, await response.json()) == (200, {"live": True, "ready": True})
+
+
+async def test_a_good_request_id_is_taken_and_a_bad_one_is_not(
+    proxy: str, http: aiohttp.ClientSession, log_lines: LogRecorder
+) -> None:
+    for given in ("my-id_1.2:3/4+5=", "x" * 128):
+        async with http.get(proxy + "/ping", headers={"X-Request-Id": given}) as response:
+            assert response.headers["X-Request-Id"] == given
+        assert f"[{given}] GET /ping 200" in log_lines.text
+    for given in ("two words", "x" * 129, "a;b", "é"):
+        async with http.get(proxy + "/ping", headers={"X-Request-Id": given}) as response:
+            assert response.headers["X-Request-Id"] != given
+
+
+async def test_more_requests_than_there_may_be_are_a_503(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession
+) -> None:
+    proxy = await start_proxy(max_requests=2)
+    token = simulator.token("quiet")
+    running = [asyncio.create_task(ask(http, proxy, token)) for _ in range(2)]
+    await simulator.wait_until(lambda: simulator.account(token).streams_open == 2)
+    status, answer, headers = await ask(http, proxy, token)
+    assert (status, answer["error"]["code"], headers["Retry-After"]) == (503, "too_busy", "5")
+    async with http.get(proxy + "/health") as response:
+        assert response.status == 200
+    assert [status for status, _, _ in await asyncio.gather(*running)] == [200, 200]
+    assert (await ask(http, proxy, token))[0] == 200
+
+
+async def test_more_answers_of_one_account_than_there_may_be_are_a_429(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession
+) -> None:
+    proxy = await start_proxy(max_account_requests=1)
+    token = simulator.token("quiet")
+    running = asyncio.create_task(ask(http, proxy, token))
+    await simulator.wait_until(lambda: simulator.account(token).streams_open == 1)
+    status, answer, headers = await ask(http, proxy, token)
+    assert (status, answer["error"]["code"]) == (429, "queue_full") and "Retry-After" in headers
+    assert (await ask(http, proxy, simulator.token("hello")))[0] == 200
+    assert (await running)[0] == 200
+
+
+async def test_more_connections_than_there_may_be_are_refused_and_room_is_made(start_proxy: StartProxy) -> None:
+    proxy = await start_proxy(max_connections=2)
+    host, _, port = proxy.removeprefix("http://").partition(":")
+    kept = [await asyncio.open_connection(host, int(port)) for _ in range(2)]
+    refused = await send_raw(proxy, b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert refused.startswith(b"HTTP/1.1 503 ") and b"Retry-After" in refused
+    for _, writer in kept:
+        writer.close()
+        await writer.wait_closed()
+    async with asyncio.timeout(5):
+        while b" 200 OK" not in await send_raw(proxy, b"GET /ping HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"):
+            pass

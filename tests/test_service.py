@@ -339,3 +339,161 @@ async def test_secrets_that_are_of_no_use_stop_the_start_with_one_line(environme
     status, out, err = await run("--port", "0", **environment)
     assert (status, out) == (2, "") and says in err and err.count("\n") == 1
     assert "sesame" not in err
+
+
+# systemd's protocol, and the end in good order.
+
+WRAPPER = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.set_inheritable(3, True)
+os.environ["LISTEN_PID"] = str(os.getpid())
+os.execv(sys.executable, [sys.executable, "-W", "error", *sys.argv[2:]])
+"""
+
+
+async def start(simulator: Simulator, *, listener: socket.socket | None = None, **environment: str) -> Running:
+    """A proxy as a process, with the environment that systemd would give it."""
+    known = {"KIMI_BASE_URL": simulator.url, "PROXY_PORT": "0", "PROXY_DRAIN_SECONDS": "5", **environment}
+    command, descriptors = PROGRAM, ()
+    if listener is not None:
+        known["LISTEN_FDS"] = "1"
+        command = [sys.executable, "-c", WRAPPER, str(listener.fileno()), PROGRAM[-1]]
+        descriptors = (listener.fileno(),)  # type: ignore[assignment]
+    process = await asyncio.create_subprocess_exec(
+        *command, stdout=PIPE, stderr=PIPE, env={**clean_environment(), **known}, pass_fds=descriptors
+    )
+    assert process.stdout is not None
+    line = (await asyncio.wait_for(process.stdout.readline(), 20)).decode()
+    found = re.search(r"http://127\.0\.0\.1:\d+", line)
+    assert found is not None, line
+    return Running(process, found[0], line)
+
+
+async def receive(queue: socket.socket, wanted: str, seconds: float = 10.0) -> str:
+    """The first datagram that says `wanted`."""
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(seconds):
+        while True:
+            said = (await loop.sock_recv(queue, 4096)).decode()
+            if wanted in said:
+                return said
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+async def test_systemd_is_told_how_it_goes(simulator: Simulator, tmp_path: Path, abstract: bool) -> None:
+    place = f"\0kimi-proxy-test-{os.getpid()}" if abstract else str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as queue:
+        queue.bind(place)
+        queue.setblocking(False)
+        shown = place.replace("\0", "@")
+        running = await start(simulator, NOTIFY_SOCKET=shown, WATCHDOG_USEC="400000")
+        assert await receive(queue, "READY=1")
+        for _ in range(3):
+            assert "STATUS=0 answers, 0 requests" in await receive(queue, "WATCHDOG=1", 2.0)
+        stopping = asyncio.create_task(running.stop())
+        assert "EXTEND_TIMEOUT_USEC=" in await receive(queue, "STOPPING=1")
+        assert (await stopping)[0] == 0
+
+
+async def test_a_full_queue_and_a_missing_one_stop_nothing(simulator: Simulator, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as queue:
+        queue.bind(str(tmp_path / "notify"))  # nobody reads it
+        running = await start(simulator, NOTIFY_SOCKET=str(tmp_path / "notify"), WATCHDOG_USEC="2000")
+        async with aiohttp.ClientSession() as http:
+            for _ in range(20):
+                async with http.get(running.url + "/ping") as response:
+                    assert response.status == 200
+                await asyncio.sleep(0.02)  # the beats of this time fill the queue
+        assert (await running.stop())[0] == 0
+    running = await start(simulator, NOTIFY_SOCKET=str(tmp_path / "nowhere"), WATCHDOG_PID="1", WATCHDOG_USEC="1")
+    assert (await running.stop())[0] == 0
+
+
+async def test_with_a_socket_of_systemds_a_restart_refuses_nothing(simulator: Simulator) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(128)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        first = await start(simulator, listener=listener)
+        assert first.url == url
+        statuses: list[int] = []
+        done = asyncio.Event()
+
+        async def keep_asking() -> None:
+            while not done.is_set():
+                async with aiohttp.ClientSession() as http, http.get(url + "/ping") as response:
+                    statuses.append(response.status)
+
+        asking = [asyncio.create_task(keep_asking()) for _ in range(4)]
+        await asyncio.sleep(0.2)
+        assert (await first.stop())[0] == 0
+        second = await start(simulator, listener=listener)
+        count = len(statuses)
+        async with asyncio.timeout(10):
+            while len(statuses) < count + 20:
+                await asyncio.sleep(0.01)
+        done.set()
+        await asyncio.gather(*asking)
+        assert set(statuses) == {200}
+        assert (await second.stop())[0] == 0
+
+
+async def test_the_end_is_announced_while_all_is_still_served(simulator: Simulator) -> None:
+    running = await start(simulator, PROXY_DRAIN_DELAY_SECONDS="0.5")
+    token = simulator.token("long", "pace=0.05", "chunks=30")
+    async with aiohttp.ClientSession() as http, aiohttp.ClientSession() as other:
+        body = chat_body(stream=True)
+        async with http.post(running.url + "/v1/chat/completions", json=body, headers=bearer(token)) as response:
+            await response.content.readuntil(b"\n\n")
+            stopping = asyncio.create_task(running.stop())
+            seen: list[tuple[int, str]] = []
+            async with asyncio.timeout(10):
+                while not seen or seen[-1][1] != "close":
+                    async with other.get(running.url + "/health") as health:
+                        seen.append((health.status, health.headers.get("Connection", "")))
+                    await asyncio.sleep(0.02)
+            assert (503, "") in seen  # first to balancers, while connections are kept
+            text = (await response.read()).decode()
+    status, log = await stopping
+    assert status == 0 and text.endswith("data: [DONE]\n\n") and "29" in text, log
+    assert simulator.account(token).settled
+
+
+async def test_whole_answers_are_told_at_the_end_with_a_503(simulator: Simulator) -> None:
+    running = await start(simulator, PROXY_DRAIN_SECONDS="0.2")
+    token = simulator.token("long", "stall=6")
+    async with aiohttp.ClientSession() as http:
+        asking = asyncio.create_task(
+            http.post(running.url + "/v1/chat/completions", json=chat_body(), headers=bearer(token))
+        )
+        await simulator.wait_until(lambda: simulator.account(token).streams_open == 1)
+        stopping = asyncio.create_task(running.stop())
+        async with await asking as response:
+            answer = await response.json()
+            assert (response.status, answer["error"]["code"]) == (503, "shutting_down")
+            assert response.headers["Retry-After"] == "5"
+    assert (await stopping)[0] == 0
+    assert simulator.account(token).settled
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_second_signal_ends_it_at_once(simulator: Simulator, number: int) -> None:
+    running = await start(simulator)
+    token = simulator.token("long", "stall=6")
+    async with aiohttp.ClientSession() as http:
+        body = chat_body(stream=True)
+        async with http.post(running.url + "/v1/chat/completions", json=body, headers=bearer(token)) as response:
+            await response.content.readuntil(b"\n\n")
+            running.process.send_signal(number)
+            async with asyncio.timeout(5):
+                while (await ask_health(running.url)) != 503:
+                    await asyncio.sleep(0.01)
+            status, _ = await running.stop(number)
+    assert status == 128 + number
+    simulator.account(token).conversations.clear()  # left as an orphan
+
+
+async def ask_health(url: str) -> int:
+    async with aiohttp.ClientSession() as http, http.get(url + "/health") as response:
+        return response.status
