@@ -58,6 +58,7 @@ from itertools import accumulate, cycle
 from json.encoder import encode_basestring
 from math import isfinite
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any, Final, Literal, NoReturn, Protocol, TypeVar, cast
 from urllib.parse import unquote, urljoin
 
@@ -4017,8 +4018,11 @@ class ChatStreamReply:
             return b"".join(self._encode_text(field_name, piece) for piece in pieces)
         if not text:
             return b""
-        role, self._role = self._role, ""
         self.chunks += 1
+        return self._encode_piece(field_name, text)
+
+    def _encode_piece(self, field_name: str, text: str) -> bytes:
+        role, self._role = self._role, ""
         delta = f'{{{role}"{field_name}":{encode_basestring(text)}}}'
         return f'{self._head}{delta},"finish_reason":null}}]}}\n\n'.encode()
 
@@ -4713,23 +4717,13 @@ def make_responses_reply(
     return (ResponsesStreamReply if chat.stream else ResponsesWholeReply)(head, shown, Usage(prompt))
 
 
-class CompletionStreamReply:
+class CompletionStreamReply(ChatStreamReply):
     """The older API's `text_completion` chunks of one answer (OpenAI API reference, "Create completion").
 
-    `include_usage` as `ChatStreamReply` has it. The API has no form for thinking, calls and annotations.
+    The API has no form for thinking, calls and annotations.
     """
 
-    content_type = "text/event-stream"
-
-    def __init__(self, model: str, created: int, include_usage: bool | None, shown: ShownText, usage: Usage) -> None:
-        self.chunks = 0
-        self._model = model
-        self._created = created
-        self._include_usage = include_usage
-        self._shown = shown
-        self._usage = usage
-        self._known: dict[str, Any] = {}
-        self._head = ""
+    _known: Mapping[str, Any] = MappingProxyType({})  # until the conversation is known
 
     def feed(self, event: Event) -> bytes:
         """The chunks that say `event`; empty for an event that shows nothing."""
@@ -4737,30 +4731,17 @@ class CompletionStreamReply:
         self._usage.feed(event)
         if isinstance(event, Opened):
             self._open(event.conversation_id)
-        pieces = (text[start : start + _LARGEST_TEXT] for start in range(0, len(text), _LARGEST_TEXT))
-        data = b"".join(map(self._encode_text, pieces))
+        data = self._encode_text("text", text)
         return data + self._encode_end(event) if isinstance(event, Finished) else data
 
-    def finish(self) -> bytes:
-        """The mark of a stream that ended well."""
-        return b"data: [DONE]\n\n"
-
-    def fail(self, error: ProxyError) -> bytes:
-        """The last event of a stream that failed after its head went out: no `[DONE]` follows."""
-        return encode_sse(encode_json({**render_error(error), "choices": []}))
-
-    def alive(self) -> bytes:
-        """A comment line, which clients pass over (WHATWG HTML, section 9.2.7)."""
-        return b": still waiting for Kimi\n\n"
-
     def _open(self, conversation_id: str) -> None:
+        self._role = ""
         self._known = _render_completion(conversation_id, self._created, self._model)
         known = encode_json({**self._known, **({"usage": None} if self._include_usage else {}), "choices": []})
-        self._head = f'data: {known[: -len(_NO_CHOICES)]}"choices":[{{"index":0,"logprobs":null,"text":'
+        self._head = f'data: {known[: -len(_NO_CHOICES)]}"choices":[{{"index":0,"logprobs":null,'
 
-    def _encode_text(self, text: str) -> bytes:
-        self.chunks += 1
-        return f'{self._head}{encode_basestring(text)},"finish_reason":null}}]}}\n\n'.encode()
+    def _encode_piece(self, field_name: str, text: str) -> bytes:
+        return f'{self._head}"{field_name}":{encode_basestring(text)},"finish_reason":null}}]}}\n\n'.encode()
 
     def _encode_end(self, event: Finished) -> bytes:
         usage = {} if self._include_usage is False else {"usage": self._usage.render()}
@@ -4771,46 +4752,14 @@ class CompletionStreamReply:
         return last + encode_sse(encode_json({**self._known, "choices": [], **usage}))
 
 
-class CompletionWholeReply:
+class CompletionWholeReply(ChatWholeReply):
     """The older API's `text_completion` object of one answer, made when it ends."""
-
-    content_type = "application/json"
-
-    def __init__(self, model: str, created: int, shown: ShownText, usage: Usage) -> None:
-        self.chunks = 0
-        self._model = model
-        self._created = created
-        self._shown = shown
-        self._usage = usage
-        self._conversation_id = ""
-        self._texts: list[str] = []
-        self._reason: FinishReason = "stop"
-
-    def feed(self, event: Event) -> bytes:
-        """Nothing yet: the event is kept for `finish`."""
-        if text := self._shown.feed(event):
-            self.chunks += 1
-            self._texts.append(text)
-        self._usage.feed(event)
-        if isinstance(event, Opened):
-            self._conversation_id = event.conversation_id
-        elif isinstance(event, Finished):
-            self._reason = event.reason
-        return b""
 
     def finish(self) -> bytes:
         """The whole body."""
         known = _render_completion(self._conversation_id, self._created, self._model)
         choices = [_render_completion_choice("".join(self._texts), self._reason)]
         return encode_json({**known, "choices": choices, "usage": self._usage.render()}).encode()
-
-    def fail(self, error: ProxyError) -> bytes:
-        """The whole body of a failure."""
-        return encode_json(render_error(error)).encode()
-
-    def alive(self) -> bytes:
-        """Nothing: a whole answer has no form for silence."""
-        return b""
 
 
 def _render_completion(conversation_id: str, created: int, model: str) -> dict[str, Any]:
