@@ -542,7 +542,8 @@ class ProxyError(Exception):
     """A failure that a client is told about. `code` is a key of `FAILURES`; `detail` says which part, and why.
 
     `status` and `retry_after_seconds` default to the table's; `param` names the request's field at fault;
-    `upstream_status` is the service's HTTP status where there was one, for the log.
+    `upstream_status` is the service's HTTP status where there was one, for the log. `is_busy`: the service said that
+    another answer of the account is under way, and so it is, here.
     """
 
     def __init__(
@@ -561,6 +562,7 @@ class ProxyError(Exception):
         self.param = param
         self.retry_after_seconds = retry_after_seconds or self.failure.retry_after_seconds
         self.upstream_status = upstream_status
+        self.is_busy = False
         super().__init__(self.message)
 
     @property
@@ -4963,11 +4965,13 @@ class Line:
     """The answers of one account that run here, and the requests that wait for their turn.
 
     Where the service showed that it gives the account one answer at a time, `is_narrow`, a request joins the line, and
-    is let in when no answer runs. The order is kept, and who goes away gives up its place at once.
+    is let in when no answer runs, and no former one's stream is still open: `closing` counts those. The order is kept,
+    and who goes away gives up its place at once.
     """
 
     def __init__(self) -> None:
         self.running = 0
+        self.closing = 0
         self.is_narrow = False
         self._waiting: deque[asyncio.Future[None]] = deque()
 
@@ -4979,9 +4983,31 @@ class Line:
         self.running += 1
 
     def leave(self) -> None:
-        """End an answer, and let in who waits first, if none runs any more."""
+        """End an answer."""
         self.running -= 1
-        while not self.running and self._waiting:
+        self._let_in()
+
+    def close_later(self) -> None:
+        """Note that the stream of an answer that ends is still open; `closed` takes it back."""
+        self.closing += 1
+
+    def closed(self) -> None:
+        """Note that it is closed."""
+        self.closing -= 1
+        self._let_in()
+
+    @property
+    def has_others(self) -> bool:
+        """Whether, while an answer runs, there is another one."""
+        return self.running + self.closing > 1
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nothing runs."""
+        return not self.running and not self.closing
+
+    def _let_in(self) -> None:
+        while self.is_free and self._waiting:
             first = self._waiting.popleft()
             if not first.done():
                 self.running += 1
@@ -4989,7 +5015,7 @@ class Line:
 
     async def wait(self, most: int, seconds: float) -> None:
         """Enter when it is one's turn. Raises `ProxyError` `queue_full` for too long a line or too long a wait."""
-        if not self.running:
+        if self.is_free:
             self.enter()
             return
         if len(self._waiting) >= most:
@@ -5427,11 +5453,11 @@ class Accounts:
         return life - 60 if life > 120 else life / 2
 
     def _forget_idle(self) -> None:
-        """Make room for one more. An account that is being refreshed stays: its new token would be lost."""
+        """Make room for one more. An account that is in use stays: a new token, or its line, would be lost."""
         for token, account in list(self._accounts.items()):
             if len(self._accounts) < self._max_accounts:
                 return
-            if account.refreshing is None:
+            if account.refreshing is None and account.line.is_free and not len(account.line):
                 del self._accounts[token]
 
 
@@ -7216,7 +7242,7 @@ class Asking:
 
         async def ask(account: Account) -> bool:
             """Whether it was answered; not so by an account that has another answer under way."""
-            if account.line.is_narrow and account.line.running:
+            if account.line.is_narrow and not account.line.is_free:
                 busy.append(account)
                 return False
             if account.line.running >= self._settings.max_account_requests:
@@ -7226,7 +7252,7 @@ class Asking:
             try:
                 await self._run_for(account, question, sending, start_chain)
             except ProxyError as failure:
-                if sending.visible or account.line.running < 2 or failure.code != self._dialect_of(account).busy_code:
+                if sending.visible or not failure.is_busy:
                     raise
                 account.line.is_narrow = True
                 busy.append(account)
@@ -7287,7 +7313,14 @@ class Asking:
         loop = asyncio.get_running_loop()
         tried: list[Account] = []
         failures: list[ProxyError] = []
-        while (account := self.choose_account(accounts, tried)) is not None:
+        while True:
+            account = self.choose_account(accounts, tried)
+            if account is None and all(failure.status == 401 for failure in failures):
+                # Dead tokens say nothing of those that are set aside: the one due first is asked all the same.
+                rest = [one for one in accounts if one not in tried]
+                account = min(rest, key=lambda one: one.aside_until) if rest and len(failures) == len(tried) else None
+            if account is None:
+                break
             tried.append(account)
             account.used_at = loop.time()
             try:
@@ -7298,7 +7331,8 @@ class Asking:
                 if failure.status not in (401, 429) or not may_move_on():
                     raise
                 aside_seconds = _DEAD_SECONDS if failure.status == 401 else failure.retry_after_seconds
-                account.aside_until = loop.time() + aside_seconds
+                if failure.code != "quota_used_up":  # that is one model's
+                    account.aside_until = loop.time() + aside_seconds
                 failures.append(failure)
         if len(failures) < len(tried):
             return False
@@ -7408,6 +7442,7 @@ class Asking:
         else:
             second = replace(question, text=f"{question.text}system:{words}")
         chain.begin_second_try()
+        await conversation.closed.wait()  # the service may give the account one answer at a time
         try:
             await self._converse(account, dialect, second, filtering)
         except ProxyError as failure:
@@ -7435,7 +7470,11 @@ class Asking:
                     await filtering([Opened(conversation.id, hits_inline=dialect is self._classic)])
                 silence = Silence(timeout, self._settings.silence_seconds, self._settings.answer_seconds)
                 self._ticker.add(silence)
-                await self._answer(account, conversation, question, silence, filtering)
+                try:
+                    await self._answer(account, conversation, question, silence, filtering)
+                except ProxyError as failure:
+                    failure.is_busy = failure.code == dialect.busy_code and account.line.has_others
+                    raise
                 conversation.ended = not filtering.chain.ended or conversation.reader.answer.ended
                 conversation.kept = bool(question.conversation_id)
                 return conversation
@@ -7538,7 +7577,8 @@ class Asking:
         try:
             yield conversation
         finally:
-            self._tasks.start(self._let_go(account, conversation), "remove")
+            account.line.close_later()
+            self._tasks.start(self._let_go(account, conversation, account.line.closed), "remove")
 
     async def _open(self, account: Account, dialect: Dialect, model: Model) -> str:
         opening = self._tasks.start(_or_failure(dialect.open(account, model)), "open")
@@ -7557,12 +7597,19 @@ class Asking:
             conversation = _Conversation(dialect, dialect.make_reader(), opened)
             self._tasks.start(self._let_go(account, conversation), "remove")
 
-    async def _let_go(self, account: Account, conversation: _Conversation) -> None:
-        """Stop the answer, or read what is left of an ended one, and remove the conversation.
+    async def _let_go(
+        self, account: Account, conversation: _Conversation, closed: Callable[[], None] = lambda: None
+    ) -> None:
+        """Stop the answer, or read what is left of an ended one, and remove the conversation; `closed` is told between.
 
         A failure is logged, never the client's. Where the id is still in the stream, that is read on for it [2+].
         """
-        if not await conversation.close():
+        try:
+            is_known = await conversation.close()
+        finally:
+            conversation.closed.set()
+            closed()
+        if not is_known:
             self._metrics.count("kimi_proxy_removals_failed_total")
             logger.warning("! a conversation of account %s may be left: its id was not read", account.label)
         if conversation.kept or not conversation.known_id:
@@ -7594,6 +7641,7 @@ class _Conversation:
     asking: asyncio.Task[aiohttp.ClientResponse | ProxyError] | None = None
     ended: bool = False
     kept: bool = False
+    closed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def known_id(self) -> str:
@@ -7714,8 +7762,11 @@ class SecretWords:
             return
         try:
             self._words = self._read(path)
-        except OSError as error:
-            raise SettingsError(f"{name}_FILE: cannot be read ({os.strerror(error.errno or 0)})") from None
+        except SettingsError:
+            raise
+        except (OSError, ValueError) as error:
+            reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else type(error).__name__
+            raise SettingsError(f"{name}_FILE: cannot be read ({reason})") from None
 
     def read(self) -> tuple[str, ...]:
         """The words as they are now."""
@@ -7735,7 +7786,7 @@ class SecretWords:
     def _read(self, path: Path) -> tuple[str, ...]:
         seen = self._stat(path)
         try:
-            words = self._split(path.read_text("utf-8"))
+            words = self._split(path.read_text("utf-8-sig"))
         except UnicodeDecodeError:
             raise SettingsError(f"{self._name}_FILE: is not text in UTF-8") from None
         if not words:
@@ -7783,6 +7834,12 @@ _LOCAL_NAMES: Final = frozenset({"localhost", "localhost.localdomain"})
 _HOST: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]@]+)(?::[0-9]{1,5})?")
 
 
+def _name_of(host: str) -> str:
+    """The name in a `Host` header or a setting, without a port; empty where it is none."""
+    found = _HOST.fullmatch(host)
+    return found[1].lower().rstrip(".") if found is not None else ""
+
+
 def _is_address(name: str) -> bool:
     try:
         return bool(ipaddress.ip_address(name.strip("[]")))
@@ -7798,10 +7855,11 @@ def is_loopback(host: str) -> bool:
 class Access:
     """The held accounts, the proxy's own keys, and the names and pages that may use them.
 
-    Raises `SettingsError` for keys that guard nothing, and for an account that anyone could use.
+    `hosts` are the addresses that are listened on, if not the settings'. Raises `SettingsError` for keys that guard
+    nothing, and for an account that anyone could use.
     """
 
-    def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
+    def __init__(self, settings: Settings, environ: Mapping[str, str], hosts: Sequence[str] = ()) -> None:
         for one, other, name in (
             (settings.refresh_token, settings.refresh_token_file, "KIMI_REFRESH_TOKEN"),
             (settings.api_keys, settings.api_keys_file, "PROXY_API_KEYS"),
@@ -7814,14 +7872,14 @@ class Access:
         self._keys = SecretWords("PROXY_API_KEYS", settings.api_keys, key_file, _check_key)
         self.holds = bool(self._tokens.read())
         self.has_keys = bool(self._keys.read())
-        self._names = {*_LOCAL_NAMES, *(name.lower().rstrip(".") for name in (settings.host, *settings.allowed_hosts))}
+        self._names = {*_LOCAL_NAMES, *map(_name_of, (settings.host, *settings.allowed_hosts))}
         self._origins = frozenset(settings.cors_origins) - {"*"} if self.holds else frozenset(settings.cors_origins)
         if self.has_keys and not self.holds:
             raise SettingsError("PROXY_API_KEYS: there is no held account to guard; set KIMI_REFRESH_TOKEN too")
-        if self.holds and not self.has_keys and not is_loopback(settings.host):
-            raise SettingsError(
-                f"PROXY_HOST={settings.host}: whoever reaches it could use the held account; set PROXY_API_KEYS"
-            )
+        for host in hosts or (settings.host,):
+            if self.holds and not self.has_keys and not is_loopback(host):
+                reason = "whoever reaches it could use the held account; set PROXY_API_KEYS"
+                raise SettingsError(f"PROXY_HOST={host}: {reason}")
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -7841,8 +7899,7 @@ class Access:
         """Raise `ProxyError` for a request that a web page may have made: `host_denied`, `origin_denied`."""
         if not self.holds:
             return
-        found = _HOST.fullmatch(host)
-        name = found[1].lower().rstrip(".") if found is not None else ""
+        name = _name_of(host)
         if not name or not (_is_address(name) or name in self._names):
             shown = quote_words(name)[:100] or "(none)"
             raise ProxyError("host_denied", f"Host {shown}: if it is yours, set PROXY_ALLOWED_HOSTS={shown}")
@@ -7879,6 +7936,7 @@ _PATHS: Final = (
     "/v1/files, GET /health, GET /metrics, GET /ping, GET /"
 )
 _OPEN_PATHS: Final = frozenset({"/", "/ping", "/health"})
+_MOST_TOKENS: Final = 32
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _CLIENT_CLOSED: Final = 499  # as nginx logs a client that went away
 
@@ -8066,6 +8124,8 @@ def read_tokens(request: web.Request) -> tuple[str, ...]:
     tokens = tuple(dict.fromkeys(word.strip() for word in read_credential(request).split(",") if word.strip()))
     if not tokens:
         raise ProxyError("token_missing")
+    if len(tokens) > _MOST_TOKENS:
+        raise ProxyError("token_missing", f"at most {_MOST_TOKENS} tokens in a request")
     if not all(map(TOKEN_SHAPE.fullmatch, tokens)):
         raise ProxyError("token_missing", "the token has characters that no token has")
     return tokens
@@ -8260,6 +8320,14 @@ async def _model(request: web.Request) -> web.StreamResponse:
 
 _MOST_FIELDS: Final = 20  # of an uploading form
 _MOST_FIELD_BYTES: Final = 8192
+_FORM_ERRORS: Final = (  # RuntimeError is aiohttp's for some charsets
+    ValueError,
+    AssertionError,
+    RuntimeError,
+    web.RequestPayloadError,
+    aiohttp.ClientPayloadError,
+    HttpProcessingError,
+)
 
 
 async def _create_file(request: web.Request) -> web.StreamResponse:
@@ -8277,7 +8345,7 @@ async def _create_file(request: web.Request) -> web.StreamResponse:
                 spooled, purpose = await _receive_form(request, stack)
         except TimeoutError:
             raise ProxyError("body_timeout", f"not within {settings.transfer_seconds:g} s") from None
-        except (ValueError, AssertionError, web.RequestPayloadError, aiohttp.ClientPayloadError, HttpProcessingError):
+        except _FORM_ERRORS:
             raise ProxyError("body_broken", "the form cannot be read") from None
         uploaded = await state.asking.upload(accounts, spooled, purpose)
     return _json(uploaded.render())
@@ -8293,7 +8361,7 @@ async def _receive_form(request: web.Request, stack: AsyncExitStack) -> tuple[Sp
         if part is None:
             break
         if not isinstance(part, aiohttp.BodyPartReader):
-            continue
+            raise ValueError("a form within a form")
         if part.name == "file" and spooled is None:
             kind = part.headers.get("Content-Type", "")
             spooled = await stack.enter_async_context(files.spool_upload(part.filename or "", kind, _read_part(part)))
@@ -8346,6 +8414,8 @@ async def _check_token_live(request: web.Request) -> web.StreamResponse:
     token = value.get("token") if isinstance(value, dict) else None
     if not isinstance(token, str) or not TOKEN_SHAPE.fullmatch(token):
         raise ProxyError("invalid_request", "token: must be a refresh token", param="token")
+    if is_access_token(read_claims(token)):
+        raise ProxyError("invalid_request", "token: is an access token, which tells its own end", param="token")
     try:
         await state.accounts.access_token(state.accounts.get(token))
     except ProxyError as error:
@@ -8482,10 +8552,12 @@ def _check_access(request: web.Request) -> None:
     """Raise `ProxyError` for who may not call: web pages first, then clients without a key where there are keys."""
     access = request.app[STATE].access
     hosts = request.headers.getall("Host", [])
-    host = hosts[0] if len(hosts) == 1 else ""
-    if "://" in request.raw_path.partition("?")[0] and request.url.authority != host:
-        host = ""  # an absolute-form target of another name (RFC 9112, section 3.2.2)
-    access.check_page(host, request.headers.get("Origin"))
+    origin = request.headers.get("Origin")
+    access.check_page(hosts[0] if len(hosts) == 1 else "", origin)
+    if "://" in request.raw_path.partition("?")[0]:  # an absolute-form target (RFC 9112, section 3.2.2) has a name too
+        access.check_page(request.raw_path.partition("://")[2].partition("/")[0], origin)
+    if origin is None and request.headers.get("Sec-Fetch-Site") == "cross-site" and request.path not in _OPEN_PATHS:
+        access.check_page("localhost", "null")  # a browser's request for another page, in a form without an Origin
     is_preflight = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
     if access.has_keys and request.path not in _OPEN_PATHS and not is_preflight:
         request[OUTCOME].key = access.check_key(read_credential(request))
@@ -8615,11 +8687,14 @@ async def end_answers(app: web.Application) -> None:
         await asyncio.wait(set(state.answering), timeout=2)
 
 
-def make_app(settings: Settings) -> web.Application:
-    """The application: its routes, its middleware and what it owns. Raises `SettingsError` for secrets of no use."""
+def make_app(settings: Settings, hosts: Sequence[str] = ()) -> web.Application:
+    """The application: its routes, its middleware and what it owns; `hosts` as `Access` takes them.
+
+    Raises `SettingsError` for secrets of no use.
+    """
     app = web.Application(middlewares=[_frame], client_max_size=settings.max_body_bytes)
     app[_SETTINGS] = settings
-    app[_ACCESS] = Access(settings, os.environ)
+    app[_ACCESS] = Access(settings, os.environ, hosts)
     app.cleanup_ctx.append(_own_state)
     app.on_response_prepare.append(_add_headers)
     app.on_shutdown.append(end_answers)
@@ -8782,7 +8857,7 @@ _FIRST_DESCRIPTOR: Final = 3
 @asynccontextmanager
 async def _run_app(settings: Settings, sockets: Sequence[socket.socket]) -> AsyncIterator[tuple[str, web.Application]]:
     """A running application, on `sockets` or where the settings say: its first address, and the application itself."""
-    app = make_app(settings)
+    app = make_app(settings, [str(one.getsockname()[0]) for one in sockets])
     runner = _Runner(app, settings)
     await runner.setup()
     try:

@@ -99,7 +99,7 @@ HOSTS = {
 
 @pytest.mark.parametrize("host", HOSTS)
 def test_only_known_hosts_are_let_in_while_an_account_is_held(host: str) -> None:
-    access = Access(Settings(refresh_token="t", allowed_hosts=("Proxy.example",)), {})
+    access = Access(Settings(refresh_token="t", allowed_hosts=("Proxy.example:8443",)), {})
     if HOSTS[host]:
         access.check_page(host, None)
         return
@@ -157,6 +157,33 @@ async def test_an_absolute_target_of_another_name_is_refused(simulator: Simulato
     assert answer.startswith(b"HTTP/1.1 403")
 
 
+@pytest.mark.parametrize("target", ["http://localhost/ping", "http://LOCALHOST:80/ping", "http://127.0.0.1/ping"])
+async def test_an_absolute_target_of_a_known_name_is_served(
+    simulator: Simulator, start_proxy: StartProxy, target: str
+) -> None:
+    proxy = await start_proxy(refresh_token=simulator.token("hello"))
+    host, _, port = proxy.removeprefix("http://").partition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(f"GET {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+    answer = await reader.read()
+    writer.close()
+    assert answer.startswith(b"HTTP/1.1 200")
+
+
+async def test_a_picture_on_another_page_calls_nothing(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession
+) -> None:
+    token = simulator.token("hello")
+    proxy = await start_proxy(refresh_token=token)
+    for site, path, status in (
+        ("cross-site", "/v1/models", 403),
+        ("none", "/v1/models", 200),
+        ("cross-site", "/", 200),
+    ):
+        async with http.get(proxy + path, headers={"Sec-Fetch-Site": site}) as response:
+            assert response.status == status
+
+
 async def test_a_preflight_needs_no_key(
     simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession
 ) -> None:
@@ -180,6 +207,7 @@ BAD_SECRETS: dict[str, dict[str, Any]] = {
     "both forms": {"refresh_token": "t", "refresh_token_file": "x"},
     "no such file": {"refresh_token_file": "/no/such/file"},
     "a directory": {"refresh_token_file": "/"},
+    "no path": {"refresh_token_file": "a\0b"},
     "a key without a key": {"refresh_token": "t", "api_keys": "me:"},
     "a key without a name": {"refresh_token": "t", "api_keys": ":key"},
     "a name with blanks": {"refresh_token": "t", "api_keys": "m*e:key"},
@@ -196,7 +224,7 @@ def test_secrets_of_no_use_are_one_line(name: str) -> None:
 
 
 def test_a_relative_file_is_looked_up_among_the_credentials_first(tmp_path: Path) -> None:
-    (tmp_path / "token").write_text("secret")
+    (tmp_path / "token").write_text("\ufeffsecret")
     environ = {"CREDENTIALS_DIRECTORY": str(tmp_path)}
     assert find_secret_file("token", environ) == tmp_path / "token"
     assert find_secret_file("other", environ) == Path("other")

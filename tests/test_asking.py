@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 import json
 from collections.abc import AsyncIterator
@@ -75,6 +76,32 @@ async def test_where_all_are_refused_a_limit_is_told_before_a_dead_token(simulat
     assert status == 429 and len(simulator.account(limited).calls) > before
 
 
+async def test_a_limit_is_told_though_its_account_was_set_aside_before(simulator: Simulator, proxy: str) -> None:
+    dead = simulator.token("hello", "unauthorized-always=refresh")
+    limited = simulator.token("hello", "status=ask:429", "retry-after=30")
+    assert (await ask(proxy, limited))[0] == 429
+    for _ in range(3):
+        assert (await ask(proxy, f"{limited},{dead}"))[0] == 429
+
+
+async def test_a_models_quota_says_nothing_of_its_account(
+    simulator: Simulator, start_proxy: StartProxy, dialect: str
+) -> None:
+    if dialect == "connect":
+        return
+    proxy = await start_proxy()
+    spent, other = simulator.token("hello", "no-quota"), simulator.token("hello", "no-quota")
+    assert (await ask(proxy, f"{spent},{other}", model="kimi-research"))[1]["error"]["code"] == "quota_used_up"
+    for _ in range(4):
+        assert (await ask(proxy, f"{spent},{other}"))[0] == 200
+    assert asks(simulator, spent, other) == [2, 2]
+
+
+async def test_many_tokens_in_one_request_are_refused(simulator: Simulator, proxy: str) -> None:
+    status, answer, _ = await ask(proxy, ",".join(f"t{number}" for number in range(33)))
+    assert (status, answer["error"]["code"]) == (401, "token_missing") and "32" in answer["error"]["message"]
+
+
 @pytest.mark.parametrize("faults", [("status=ask:500",), ("cut=9",), ("cut=9", "retry-after=1")])
 async def test_other_failures_and_visible_text_do_not_move_on(
     simulator: Simulator, proxy: str, faults: tuple[str, ...]
@@ -144,6 +171,35 @@ async def test_the_order_of_the_line_is_kept_and_who_goes_away_gives_up_its_plac
     waiting[1].cancel()
     await asyncio.gather(first, *waiting, return_exceptions=True)
     assert order == [0, 2, 3]
+
+
+@pytest.mark.parametrize("faults", [("pace=0.02", "chunks=10"), ("linger", "chunks=9")])
+async def test_the_line_moves_on_when_the_stream_of_the_answer_before_is_closed(
+    simulator: Simulator, proxy: str, faults: tuple[str, ...]
+) -> None:
+    token = simulator.token("long", "one-at-a-time", *faults)
+    answers = await asyncio.gather(*(ask(proxy, token) for _ in range(4)))
+    assert [status for status, _, _ in answers] == [200] * 4
+
+
+async def test_the_line_is_known_where_auto_came_to_another_dialect(
+    simulator: Simulator, start_proxy: StartProxy
+) -> None:
+    simulator.retired = "404"
+    proxy = await start_proxy(protocol="auto")
+    token = simulator.token("quiet", "one-at-a-time")
+    answers = await asyncio.gather(*(ask(proxy, token) for _ in range(3)))
+    assert [status for status, _, _ in answers] == [200] * 3
+
+
+async def test_an_account_with_a_line_is_not_forgotten(simulator: Simulator, start_proxy: StartProxy) -> None:
+    proxy = await start_proxy(max_accounts=1)
+    token = simulator.token("quiet", "one-at-a-time")
+    running = [asyncio.create_task(ask(proxy, token)) for _ in range(2)]
+    await simulator.wait_until(lambda: simulator.account(token).count("ask") == 2)
+    assert (await ask(proxy, simulator.token("hello")))[0] == 200
+    assert (await ask(proxy, token))[0] == 200
+    assert [status for status, _, _ in await asyncio.gather(*running)] == [200, 200]
 
 
 async def test_a_full_line_and_a_long_wait_are_a_429(simulator: Simulator, start_proxy: StartProxy) -> None:
@@ -275,6 +331,9 @@ async def test_an_upload_moves_on_to_the_next_account(
     assert len(simulator.account(good).files) == 1
 
 
+NESTED = b"".join(
+    b"--%d\r\nContent-Type: multipart/mixed; boundary=%d\r\n\r\n" % (number, number + 1) for number in range(2000)
+)
 BAD_FORMS: dict[str, tuple[dict[str, Any], int, str]] = {
     "no form": ({"json": {}}, 400, "invalid_request"),
     "no boundary": ({"data": b"x", "headers": {"Content-Type": "multipart/form-data"}}, 400, "body_broken"),
@@ -292,6 +351,8 @@ BAD_FORMS: dict[str, tuple[dict[str, Any], int, str]] = {
         400,
         "body_broken",
     ),
+    "nested": ({"data": NESTED, "headers": {"Content-Type": "multipart/form-data; boundary=0"}}, 400, "body_broken"),
+    "a hostile charset": ({"data": {"_charset_": "x" * 40}, "form": True}, 400, "body_broken"),
     "empty": ({"data": {"file": io.BytesIO(b"")}, "form": True}, 400, "invalid_request"),
     "too large": ({"data": {"file": io.BytesIO(bytes(1_500_000))}, "form": True}, 413, "file_too_large"),
     "too large by its length": ({"data": {"file": io.BytesIO(bytes(3_500_000))}, "form": True}, 413, "file_too_large"),
@@ -335,10 +396,12 @@ async def test_token_check(
     for token, expected in ((live, True), (dead, False), ("no-such-token", False)):
         async with http.post(f"{proxy}/token/check", json={"token": token}) as response:
             assert (response.status, await response.json()) == (200, {"live": expected})
+    claims = base64.urlsafe_b64encode(b'{"app_id":"kimi","typ":"access","exp":9999999999}').decode().rstrip("=")
+    forged = json.dumps({"token": f"eyJhbGciOiJub25lIn0.{claims}.x"}).encode()
     failing = simulator.token("hello", "status=refresh:500")
     async with http.post(f"{proxy}/token/check", json={"token": failing}) as response:
         assert response.status == 502
-    for body in (b"", b"[]", b"{}", b'{"token": 5}', b'{"token": "a b"}', b'{"token": "a,b"}'):
+    for body in (b"", b"[]", b"{}", b'{"token": 5}', b'{"token": "a b"}', b'{"token": "a,b"}', forged):
         async with http.post(f"{proxy}/token/check", data=body) as response:
             assert response.status == 400
     assert live not in log_lines.text

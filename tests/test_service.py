@@ -497,3 +497,18 @@ async def test_a_second_signal_ends_it_at_once(simulator: Simulator, number: int
 async def ask_health(url: str) -> int:
     async with aiohttp.ClientSession() as http, http.get(url + "/health") as response:
         return response.status
+
+
+async def test_an_inherited_socket_that_others_reach_needs_keys_for_a_held_account(simulator: Simulator) -> None:
+    with socket.socket() as listener:
+        listener.bind(("0.0.0.0", 0))
+        listener.listen()
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", WRAPPER, str(listener.fileno()), PROGRAM[-1]),
+            stdout=PIPE,
+            stderr=PIPE,
+            env={**clean_environment(), "LISTEN_FDS": "1", "KIMI_REFRESH_TOKEN": "t"},
+            pass_fds=(listener.fileno(),),
+        )
+        out, err = await asyncio.wait_for(process.communicate(), 20)
+    assert (process.returncode, out) == (2, b"") and b"set PROXY_API_KEYS" in err
