@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from kimi_proxy import Settings, __version__, make_option_parser
+from kimi_proxy import Settings, __version__
 
 ROOT = Path(__file__).parent.parent
 UNITS = ("kimi-proxy.service", "kimi-proxy@.service", "kimi-proxy.socket")
@@ -39,7 +39,6 @@ def run(*command: object) -> tuple[int, str]:
     environ |= {"LC_ALL": "C.UTF-8", "SYSTEMD_COLORS": "0", "SYSTEMD_PAGER": ""}
     done = subprocess.run(
         [str(word) for word in command],
-        *(),
         cwd=ROOT,
         env=environ,
         stdout=subprocess.PIPE,
@@ -81,7 +80,11 @@ class Place:
 def test_a_dry_run_does_nothing(place: Place) -> None:
     said = place.make("install", "DRY_RUN=1")
     claim(place.files() == {}, f"a dry run made {list(place.files())}")
-    for path in (place.home / "kimi_proxy.py", *(place.units / unit for unit in UNITS), place.config / "kimi-proxy.env"):
+    for path in (
+        place.home / "kimi_proxy.py",
+        *(place.units / unit for unit in UNITS),
+        place.config / "kimi-proxy.env",
+    ):
         claim(f"would write: {path}\n" in said, f"a dry run does not tell of {path}:\n{said}")
 
 
@@ -135,7 +138,8 @@ def test_an_upgrade_leaves_configuration_and_state(place: Place) -> None:
     claim(not mended, f"an upgrade left {sorted(mended)[:5]}")
     shutil.rmtree(place.home / "venv/lib")
     place.make("install")
-    lost = {name for name in after if place.files().get(name) != after[name]}
+    again = place.files()
+    lost = {name for name in after if again.get(name) != after[name]}
     claim(not lost, f"a broken environment was not made anew: {sorted(lost)[:5]}")
 
 
@@ -230,7 +234,7 @@ def test_the_units_agree_with_each_other_and_the_settings(place: Place, units: P
     claim(differ == expected, f"the template differs from the service in {sorted(differ)}")
     claim(SAME.items() <= dict(one).items(), f"kimi-proxy.service has not all of {SAME}")
     command = dict(several)["ExecStart"].partition(" -m kimi_proxy ")[2].replace("%i", "8001")
-    claim(vars(make_option_parser().parse_args(command.split()))["port"] == 8001, f"no port in {command}")
+    claim(Settings.load({}, command.split()).port == 8001, f"no port in {command}")
     listen = dict(read_unit(units / "kimi-proxy.socket"))["ListenStream"]
     default = Settings()
     claim(listen == f"{default.host}:{default.port}", f"the socket is {listen}, the settings say otherwise")
