@@ -4,11 +4,14 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 AGENTS ?= $(HOME)/.cache/kimi_proxy/agents
+INSTALL = PREFIX='$(PREFIX)' UNITDIR='$(UNITDIR)' DESTDIR='$(DESTDIR)' DRY_RUN='$(DRY_RUN)' PYTHON='$(PYTHON)' \
+	sh systemd/install.sh
 PURE := tests/test_wire.py tests/test_events.py tests/test_answers.py tests/test_tools.py tests/test_filters.py \
 	tests/test_requests.py tests/test_replies.py tests/test_errors.py tests/test_settings.py tests/test_logs.py tests/test_layout.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test test-node test-agents bench test-lowest check lint toc golden trace clean
+.PHONY: help demo run test test-node test-agents bench test-lowest test-units check lint install uninstall \
+	toc golden trace clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -42,6 +45,15 @@ test-lowest: $(VENV)/test.stamp ## run all tests with the oldest packages that r
 	$(VENV)/lowest/bin/python -m pip install --quiet --disable-pip-version-check \
 		-r $(VENV)/lowest/requirements.txt -r tests/requirements.txt
 	$(VENV)/lowest/bin/python -W error -m pytest
+
+test-units: $(VENV)/run.stamp ## install into a temporary directory, and check the units (systemd's tools)
+	@PYTHONPATH=. $(RUN) tests/units.py $(PYTHON)
+
+install: ## put module, environment and systemd units in place, as root; PREFIX=/opt/kimi-proxy DESTDIR= DRY_RUN=1
+	@$(INSTALL) install
+
+uninstall: ## remove them; configuration and state are left
+	@$(INSTALL) uninstall
 
 check: lint ## lint, layout and the pure tests: seconds
 	$(RUN) -W error -m pytest $(PURE)
