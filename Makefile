@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+MINUTES ?= 1
 AGENTS ?= $(HOME)/.cache/kimi_proxy/agents
 INSTALL = PREFIX='$(PREFIX)' UNITDIR='$(UNITDIR)' DESTDIR='$(DESTDIR)' DRY_RUN='$(DRY_RUN)' PYTHON='$(PYTHON)' \
 	sh systemd/install.sh
@@ -10,7 +11,7 @@ PURE := tests/test_wire.py tests/test_events.py tests/test_answers.py tests/test
 	tests/test_requests.py tests/test_replies.py tests/test_errors.py tests/test_settings.py tests/test_logs.py tests/test_layout.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test test-node test-agents bench test-lowest test-units check lint install uninstall \
+.PHONY: help demo run test test-node test-agents bench soak test-lowest test-units check lint install uninstall \
 	toc golden trace clean
 
 help: ## list the targets
@@ -37,6 +38,9 @@ test-agents: $(VENV)/run.stamp ## test with Claude Code and Codex CLI (several h
 
 bench: $(VENV)/run.stamp ## measure by how much files raise the proxy's peak memory (Linux)
 	@PYTHONPATH=tests $(RUN) tests/bench/memory.py
+
+soak: $(VENV)/run.stamp ## MINUTES=1: mixed traffic with faults, then memory, descriptors and conversations as before (Linux)
+	@PYTHONPATH=tests $(RUN) tests/soak.py $(MINUTES)
 
 test-lowest: $(VENV)/test.stamp ## run all tests with the oldest packages that requirements.txt admits
 	rm -rf $(VENV)/lowest
