@@ -48,7 +48,7 @@ import traceback
 import zlib
 from bisect import bisect_right
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
@@ -2804,7 +2804,8 @@ class Attachment:
     """A file or picture in a message: at a `url`, uploaded before as `file_id`, or inline, as the base64 in `data` from
     `start` on.
 
-    `place` names it for an error. `name` and `content_type` are the client's; empty where it gave none.
+    `place` names it for an error. `name` and `content_type` are the client's; empty where it gave none. One of an
+    earlier answer was `brought` to the service already: whose it is, by which dialect, and the service's id.
     """
 
     kind: Literal["file", "image"]
@@ -2815,6 +2816,7 @@ class Attachment:
     name: str = ""
     content_type: str = ""
     file_id: str = ""
+    brought: tuple[bytes, str, str] | None = None
 
     @property
     def inline_bytes(self) -> int:
@@ -3379,7 +3381,9 @@ def _parse_messages_tools(values: list[Any]) -> tuple[tuple[Tool, ...], dict[str
         kind = _take(value, "type", str, "custom", f"{place}.")
         name = _take(value, "name", str, "", f"{place}.")
         if kind != "custom":
-            others[quote_words(name or kind)[:60]] = kind
+            # Names go into the log: words of another kind do not.
+            shown = next((word for word in (name, kind) if _FUNCTION_NAME.fullmatch(word)), "(other)")
+            others.setdefault(quote_words(shown)[:60], kind)
             continue
         if not _FUNCTION_NAME.fullmatch(name):
             raise _refuse(f"{place}.name", "must be a name without blanks, 128 characters at most")
@@ -3417,6 +3421,8 @@ def _parse_output_format(config: dict[str, Any]) -> ResponseFormat | None:
 def _parse_stop_sequences(stops: list[Any]) -> tuple[str, ...]:
     if len(stops) > _MOST_STOP_SEQUENCES or not all(isinstance(stop, str) for stop in stops):
         raise _refuse("stop_sequences", f"must be a list of up to {_MOST_STOP_SEQUENCES} strings")
+    if any(len(stop) > _LONGEST_STOP for stop in stops):
+        raise _refuse("stop_sequences", f"may have {_LONGEST_STOP} characters")
     return tuple(stop for stop in dict.fromkeys(stops) if stop)
 
 
@@ -3426,7 +3432,7 @@ class ResponsesRequest:
 
     `store`: whether the answer may be kept, to be gone on from by its id. `echo` is what the response object repeats of
     the request, with OpenAI's defaults. `unnamed_results` are the results of calls that are not in this request: at the
-    place in `chat.messages`, the call's id and what it gave back.
+    place in `chat.messages`, the call's id and what it gave back. `names` are those of the calls that are, by id.
     """
 
     chat: ChatRequest
@@ -3434,6 +3440,7 @@ class ResponsesRequest:
     store: bool
     echo: Mapping[str, Any] = field(repr=False)
     unnamed_results: Mapping[int, tuple[str, str]] = field(repr=False, default_factory=dict)
+    names: Mapping[str, str] = field(repr=False, default_factory=dict)
 
     @property
     def own_messages(self) -> tuple[Message, ...]:
@@ -3470,7 +3477,7 @@ def parse_responses_request(body: bytes | bytearray) -> ResponsesRequest:
     store = _take(value, "store", bool, True)
     own = {"text": form_echo, "parallel_tool_calls": chat.parallel_tool_calls, "max_output_tokens": chat.max_tokens}
     echo = {**_echo_fields(value), **own, "instructions": instructions or None, "store": store}
-    return ResponsesRequest(chat, previous, store, echo, reader.unnamed_results)
+    return ResponsesRequest(chat, previous, store, echo, reader.unnamed_results, reader.names)
 
 
 def extend_request(
@@ -3530,7 +3537,7 @@ class _InputReader:
     def __init__(self, messages: list[Message]) -> None:
         self.messages = messages
         self.unnamed_results: dict[int, tuple[str, str]] = {}
-        self._names: dict[str, str] = {}
+        self.names: dict[str, str] = {}
         self._calls: list[str] = []
 
     def feed(self, value: object, *, is_optional: bool) -> None:
@@ -3574,16 +3581,16 @@ class _InputReader:
 
     def _take_call(self, item: dict[str, Any], place: str) -> None:
         name = _take(item, "name", str, "", f"{place}.")
-        self._names[_take(item, "call_id", str, "", f"{place}.")] = name
+        self.names[_take(item, "call_id", str, "", f"{place}.")] = name
         self._calls.append(render_tool_call(name, _take(item, "arguments", str, "", f"{place}.")))
 
     def _take_result(self, item: dict[str, Any], place: str) -> None:
         called = _take(item, "call_id", str, "", f"{place}.")
         text, attachments = _parse_input_content(item.get("output"), f"{place}.output")
         self._end_calls()
-        if called not in self._names:
+        if called not in self.names:
             self.unnamed_results[len(self.messages)] = (called, text)
-        self.messages.append(Message("tool", render_tool_response(self._names.get(called, ""), text), attachments))
+        self.messages.append(Message("tool", render_tool_response(self.names.get(called, ""), text), attachments))
 
     def _end_calls(self) -> None:
         """Tell the calls since the last message in that message, if it is the assistant's, else in one of their own."""
@@ -3628,7 +3635,8 @@ def _parse_input_part(value: object, place: str) -> str | Attachment:
             attachment = _parse_url("file", value["file_url"], f"{place}.file_url")
             return replace(attachment, name=named or attachment.name)
         case "input_image" | "input_file" if value.get("file_id") is not None:
-            raise _refuse(f"{place}.file_id", "files are not kept here; send the data or a URL")
+            file_id = _take(value, "file_id", str, "", f"{place}.")
+            return Attachment("image" if kind == "input_image" else "file", f"{place}.file_id", file_id=file_id)
         case "input_image":
             raise _refuse(f"{place}.image_url", "must be a URL")
         case "input_file":
@@ -6872,10 +6880,7 @@ def digest_account(account: Account) -> bytes:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class UploadedFile:
-    """A file that a client uploaded: its id here, whose it is, and where it is at the service.
-
-    What was attached to a kept response has an id too, but is not `listed`.
-    """
+    """A file that a client uploaded: its id here, whose it is, and where it is at the service."""
 
     id: str
     owner: bytes
@@ -6885,7 +6890,6 @@ class UploadedFile:
     size_bytes: int
     purpose: str
     created: int
-    listed: bool = True
 
     def id_for(self, dialect: Dialect, param: str) -> str:
         """The service's id. Raises `ProxyError` where another dialect is spoken by now."""
@@ -6916,6 +6920,20 @@ class Brought:
     account: Account
     dialect: str
     file_ids: tuple[str, ...]
+
+
+def keep_messages(messages: Sequence[Message], brought: Brought) -> tuple[Message, ...]:
+    """`messages` with what is attached to them as it was brought to the service: nothing large is kept."""
+    ids = iter(brought.file_ids)
+    owner = digest_account(brought.account)
+
+    def keep(attachment: Attachment) -> Attachment:
+        return Attachment(attachment.kind, attachment.place, brought=(owner, brought.dialect, next(ids)))
+
+    return tuple(
+        replace(message, attachments=tuple(map(keep, message.attachments))) if message.attachments else message
+        for message in messages
+    )
 
 
 class Uploads:
@@ -6962,6 +6980,11 @@ class Uploads:
 
     async def _find(self, gate: asyncio.Semaphore, account: Account, dialect: Dialect, attachment: Attachment) -> str:
         """The id of one file: the one that is remembered, else a new one."""
+        if attachment.brought is not None:
+            owner, name, kimi_id = attachment.brought
+            if (owner, name) != (digest_account(account), dialect.name):
+                raise ProxyError("previous_response_not_found", "its files were brought in another protocol of Kimi")
+            return kimi_id
         if attachment.file_id:
             return self.find(attachment.file_id, [account], attachment.place).id_for(dialect, attachment.place)
         async with gate:
@@ -7005,33 +7028,8 @@ class Uploads:
         kimi_id = await self._bring(account, dialect, partial(self._files.open_spooled, spooled))
         return self._remember(account, dialect.name, kimi_id, spooled.name, spooled.size_bytes, purpose)
 
-    def keep(self, brought: Brought, messages: Sequence[Message]) -> tuple[Message, ...]:
-        """`messages` with what is attached to them named by ids of ours, as it was `brought`: nothing large is kept."""
-        ids = iter(brought.file_ids)
-
-        def name_one(attachment: Attachment) -> Attachment:
-            kimi_id = next(ids)
-            if attachment.file_id:
-                return attachment
-            name = attachment.name or attachment.kind
-            file = self._remember(brought.account, brought.dialect, kimi_id, name, 0, "assistants", listed=False)
-            return Attachment(attachment.kind, attachment.place, file_id=file.id)
-
-        return tuple(
-            replace(message, attachments=tuple(map(name_one, message.attachments))) if message.attachments else message
-            for message in messages
-        )
-
     def _remember(
-        self,
-        account: Account,
-        dialect: str,
-        kimi_id: str,
-        name: str,
-        size_bytes: int,
-        purpose: str,
-        *,
-        listed: bool = True,
+        self, account: Account, dialect: str, kimi_id: str, name: str, size_bytes: int, purpose: str
     ) -> UploadedFile:
         file = UploadedFile(
             id=f"file-{secrets.token_hex(12)}",
@@ -7042,7 +7040,6 @@ class Uploads:
             size_bytes=size_bytes,
             purpose=purpose,
             created=int(time.time()),
-            listed=listed,
         )
         self._uploaded[file.id] = file
         while len(self._uploaded) > self._MOST_KEPT:
@@ -7064,7 +7061,7 @@ class Uploads:
     def list_uploaded(self, accounts: Sequence[Account]) -> list[UploadedFile]:
         """What `accounts` uploaded, the newest first."""
         owners = set(map(digest_account, accounts))
-        return [file for file in reversed(self._uploaded.values()) if file.listed and file.owner in owners]
+        return [file for file in reversed(self._uploaded.values()) if file.owner in owners]
 
     def forget(self, file_id: str, accounts: Sequence[Account]) -> None:
         """Forget an id; the service keeps the file. Raises `ProxyError` `file_not_found`."""
@@ -7688,17 +7685,16 @@ async def _read_out(response: aiohttp.ClientResponse) -> None:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class KeptResponse:
-    """One answer of the Responses API that can be gone on from: its object, what was said, and the calls' names."""
+    """One answer of the Responses API that can be gone on from: its object, what was said, and the calls' names.
+
+    `size` is about how many characters of memory that holds.
+    """
 
     owner: bytes
     response: Mapping[str, Any]
     messages: tuple[Message, ...]
     names: Mapping[str, str]
-
-    @property
-    def size(self) -> int:
-        """About how much memory it holds: characters."""
-        return sum(len(message.text) for message in self.messages)
+    size: int
 
     def __repr__(self) -> str:
         return f"KeptResponse({len(self.messages)} messages)"
@@ -7715,10 +7711,12 @@ class KeptResponses:
         self._characters = 0
 
     def keep(self, response_id: str, kept: KeptResponse) -> None:
-        """Keep one more; the oldest make room."""
+        """Keep one more; the oldest make room. One that is larger than all that may be kept is not."""
+        if kept.size > self._MOST_CHARACTERS:
+            return
         self._kept[response_id] = kept
         self._characters += kept.size
-        while len(self._kept) > self._MOST or (self._characters > self._MOST_CHARACTERS and len(self._kept) > 1):
+        while len(self._kept) > self._MOST or self._characters > self._MOST_CHARACTERS:
             self._drop(next(iter(self._kept)))
 
     def find(self, response_id: str, accounts: Sequence[Account]) -> KeptResponse | None:
@@ -7927,9 +7925,6 @@ class Access:
 # bytes, so that a failure before them still has its HTTP status.
 
 _CHAT_PATHS: Final = ("/v1/chat/completions", "/chat/completions")
-_POST_PATHS: Final = frozenset(
-    {*_CHAT_PATHS, "/v1/messages", "/v1/messages/count_tokens", "/v1/responses", "/v1/completions", "/token/check"}
-)
 _MODELS_CREATED: Final = 1_704_067_200
 _PATHS: Final = (
     "POST /v1/chat/completions, /v1/messages, /v1/responses and /v1/completions, GET /v1/models, POST and GET "
@@ -8106,9 +8101,10 @@ async def read_body(request: web.Request, limit_bytes: int, seconds: float) -> b
 
 def speaks_anthropic(request: web.Request) -> bool:
     """Whether a request is of Anthropic's API, so that its failures are told in that form too."""
-    if request.path.startswith("/v1/models"):
+    path = re.sub(r"^(?:/+v1)+(?=/)", "/v1", request.path)  # a doubled /v1 is a base URL that has one too many
+    if path.startswith("/v1/models"):
         return "anthropic-version" in request.headers
-    return request.path.startswith("/v1/messages")
+    return path.lstrip("/").startswith("v1/messages")
 
 
 def read_credential(request: web.Request) -> str:
@@ -8220,9 +8216,10 @@ async def _responses(request: web.Request) -> web.StreamResponse:
     def keep(brought: Brought) -> None:
         if reply.response is None:
             return
-        said = (*state.uploads.keep(brought, messages), answer_message(reply.response))
-        known = {**names, **call_names(reply.response)}
-        kept = KeptResponse(digest_account(brought.account), reply.response, said, known)
+        said = (*keep_messages(messages, brought), answer_message(reply.response))
+        known = {**names, **asked.names, **call_names(reply.response)}
+        size = len(encode_json(reply.response)) + sum(len(message.text) + 200 for message in said) + 100 * len(known)
+        kept = KeptResponse(digest_account(brought.account), reply.response, said, known, size)
         state.responses.keep(response_id, kept)
 
     return await _deliver(request, accounts, question, reply, start_chain, keep if asked.store else None)
@@ -8524,6 +8521,7 @@ async def _frame(request: web.Request, handler: Callable[[web.Request], Awaitabl
 async def _answer_or_fail(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
+    allowed: Iterable[str] = ()
     try:
         _check_access(request)
         state = request.app[STATE]
@@ -8536,6 +8534,7 @@ async def _answer_or_fail(
         error = failure
     except web.HTTPException as failure:
         error = _error_of_http(request, failure)
+        allowed = failure.allowed_methods if isinstance(failure, web.HTTPMethodNotAllowed) else allowed
     except (ClientGone, asyncio.CancelledError):
         raise
     except Exception:
@@ -8543,8 +8542,8 @@ async def _answer_or_fail(
         error = ProxyError("internal_error")
     _note_failure(request, error)
     response = render_failure(error, anthropic=speaks_anthropic(request))
-    if error.code == "method_not_allowed":
-        response.headers["Allow"] = "POST" if request.path in _POST_PATHS else "GET"
+    if allowed:
+        response.headers["Allow"] = ", ".join(sorted(allowed))
     return response
 
 
@@ -8687,6 +8686,35 @@ async def end_answers(app: web.Application) -> None:
         await asyncio.wait(set(state.answering), timeout=2)
 
 
+async def _expect(request: web.Request) -> None:
+    """Answer `Expect: 100-continue`; other expectations have no effect (RFC 9110, section 10.1.1)."""
+    if request.headers.get("Expect", "").lower() == "100-continue" and request.transport is not None:
+        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+
+_ROUTES: Final[Sequence[tuple[str, str, Callable[[web.Request], Awaitable[web.StreamResponse]]]]] = (
+    *(("POST", path, _chat_completions) for path in _CHAT_PATHS),
+    ("POST", "/v1/messages", _messages),
+    ("POST", "/v1/messages/count_tokens", _count_tokens),
+    ("POST", "/v1/completions", _completions),
+    ("POST", "/v1/responses", _responses),
+    ("GET", "/v1/responses/{id}", _response),
+    ("DELETE", "/v1/responses/{id}", _delete_response),
+    ("GET", "/v1/models", _models),
+    ("GET", "/v1/models/{id}", _model),
+    ("POST", "/v1/files", _create_file),
+    ("GET", "/v1/files", _list_files),
+    ("GET", "/v1/files/{id}", _file),
+    ("DELETE", "/v1/files/{id}", _delete_file),
+    ("GET", "/v1/files/{id}/content", _file_content),
+    ("POST", "/token/check", _check_token_live),
+    ("GET", "/ping", _ping),
+    ("GET", "/health", _health),
+    ("GET", "/metrics", _metrics),
+    ("GET", "/", _front_page),
+)
+
+
 def make_app(settings: Settings, hosts: Sequence[str] = ()) -> web.Application:
     """The application: its routes, its middleware and what it owns; `hosts` as `Access` takes them.
 
@@ -8698,26 +8726,11 @@ def make_app(settings: Settings, hosts: Sequence[str] = ()) -> web.Application:
     app.cleanup_ctx.append(_own_state)
     app.on_response_prepare.append(_add_headers)
     app.on_shutdown.append(end_answers)
-    for path in _CHAT_PATHS:
-        app.router.add_post(path, _chat_completions)
-    app.router.add_post("/v1/messages", _messages)
-    app.router.add_post("/v1/messages/count_tokens", _count_tokens)
-    app.router.add_post("/v1/completions", _completions)
-    app.router.add_post("/v1/responses", _responses)
-    app.router.add_get("/v1/responses/{id}", _response)
-    app.router.add_delete("/v1/responses/{id}", _delete_response)
-    app.router.add_get("/v1/models", _models)
-    app.router.add_get("/v1/models/{id}", _model)
-    app.router.add_post("/v1/files", _create_file)
-    app.router.add_get("/v1/files", _list_files)
-    app.router.add_get("/v1/files/{id}", _file)
-    app.router.add_delete("/v1/files/{id}", _delete_file)
-    app.router.add_get("/v1/files/{id}/content", _file_content)
-    app.router.add_post("/token/check", _check_token_live)
-    app.router.add_get("/ping", _ping)
-    app.router.add_get("/health", _health)
-    app.router.add_get("/metrics", _metrics)
-    app.router.add_get("/", _front_page)
+    for method, path, handler in _ROUTES:
+        if method == "GET":
+            app.router.add_get(path, handler, expect_handler=_expect)
+        else:
+            app.router.add_route(method, path, handler, expect_handler=_expect)
     return app
 
 

@@ -16,6 +16,8 @@ import pytest
 from conftest import LogRecorder, StartProxy, bearer, chat_body
 from kimi_simulator import HELLO, Simulator, digest_content, make_content
 
+from kimi_proxy import KeptResponse, KeptResponses
+
 CHAT = "/v1/chat/completions"
 
 
@@ -484,3 +486,54 @@ async def test_an_outgoing_proxy_that_refuses_is_named(
     seen, answer, _ = await ask(proxy, simulator.token("hello"))
     assert (seen, answer["error"]["code"]) == (502, "service_unreachable")
     assert "KIMI_PROXY_URL" in answer["error"]["message"] and "sesame" not in json.dumps(answer)
+
+
+# What is kept for the Responses API.
+
+
+def test_kept_responses_are_bounded_by_number_and_by_size() -> None:
+    kept = KeptResponses()
+    for number in range(1100):
+        kept.keep(f"resp_{number}", KeptResponse(b"", {}, (), {}, 10))
+    assert len(kept._kept) == 1000 and "resp_100" in kept._kept
+    for number in range(20):
+        kept.keep(f"large_{number}", KeptResponse(b"", {}, (), {}, 10_000_000))
+    assert len(kept._kept) == 5 and kept._characters == 50_000_000
+    kept.keep("too large", KeptResponse(b"", {}, (), {}, 60_000_000))
+    assert "too large" not in kept._kept and len(kept._kept) == 5
+
+
+async def test_kept_answers_push_no_ones_files_out(simulator: Simulator, start_proxy: StartProxy) -> None:
+    proxy = await start_proxy()
+    owner = openai.AsyncOpenAI(api_key=simulator.token("read"), base_url=f"{proxy}/v1", max_retries=0)
+    other = openai.AsyncOpenAI(api_key=simulator.token("read"), base_url=f"{proxy}/v1", max_retries=0)
+    async with owner, other:
+        file = await owner.files.create(file=("a.txt", b"hello"), purpose="user_data")
+        part: Any = {"type": "input_file", "filename": "b.txt", "file_data": "data:text/plain;base64,SGkK"}
+        for _ in range(5):
+            await other.responses.create(model="kimi", input=[{"role": "user", "content": [part] * 20}])
+        assert [one.id async for one in other.files.list()] == []
+        asked: Any = [{"role": "user", "content": [{"type": "input_file", "file_id": file.id}]}]
+        answer = await owner.responses.create(model="kimi", input=asked)
+        assert "a.txt (text/plain, 5 bytes): hello" in answer.output_text
+        await owner.files.delete(file.id)
+        again = await owner.responses.create(model="kimi", input="And?", previous_response_id=answer.id)
+        assert "a.txt (text/plain, 5 bytes): hello" in again.output_text
+        with pytest.raises(openai.NotFoundError):
+            await owner.responses.create(model="kimi", input=asked)
+
+
+async def test_files_of_an_answer_are_not_known_in_another_dialect(
+    simulator: Simulator, start_proxy: StartProxy, dialect: str
+) -> None:
+    if dialect == "connect":
+        return
+    proxy = await start_proxy(protocol="auto")
+    async with openai.AsyncOpenAI(api_key=simulator.token("read"), base_url=f"{proxy}/v1", max_retries=0) as client:
+        part: Any = {"type": "input_file", "filename": "b.txt", "file_data": "data:text/plain;base64,SGkK"}
+        first = await client.responses.create(model="kimi", input=[{"role": "user", "content": [part]}])
+        simulator.retired = "404"
+        await client.responses.create(model="kimi", input="hi")
+        with pytest.raises(openai.BadRequestError) as caught:
+            await client.responses.create(model="kimi", input="And?", previous_response_id=first.id)
+        assert caught.value.code == "previous_response_not_found"

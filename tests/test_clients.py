@@ -16,6 +16,7 @@ import pytest
 from aiohttp_sse_client.client import EventSource
 from conftest import StartProxy, bearer, chat_body
 from kimi_simulator import HELLO, Simulator
+from yarl import URL
 
 QUESTION: Any = [{"role": "user", "content": "hi"}]
 
@@ -450,6 +451,15 @@ async def test_every_failure_of_a_path_has_the_form_of_its_api(
             assert status == 413
     async with http.head(proxy + "/") as response:
         assert response.status == 200
+    for path in ("/v1/v1/messages", "//v1/messages"):
+        async with http.post(URL(proxy + path, encoded=True), data=b"{}", headers=token) as response:
+            assert (response.status, (await response.json())["type"]) == (404, "error")
+    async with http.post(proxy + "/v1/responses/resp_1", data=b"{}", headers=token) as response:
+        assert (response.status, response.headers["Allow"]) == (405, "DELETE, GET, HEAD")
+    async with http.post(proxy + "/v1/messages", data=b"{", headers={**token, "Expect": "foo"}) as response:
+        assert (response.status, (await response.json())["type"]) == (400, "error")
+    async with http.post(proxy + "/v1/messages", data=b"{", headers=token, expect100=True) as response:
+        assert (response.status, (await response.json())["type"]) == (400, "error")
 
 
 # OpenAI's Responses.
