@@ -204,7 +204,8 @@ GOOD: Final = [
 # What goes wrong at Kimi, at its storage, at an origin.
 ORDERS: Final = (
     *("status=ask:500", "status=ask:429", "error-type=ask:odd.thing", "unauthorized-always=ask", "close=ask", "cut=0"),
-    *("cut=5", "cut-chunk=5", "garbage", "huge-line", "stall=5", "silent=ask", "wrong-type=ask", "html=ask:500"),
+    *("pace=0.02+cut=5", "pace=0.02+cut-chunk=5"),
+    *("garbage", "huge-line", "stall=5", "silent=ask", "wrong-type=ask", "html=ask:500"),
     *("unauthorized-always=refresh", "status=refresh:500", "bomb=ask", "no-end", "redirect=ask"),
 )
 FILE_ORDERS: Final = ("storage-status=403", "status=upload:500", "storage-reset", "parse-fail")
@@ -431,10 +432,14 @@ async def soak(minutes: float, seed: int) -> bool:
         # A break in the first bytes of connect's stream takes with it the id that they bring; then the log says so.
         print(f"  the log tells of {told} conversations whose id was not read, so that they may be left")
         good &= show("conversations left", 0, left[0][1], left[1][1], left[1][1] <= told)
-        for token, account in simulator._accounts.items():
-            for name, one in account.conversations.items():
-                if one.told and not one.removed:
-                    print(f"    left: {name} of {token}")
+        orders = Counter(
+            token.partition("~")[0]
+            for token, account in simulator._accounts.items()
+            for one in account.conversations.values()
+            if one.told and not one.removed
+        )
+        for order, number in orders.items():
+            print(f"    {number} left of {order}")
         for violation in set(simulator.violations):
             print(f"    {violation}")
         simulator.violations.clear()
