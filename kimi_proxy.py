@@ -51,7 +51,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, suppress
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, partial
 from itertools import accumulate, cycle
@@ -829,6 +829,11 @@ class SSEParser:
         self._line_bytes = 0
         return self._keep(unfinished, events)
 
+    @property
+    def at_boundary(self) -> bool:
+        """Whether nothing of an event, nor of a line, is kept: what comes next begins an event."""
+        return not (self._line or self._data or self._event or self._after_cr or self._bom or self._error)
+
     def finish(self) -> None:
         """Say that the input ended: an event without its blank line is dropped. Raises what `feed` had yet to raise."""
         if self._error is not None:
@@ -954,6 +959,11 @@ class EnvelopeParser:
             self._buffer += data[start:]
         return envelopes
 
+    @property
+    def at_boundary(self) -> bool:
+        """Whether nothing of an envelope is kept: what comes next begins one."""
+        return not (self._buffer or self._error)
+
     def finish(self) -> None:
         """Say that the input ended. Raises `WireError` in the middle of an envelope, and what `feed` had yet to."""
         if self._error is not None:
@@ -1043,13 +1053,16 @@ def _refuse_constant(name: str) -> NoReturn:
     raise WireError(f"{name} is no JSON")
 
 
+_DECODER: Final = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
 def parse_json(data: bytes | bytearray, *, surrogates: bool = False) -> Any:
     """The JSON value of `data` (RFC 8259: UTF-8, no NaN). Raises `WireError` for anything else, however deep or long.
 
     A lone surrogate escape is an error too, unless `surrogates`: the service may cut a pair in two.
     """
     try:
-        value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        value = _DECODER.decode(data.decode("utf-8"))
     except UnicodeDecodeError:
         raise WireError("not UTF-8") from None
     except json.JSONDecodeError as error:
@@ -1222,27 +1235,43 @@ Event = Opened | Text | Thinking | SearchHit | Citation | Sources | ToolCall | F
 #
 # Frames in, events out, one object per answer: all that is known of what Kimi streams stands here. What is not known is
 # passed over, never a failure. An answer is judged when it ends: without any text it is an error, not an empty success.
+#
+# Nearly all frames are pieces of plain text in one form. `read_usual` knows that form, by one regular expression on the
+# bytes, and leaves all else to the parser of frames and `feed`, which say the same of it, at ten times the cost.
+
+_NUMBER_OF_FRAME: Final = rb"(?:0|[1-9][0-9]{0,14})"
+_TEXT_OF_FRAME: Final = rb'"((?:[^"\\\x00-\x1f]++|\\[nrt"\\/bf])++)"'
+_OTHER_FIELD: Final = rb'"(?!(?:event|text|error_type)")[\w.]*+": ?(?:"[^"\\\x00-\x1f]*+"|%b)' % _NUMBER_OF_FRAME
+_USUAL_EVENT: Final = re.compile(
+    rb'data: ?\{"event": ?"cmpl",(?: ?%b,)*+ ?"text": ?%b(?:, ?%b)*+\}\n\n'
+    % (_OTHER_FIELD, _TEXT_OF_FRAME, _OTHER_FIELD)
+)
+_USUAL_OBJECT: Final = re.compile(
+    rb'\{"op": ?"append", ?"mask": ?"[\w.]*+",(?: ?"eventOffset": ?%b,)?+'
+    rb' ?"block": ?\{"id": ?"([^"\\\x00-\x1f]*+)", ?"text": ?\{"content": ?%b\}\}\}'
+    % (_NUMBER_OF_FRAME, _TEXT_OF_FRAME)
+)
 
 
 class TextJoiner:
     """Joins surrogate pairs that the service cut between two pieces of text [open]."""
 
     def __init__(self) -> None:
-        self._high_half = ""
+        self.held = ""  # a high half that waits for the next text
 
     def feed(self, text: object) -> str:
         """What of `text` can be shown; a high half at its end waits for the next text. Empty for what is no text."""
         if not isinstance(text, str) or not text:
             return ""
-        text = self._high_half + text
-        self._high_half = ""
+        text = self.held + text
+        self.held = ""
         if "\ud800" <= text[-1] <= "\udbff":
-            self._high_half, text = text[-1], text[:-1]
+            self.held, text = text[-1], text[:-1]
         return join_surrogates(text)
 
     def finish(self) -> str:
         """U+FFFD for a half that stayed alone."""
-        rest, self._high_half = self._high_half, ""
+        rest, self.held = self.held, ""
         return "\ufffd" if rest else ""
 
 
@@ -1301,6 +1330,26 @@ class ClassicAnswer:
         elif kind == "error":
             return self._end("content_filter")
         return []
+
+    def read_usual(self, data: bytes, events: list[Event]) -> int:
+        """Append the texts of the usual frames with which `data` begins, and return up to where they go.
+
+        For bytes that begin a frame; what `feed` says of the same frames is the same.
+        """
+        at = 0
+        if self.ended or self._joiner.held:
+            return at
+        try:
+            while found := _USUAL_EVENT.match(data, at):
+                text = found[1].decode()
+                events.append(Text(text if "\\" not in text else json.loads(f'"{text}"')))
+                self._has_text = True
+                at = found.end()
+                if at == len(data):
+                    break
+        except UnicodeDecodeError:
+            pass  # the parser replaces what is no UTF-8
+        return at
 
     def finish(self) -> list[Event]:
         """What the end of the stream means: nothing after `ended`, else an answer that was cut short [ref]."""
@@ -1377,6 +1426,30 @@ class ConnectAnswer:
             return self._end("stop")
         self.kind = str(value.get("mask") or next(iter(value), ""))[:40]
         return self._take_object(value)
+
+    def read_usual(self, data: bytes, events: list[Event]) -> int:
+        """Append the texts of the usual frames with which `data` begins, and return up to where they go.
+
+        For bytes that begin an envelope; what `feed` says of the same frames is the same.
+        """
+        at = 0
+        if self.ended or self._thinks or self._joiners[Text].held:
+            return at
+        try:
+            while len(data) - at > 5 and not data[at]:
+                end = at + 5 + int.from_bytes(data[at + 1 : at + 5], "big")
+                found = _USUAL_OBJECT.fullmatch(data, at + 5, end) if end <= len(data) else None
+                if found is None:
+                    break
+                identifier, text = found[1].decode(), found[2].decode()
+                text = text if "\\" not in text else json.loads(f'"{text}"')
+                self._sent.setdefault((identifier, "Text"), []).append(text)
+                self._has_text = True
+                events.append(Text(text))
+                at = end
+        except UnicodeDecodeError:
+            pass  # `feed` tells what is wrong
+        return at
 
     def finish(self) -> list[Event]:
         """What the end of the stream means without its end envelope: after `done` an end, before it a cut."""
@@ -2035,6 +2108,7 @@ def describe_failure(error: str, previous: str) -> str:
 # Events in, events out: what changes an answer on its way. An answer that needs none has an empty chain.
 
 _CITATION: Final = re.compile("\ue3a0cite[\ue3a3\U0001f6e0]([^\ue3a0\ue3a8]{0,500})\ue3a8|\\[\\^([0-9]{1,4})\\^\\]")
+_MAY_CITE: Final = re.compile("[\ue3a0[]")
 _CITATION_START: Final = re.compile("\ue3a0[^\ue3a8]{0,510}\\Z|\\[(?:\\^(?:[0-9]{1,4}\\^?)?)?\\Z")
 
 
@@ -2062,15 +2136,15 @@ class CitationFilter:
 
     def feed(self, event: Event) -> list[Event]:
         """What becomes of one event."""
+        if type(event) is Text:
+            if self._inline or (not self._held and _MAY_CITE.search(event.text) is None):
+                return [event]
+            return self._take_text(event.text)
         if isinstance(event, Opened):
             self._inline = event.hits_inline
         if self._inline:
             return [event]
         match event:
-            case Thinking():
-                return [event]
-            case Text():
-                return self._take_text(event.text)
             case SearchHit():
                 self._hits.setdefault(event.url, event)
                 if event.key:
@@ -2126,6 +2200,9 @@ class CitationFilter:
 def apply_filters(filters: Sequence[Filter], events: list[Event]) -> list[Event]:
     """What the chain of `filters` makes of `events`."""
     for one in filters:
+        if len(events) == 1:  # nearly always
+            events = one.feed(events[0])
+            continue
         events = [result for event in events for result in one.feed(event)]
     return events
 
@@ -2719,7 +2796,8 @@ class Chain:
     """
 
     def __init__(self, filters: Sequence[Filter] = ()) -> None:
-        self._filters = filters
+        self.filters = filters
+        self._ending = [one for one in filters if isinstance(one, (LengthFilter, StopFilter))]
         self._two_tries = [one for one in filters if isinstance(one, _KINDS_WITH_TWO_TRIES)]
         self._over = False
         self._second = False
@@ -2728,7 +2806,7 @@ class Chain:
 
     def feed(self, events: list[Event]) -> list[Event]:
         """What becomes of `events`. Raises `ProxyError` as the filters do."""
-        if not self._filters:
+        if not self.filters:
             return events
         if self._over:
             return []
@@ -2736,7 +2814,7 @@ class Chain:
             events = [event for event in events if not isinstance(event, Opened)]
         if self._room:
             self._keep(events)
-        events = apply_filters(self._filters, events)
+        events = apply_filters(self.filters, events)
         for index, event in enumerate(events):
             if isinstance(event, Finished):
                 self._over = True
@@ -2746,14 +2824,14 @@ class Chain:
     @property
     def ended(self) -> bool:
         """Whether a filter ended the answer, so that the service need not go on with it."""
-        return any(one.ended for one in self._filters if isinstance(one, (LengthFilter, StopFilter)))
+        return bool(self._ending) and any(one.ended for one in self._ending)
 
     @property
     def again(self) -> str:
         """What to tell the model when an answer is over that needs a second try; else empty."""
         if self._over:
             return ""
-        return next((one.again for one in self._filters if isinstance(one, _KINDS_THAT_ASK) and one.again), "")
+        return next((one.again for one in self.filters if isinstance(one, _KINDS_THAT_ASK) and one.again), "")
 
     @property
     def previous(self) -> str:
@@ -2762,7 +2840,7 @@ class Chain:
 
     def give_up(self) -> list[Event]:
         """What the first answer still has, when the second could not be had; empty where that is of no use."""
-        if not any(isinstance(one, ToolCallFilter) and one.may_stand_alone for one in self._filters):
+        if not any(isinstance(one, ToolCallFilter) and one.may_stand_alone for one in self.filters):
             return []
         return self.feed([Finished("stop")])
 
@@ -3858,6 +3936,14 @@ class ShownText:
         self.length += len(piece)
         return piece
 
+    def add_plain(self, text: str) -> bool:
+        """Note a short text that is shown as it is; False for one that `feed` has to look at."""
+        size = len(text)
+        if self._after_hits or size > _LARGEST_TEXT:
+            return False
+        self.length += size
+        return True
+
     def _take_hit(self, hit: SearchHit) -> str:
         if not self._inline:
             return ""
@@ -3910,11 +3996,14 @@ def _render_line(number: int, hit: SearchHit) -> str:
 
 
 class Usage:
-    """The estimate of a request's tokens. Each text is counted once, where its number is first asked for."""
+    """The estimate of a request's tokens. Each text is counted once, where its number is first asked for.
+
+    `texts` are what the model wrote, as `feed` notes it.
+    """
 
     def __init__(self, prompt: str) -> None:
         self._prompt = prompt
-        self._texts: list[str] = []
+        self.texts: list[str] = []
         self._thoughts: list[str] = []
 
     def feed(self, event: Event) -> None:
@@ -3923,9 +4012,9 @@ class Usage:
             case Thinking():
                 self._thoughts.append(event.text)
             case Text():
-                self._texts.append(event.text)
+                self.texts.append(event.text)
             case ToolCall():
-                self._texts.append(render_tool_call(event.name, event.arguments))
+                self.texts.append(render_tool_call(event.name, event.arguments))
             case _:
                 pass
 
@@ -3942,7 +4031,7 @@ class Usage:
     @cached_property
     def completion_tokens(self) -> int:
         """What the model wrote: text, calls and thinking."""
-        return estimate_tokens("".join(self._texts)) + self.reasoning_tokens
+        return estimate_tokens("".join(self.texts)) + self.reasoning_tokens
 
     def render(self) -> dict[str, Any]:
         """OpenAI's `usage` object."""
@@ -3958,6 +4047,9 @@ class Usage:
 
 def _render_call(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+_CHUNK_END: Final = b'},"finish_reason":null}]}\n\n'
 
 
 class ChatStreamReply:
@@ -3978,12 +4070,17 @@ class ChatStreamReply:
         self._calls = 0
         self._head = ""
         self._role = '"role":"assistant",'
+        self._heads: dict[str, bytes] = {}  # of each field's chunks after the first, rendered once
 
     def feed(self, event: Event) -> bytes:
         """The chunks that say `event`; empty for an event that shows nothing."""
+        if type(event) is Text and (head := self._heads.get("content")) and self._shown.add_plain(event.text):
+            # By far the most, once the first is sent: what follows says the same of them.
+            self._usage.texts.append(event.text)
+            self.chunks += 1
+            return head + encode_basestring(event.text).encode() + _CHUNK_END
         text = self._shown.feed(event)
-        if self._include_usage is not False:
-            self._usage.feed(event)
+        self._usage.feed(event)
         match event:
             case Opened():
                 self._open(event.conversation_id)
@@ -4032,9 +4129,13 @@ class ChatStreamReply:
         return self._encode_piece(field_name, text)
 
     def _encode_piece(self, field_name: str, text: str) -> bytes:
-        role, self._role = self._role, ""
-        delta = f'{{{role}"{field_name}":{encode_basestring(text)}}}'
-        return f'{self._head}{delta},"finish_reason":null}}]}}\n\n'.encode()
+        head = self._heads.get(field_name)
+        if head is None:
+            role, self._role = self._role, ""
+            head = f'{self._head}{{{role}"{field_name}":'.encode()
+            if not role:
+                self._heads[field_name] = head
+        return head + encode_basestring(text).encode() + _CHUNK_END
 
     def _encode_call(self, call: ToolCall) -> bytes:
         role, self._role = self._role and f'{self._role}"content":null,', ""
@@ -4930,6 +5031,95 @@ def is_connection_broken(response: aiohttp.ClientResponse) -> bool:
     """Whether the connection of a response failed, told to its reader or not."""
     connection = response.connection
     return connection is not None and connection.protocol is not None and connection.protocol.exception() is not None
+
+
+class Inflow:
+    """The pieces of a body, as the network brings them; `read` gives one reader what `content.readany()` would.
+
+    A read that waits costs a future, and a turn of its task with all that awaits it. So `take`, where it is given, is
+    offered each piece first, by the loop itself, and returns what it leaves of it: what it takes whole wakes nobody.
+    What it raises is raised by `read`.
+
+    aiohttp's reader wakes whoever waits by its `_waiter`, a future; here that is this object. It also has parser and
+    transport resume after each read, though hardly ever are they paused: here that is asked first (3.14.5).
+    """
+
+    __slots__ = ("_buffer", "_content", "_context", "_loop", "_protocol", "_rest", "_take", "_woken")
+
+    def __init__(self, content: aiohttp.StreamReader, take: Callable[[bytes], bytes] | None = None) -> None:
+        self._content = content
+        self._protocol: Any = None if content.at_eof() else content._protocol  # an empty body has none
+        self._take = take
+        self._rest = b""
+        self._woken: asyncio.Future[None] | None = None
+        self._loop = asyncio.get_running_loop()
+        self._context = copy_context()
+
+    async def read(self) -> bytes:
+        """The next piece, or what was left of it; empty at the end. Raises what `readany` does."""
+        content = self._content
+        if content.at_eof() or content._buffer or content.exception() or not self._protocol.connected:
+            return self._pop() or await content.readany()
+        self._woken = self._loop.create_future()
+        content._waiter = cast(Any, self)
+        try:
+            await self._woken
+        finally:
+            self._woken = None
+            content._waiter = None
+        rest, self._rest = self._rest, b""
+        return rest or self._pop() or await content.readany()
+
+    def done(self) -> bool:
+        """Whether nobody waits any more: asked by the reader before it calls `set_result`."""
+        return self._woken is None or self._woken.done()
+
+    def set_result(self, _: None) -> None:
+        """Take note that something has come."""
+        if self._take is None:
+            self._wake()
+        else:
+            # Later in this turn of the loop, since more may come with the same read of the network.
+            self._loop.call_soon(self._offer, self._take, context=self._context)
+
+    def set_exception(self, error: BaseException) -> None:
+        """Take note that the connection failed."""
+        if self._woken is not None and not self._woken.done():
+            self._woken.set_exception(error)
+
+    def _wake(self) -> None:
+        if self._woken is not None and not self._woken.done():
+            self._woken.set_result(None)
+
+    def _pop(self) -> bytes:
+        """All that has come; nothing where the reader itself has to look, which resumes what it paused."""
+        content = self._content
+        buffer = content._buffer
+        if not buffer or content._exception is not None or self._protocol._reading_paused:
+            return b""
+        piece = buffer.popleft() if len(buffer) == 1 else b"".join(buffer)
+        buffer.clear()
+        content._size = 0
+        content._cursor += len(piece)
+        if content._http_chunk_splits:
+            content._http_chunk_splits.clear()
+        return piece
+
+    def _offer(self, take: Callable[[bytes], bytes]) -> None:
+        """Offer what has come, and wait for more where it is taken."""
+        if self._woken is None:
+            return
+        if piece := self._pop():
+            try:
+                self._rest = take(piece)
+            except Exception as error:
+                self.set_exception(error)
+                return
+        content = self._content
+        if self._rest or content._eof or content._exception is not None or self._protocol._reading_paused:
+            self._wake()
+        else:
+            content._waiter = cast(Any, self)
 
 
 # ==== 13. Accounts ==========================================================
@@ -6533,6 +6723,8 @@ class Reader:
     ) -> None:
         self._parser = parser
         self._filters = filters
+        self._debug = logger.isEnabledFor(logging.DEBUG)
+        self._at_boundary = False  # whether the parser is, where no line is written for each frame
         self.answer = answer
 
     @property
@@ -6572,6 +6764,14 @@ class Reader:
             failure = StaleToken(error.code, error.detail) if error.code == "token_dead" else error
         return apply_filters(self._filters, events), failure
 
+    def feed_usual(self, piece: bytes) -> tuple[list[Event], bytes]:
+        """The events of the usual frames with which a piece begins, and what is left of it for `feed`."""
+        events: list[Event] = []
+        if not self._at_boundary:
+            return events, piece
+        read = self.answer.read_usual(piece, events)
+        return (apply_filters(self._filters, events) if self._filters else events), piece[read:]
+
     def list_sources(self) -> list[Event]:
         """The hits so far, where they are listed at the end: for an answer that is read no further."""
         return [event for event in apply_filters(self._filters, [Finished("stop")]) if isinstance(event, Sources)]
@@ -6581,13 +6781,14 @@ class Reader:
         return apply_filters(self._filters, self.answer.finish()), None
 
     def _feed_frames(self, piece: bytes, events: list[Event]) -> None:
-        debug = logger.isEnabledFor(logging.DEBUG)
         answer: Any = self.answer
+        self._at_boundary = False
         for frame in self._parser.feed(piece):
             events += answer.feed(frame)
-            if debug:
+            if self._debug:
                 size = len(frame.data) if isinstance(frame, ServerSentEvent) else len(frame.payload)
                 logger.debug("< %s, %d characters", quote_words(answer.kind), size)
+        self._at_boundary = self._parser.at_boundary and not self._debug
 
 
 def _headers_of(base_url: str, place: str = "") -> dict[str, str]:
@@ -7116,29 +7317,40 @@ def _key_of(account: Account, dialect: Dialect, attachment: Attachment, identity
     return digest.digest()
 
 
-Send = Callable[[list[Event]], Awaitable[None]]
+class Sink(Protocol):
+    """Where the events of an answer go."""
+
+    def send(self, events: list[Event]) -> Awaitable[None]:
+        """Send `events` on, as fast as they are taken."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `send_now` may be called: nothing that was sent before still waits to be taken."""
+
+    def send_now(self, events: list[Event]) -> None:
+        """Send `events` on without waiting."""
 
 
 class _Sending:
     """Sends events on, and notes once the client can see one: from then on nothing is asked again."""
 
-    def __init__(self, send: Send, attachments: list[Attachment]) -> None:
+    def __init__(self, sink: Sink, attachments: list[Attachment]) -> None:
         self.visible = False
         self.brought: Brought | None = None
-        self._send = send
+        self.sink = sink
         self._attachments = attachments
 
-    async def __call__(self, events: list[Event]) -> None:
+    def __call__(self, events: list[Event]) -> Awaitable[None]:
         if not self.visible and not isinstance(events[-1], Opened):
             self.visible = True
             self._attachments.clear()  # inline files are large
-        await self._send(events)
+        return self.sink.send(events)
 
 
 class _Filtering:
     """The way of one answer's events through its filters; `reader` is where they come from."""
 
-    def __init__(self, chain: Chain, send: Send) -> None:
+    def __init__(self, chain: Chain, send: _Sending) -> None:
         self.chain = chain
         self.send = send
         self.reader: Reader | None = None
@@ -7146,11 +7358,10 @@ class _Filtering:
     async def __call__(self, events: list[Event]) -> None:
         """Send what the filters leave of `events`. Raises `ProxyError` as they do."""
         shown = self.chain.feed(events)
-        if not shown:
-            return
-        if self.chain.ended and self.reader is not None and isinstance(shown[-1], Finished):
+        if self.chain.ended and self.reader is not None and shown and isinstance(shown[-1], Finished):
             shown[-1:-1] = self.reader.list_sources()
-        await self.send(shown)
+        if shown:
+            await self.send(shown)
 
 
 _UNFIT: Final = 422  # what the model wrote is of no use, twice
@@ -7225,15 +7436,15 @@ class Asking:
         self,
         accounts: Sequence[Account],
         question: Question,
-        send: Send,
+        sink: Sink,
         start_chain: Callable[[], Chain] = Chain,
     ) -> Brought:
-        """Ask `question` for one of `accounts`, and `send` the answer's events, those of one network read at a time.
+        """Ask `question` for one of `accounts`: its events go to `sink`, those of one network read at a time.
 
         They go through a chain of filters that `start_chain` makes for each time of asking. Raises `ProxyError`. A
         cancellation stops the answer at once; the conversation is still removed.
         """
-        sending = _Sending(send, question.attachments)
+        sending = _Sending(sink, question.attachments)
         accounts = await self._find_owner(accounts, question)
         busy: list[Account] = []
 
@@ -7526,13 +7737,14 @@ class Asking:
         An answer that a filter ended is read no further.
         """
         answer, chain = reader.answer, filtering.chain
+        inflow = Inflow(response.content, None if chain.filters else partial(_relay_usual, reader, silence, filtering))
         while not answer.ended and not answer.done and not chain.ended:
-            await self._relay_piece(response, reader, filtering, may_continue=may_continue)
+            await self._relay_piece(inflow, reader, filtering, may_continue=may_continue)
             silence.pieces += 1
         try:
             async with asyncio.timeout(_END_SECONDS):
                 while not answer.ended and not chain.ended:
-                    await self._relay_piece(response, reader, filtering, may_continue=False)
+                    await self._relay_piece(inflow, reader, filtering, may_continue=False)
         except TimeoutError:
             events, _ = reader.finish()
             await filtering(events)
@@ -7541,11 +7753,9 @@ class Asking:
         return reader.segment_id if may_continue and not chain.ended else ""
 
     @staticmethod
-    async def _relay_piece(
-        response: aiohttp.ClientResponse, reader: Reader, filtering: _Filtering, *, may_continue: bool
-    ) -> None:
+    async def _relay_piece(inflow: Inflow, reader: Reader, filtering: _Filtering, *, may_continue: bool) -> None:
         try:
-            piece = await response.content.readany()
+            piece = await inflow.read()
         except (aiohttp.ClientError, ConnectionError, RuntimeError) as error:
             # aiohttp's RuntimeError says that the connection was lost before.
             raise ProxyError("answer_broken", f"the connection broke ({type(error).__name__})") from None
@@ -7618,6 +7828,18 @@ class Asking:
             logger.warning(
                 "! conversation %s of account %s was not removed: %s", conversation.known_id, account.label, error
             )
+
+
+def _relay_usual(reader: Reader, silence: Silence, filtering: _Filtering, piece: bytes) -> bytes:
+    """Send the usual frames of a piece at once, where the client keeps up; what is left of it."""
+    sink = filtering.send.sink
+    if not filtering.send.visible or not sink.is_ready:
+        return piece
+    silence.pieces += 1
+    events, rest = reader.feed_usual(piece)
+    if events:
+        sink.send_now(events)
+    return rest
 
 
 async def _or_failure(work: Awaitable[Result]) -> Result | ProxyError:
@@ -7983,6 +8205,7 @@ class Delivery:
         self._reply = reply
         self._state = state
         self._response: web.StreamResponse | None = None
+        self._chunked: asyncio.WriteTransport | None = None  # once a head went out that announces chunks
         self._writes = 0
         self._writing = False
         self._seen = (0, 0)
@@ -8004,6 +8227,21 @@ class Delivery:
             self._state.metrics.observe("kimi_proxy_first_text_seconds", seconds)
         if data:
             await self._write(data)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the head went out, and the client took all that was written."""
+        transport = self._chunked
+        return transport is not None and not (
+            self._writing or transport.get_write_buffer_size() or transport.is_closing()
+        )
+
+    def send_now(self, events: list[Event]) -> None:
+        """Encode `events` and write what they show, where `is_ready`."""
+        data = self._reply.feed(events[0]) if len(events) == 1 else b"".join(map(self._reply.feed, events))
+        if data and self._chunked is not None:
+            self._writes += 1
+            self._chunked.write(b"%x\r\n%b\r\n" % (len(data), data))  # as `response.write` does
 
     async def finish(self) -> web.StreamResponse:
         """End a good reply."""
@@ -8045,6 +8283,8 @@ class Delivery:
             "X-Accel-Buffering": "no",
         }
         response = self._response = web.StreamResponse(headers=headers)
+        if self._request.version >= aiohttp.HttpVersion11:
+            response.enable_chunked_encoding()
         with _client_gone():
             await response.prepare(self._request)
         return response
@@ -8054,8 +8294,10 @@ class Delivery:
         self._writes += 1
         self._writing = True
         try:
-            with _client_gone():
-                await response.write(data)
+            await response.write(data)
+            self._chunked = self._request.transport if response.chunked else None
+        except (ConnectionError, aiohttp.ClientConnectionError):
+            raise ClientGone from None
         finally:
             self._writing = False
 
@@ -8257,7 +8499,7 @@ async def _deliver(
     state.ticker.add(delivery)
     state.answering.add(task)
     try:
-        brought = await state.asking.run(accounts, question, delivery.send, start_chain)
+        brought = await state.asking.run(accounts, question, delivery, start_chain)
         request[OUTCOME].upstream_status = 200
         response = await delivery.finish()
         if keep is not None:
