@@ -53,7 +53,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar, copy_context
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import accumulate, cycle
 from json.encoder import encode_basestring
 from math import isfinite
@@ -834,6 +834,12 @@ class SSEParser:
         """Whether nothing of an event, nor of a line, is kept: what comes next begins an event."""
         return not (self._line or self._data or self._event or self._after_cr or self._bom or self._error)
 
+    @staticmethod
+    def find_end(data: bytes, at: int) -> int:
+        """Where the event that begins at `at` ends, as far as that is plain; else where `data` does."""
+        end = data.find(b"\n\n", at)
+        return end + 2 if end >= 0 else len(data)
+
     def finish(self) -> None:
         """Say that the input ended: an event without its blank line is dropped. Raises what `feed` had yet to raise."""
         if self._error is not None:
@@ -963,6 +969,11 @@ class EnvelopeParser:
     def at_boundary(self) -> bool:
         """Whether nothing of an envelope is kept: what comes next begins one."""
         return not (self._buffer or self._error)
+
+    @staticmethod
+    def find_end(data: bytes, at: int) -> int:
+        """Where the envelope that begins at `at` ends, or `data` does."""
+        return min(len(data), at + 5 + int.from_bytes(data[at + 1 : at + 5], "big"))
 
     def finish(self) -> None:
         """Say that the input ended. Raises `WireError` in the middle of an envelope, and what `feed` had yet to."""
@@ -1128,9 +1139,12 @@ def _decode_quads(text: str) -> bytes:
 _BASE64_SPELLING: Final = {ord("-"): "+", ord("_"): "/", **{ord(space): None for space in " \t\r\n"}}
 
 
+_ENCODER: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
 def encode_json(value: object) -> str:
     """`value` as compact JSON on one line, characters beyond ASCII kept, lone surrogates replaced."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    text = _ENCODER.encode(value)
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -1331,12 +1345,11 @@ class ClassicAnswer:
             return self._end("content_filter")
         return []
 
-    def read_usual(self, data: bytes, events: list[Event]) -> int:
-        """Append the texts of the usual frames with which `data` begins, and return up to where they go.
+    def read_usual(self, data: bytes, at: int, events: list[Event]) -> int:
+        """Append the texts of the usual frames that stand in `data` from `at` on, and return up to where they go.
 
         For bytes that begin a frame; what `feed` says of the same frames is the same.
         """
-        at = 0
         if self.ended or self._joiner.held:
             return at
         try:
@@ -1427,12 +1440,11 @@ class ConnectAnswer:
         self.kind = str(value.get("mask") or next(iter(value), ""))[:40]
         return self._take_object(value)
 
-    def read_usual(self, data: bytes, events: list[Event]) -> int:
-        """Append the texts of the usual frames with which `data` begins, and return up to where they go.
+    def read_usual(self, data: bytes, at: int, events: list[Event]) -> int:
+        """Append the texts of the usual frames that stand in `data` from `at` on, and return up to where they go.
 
         For bytes that begin an envelope; what `feed` says of the same frames is the same.
         """
-        at = 0
         if self.ended or self._thinks or self._joiners[Text].held:
             return at
         try:
@@ -6353,11 +6365,15 @@ class Call:
         return f"Call({self.step})"
 
 
-@dataclass(slots=True)
-class _Connection:
-    """What the tracing tells of the connection that a call went over."""
+_connected: Final[ContextVar[bool]] = ContextVar("connected", default=False)  # whether a call made a new connection
 
-    kept: bool = False
+
+class _ServiceConnector(aiohttp.TCPConnector):
+    """A pool that tells which calls had to connect. (aiohttp's tracing tells it too, at a tenth of a call's cost.)"""
+
+    async def _create_connection(self, *args: Any) -> Any:
+        _connected.set(True)
+        return await super()._create_connection(*args)
 
 
 def open_service_session(proxy_url: str = "", *, reuse: bool = True) -> aiohttp.ClientSession:
@@ -6368,18 +6384,11 @@ def open_service_session(proxy_url: str = "", *, reuse: bool = True) -> aiohttp.
     Without `reuse` each call has a connection of its own: a file can be read once, and would be lost on a kept
     connection that turns out closed.
     """
-
-    async def note_kept(_session: object, context: Any, _params: object) -> None:
-        context.trace_request_ctx.kept = True
-
-    trace = aiohttp.TraceConfig()
-    trace.on_connection_reuseconn.append(note_kept)
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30 if reuse else None, force_close=not reuse),
+        connector=_ServiceConnector(limit=0, keepalive_timeout=30 if reuse else None, force_close=not reuse),
         cookie_jar=aiohttp.DummyCookieJar(),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
         headers=_BROWSER_HEADERS,
-        trace_configs=[trace],
         proxy=URL(proxy_url).with_user(None) if proxy_url else None,
     )
 
@@ -6393,20 +6402,19 @@ def _render_proxy_headers(proxy_url: str) -> dict[str, str] | None:
     return {"Authorization": f"Basic {credentials}"}  # aiohttp makes Proxy-Authorization of it, where it has to stand
 
 
-@contextmanager
-def _network_failures(step: str) -> Iterator[None]:
-    """Turn what aiohttp raises during one call into failures that name the `step`."""
-    try:
-        yield
-    except TimeoutError:
-        raise ProxyError("service_silent", f"{step}: no reply in time") from None
-    except aiohttp.ClientConnectorError as error:
-        raise ProxyError("service_unreachable", f"{step}: {_render_connect_error(error)}") from None
-    except aiohttp.ClientHttpProxyError as error:
+_NETWORK_ERRORS: Final = (TimeoutError, aiohttp.ClientError, ConnectionError)
+
+
+def _error_of_network(step: str, error: BaseException) -> ProxyError:
+    """The failure that one of `_NETWORK_ERRORS` means, at `step`."""
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return ProxyError("service_unreachable", f"{step}: {_render_connect_error(error)}")
+    if isinstance(error, aiohttp.ClientHttpProxyError):
         reason = f"the outgoing proxy (KIMI_PROXY_URL) answers HTTP {error.status}"
-        raise ProxyError("service_unreachable", f"{step}: {reason}") from None
-    except (aiohttp.ClientError, ConnectionError) as error:
-        raise ProxyError("service_failed", f"{step}: the connection broke ({type(error).__name__})") from None
+        return ProxyError("service_unreachable", f"{step}: {reason}")
+    if isinstance(error, TimeoutError):
+        return ProxyError("service_silent", f"{step}: no reply in time")
+    return ProxyError("service_failed", f"{step}: the connection broke ({type(error).__name__})")
 
 
 def _render_connect_error(error: aiohttp.ClientConnectorError) -> str:
@@ -6465,10 +6473,14 @@ class Calls:
         """
 
         async def once(token: str) -> dict[str, Any]:
-            with _network_failures(call.step):
-                async with asyncio.timeout(call.seconds or self._call_seconds):
-                    async with await self._request_again(account, call, token) as response:
-                        return await self._parse(response, call.step, lenient=call.lenient)
+            try:
+                async with (
+                    asyncio.timeout(call.seconds or self._call_seconds),
+                    await self._request_again(account, call, token) as response,
+                ):
+                    return await self._parse(response, call.step, lenient=call.lenient)
+            except _NETWORK_ERRORS as error:
+                raise _error_of_network(call.step, error) from None
 
         return await self._with_token(account, once)
 
@@ -6479,22 +6491,25 @@ class Calls:
         """
 
         async def once(token: str) -> aiohttp.ClientResponse:
-            with _network_failures(call.step):
+            try:
                 response = await self._request_again(account, call, token)
                 if response.status == 200 and response.content_type == content_type:
                     return response
                 async with response:
                     await self._parse(response, call.step)
+            except _NETWORK_ERRORS as error:
+                raise _error_of_network(call.step, error) from None
             raise ProxyError("answer_broken", f"{call.step}: a reply of type {quote_words(response.content_type)}")
 
         return await self._with_token(account, once)
 
     async def refresh(self, call: Call, refresh_token: str) -> dict[str, Any]:
         """The JSON object that a token refresh replies; with a `refresh_token`, it is the Bearer."""
-        with _network_failures(call.step):
-            async with asyncio.timeout(self._call_seconds):
-                async with await self._request(call, refresh_token, _Connection()) as response:
-                    return await self._parse(response, call.step)
+        try:
+            async with asyncio.timeout(self._call_seconds), await self._request(call, refresh_token) as response:
+                return await self._parse(response, call.step)
+        except _NETWORK_ERRORS as error:
+            raise _error_of_network(call.step, error) from None
 
     async def store(self, url: str, file: OpenFile) -> None:
         """Put `file` to a signed URL, which needs no token and gets none. Raises `ProxyError`; time is the caller's."""
@@ -6585,25 +6600,24 @@ class Calls:
     async def _request_again(self, account: Account, call: Call, token: str) -> aiohttp.ClientResponse:
         if call.with_ids:
             call = replace(call, headers={**call.headers, **_render_ids(account)}, with_ids=False)
-        connection = _Connection()
+        _connected.set(False)
         try:
-            return await self._request(call, token, connection)
-        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
-            if not connection.kept or isinstance(error, aiohttp.ClientConnectorError):
+            return await self._request(call, token)
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+            if _connected.get():
                 raise
             logger.debug("! %s: a kept connection was closed, calling once more", call.step)
-        return await self._request(call, token, _Connection())
+        return await self._request(call, token)
 
-    async def _request(self, call: Call, token: str, connection: _Connection) -> aiohttp.ClientResponse:
+    async def _request(self, call: Call, token: str) -> aiohttp.ClientResponse:
         headers = {**call.headers, "Authorization": f"Bearer {token}"} if token else call.headers
         body, started = call.body, time.monotonic()
         response = await self._session.request(
             call.method,
-            URL(call.url),
+            URL(call.url, encoded=True),
             data=io.BytesIO(body) if body and len(body) > MEGABYTE else body,  # aiohttp writes that in pieces
             headers=headers,
             allow_redirects=False,
-            trace_request_ctx=connection,
             proxy_headers=self._proxy_headers,
         )
         self._metrics.observe("kimi_proxy_upstream_seconds", time.monotonic() - started)
@@ -6769,7 +6783,7 @@ class Reader:
         events: list[Event] = []
         if not self._at_boundary:
             return events, piece
-        read = self.answer.read_usual(piece, events)
+        read = self.answer.read_usual(piece, 0, events)
         return (apply_filters(self._filters, events) if self._filters else events), piece[read:]
 
     def list_sources(self) -> list[Event]:
@@ -6781,19 +6795,33 @@ class Reader:
         return apply_filters(self._filters, self.answer.finish()), None
 
     def _feed_frames(self, piece: bytes, events: list[Event]) -> None:
+        at = 0
+        while at < len(piece):
+            if self._at_boundary and (at := self.answer.read_usual(piece, at, events)) == len(piece):
+                return
+            end = self._parser.find_end(piece, at) if self._at_boundary else len(piece)
+            self._at_boundary = False
+            self._feed_other(piece[at:end], events)
+            self._at_boundary = self._parser.at_boundary and not self._debug
+            at = end
+
+    def _feed_other(self, piece: bytes, events: list[Event]) -> None:
         answer: Any = self.answer
-        self._at_boundary = False
         for frame in self._parser.feed(piece):
             events += answer.feed(frame)
             if self._debug:
                 size = len(frame.data) if isinstance(frame, ServerSentEvent) else len(frame.payload)
                 logger.debug("< %s, %d characters", quote_words(answer.kind), size)
-        self._at_boundary = self._parser.at_boundary and not self._debug
 
 
 def _headers_of(base_url: str, place: str = "") -> dict[str, str]:
     """The headers that say from which page a call comes [ref], [2+]."""
-    return {"Origin": str(URL(base_url).origin()), "Referer": base_url + place, "Content-Type": "application/json"}
+    return {"Origin": _origin_of(base_url), "Referer": base_url + place, "Content-Type": "application/json"}
+
+
+@cache
+def _origin_of(base_url: str) -> str:
+    return str(URL(base_url).origin())
 
 
 def _agent_of(model: Model) -> str:
@@ -7741,13 +7769,14 @@ class Asking:
         while not answer.ended and not answer.done and not chain.ended:
             await self._relay_piece(inflow, reader, filtering, may_continue=may_continue)
             silence.pieces += 1
-        try:
-            async with asyncio.timeout(_END_SECONDS):
-                while not answer.ended and not chain.ended:
-                    await self._relay_piece(inflow, reader, filtering, may_continue=False)
-        except TimeoutError:
-            events, _ = reader.finish()
-            await filtering(events)
+        if not answer.ended and not chain.ended:
+            try:
+                async with asyncio.timeout(_END_SECONDS):
+                    while not answer.ended and not chain.ended:
+                        await self._relay_piece(inflow, reader, filtering, may_continue=False)
+            except TimeoutError:
+                events, _ = reader.finish()
+                await filtering(events)
         for what, name in answer.oddities:
             self._metrics.tell_once(what, name)
         return reader.segment_id if may_continue and not chain.ended else ""
@@ -7871,9 +7900,10 @@ class _Conversation:
         """Let go of the response. False where a conversation may be left whose id could not be read."""
         if self.asking is None:
             return True
-        if self.known_id and not self.asking.done():
-            self.asking.cancel()
-        await asyncio.wait({self.asking}, timeout=_END_SECONDS)
+        if not self.asking.done():
+            if self.known_id:
+                self.asking.cancel()
+            await asyncio.wait({self.asking}, timeout=_END_SECONDS)
         if not self.asking.done() or self.asking.cancelled() or self.asking.exception() is not None:
             self.asking.cancel()
             return bool(self.known_id)
@@ -7896,12 +7926,13 @@ class _Conversation:
 
 async def _read_out(response: aiohttp.ClientResponse) -> None:
     """Read what is left of an ended answer, a second at most, so that its connection can be used again."""
-    try:
-        async with asyncio.timeout(_END_SECONDS):
-            while await response.content.readany():
-                pass
-    except (aiohttp.ClientError, ConnectionError, TimeoutError):
-        response.close()
+    if not response.content.at_eof():
+        try:
+            async with asyncio.timeout(_END_SECONDS):
+                while await response.content.readany():
+                    pass
+        except (aiohttp.ClientError, ConnectionError, TimeoutError):
+            response.close()
     response.release()
 
 
@@ -8329,16 +8360,19 @@ async def read_body(request: web.Request, limit_bytes: int, seconds: float) -> b
         raise too_large
     body = bytearray()
     try:
-        async with asyncio.timeout(seconds):
-            while piece := await request.content.readany():
-                body += piece
-                if len(body) > limit_bytes:
-                    raise too_large
-        return body
+        if request.content.is_eof():  # it came with the head: there is nothing to wait for
+            body += request.content.read_nowait()
+        else:
+            async with asyncio.timeout(seconds):
+                while len(body) <= limit_bytes and (piece := await request.content.readany()):
+                    body += piece
     except TimeoutError:
         raise ProxyError("body_timeout", f"not within {seconds:g} s") from None
     except (web.RequestPayloadError, aiohttp.ClientPayloadError, HttpProcessingError):
         raise ProxyError("body_broken") from None
+    if len(body) > limit_bytes:
+        raise too_large
+    return body
 
 
 def speaks_anthropic(request: web.Request) -> bool:
