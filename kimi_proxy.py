@@ -834,9 +834,8 @@ class SSEParser:
         """Whether nothing of an event, nor of a line, is kept: what comes next begins an event."""
         return not (self._line or self._data or self._event or self._after_cr or self._bom or self._error)
 
-    @staticmethod
-    def find_end(data: bytes, at: int) -> int:
-        """Where the event that begins at `at` ends, as far as that is plain; else where `data` does."""
+    def find_end(self, data: bytes, at: int) -> int:
+        """Where the event under way at `at` ends, as far as that is plain; else where `data` does."""
         end = data.find(b"\n\n", at)
         return end + 2 if end >= 0 else len(data)
 
@@ -970,10 +969,9 @@ class EnvelopeParser:
         """Whether nothing of an envelope is kept: what comes next begins one."""
         return not (self._buffer or self._error)
 
-    @staticmethod
-    def find_end(data: bytes, at: int) -> int:
+    def find_end(self, data: bytes, at: int) -> int:
         """Where the envelope that begins at `at` ends, or `data` does."""
-        return min(len(data), at + 5 + int.from_bytes(data[at + 1 : at + 5], "big"))
+        return len(data) if self._buffer else min(len(data), at + 5 + int.from_bytes(data[at + 1 : at + 5], "big"))
 
     def finish(self) -> None:
         """Say that the input ended. Raises `WireError` in the middle of an envelope, and what `feed` had yet to."""
@@ -6799,7 +6797,7 @@ class Reader:
         while at < len(piece):
             if self._at_boundary and (at := self.answer.read_usual(piece, at, events)) == len(piece):
                 return
-            end = self._parser.find_end(piece, at) if self._at_boundary else len(piece)
+            end = len(piece) if self._debug else self._parser.find_end(piece, at)
             self._at_boundary = False
             self._feed_other(piece[at:end], events)
             self._at_boundary = self._parser.at_boundary and not self._debug
