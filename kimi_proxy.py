@@ -5117,7 +5117,7 @@ class Inflow:
 
     def _offer(self, take: Callable[[bytes], bytes]) -> None:
         """Offer what has come, and wait for more where it is taken."""
-        if self._woken is None:
+        if self._woken is None or self._woken.done():
             return
         if piece := self._pop():
             try:

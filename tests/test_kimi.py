@@ -3,14 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import random
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import aiohttp
 import pytest
 from conftest import LogRecorder, StartProxy, bearer, chat_body
-from kimi_simulator import MODELS, Account, Simulator
+from hypothesis import given
+from hypothesis import strategies as st
+from kimi_simulator import MODELS, SCRIPTS, Account, Simulator, render_connect, render_stream
 
-from kimi_proxy import KIMI, Model, Question, choose_model, open_service_session, parse_models
+from kimi_proxy import (
+    KIMI,
+    CitationFilter,
+    ClassicAnswer,
+    ConnectAnswer,
+    EnvelopeParser,
+    Event,
+    Model,
+    ProxyError,
+    Question,
+    Reader,
+    SSEParser,
+    Text,
+    WireError,
+    apply_filters,
+    choose_model,
+    encode_envelope,
+    open_service_session,
+    parse_models,
+)
 
 CHAT = "/v1/chat/completions"
 
@@ -390,3 +415,139 @@ async def test_a_continuation_that_fails_ends_the_answer_as_cut(
     assert (status, body["choices"][0]["finish_reason"]) == (200, "length")
     assert body["choices"][0]["message"]["content"] == "第一"
     await simulator.settle(token)
+
+
+# The usual frames have a way of their own through the reader: it must say the same as the parser and the answer do.
+
+TEXTS = st.text(st.characters() | st.sampled_from('"\\\\/\\n\\r\\t\\b\\x7f[]^{}\ue3a0\ue3a8\u2028好👍'), max_size=8)
+VALUES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXTS | st.lists(TEXTS, max_size=2)
+KEYS = st.sampled_from(["view", "idx_s", "text", "event", "error_type", "a b", "é"])
+STYLES = st.sampled_from([(", ", ": "), (",", ":"), (" ,", " : ")])
+
+
+@st.composite
+def json_bytes(draw: st.DrawFn, value: Any) -> bytes:
+    """A JSON object in some style, now and then broken."""
+    data = json.dumps(value, ensure_ascii=draw(st.booleans()), separators=draw(STYLES)).encode("utf-8", "surrogatepass")
+    if draw(st.integers(0, 9)) == 0:
+        at = draw(st.integers(0, len(data)))
+        data = data[:at] + draw(st.sampled_from([b"\xff", b'"', b"\\", b"\x01", b"0", b"\\ud83d"])) + data[at:]
+    return data
+
+
+@st.composite
+def classic_frames(draw: st.DrawFn) -> bytes:
+    event = draw(st.sampled_from(["cmpl"] * 6 + ["ping", "all_done", "length"]))
+    others = draw(st.lists(st.tuples(KEYS, VALUES), max_size=2))
+    fields = [("event", event), *others, ("text", draw(TEXTS | VALUES)), ("view", "cmpl")]
+    if draw(st.integers(0, 3)) == 0:
+        fields = draw(st.permutations(fields))
+    space = draw(st.sampled_from([b" ", b"", b"  "]))
+    end = draw(st.sampled_from([b"\n\n"] * 6 + [b"\r\n\r\n", b"\r\r", b"\n", b"\nid: 1\n\n", b"\n\n\n"]))
+    head = draw(st.sampled_from([b""] * 6 + [b": comment\n", b"event: x\n", b"data: \n"]))
+    return head + b"data:" + space + draw(json_bytes(dict(fields))) + end
+
+
+@st.composite
+def connect_frames(draw: st.DrawFn) -> bytes:
+    block: dict[str, Any] = {"id": draw(st.sampled_from(["2", "2", "3", "é"])), "text": {"content": draw(TEXTS)}}
+    if draw(st.integers(0, 5)) == 0:
+        block = draw(st.dictionaries(st.sampled_from(["id", "text", "think", "status"]), VALUES))
+    value: dict[str, Any] = {"op": draw(st.sampled_from(["append"] * 5 + ["set"])), "mask": "block.text.content"}
+    value |= {"eventOffset": draw(st.integers(-1, 9) | VALUES), "block": block}
+    value = draw(st.sampled_from([value] * 6 + [{"heartbeat": {}}, {"done": {}}, _stage("RUNNING"), _stage("DONE")]))
+    return encode_envelope(draw(json_bytes(value)), draw(st.sampled_from([0] * 9 + [2])))
+
+
+def _stage(status: str) -> dict[str, Any]:
+    return {"op": "set", "block": {"multiStage": {"stages": [{"name": "STAGE_NAME_THINKING", "status": status}]}}}
+
+
+def make_reader(dialect: str) -> Reader:
+    if dialect == "classic":
+        return Reader(SSEParser(), ClassicAnswer())
+    return Reader(EnvelopeParser(), ConnectAnswer(), [CitationFilter()])
+
+
+def read_plainly(dialect: str, data: bytes) -> tuple[list[Event], str]:
+    """The events of a whole stream by parser, answer and filters alone, and the failure after them."""
+    parser: Any = SSEParser() if dialect == "classic" else EnvelopeParser()
+    answer: Any = ClassicAnswer() if dialect == "classic" else ConnectAnswer()
+    events: list[Event] = []
+    failure = ""
+    try:
+        for frame in parser.feed(data):
+            events += answer.feed(frame)
+        parser.finish()
+        events += answer.finish()
+    except WireError:
+        failure = "answer_broken"
+    except ProxyError as error:
+        failure = error.code
+    return apply_filters([] if dialect == "classic" else [CitationFilter()], events), failure
+
+
+def read_pieces(dialect: str, pieces: Iterator[bytes], *, at_once: bool) -> tuple[list[Event], str]:
+    """The same by a reader, piece by piece; `at_once`: each is offered to `feed_usual` first."""
+    reader = make_reader(dialect)
+    events: list[Event] = []
+    for piece in [*pieces, b""]:
+        if at_once and piece:
+            usual, piece = reader.feed_usual(piece)  # noqa: PLW2901
+            events += usual
+            if not piece:
+                continue
+        more, failure = reader.feed(piece)
+        events += more
+        if failure is not None:
+            return events, failure.code
+    return events, ""
+
+
+def join_texts(events: list[Event]) -> list[Any]:
+    """Events with neighbouring texts made one: where a citation mark may begin, the split decides what is held."""
+    joined: list[Any] = []
+    for event in events:
+        if isinstance(event, Text) and joined and type(event) is type(joined[-1]):
+            joined[-1] = type(event)(joined[-1].text + event.text)
+        else:
+            joined.append(event)
+    return joined
+
+
+@pytest.mark.parametrize("dialect", ["classic", "connect"])
+@given(data=st.data(), seed=st.integers())
+def test_a_reader_says_what_parser_and_answer_say_however_the_stream_is_cut(
+    dialect: str, data: st.DataObject, seed: int
+) -> None:
+    frames = classic_frames() if dialect == "classic" else connect_frames()
+    stream = data.draw(st.sampled_from([b""] * 9 + [b"\xef\xbb\xbf"])) if dialect == "classic" else b""
+    stream += b"".join(data.draw(st.lists(frames, max_size=6)))
+    dice = random.Random(seed)
+    cuts = sorted({0, len(stream), *(dice.randint(0, len(stream)) for _ in range(dice.randint(0, 4)))})
+    pieces = [stream[start:end] for start, end in pairwise(cuts)]
+    expected, failure = read_plainly(dialect, stream)
+    for at_once in (True, False):
+        events, code = read_pieces(dialect, iter(pieces), at_once=at_once)
+        assert (join_texts(events), code) == (join_texts(expected), failure)
+
+
+@pytest.mark.parametrize("dialect", ["classic", "connect"])
+def test_the_usual_frames_are_read_at_once(dialect: str) -> None:
+    steps = SCRIPTS["hello"]
+    rendered = render_stream(steps, None) if dialect == "classic" else render_connect(steps, "a-chat", None)
+    pieces = [piece for piece in rendered if isinstance(piece, bytes)]
+    first = 2 if dialect == "classic" else 4  # in connect the first text is `set`, not appended
+    last = 1 if dialect == "classic" else 3
+    reader = make_reader(dialect)
+    for piece in pieces[:first]:
+        reader.feed(piece)
+    told = [reader.feed_usual(piece) for piece in pieces[first:-last]]
+    assert len(told) > 5 and all(len(events) == 1 and rest == b"" for events, rest in told)
+
+
+async def test_lines_for_each_frame_are_written_at_debug_level_alone(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession, log_lines: LogRecorder
+) -> None:
+    assert await ask(http, proxy, simulator.token("hello")) == 200
+    assert log_lines.text.count("< cmpl, ") >= 7

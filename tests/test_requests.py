@@ -318,9 +318,9 @@ def test_a_tool_can_ask_for_search(tools: list[Any], expected: bool | None) -> N
 
 
 def test_only_what_needs_filters_has_some() -> None:
-    assert make_chain(parse(tools=[FUNCTION], tool_choice="none"), str)._filters == []
+    assert make_chain(parse(tools=[FUNCTION], tool_choice="none"), str).filters == []
     request = parse(tools=[FUNCTION], stop="x", max_tokens=3, response_format={"type": "json_object"})
-    names = [type(one).__name__ for one in make_chain(request, str)._filters]
+    names = [type(one).__name__ for one in make_chain(request, str).filters]
     assert names == ["LengthFilter", "ToolCallFilter", "StopFilter", "StructureFilter"]
 
 

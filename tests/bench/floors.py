@@ -33,7 +33,8 @@ class Relay(asyncio.Protocol):
 
     async def _join(self, upstream: URL) -> None:
         loop = asyncio.get_running_loop()
-        _, self._peer = await loop.create_connection(lambda: Relay(None, self), upstream.host, upstream.port)
+        address = (upstream.host or "", upstream.port or 0)
+        _, self._peer = await loop.create_connection(lambda: Relay(None, self), *address)
         for data in self._early:
             self._peer.send(data)
 
