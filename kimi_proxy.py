@@ -5068,7 +5068,9 @@ class Inflow:
     async def read(self) -> bytes:
         """The next piece, or what was left of it; empty at the end. Raises what `readany` does."""
         content = self._content
-        if content.at_eof() or content._buffer or content.exception() or not self._protocol.connected:
+        if self._protocol is None:
+            return await content.readany()
+        if content._eof or content._buffer or content._exception is not None or not self._protocol.connected:
             return self._pop() or await content.readany()
         self._woken = self._loop.create_future()
         content._waiter = cast(Any, self)

@@ -160,7 +160,7 @@ class Client(asyncio.Protocol):
 
     def _read_head(self, data: bytes) -> None:
         """Heads are short: one comes in one piece."""
-        head, _, body = data.partition(b"\r\n\r\n")
+        head = data.partition(b"\r\n\r\n")[0]
         self.status = head[9:12]
         found = re.search(rb"(?i)content-length: (\d+)", head)
         self._left = int(found[1]) + len(head) + 4 if found else None
