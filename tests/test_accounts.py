@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from conftest import LogRecorder
 
+import kimi_proxy
 from kimi_proxy import (
     Account,
     Accounts,
@@ -434,6 +435,9 @@ def lists_in(directory: Path) -> list[Path]:
 def test_what_is_open_is_left_to_the_next_process_and_given_once(tmp_path: Path) -> None:
     leave_behind(tmp_path, "c1", "c2")
     leave_behind(tmp_path, "c3", account=B)
+    died_too = make_list(tmp_path)
+    assert died_too.adopt() == 3
+    died_too.release()
     heir = make_list(tmp_path)
     assert (heir.adopt(), heir.left, set(heir.owners)) == (3, 3, {A, B})
     assert [(one.id, one.dialect) for one in heir.take(A)] == [("c1", "classic"), ("c2", "classic")]
@@ -449,6 +453,38 @@ def test_a_living_processs_list_is_let_be(tmp_path: Path) -> None:
     living.add(A, "connect", "c1")
     assert make_list(tmp_path).adopt() == 0
     living.release()
+    assert make_list(tmp_path).adopt() == 1
+
+
+def test_a_list_that_a_quicker_heir_took_between_two_steps_is_let_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_behind(tmp_path, "c1")
+    quicker, lock = make_list(tmp_path), kimi_proxy._try_lock
+
+    def lock_late(descriptor: int) -> bool:
+        monkeypatch.setattr(kimi_proxy, "_try_lock", lock)
+        assert quicker.adopt() == 1
+        return lock(descriptor)
+
+    monkeypatch.setattr(kimi_proxy, "_try_lock", lock_late)
+    assert make_list(tmp_path).adopt() == 0
+    quicker.release()
+
+
+def test_a_list_that_a_process_takes_for_a_dead_ones_is_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, lock = make_list(tmp_path), kimi_proxy._try_lock
+
+    def lock_late(descriptor: int) -> bool:
+        monkeypatch.setattr(kimi_proxy, "_try_lock", lock)
+        assert make_list(tmp_path).adopt() == 0  # and the file, still empty, is gone
+        return lock(descriptor)
+
+    monkeypatch.setattr(kimi_proxy, "_try_lock", lock_late)
+    opened.add(A, "classic", "c1")
+    opened.release()
     assert make_list(tmp_path).adopt() == 1
 
 
