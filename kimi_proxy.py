@@ -244,7 +244,8 @@ class Settings:
         "default",
         _text,
         "",
-        "where rotated tokens are kept; default: $STATE_DIRECTORY, else the user's state directory; empty: memory only",
+        "where rotated tokens, and a list of open conversations, are kept; "
+        "default: $STATE_DIRECTORY, else the user's state directory; empty: memory only",
     )
     cors_origins: tuple[str, ...] = _option(
         "PROXY_CORS_ORIGINS", ("*",), _words, "", "web origins whose pages may call, by comma; * is any"
