@@ -30,6 +30,7 @@ import argparse
 import asyncio
 import base64
 import binascii
+import errno
 import hashlib
 import hmac
 import io
@@ -243,7 +244,8 @@ class Settings:
         "default",
         _text,
         "",
-        "where rotated tokens are kept; default: $STATE_DIRECTORY, else the user's state directory; empty: memory only",
+        "where rotated tokens, and a list of open conversations, are kept; "
+        "default: $STATE_DIRECTORY, else the user's state directory; empty: memory only",
     )
     cors_origins: tuple[str, ...] = _option(
         "PROXY_CORS_ORIGINS", ("*",), _words, "", "web origins whose pages may call, by comma; * is any"
@@ -671,6 +673,8 @@ METRICS: Final[Mapping[str, tuple[str, str]]] = {
     "kimi_proxy_upstream_seconds": ("histogram", "Time until Kimi answered a call."),
     "kimi_proxy_first_text_seconds": ("histogram", "Time from a request to the first piece of its answer."),
     "kimi_proxy_removals_failed_total": ("counter", "Conversations that may be left at Kimi."),
+    "kimi_proxy_orphans": ("gauge", "Conversations still to be removed: of processes that ended, or after a failure."),
+    "kimi_proxy_orphans_dropped_total": ("counter", "Conversations that were given up after 7 days."),
     "kimi_proxy_denied_addresses_total": ("counter", "Connections to file addresses that were denied, by verdict."),
     "kimi_proxy_state_failures_total": ("counter", "Writes of the state directory that failed."),
     "kimi_proxy_unknown_total": ("counter", "What Kimi sent that is not known, by what it is."),
@@ -1403,10 +1407,11 @@ class ConnectAnswer:
 
     `conversation_id` and the answer's `message_id` are known once the stream told them; `done` tells that `done` came,
     after which only an error may follow, and `ended` that the end envelope did. What is not known is passed over, and
-    named in `oddities`.
+    named in `oddities`. `opened` is told the conversation's id, once.
     """
 
     def __init__(self) -> None:
+        self.opened: Callable[[str], None] = lambda _: None
         self.conversation_id = ""
         self.message_id = ""
         self.done = False
@@ -1498,6 +1503,7 @@ class ConnectAnswer:
         if self.conversation_id or not isinstance(identifier, str) or not _CHAT_ID.fullmatch(identifier):
             return []
         self.conversation_id = identifier
+        self.opened(identifier)
         return [Opened(identifier, hits_inline=False)]
 
     def _take_message(self, message: object) -> list[Event]:
@@ -5138,7 +5144,8 @@ class Inflow:
 #
 # One account is one refresh token as the client sends it. Its access token is fetched when needed, by one task of the
 # application, however many requests wait: no waiter that goes away can cancel it, and a rotated token cannot get lost.
-# Each account's state is guarded by its own lock, which is never held across a call to the service.
+# Each account's state is guarded by its own lock, which is never held across a call to the service. In the state
+# directory is what has to outlive the process: newest tokens, conversations that clients keep, and those that are open.
 
 _REFUSAL_SECONDS: Final = 10.0  # programs repeat a 401 many times; the service is asked once in this time
 
@@ -5248,15 +5255,17 @@ class Line:
 class Account:
     """One account: the `token` that the client sends, and what came of it. `label` names it in the log.
 
-    `refresh_token` is the newest, `dropped` the access token that the service refused last.
-    `direct`: the client gave an access token, which cannot be renewed. `claims` are the access token's. Of several
-    accounts, one is not asked before `aside_until` (loop time); it was asked last at `used_at`.
+    `digest`, the SHA-256 of that token, names it in what is kept. `refresh_token` is the newest, `dropped` the access
+    token that the service refused last. `direct`: the client gave an access token, which cannot be renewed. `claims`
+    are the access token's. Of several accounts, one is not asked before `aside_until` (loop time); it was asked last at
+    `used_at`.
     """
 
     __slots__ = (
         "access_token",
         "aside_until",
         "claims",
+        "digest",
         "direct",
         "dropped",
         "expires_at",
@@ -5271,8 +5280,9 @@ class Account:
         "used_at",
     )
 
-    def __init__(self, token: str, label: str) -> None:
+    def __init__(self, token: str, digest: bytes, label: str) -> None:
         self.token = token
+        self.digest = digest
         self.refresh_token = token
         self.dropped = ""
         self.label = label
@@ -5325,11 +5335,12 @@ class StoredTokens:
 class TokenStore:
     """The newest tokens of each account, in files that survive a restart and that several processes share.
 
-    One file an account, named by the SHA-256 of the token that the client sends, mode 0600 in a directory of mode 0700.
+    One file an account, named by its digest, mode 0600 in a directory of mode 0700.
     Without a directory nothing is kept. What cannot be written is used from memory: one warning, and a count each time.
     """
 
     def __init__(self, directory: Path | None, metrics: Metrics, lock_seconds: float) -> None:
+        self._state_dir = directory
         self._directory = directory / "tokens" if directory is not None else None
         self._metrics = metrics
         self._lock_seconds = lock_seconds
@@ -5341,9 +5352,9 @@ class TokenStore:
         return self._directory is not None
 
     @asynccontextmanager
-    async def lock(self, token: str) -> AsyncIterator[None]:
+    async def lock(self, digest: bytes) -> AsyncIterator[None]:
         """Hold the account's file against other processes, as far as the system can; waits `lock_seconds` at most."""
-        descriptor = await asyncio.to_thread(self._open_lock, token)
+        descriptor = await asyncio.to_thread(self._open_lock, digest)
         if descriptor is None:
             yield
             return
@@ -5356,9 +5367,9 @@ class TokenStore:
         finally:
             os.close(descriptor)
 
-    async def read(self, token: str) -> StoredTokens | None:
-        """What is kept for the client's `token`; None where there is nothing, or nothing that can be read."""
-        value = await self._load(token, ".json")
+    async def read(self, digest: bytes) -> StoredTokens | None:
+        """What is kept of the account; None where there is nothing, or nothing that can be read."""
+        value = await self._load(digest, ".json")
         try:
             return (
                 None if value is None else StoredTokens(**{name: kind(value[name]) for name, kind in _STORED.items()})
@@ -5367,41 +5378,41 @@ class TokenStore:
             self._pass_over(error)
             return None
 
-    async def write(self, token: str, stored: StoredTokens) -> None:
+    async def write(self, digest: bytes, stored: StoredTokens) -> None:
         """Keep `stored`: once this returns, it survives a crash."""
-        await self._save(token, ".json", asdict(stored))
+        await self._save(digest, ".json", asdict(stored))
 
-    async def read_conversations(self, token: str) -> dict[str, tuple[str, str]]:
-        """The conversations kept for the client's `token`: id → dialect and last message id, the oldest first."""
-        value = await self._load(token, ".chats.json")
+    async def read_conversations(self, digest: bytes) -> dict[str, tuple[str, str]]:
+        """The conversations that the account keeps: id → dialect and last message id, the oldest first."""
+        value = await self._load(digest, ".chats.json")
         try:
             return {} if value is None else {str(key): (str(one), str(two)) for key, (one, two) in value.items()}
         except (ValueError, AttributeError, TypeError) as error:
             self._pass_over(error)
             return {}
 
-    async def write_conversations(self, token: str, kept: Mapping[str, tuple[str, str]]) -> None:
+    async def write_conversations(self, digest: bytes, kept: Mapping[str, tuple[str, str]]) -> None:
         """Keep `kept` in place of what was kept."""
-        await self._save(token, ".chats.json", kept)
+        await self._save(digest, ".chats.json", kept)
 
-    async def _load(self, token: str, suffix: str) -> Any:
+    async def _load(self, digest: bytes, suffix: str) -> Any:
         if self._directory is None:
             return None
         try:
-            return parse_json(await asyncio.to_thread(self._path(token, suffix).read_bytes))
+            return parse_json(await asyncio.to_thread(self._path(digest, suffix).read_bytes))
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
             self._pass_over(error)
             return None
 
-    async def _save(self, token: str, suffix: str, value: object) -> None:
+    async def _save(self, digest: bytes, suffix: str, value: object) -> None:
         if self._directory is None:
             return
         try:
-            await asyncio.to_thread(self._write, self._path(token, suffix), encode_json(value).encode())
+            await asyncio.to_thread(self._write, self._path(digest, suffix), encode_json(value).encode())
         except OSError as error:
-            self._complain(error)
+            self.complain(error)
 
     @staticmethod
     def _pass_over(error: Exception) -> None:
@@ -5418,18 +5429,18 @@ class TokenStore:
                     deleted += 1
         return deleted
 
-    def _path(self, token: str, suffix: str) -> Path:
+    def _path(self, digest: bytes, suffix: str) -> Path:
         assert self._directory is not None
-        return self._directory / (hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest() + suffix)
+        return self._directory / (digest.hex() + suffix)
 
-    def _open_lock(self, token: str) -> int | None:
+    def _open_lock(self, digest: bytes) -> int | None:
         if self._directory is None:
             return None
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            return os.open(self._path(token, ".lock"), os.O_RDWR | os.O_CREAT, 0o600)
+            return os.open(self._path(digest, ".lock"), os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
-            self._complain(error)
+            self.complain(error)
             return None
 
     @staticmethod
@@ -5442,12 +5453,17 @@ class TokenStore:
             os.fsync(file.fileno())
         temporary.replace(path)
 
-    def _complain(self, error: OSError) -> None:
+    def complain(self, error: OSError) -> None:
+        """Count a failure to keep something, and log the first."""
         self._metrics.count("kimi_proxy_state_failures_total")
         if not self._warned:
             self._warned = True
             reason = os.strerror(error.errno) if error.errno else type(error).__name__
-            logger.warning("! tokens cannot be kept in %s (%s): a restart may lose them", self._directory, reason)
+            logger.warning(
+                "! tokens and open conversations cannot be kept in %s (%s): a restart may lose them",
+                self._state_dir,
+                reason,
+            )
 
 
 class KeptConversations:
@@ -5468,7 +5484,7 @@ class KeptConversations:
         """Dialect and last message id. Raises `ProxyError` `conversation_not_found`."""
         kept = await self._load(account)
         if conversation_id not in kept and self._store.is_shared:
-            kept = self._accounts[account.label] = await self._store.read_conversations(account.token)
+            kept = self._accounts[account.label] = await self._store.read_conversations(account.digest)
         if conversation_id not in kept:
             raise ProxyError("conversation_not_found", param="conversation_id")
         return kept[conversation_id]
@@ -5483,7 +5499,7 @@ class KeptConversations:
 
     async def keep(self, account: Account, conversation_id: str, dialect: str, message_id: str) -> None:
         """Remember the conversation as the one used last."""
-        async with self._store.lock(account.token):
+        async with self._store.lock(account.digest):
             if self._store.is_shared:
                 self._accounts.pop(account.label, None)
             kept = await self._load(account)
@@ -5491,12 +5507,12 @@ class KeptConversations:
             kept[conversation_id] = (dialect, message_id)
             for oldest in list(kept)[: -self._MOST]:
                 del kept[oldest]
-            await self._store.write_conversations(account.token, kept)
+            await self._store.write_conversations(account.digest, kept)
 
     async def _load(self, account: Account) -> dict[str, tuple[str, str]]:
         kept = self._accounts.get(account.label)
         if kept is None:
-            kept = await self._store.read_conversations(account.token)
+            kept = await self._store.read_conversations(account.digest)
             while len(self._accounts) >= self._most_accounts:
                 del self._accounts[next(iter(self._accounts))]
             self._accounts[account.label] = kept
@@ -5526,6 +5542,244 @@ def _try_lock(descriptor: int) -> bool:
     return True
 
 
+@dataclass(frozen=True, slots=True)
+class OpenConversation:
+    """A conversation that is open at the service: its dialect, its account's digest, and since when (Unix seconds)."""
+
+    id: str
+    dialect: str
+    account: bytes
+    since: float
+
+    def encode(self) -> bytes:
+        """The line of a list that opens it."""
+        known = {"open": self.id, "dialect": self.dialect, "account": self.account.hex(), "since": int(self.since)}
+        return encode_json(known).encode() + b"\n"
+
+
+def parse_open_conversations(data: bytes) -> tuple[dict[str, OpenConversation], int]:
+    """What a list leaves open, by id, and how many of its lines cannot be read: the last may be torn."""
+    opened: dict[str, OpenConversation] = {}
+    unread = 0
+    for line in filter(None, data.split(b"\n")):
+        try:
+            value: Any = parse_json(line)
+            if "closed" in value:
+                opened.pop(value["closed"], None)
+                continue
+            account, since = bytes.fromhex(value["account"]), float(value["since"])
+            if not _CONVERSATION_ID.fullmatch(value["open"]) or len(account) != 32 or not isfinite(since):
+                raise ValueError("not of our making")
+            opened[value["open"]] = OpenConversation(value["open"], str(value["dialect"]), account, since)
+        except (ValueError, KeyError, TypeError, OverflowError):
+            unread += 1
+    return opened, unread
+
+
+_CONVERSATION_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+class _Left:
+    """Conversations of one account that are to be removed, from `due` (monotonic time) on."""
+
+    def __init__(self, due: float) -> None:
+        self.due = due
+        self.ids: list[str] = []
+
+
+class OpenConversations:
+    """The conversations that are open at the service, so that the next process can remove them should this one die.
+
+    They stand in a file of this process's own, which it locks as long as it lives: a JSON object a line, `open` or
+    `closed`, with ids and digests alone. A line is one small write without fsync, which survives the process, not the
+    machine. At a start the lists that nobody locks are taken over. What stands on the list and runs no more is *left*:
+    `take` gives it to who can remove it.
+
+    Without a directory, and where no lock tells the living from the dead (Windows), there is no list. What cannot be
+    written is told to `complain`, and tried again with the next line.
+    """
+
+    _MOST = 10_000
+    _MOST_BYTES = 262_144  # of a file, beyond twice what is open: then it is begun anew
+    _MOST_SECONDS = 7 * 86_400.0
+    _PAUSE_SECONDS = 600.0  # after a removal that failed
+
+    def __init__(self, directory: Path | None, metrics: Metrics, complain: Callable[[OSError], None]) -> None:
+        self._directory = directory / "conversations" if directory is not None and os.name == "posix" else None
+        self._metrics = metrics
+        self._complain = complain
+        self._open: dict[str, OpenConversation] = {}
+        self._left: dict[bytes, _Left] = {}
+        self._file: tuple[Path, int] | None = None
+        self._size_bytes = self._limit_bytes = 0  # the first line begins a file
+
+    @property
+    def left(self) -> int:
+        """How many are left to be removed."""
+        return sum(one in self._open for left in self._left.values() for one in left.ids)
+
+    @property
+    def owners(self) -> tuple[bytes, ...]:
+        """The digests of the accounts that they are of."""
+        return tuple(self._left)
+
+    def add(self, account: bytes, dialect: str, conversation_id: str) -> None:
+        """Note a conversation that was opened for the account with that digest."""
+        if self._directory is None:
+            return
+        opened = self._open[conversation_id] = OpenConversation(conversation_id, dialect, account, time.time())
+        self._drop_old(opened.since)
+        self._write(opened.encode())
+
+    def close(self, conversation_id: str) -> None:
+        """Note that it is removed, or its client's to keep; another's is passed over."""
+        if self._open.pop(conversation_id, None) is not None:
+            self._write(encode_json({"closed": conversation_id}).encode() + b"\n")
+
+    def leave(self, conversation_id: str) -> None:
+        """Note that it could not be removed: it stays on the list, and is given again after a pause."""
+        opened = self._open.get(conversation_id)
+        if opened is not None:
+            due = time.monotonic() + self._PAUSE_SECONDS
+            self._left.setdefault(opened.account, _Left(due)).ids.append(conversation_id)
+
+    def take(self, account: bytes) -> list[OpenConversation]:
+        """What is left of that account, the oldest first. It is given once: each is to be closed, or left again."""
+        left = self._left.get(account)
+        if left is None or time.monotonic() < left.due:
+            return []
+        del self._left[account]
+        return [self._open[one] for one in left.ids if one in self._open]
+
+    def adopt(self) -> int:
+        """Take over the lists of processes that died, before anything is added; how many conversations are left."""
+        lists: dict[Path, int] = {}
+        try:
+            found = self._take_lists(lists)
+            self._open = {one.id: one for one in sorted(found.values(), key=lambda one: one.since)}
+            self._drop_old(time.time())
+            if self._open:
+                self._begin_file()
+            for path in lists:  # only now: better on two lists than on none
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            self._complain(error)
+            if self._file is None:
+                self._open.clear()
+        finally:
+            for descriptor in lists.values():
+                os.close(descriptor)
+        for one in self._open.values():
+            self._left.setdefault(one.account, _Left(0.0)).ids.append(one.id)
+        return len(self._open)
+
+    def _take_lists(self, lists: dict[Path, int]) -> dict[str, OpenConversation]:
+        """What stands on the lists that nobody locks; `lists` gets the descriptors that hold them from now on."""
+        found: dict[str, OpenConversation] = {}
+        for path in self._directory.glob("*.list") if self._directory is not None else ():
+            try:
+                descriptor = _take_list(path, os.O_RDWR)
+                if descriptor is None:
+                    continue
+                lists[path] = descriptor
+                opened, unread = parse_open_conversations(path.read_bytes())
+            except OSError as error:
+                self._complain(error)
+                if path in lists:
+                    os.close(lists.pop(path))
+                continue
+            found |= opened
+            if unread:
+                logger.warning("! %d lines of a list of open conversations cannot be read, and are passed over", unread)
+        return found
+
+    def release(self) -> None:
+        """Let go of the list: with something on it, it is for the next process that starts."""
+        self._end_file(delete=not self._open)
+
+    def _drop_old(self, now: float) -> None:
+        """Give up what could not be removed for 7 days, and the oldest of too many."""
+        dropped = 0
+        while self._open:
+            oldest = next(iter(self._open.values()))
+            if now - oldest.since <= self._MOST_SECONDS and len(self._open) <= self._MOST:
+                break
+            del self._open[oldest.id]
+            dropped += 1
+        if dropped:
+            self._limit_bytes = 0
+            self._metrics.count("kimi_proxy_orphans_dropped_total", dropped)
+            logger.warning("! %d conversations could not be removed for 7 days, and may be left at Kimi", dropped)
+
+    def _write(self, line: bytes) -> None:
+        """Append a line, or begin a new file, which has what the line says too."""
+        try:
+            if self._file is None or self._size_bytes + len(line) > self._limit_bytes:
+                self._begin_file()
+            else:
+                _write_whole(self._file[1], line)
+                self._size_bytes += len(line)
+        except OSError as error:
+            self._limit_bytes = 0  # the end of the file may be torn
+            self._complain(error)
+
+    def _begin_file(self) -> None:
+        """Begin a new file with all that is open, and delete the one before."""
+        assert self._directory is not None
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path, descriptor = _make_list(self._directory)
+        data = b"".join(one.encode() for one in self._open.values())
+        try:
+            _write_whole(descriptor, data)
+        except OSError:
+            path.unlink()
+            os.close(descriptor)
+            raise
+        self._end_file(delete=True)
+        self._file = path, descriptor
+        self._size_bytes = len(data)
+        self._limit_bytes = 2 * len(data) + self._MOST_BYTES
+
+    def _end_file(self, *, delete: bool) -> None:
+        if self._file is None:
+            return
+        path, descriptor = self._file
+        self._file = None
+        if delete:
+            with suppress(OSError):
+                path.unlink()
+        os.close(descriptor)
+
+
+def _take_list(path: Path, flags: int) -> int | None:
+    """The descriptor of a list that is ours now; None where a living process holds it, or a quicker one deleted it."""
+    with suppress(FileNotFoundError):
+        descriptor = os.open(path, flags, 0o600)
+        is_ours = False
+        try:
+            is_ours = _try_lock(descriptor) and os.path.samestat(os.fstat(descriptor), path.stat())
+        finally:
+            if not is_ours:
+                os.close(descriptor)
+        return descriptor if is_ours else None
+    return None
+
+
+def _make_list(directory: Path) -> tuple[Path, int]:
+    """A new, empty list that is ours."""
+    for _ in range(3):  # a process that starts may take it for a dead one's before it is locked
+        path = directory / f"{os.getpid()}-{secrets.token_hex(8)}.list"
+        descriptor = _take_list(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL)
+        if descriptor is not None:
+            return path, descriptor
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
+def _write_whole(descriptor: int, data: bytes) -> None:
+    if os.write(descriptor, data) < len(data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 class Accounts:
     """The token cache. `refresh` asks the service for a new pair, given an account; it raises `ProxyError`.
 
@@ -5546,7 +5800,7 @@ class Accounts:
         self._store = store
         self._token_seconds = token_seconds
         self._max_accounts = max_accounts
-        self._accounts: dict[str, Account] = {}
+        self._accounts: dict[bytes, Account] = {}
         self._label_key = secrets.token_bytes(16)
 
     def __len__(self) -> int:
@@ -5554,15 +5808,27 @@ class Accounts:
 
     def get(self, refresh_token: str) -> Account:
         """The account of `refresh_token`, made if it is new."""
-        account = self._accounts.pop(refresh_token, None)
-        if account is None:
-            digest = hashlib.blake2b(
-                refresh_token.encode("utf-8", "surrogateescape"), key=self._label_key, digest_size=4
-            )
-            account = Account(refresh_token, digest.hexdigest())
-            self._forget_idle()
-        self._accounts[refresh_token] = account
+        digest = hashlib.sha256(refresh_token.encode("utf-8", "surrogateescape")).digest()
+        account = self._accounts.pop(digest, None) or self._make(refresh_token, digest)
+        if account.token != refresh_token:  # it was known by what is kept of it alone
+            account.token, account.refused = refresh_token, None
+        self._accounts[digest] = account
         return account
+
+    async def recall(self, digest: bytes) -> Account | None:
+        """The account of a token that is not known, by its digest: in memory, or by the tokens that are kept of it.
+
+        None where there is neither.
+        """
+        if digest not in self._accounts and (stored := await self._store.read(digest)) is not None:
+            # A client may have brought the token itself in this time.
+            self._accounts.setdefault(digest, self._make(stored.refresh_token, digest))
+        return self._accounts.get(digest)
+
+    def _make(self, token: str, digest: bytes) -> Account:
+        """A new account, which there is room for."""
+        self._forget_idle()
+        return Account(token, digest, hashlib.blake2b(digest, key=self._label_key, digest_size=4).hexdigest())
 
     async def access_token(self, account: Account) -> str:
         """A live access token. Raises `ProxyError` where the service gives none: `token_dead` if it refuses."""
@@ -5602,11 +5868,11 @@ class Accounts:
 
     async def _refresh_once(self, account: Account) -> str | ProxyError:
         try:
-            async with self._store.lock(account.token):
-                stored = await self._store.read(account.token)
+            async with self._store.lock(account.digest):
+                stored = await self._store.read(account.digest)
                 if stored is None or not self._is_news(account, stored):
                     stored = await self._fetch(account, stored)
-                    await self._store.write(account.token, stored)
+                    await self._store.write(account.digest, stored)
         except ProxyError as error:
             async with account.lock:
                 account.refreshing = None
@@ -5664,11 +5930,11 @@ class Accounts:
 
     def _forget_idle(self) -> None:
         """Make room for one more. An account that is in use stays: a new token, or its line, would be lost."""
-        for token, account in list(self._accounts.items()):
+        for digest, account in list(self._accounts.items()):
             if len(self._accounts) < self._max_accounts:
                 return
             if account.refreshing is None and account.line.is_free and not len(account.line):
-                del self._accounts[token]
+                del self._accounts[digest]
 
 
 # ==== 14. Files =============================================================
@@ -6756,6 +7022,11 @@ class Reader:
         if isinstance(self.answer, ConnectAnswer):
             self.answer.conversation_id = conversation_id
 
+    def when_opened(self, tell: Callable[[str], None]) -> None:
+        """Have `tell` called with the conversation's id where the stream tells it."""
+        if isinstance(self.answer, ConnectAnswer):
+            self.answer.opened = tell
+
     @property
     def segment_id(self) -> str:
         """Where an answer that ended at its length limit can be continued from; empty for every other."""
@@ -7098,13 +7369,9 @@ class Connect:
 _MODELS_SECONDS: Final = 300.0
 _NO_MODELS_SECONDS: Final = 30.0
 _DEAD_SECONDS: Final = 600.0  # an account whose token was refused is not asked for so long, if there are others
+_MOST_FAILURES: Final = 3  # of removals, one after the other
 _CONTINUATIONS: Final = 3  # of one answer that meets its length limit (classic)
 _END_SECONDS: Final = 1.0  # what an ended answer still sends is read for so long, so that its connection is reused
-
-
-def digest_account(account: Account) -> bytes:
-    """What an account is known by in what is kept of it."""
-    return hashlib.sha256(account.token.encode("utf-8", "surrogateescape")).digest()
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -7154,7 +7421,7 @@ class Brought:
 def keep_messages(messages: Sequence[Message], brought: Brought) -> tuple[Message, ...]:
     """`messages` with what is attached to them as it was brought to the service: nothing large is kept."""
     ids = iter(brought.file_ids)
-    owner = digest_account(brought.account)
+    owner = brought.account.digest
 
     def keep(attachment: Attachment) -> Attachment:
         return Attachment(attachment.kind, attachment.place, brought=(owner, brought.dialect, next(ids)))
@@ -7211,7 +7478,7 @@ class Uploads:
         """The id of one file: the one that is remembered, else a new one."""
         if attachment.brought is not None:
             owner, name, kimi_id = attachment.brought
-            if (owner, name) != (digest_account(account), dialect.name):
+            if (owner, name) != (account.digest, dialect.name):
                 raise ProxyError("previous_response_not_found", "its files were brought in another protocol of Kimi")
             return kimi_id
         if attachment.file_id:
@@ -7262,7 +7529,7 @@ class Uploads:
     ) -> UploadedFile:
         file = UploadedFile(
             id=f"file-{secrets.token_hex(12)}",
-            owner=digest_account(account),
+            owner=account.digest,
             dialect=dialect,
             kimi_id=kimi_id,
             name=name,
@@ -7278,18 +7545,18 @@ class Uploads:
     def find(self, file_id: str, accounts: Sequence[Account], param: str | None = None) -> UploadedFile:
         """What one of `accounts` uploaded as `file_id`. Raises `ProxyError` `file_not_found`, for a stranger's too."""
         file = self._uploaded.get(file_id)
-        if file is None or file.owner not in map(digest_account, accounts):
+        if file is None or file.owner not in {account.digest for account in accounts}:
             raise ProxyError("file_not_found", param=param)
         return file
 
     def owns(self, account: Account, file_id: str) -> bool:
         """Whether `account` uploaded that file."""
         file = self._uploaded.get(file_id)
-        return file is not None and file.owner == digest_account(account)
+        return file is not None and file.owner == account.digest
 
     def list_uploaded(self, accounts: Sequence[Account]) -> list[UploadedFile]:
         """What `accounts` uploaded, the newest first."""
-        owners = set(map(digest_account, accounts))
+        owners = {account.digest for account in accounts}
         return [file for file in reversed(self._uploaded.values()) if file.owner in owners]
 
     def forget(self, file_id: str, accounts: Sequence[Account]) -> None:
@@ -7338,7 +7605,7 @@ class Uploads:
 
 def _key_of(account: Account, dialect: Dialect, attachment: Attachment, identity: Identity) -> bytes:
     """A digest by which a file of an account is found again; it tells neither."""
-    digest = hashlib.sha256(digest_account(account))
+    digest = hashlib.sha256(account.digest)
     extension = attachment.name.rpartition(".")[2][:20]
     digest.update(f"\0{dialect.name}\0{attachment.kind}\0{extension}\0{bool(attachment.url)}\0".encode())
     digest.update(identity.digest)
@@ -7403,6 +7670,7 @@ class Asking:
         calls: Calls,
         accounts: Accounts,
         kept: KeptConversations,
+        conversations: OpenConversations,
         uploads: Uploads,
         tasks: BackgroundTasks,
         ticker: Ticker,
@@ -7411,6 +7679,7 @@ class Asking:
     ) -> None:
         self._accounts = accounts
         self._kept = kept
+        self._conversations = conversations
         self._uploads = uploads
         self._tasks = tasks
         self._ticker = ticker
@@ -7473,6 +7742,8 @@ class Asking:
         cancellation stops the answer at once; the conversation is still removed.
         """
         sending = _Sending(sink, question.attachments)
+        for account in accounts:
+            self._begin_removing(account)
         accounts = await self._find_owner(accounts, question)
         busy: list[Account] = []
 
@@ -7624,13 +7895,16 @@ class Asking:
     async def _go_on(self, account: Account, question: Question, sending: _Sending, chain: Chain) -> None:
         """Ask in a conversation that was kept, in the dialect that opened it."""
         name, parent_id = await self._kept.find(account, question.conversation_id)
-        dialect = self._connect if name == self._connect.name else self._classic
+        dialect = self._dialect_named(name)
         try:
             await self._ask(account, dialect, replace(question, parent_id=parent_id), sending, chain)
         except ProxyError as error:
             if error.upstream_status != 404 or not error.detail.startswith("asking"):
                 raise
             raise ProxyError("conversation_not_found", error.detail, param="conversation_id") from None
+
+    def _dialect_named(self, name: str) -> Dialect:
+        return self._connect if name == self._connect.name else self._classic
 
     def _may_change(self, dialect: Dialect) -> bool:
         return self._settings.protocol == "auto" and dialect is self._classic
@@ -7692,6 +7966,7 @@ class Asking:
         """Remember the conversation, where the client wants that."""
         if question.conversation_id:
             message_id = conversation.reader.message_id
+            self._conversations.close(conversation.known_id)  # first: better left than removed, once it is kept
             await self._kept.keep(account, conversation.known_id, dialect.name, message_id)
 
     async def _converse(
@@ -7810,6 +8085,7 @@ class Asking:
         else:
             opened = await self._open(account, dialect, question.model)
             conversation = _Conversation(dialect, dialect.make_reader(), opened)
+            conversation.reader.when_opened(partial(self._conversations.add, account.digest, dialect.name))
         try:
             yield conversation
         finally:
@@ -7817,7 +8093,7 @@ class Asking:
             self._tasks.start(self._let_go(account, conversation, account.line.closed), "remove")
 
     async def _open(self, account: Account, dialect: Dialect, model: Model) -> str:
-        opening = self._tasks.start(_or_failure(dialect.open(account, model)), "open")
+        opening = self._tasks.start(_or_failure(self._open_noted(account, dialect, model)), "open")
         try:
             opened = await asyncio.shield(opening)
         except asyncio.CancelledError:
@@ -7825,6 +8101,13 @@ class Asking:
             raise
         if isinstance(opened, ProxyError):
             raise opened
+        return opened
+
+    async def _open_noted(self, account: Account, dialect: Dialect, model: Model) -> str:
+        """Open a conversation, and have it on the list as soon as its id is known."""
+        opened = await dialect.open(account, model)
+        if opened:
+            self._conversations.add(account.digest, dialect.name, opened)
         return opened
 
     def _let_go_late(self, account: Account, dialect: Dialect, opening: asyncio.Task[str | ProxyError]) -> None:
@@ -7848,15 +8131,49 @@ class Asking:
         if not is_known:
             self._metrics.count("kimi_proxy_removals_failed_total")
             logger.warning("! a conversation of account %s may be left: its id was not read", account.label)
-        if conversation.kept or not conversation.known_id:
-            return
+        if not conversation.kept and conversation.known_id:
+            await self._remove(account, conversation.dialect, conversation.known_id)
+
+    async def _remove(
+        self, account: Account, dialect: Dialect, conversation_id: str, *, may_be_gone: bool = False
+    ) -> bool:
+        """Remove a conversation; whether it is gone then. A failure is logged, and the conversation left."""
         try:
-            await conversation.dialect.remove(account, conversation.known_id)
+            await dialect.remove(account, conversation_id)
         except ProxyError as error:
-            self._metrics.count("kimi_proxy_removals_failed_total")
-            logger.warning(
-                "! conversation %s of account %s was not removed: %s", conversation.known_id, account.label, error
-            )
+            if error.upstream_status != 404 or not may_be_gone:
+                self._conversations.leave(conversation_id)
+                self._metrics.count("kimi_proxy_removals_failed_total")
+                logger.warning(
+                    "! conversation %s of account %s was not removed: %s", conversation_id, account.label, error
+                )
+                return False
+        self._conversations.close(conversation_id)
+        return True
+
+    async def remove_left(self) -> None:
+        """Remove what ended processes left open, for the accounts whose tokens are in memory or kept."""
+        for owner in self._conversations.owners:
+            account = await self._accounts.recall(owner)
+            if account is not None and (left := self._conversations.take(owner)):
+                await self._remove_all(account, left)
+
+    def _begin_removing(self, account: Account) -> None:
+        """Now that `account` calls, remove what is left of it, beside its request."""
+        if left := self._conversations.take(account.digest):
+            self._tasks.start(self._remove_all(account, left), "remove")
+
+    async def _remove_all(self, account: Account, left: Sequence[OpenConversation]) -> None:
+        """Remove them one after the other, until too many removals fail: the service may be ailing, or a token dead."""
+        removed = failed = 0
+        for one in left:
+            if failed == _MOST_FAILURES:
+                self._conversations.leave(one.id)
+            elif await self._remove(account, self._dialect_named(one.dialect), one.id, may_be_gone=True):
+                removed += 1
+            else:
+                failed += 1
+        logger.info("removed %d of %d conversations of account %s left open", removed, len(left), account.label)
 
 
 def _relay_usual(reader: Reader, silence: Silence, filtering: _Filtering, piece: bytes) -> bytes:
@@ -7975,7 +8292,7 @@ class KeptResponses:
     def find(self, response_id: str, accounts: Sequence[Account]) -> KeptResponse | None:
         """What is kept of a response of one of `accounts`; None for a stranger's too."""
         kept = self._kept.get(response_id)
-        return kept if kept is not None and kept.owner in map(digest_account, accounts) else None
+        return kept if kept is not None and kept.owner in {account.digest for account in accounts} else None
 
     def forget(self, response_id: str, accounts: Sequence[Account]) -> bool:
         """Forget a response; whether there was one."""
@@ -8206,6 +8523,7 @@ class State:
     files: Files
     uploads: Uploads
     responses: KeptResponses
+    conversations: OpenConversations
     access: Access
     draining: asyncio.Event
     answering: set[asyncio.Task[Any]]
@@ -8481,7 +8799,7 @@ async def _responses(request: web.Request) -> web.StreamResponse:
             raise ProxyError("previous_response_not_found", param="previous_response_id")
         names = before.names
         asked = replace(asked, chat=extend_request(asked, before.messages, names))
-        accounts = [account for account in accounts if digest_account(account) == before.owner]
+        accounts = [account for account in accounts if account.digest == before.owner]
     response_id = f"resp_{secrets.token_hex(24)}"
     prompt = render_prompt(asked.chat)
     reply = make_responses_reply(asked, int(time.time()), state.settings.sources, prompt, response_id)
@@ -8495,7 +8813,7 @@ async def _responses(request: web.Request) -> web.StreamResponse:
         said = (*keep_messages(messages, brought), answer_message(reply.response))
         known = {**names, **asked.names, **call_names(reply.response)}
         size = len(encode_json(reply.response)) + sum(len(message.text) + 200 for message in said) + 100 * len(known)
-        kept = KeptResponse(digest_account(brought.account), reply.response, said, known, size)
+        kept = KeptResponse(brought.account.digest, reply.response, said, known, size)
         state.responses.keep(response_id, kept)
 
     return await _deliver(request, accounts, question, reply, start_chain, keep if asked.store else None)
@@ -8710,6 +9028,7 @@ async def _metrics(request: web.Request) -> web.StreamResponse:
         "kimi_proxy_requests_running": state.requests,
         "kimi_proxy_answers_running": len(state.answering),
         "kimi_proxy_accounts": len(state.accounts),
+        "kimi_proxy_orphans": state.conversations.left,
     }
     text = render_metrics(state.metrics, gauges)
     return web.Response(body=text.encode(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
@@ -8891,7 +9210,8 @@ async def _own_state(app: web.Application) -> AsyncIterator[None]:
         metrics.count("kimi_proxy_tokens_refreshed_total")
         return pair
 
-    store = TokenStore(find_state_dir(settings.state_dir, os.environ), metrics, settings.call_seconds)
+    state_dir = find_state_dir(settings.state_dir, os.environ)
+    store = TokenStore(state_dir, metrics, settings.call_seconds)
     deleted = await asyncio.to_thread(store.delete_unused, time.time())
     if deleted:
         logger.info("deleted the tokens of %d accounts that were unused for 100 days", deleted)
@@ -8899,7 +9219,13 @@ async def _own_state(app: web.Application) -> AsyncIterator[None]:
     calls = Calls(session, transfers, accounts, metrics, settings)
     kept = KeptConversations(store, settings.max_accounts)
     uploads = Uploads(files, ticker, settings)
-    asking = Asking(calls, accounts, kept, uploads, tasks, ticker, metrics, settings)
+    conversations = OpenConversations(state_dir, metrics, store.complain)
+    asking = Asking(calls, accounts, kept, conversations, uploads, tasks, ticker, metrics, settings)
+    if count := await asyncio.to_thread(conversations.adopt):
+        logger.info("%d conversations were left open by a process that ended", count)
+        for token in app[_ACCESS].tokens:
+            accounts.get(token)  # so that it is found by its digest
+        tasks.start(asking.remove_left(), "remove")
     app[STATE] = State(
         settings,
         metrics,
@@ -8910,6 +9236,7 @@ async def _own_state(app: web.Application) -> AsyncIterator[None]:
         files,
         uploads,
         KeptResponses(),
+        conversations,
         app[_ACCESS],
         asyncio.Event(),
         set(),
@@ -8918,6 +9245,7 @@ async def _own_state(app: web.Application) -> AsyncIterator[None]:
     late = await tasks.drain(settings.removal_seconds)
     if late:
         logger.warning("! %d background tasks did not end in %g s", late, settings.removal_seconds)
+    conversations.release()
     await files.close()
     await transfers.close()
     await session.close()

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import os
+import resource
 import stat
 import sys
 import time
@@ -15,18 +16,21 @@ from typing import Any
 import pytest
 from conftest import LogRecorder
 
+import kimi_proxy
 from kimi_proxy import (
     Account,
     Accounts,
     BackgroundTasks,
     KeptConversations,
     Metrics,
+    OpenConversations,
     ProxyError,
     StoredTokens,
     TokenPair,
     TokenStore,
     find_state_dir,
     is_access_token,
+    parse_open_conversations,
     read_claims,
 )
 
@@ -270,15 +274,15 @@ async def test_a_directory_that_cannot_be_written_is_told_once(tmp_path: Path, l
 
 async def test_the_unused_is_deleted_after_100_days(tmp_path: Path) -> None:
     store = TokenStore(tmp_path, Metrics(), lock_seconds=1.0)
-    async with store.lock("old"), store.lock("new"):
-        for token in ("old", "new"):
-            await store.write(token, StoredTokens("a", "r", 0.0, 1.0))
-    old = store._path("old", ".json")
+    async with store.lock(b"old"), store.lock(b"new"):
+        for digest in (b"old", b"new"):
+            await store.write(digest, StoredTokens("a", "r", 0.0, 1.0))
+    old = store._path(b"old", ".json")
     day = 86_400
     os.utime(old, (time.time() - 101 * day,) * 2)
     assert store.delete_unused(time.time()) == 1
-    assert not old.exists() and store._path("new", ".json").exists()
-    assert await store.read("old") is None and await store.read("new") is not None
+    assert not old.exists() and store._path(b"new", ".json").exists()
+    assert await store.read(b"old") is None and await store.read(b"new") is not None
 
 
 RACER = """
@@ -400,3 +404,262 @@ async def test_kept_conversations_are_bounded_and_the_oldest_go_first(tmp_path: 
     another = KeptConversations(store, most_accounts=2)
     if shared:
         assert await another.find(account, "c104") == ("connect", "m104")
+
+
+# The list of open conversations.
+
+A, B = bytes(32), bytes(range(32))
+
+
+def make_list(directory: Path | None, failures: list[OSError] | None = None) -> OpenConversations:
+    def complain(error: OSError) -> None:
+        if failures is None:
+            raise error
+        failures.append(error)
+
+    return OpenConversations(directory, Metrics(), complain)
+
+
+def leave_behind(directory: Path, *ids: str, account: bytes = A) -> None:
+    """A list as a process leaves it that died."""
+    died = make_list(directory)
+    for one in ids:
+        died.add(account, "classic", one)
+    died.release()
+
+
+def lists_in(directory: Path) -> list[Path]:
+    return list((directory / "conversations").glob("*"))
+
+
+def test_what_is_open_is_left_to_the_next_process_and_given_once(tmp_path: Path) -> None:
+    leave_behind(tmp_path, "c1", "c2")
+    leave_behind(tmp_path, "c3", account=B)
+    died_too = make_list(tmp_path)
+    assert died_too.adopt() == 3
+    died_too.release()
+    heir = make_list(tmp_path)
+    assert (heir.adopt(), heir.left, set(heir.owners)) == (3, 3, {A, B})
+    assert [(one.id, one.dialect) for one in heir.take(A)] == [("c1", "classic"), ("c2", "classic")]
+    assert (heir.take(A), heir.left) == ([], 1)
+    for one in ("c1", "c2", "c3"):
+        heir.close(one)
+    heir.release()
+    assert lists_in(tmp_path) == []
+
+
+def test_a_living_processs_list_is_let_be(tmp_path: Path) -> None:
+    living = make_list(tmp_path)
+    living.add(A, "connect", "c1")
+    assert make_list(tmp_path).adopt() == 0
+    living.release()
+    assert make_list(tmp_path).adopt() == 1
+
+
+def test_a_list_that_a_quicker_heir_took_between_two_steps_is_let_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_behind(tmp_path, "c1")
+    quicker, lock = make_list(tmp_path), kimi_proxy._try_lock
+
+    def lock_late(descriptor: int) -> bool:
+        monkeypatch.setattr(kimi_proxy, "_try_lock", lock)
+        assert quicker.adopt() == 1
+        return lock(descriptor)
+
+    monkeypatch.setattr(kimi_proxy, "_try_lock", lock_late)
+    assert make_list(tmp_path).adopt() == 0
+    quicker.release()
+
+
+def test_a_list_that_a_process_takes_for_a_dead_ones_is_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, lock = make_list(tmp_path), kimi_proxy._try_lock
+
+    def lock_late(descriptor: int) -> bool:
+        monkeypatch.setattr(kimi_proxy, "_try_lock", lock)
+        assert make_list(tmp_path).adopt() == 0  # and the file, still empty, is gone
+        return lock(descriptor)
+
+    monkeypatch.setattr(kimi_proxy, "_try_lock", lock_late)
+    opened.add(A, "classic", "c1")
+    opened.release()
+    assert make_list(tmp_path).adopt() == 1
+
+
+def test_a_list_is_for_its_owner_alone_and_names_ids_and_digests(tmp_path: Path) -> None:
+    opened = make_list(tmp_path)
+    opened.add(B, "connect", "c1")
+    (path,) = lists_in(tmp_path)
+    assert (stat.S_IMODE(path.stat().st_mode), stat.S_IMODE(path.parent.stat().st_mode)) == (0o600, 0o700)
+    known = json.loads(path.read_text())
+    assert abs(known.pop("since") - time.time()) < 60
+    assert known == {"open": "c1", "dialect": "connect", "account": B.hex()}
+    opened.release()
+
+
+GOOD = b'{"open":"c1","dialect":"classic","account":"%s","since":4000000000}' % (b"00" * 32)
+
+
+@pytest.mark.parametrize(
+    ("content", "opened", "unread"),
+    [
+        (GOOD, 1, 0),
+        (GOOD + b"\n" + GOOD.replace(b"c1", b"c2")[:-9], 1, 1),
+        (GOOD[:40] + b"\n" + GOOD + b"\n", 1, 1),
+        (GOOD + b'\n{"closed":"c1"}\n{"closed":"other"}\n', 0, 0),
+        (b"\xff\x00\n[]\nnull\n1\n{}\n" + GOOD, 1, 5),
+        (GOOD + b'\n{"closed":[]}\n{"closed":{}}\n', 1, 2),
+        (GOOD.replace(b'"c1"', b'"../x"') + b"\n" + GOOD.replace(b'"c1"', b"7"), 0, 2),
+        (GOOD.replace(b"00", b"", 1) + b"\n" + GOOD.replace(b"00", b"zz", 1), 0, 2),
+        (GOOD.replace(b"4000000000", b"1e999") + b"\n" + GOOD.replace(b"4000000000", b"[]"), 0, 2),
+        (b"[" * 100_000 + b"\n" + GOOD, 1, 1),
+        (b"", 0, 0),
+    ],
+)
+def test_what_cannot_be_read_of_a_list_is_passed_over(
+    tmp_path: Path, log_lines: LogRecorder, content: bytes, opened: int, unread: int
+) -> None:
+    found = parse_open_conversations(content)
+    assert (len(found[0]), found[1]) == (opened, unread)
+    (tmp_path / "conversations").mkdir()
+    (tmp_path / "conversations" / "1-x.list").write_bytes(content)
+    heir = make_list(tmp_path)
+    assert heir.adopt() == opened
+    assert ("cannot be read" in log_lines.text) is bool(unread)
+    heir.close("c1")
+    heir.release()
+    assert lists_in(tmp_path) == []
+
+
+def test_after_7_days_and_beyond_10000_the_oldest_are_dropped(tmp_path: Path, log_lines: LogRecorder) -> None:
+    (tmp_path / "conversations").mkdir()
+    now = int(time.time())
+    day = 86_400
+    since = [now - 8 * day, now - 6 * day, *(now - day for _ in range(10_000))]
+    lines = (GOOD.replace(b"c1", b"c%d" % at).replace(b"4000000000", b"%d" % one) for at, one in enumerate(since))
+    (tmp_path / "conversations" / "1-x.list").write_bytes(b"\n".join(lines))
+    metrics = Metrics()
+    heir = OpenConversations(tmp_path, metrics, lambda _: None)
+    assert heir.adopt() == 10_000
+    assert metrics.value("kimi_proxy_orphans_dropped_total") == 2 and "2 conversations" in log_lines.text
+    assert heir.take(A)[0].id == "c2"
+    heir.add(A, "classic", "new")
+    assert metrics.value("kimi_proxy_orphans_dropped_total") == 3
+    heir.release()
+    assert make_list(tmp_path).adopt() == 10_000
+
+
+def test_what_could_not_be_removed_is_given_again_after_a_pause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = make_list(tmp_path)
+    opened.add(A, "classic", "c1")
+    opened.leave("c1")
+    opened.leave("another's")
+    assert (opened.take(A), opened.left) == ([], 1)
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 601)
+    assert [one.id for one in opened.take(A)] == ["c1"]
+    opened.release()
+    assert make_list(tmp_path).adopt() == 1
+
+
+def test_a_list_stays_small_and_right_however_much_comes_and_goes(tmp_path: Path) -> None:
+    opened = make_list(tmp_path)
+    opened.add(B, "classic", "stays")
+    largest = 0
+    for number in range(6000):
+        opened.add(A, "classic", f"c{number}")
+        opened.close(f"c{number}")
+        if number % 50 == 0:
+            largest = max(largest, *(path.stat().st_size for path in lists_in(tmp_path)))
+            assert len(lists_in(tmp_path)) == 1
+    assert 100_000 < largest < 300_000
+    opened.release()
+    heir = make_list(tmp_path)
+    assert heir.adopt() == 1 and [one.id for one in heir.take(B)] == ["stays"]
+    heir.release()
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_line_loses_that_line_alone(tmp_path: Path) -> None:
+    failures: list[OSError] = []
+    opened = make_list(tmp_path, failures)
+    opened.add(A, "classic", "c1")
+    (path,) = lists_in(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 50, limits[1]))
+        opened.add(A, "classic", "c2")
+        opened.add(A, "classic", "c3")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(failures) == 2 and lists_in(tmp_path) == [path]
+    assert set(parse_open_conversations(path.read_bytes())[0]) == {"c1"}
+    opened.add(A, "classic", "c4")
+    opened.release()
+    heir = make_list(tmp_path)
+    assert heir.adopt() == 4
+    heir.release()
+
+
+def test_where_nothing_can_be_written_there_is_no_list_and_no_end_of_work(tmp_path: Path) -> None:
+    (tmp_path / "conversations").write_text("a file in the way")
+    failures: list[OSError] = []
+    opened = make_list(tmp_path, failures)
+    assert opened.adopt() == 0
+    opened.add(A, "classic", "c1")
+    opened.close("c1")
+    assert len(failures) == 2
+    opened.release()
+    nothing = make_list(None)
+    nothing.add(A, "classic", "c1")
+    nothing.leave("c1")
+    assert (nothing.adopt(), nothing.left) == (0, 0)
+    nothing.release()
+
+
+HEIR = """
+import sys
+from pathlib import Path
+from kimi_proxy import Metrics, OpenConversations
+
+def fail(error):
+    raise error
+
+for line in sys.stdin:
+    heir = OpenConversations(Path(line.strip()), Metrics(), fail)
+    heir.adopt()
+    print(*(one.id for owner in heir.owners for one in heir.take(owner)), flush=True)
+"""
+
+
+async def test_of_processes_that_start_at_once_each_list_has_one_heir(tmp_path: Path) -> None:
+    pipe = asyncio.subprocess.PIPE
+    heirs = [
+        await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", HEIR),
+            stdin=pipe,
+            stdout=pipe,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        )
+        for _ in range(3)
+    ]
+    try:
+        for turn in range(20):
+            directory = tmp_path / str(turn)
+            expected = {f"c{number}-{one}" for number in range(5) for one in "ab"}
+            for number in range(5):
+                leave_behind(directory, f"c{number}-a", f"c{number}-b")
+            for heir in heirs:
+                assert heir.stdin is not None
+                heir.stdin.write(f"{directory}\n".encode())
+            shares: list[str] = []
+            for heir in heirs:
+                assert heir.stdout is not None
+                shares += (await asyncio.wait_for(heir.stdout.readline(), 20)).decode().split()
+            assert sorted(shares) == sorted(expected)
+    finally:
+        for heir in heirs:
+            await asyncio.wait_for(heir.communicate(b""), 20)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import io
 import json
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,9 @@ import aiohttp
 import openai
 import pytest
 from conftest import LogRecorder, StartProxy, bearer, chat_body
-from kimi_simulator import HELLO, Simulator, digest_content, make_content
+from kimi_simulator import HELLO, Conversation, Simulator, digest_content, make_content
 
-from kimi_proxy import KeptResponse, KeptResponses
+from kimi_proxy import KeptResponse, KeptResponses, OpenConversations, parse_open_conversations
 
 CHAT = "/v1/chat/completions"
 
@@ -537,3 +539,255 @@ async def test_files_of_an_answer_are_not_known_in_another_dialect(
         with pytest.raises(openai.BadRequestError) as caught:
             await client.responses.create(model="kimi", input="And?", previous_response_id=first.id)
         assert caught.value.code == "previous_response_not_found"
+
+
+# Conversations that a process which died left open.
+
+
+def leave_orphans(simulator: Simulator, directory: Path, token: str, dialect: str, count: int, days: float = 0) -> None:
+    """Conversations at the service, and the list of the process that opened them."""
+    ids = [f"orphan-{number}-{hashlib.sha256(token.encode()).hexdigest()[:8]}" for number in range(count)]
+    simulator.account(token).conversations |= {one: Conversation() for one in ids}
+    place = directory / "conversations"
+    place.mkdir(exist_ok=True, parents=True)
+    account = hashlib.sha256(token.encode()).hexdigest()
+    known = {"dialect": dialect, "account": account, "since": int(time.time() - days * 86_400)}
+    lines = "".join(json.dumps({"open": one, **known}) + "\n" for one in ids)
+    (place / f"{len(list(place.iterdir()))}-died.list").write_text(lines)
+
+
+def lists_in(directory: Path) -> list[Path]:
+    return list((directory / "conversations").glob("*"))
+
+
+def left_in(directory: Path) -> int:
+    """How many conversations stand on the lists."""
+    return sum(len(parse_open_conversations(path.read_bytes())[0]) for path in lists_in(directory))
+
+
+def orphans_left(simulator: Simulator, token: str) -> int:
+    return sum(not one.removed for one in simulator.account(token).conversations.values())
+
+
+async def test_what_a_dead_process_left_of_a_held_account_is_removed_at_the_start(
+    simulator: Simulator, start_proxy: StartProxy, dialect: str, tmp_path: Path, log_lines: LogRecorder
+) -> None:
+    token = simulator.token("hello")
+    leave_orphans(simulator, tmp_path, token, dialect, 3)
+    leave_orphans(simulator, tmp_path, token, dialect, 2)  # of the same ids
+    await start_proxy(state_dir=str(tmp_path), refresh_token=token)
+    await simulator.settle(token)
+    await log_lines.wait_for("removed 3 of 3 conversations")
+    await start_proxy.close()
+    assert lists_in(tmp_path) == []
+    assert token not in log_lines.text
+
+
+async def test_the_tokens_on_disk_remove_what_was_left_and_stay_good_where_they_rotate(
+    simulator: Simulator, start_proxy: StartProxy, dialect: str, tmp_path: Path
+) -> None:
+    token = simulator.token("hello", "rotate", "opaque")
+    account = simulator.account(token)
+    proxy = await start_proxy(state_dir=str(tmp_path), token_seconds=1e-6)
+    assert (await ask(proxy, token))[0] == 200
+    await start_proxy.close()
+    leave_orphans(simulator, tmp_path, token, dialect, 2)
+    refreshes = account.count("refresh")
+    again = await start_proxy(state_dir=str(tmp_path), token_seconds=1e-6)
+    await simulator.settle(token)
+    assert account.count("refresh") > refreshes  # by a rotated token alone: the client's own is dead
+    for _ in range(2):
+        assert (await ask(again, token))[0] == 200
+    await start_proxy.close()
+    assert (await ask(await start_proxy(state_dir=str(tmp_path)), token))[0] == 200
+    assert len(list((tmp_path / "tokens").glob("*.json"))) == 1
+
+
+async def test_a_token_that_is_dead_on_disk_does_not_keep_its_client_out(
+    simulator: Simulator, start_proxy: StartProxy, dialect: str, tmp_path: Path, log_lines: LogRecorder
+) -> None:
+    token = simulator.token("hello", "opaque")
+    proxy = await start_proxy(state_dir=str(tmp_path))
+    assert (await ask(proxy, token))[0] == 200
+    await start_proxy.close()
+    (kept,) = (tmp_path / "tokens").glob("*.json")
+    kept.write_text(json.dumps(json.loads(kept.read_text()) | {"refresh_token": "dead", "received": 0.0}))
+    leave_orphans(simulator, tmp_path, token, dialect, 9)
+    again = await start_proxy(state_dir=str(tmp_path))
+    await log_lines.wait_for("removed 0 of 9 conversations")
+    assert log_lines.text.count("was not removed") == 3
+    assert (await ask(again, token))[0] == 200
+    await start_proxy.close()
+    assert left_in(tmp_path) == 9
+    await start_proxy(state_dir=str(tmp_path))  # by now the client has brought a good one
+    await simulator.settle(token)
+
+
+async def test_without_a_token_they_wait_for_the_account_to_call(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession, dialect: str, tmp_path: Path
+) -> None:
+    token, other = simulator.token("hello"), simulator.token("hello")
+    leave_orphans(simulator, tmp_path, token, dialect, 3)
+    proxy = await start_proxy(state_dir=str(tmp_path))
+    assert (await ask(proxy, other))[0] == 200
+    async with asyncio.timeout(5):
+        while left_in(tmp_path) > 3:  # the other's own, which was answered
+            await asyncio.sleep(0.01)
+    assert orphans_left(simulator, token) == 3
+    async with http.get(f"{proxy}/metrics") as response:
+        assert "kimi_proxy_orphans 3" in await response.text()
+    answers = await asyncio.gather(*(ask(proxy, f"{other},{token}") for _ in range(3)))
+    assert [status for status, _, _ in answers] == [200] * 3
+    await simulator.settle(token)
+    await start_proxy.close()
+    assert lists_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("fault", ["status=remove:500", "close=remove", "silent=remove"])
+async def test_what_cannot_be_removed_stays_on_the_list_for_the_next_start_or_call(
+    simulator: Simulator,
+    start_proxy: StartProxy,
+    dialect: str,
+    tmp_path: Path,
+    log_lines: LogRecorder,
+    fault: str,
+) -> None:
+    token = simulator.token("hello", fault)
+    faults = simulator.account(token).order.faults
+    settings: dict[str, Any] = {"state_dir": str(tmp_path), "call_seconds": 0.5}
+    leave_orphans(simulator, tmp_path, token, dialect, 1)
+    proxy = await start_proxy(**settings, refresh_token=token)
+    assert (await ask(proxy, token))[0] == 200
+    await start_proxy.close()  # by now both removals failed
+    assert (orphans_left(simulator, token), left_in(tmp_path)) == (2, 2)
+    again = await start_proxy(**settings)
+    await log_lines.wait_for("removed 0 of 2")
+    assert (await ask(again, token))[0] == 200  # and nothing is tried again at once: the service may be ailing
+    await start_proxy.close()
+    assert left_in(tmp_path) == 3 and log_lines.text.count("was not removed") == 5
+    faults.clear()
+    await start_proxy(**settings)
+    await simulator.settle(token)
+    await start_proxy.close()
+    assert lists_in(tmp_path) == []
+
+
+async def test_what_could_not_be_removed_is_tried_again_when_the_account_calls_later(
+    simulator: Simulator,
+    start_proxy: StartProxy,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    log_lines: LogRecorder,
+) -> None:
+    monkeypatch.setattr(OpenConversations, "_PAUSE_SECONDS", 0.0)
+    proxy = await start_proxy(state_dir=str(tmp_path))
+    token = simulator.token("hello", "status=remove:500")
+    assert (await ask(proxy, token))[0] == 200
+    await log_lines.wait_for("was not removed")
+    simulator.account(token).order.faults.clear()
+    assert (await ask(proxy, token))[0] == 200
+    account = await simulator.settle(token)
+    assert account.count("remove") == 3
+
+
+async def test_one_that_the_service_does_not_know_any_more_counts_as_removed(
+    simulator: Simulator, start_proxy: StartProxy, dialect: str, tmp_path: Path, log_lines: LogRecorder
+) -> None:
+    token = simulator.token("hello", "status=remove:404")
+    leave_orphans(simulator, tmp_path, token, dialect, 2)
+    await start_proxy(state_dir=str(tmp_path), refresh_token=token)
+    await log_lines.wait_for("removed 2 of 2")
+    await start_proxy.close()
+    assert lists_in(tmp_path) == []
+    assert "was not removed" not in log_lines.text
+
+
+async def test_after_7_days_they_are_dropped_logged_and_counted(
+    simulator: Simulator,
+    start_proxy: StartProxy,
+    http: aiohttp.ClientSession,
+    dialect: str,
+    tmp_path: Path,
+    log_lines: LogRecorder,
+) -> None:
+    old, young = simulator.token("hello"), simulator.token("hello")
+    leave_orphans(simulator, tmp_path, old, dialect, 2, days=7.1)
+    leave_orphans(simulator, tmp_path, young, dialect, 1, days=6.9)
+    proxy = await start_proxy(state_dir=str(tmp_path), refresh_token=f"{old},{young}")
+    await simulator.settle(young)
+    async with http.get(f"{proxy}/metrics") as response:
+        assert "kimi_proxy_orphans_dropped_total 2" in await response.text()
+    assert "2 conversations could not be removed for 7 days" in log_lines.text
+    assert simulator.account(old).calls == []
+    await start_proxy.close()
+    assert lists_in(tmp_path) == []
+
+
+async def test_a_conversation_is_on_the_list_while_it_is_open_and_of_no_other_process(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession, dialect: str, tmp_path: Path
+) -> None:
+    token = simulator.token("long", "pace=0.02", "chunks=25")
+    proxy = await start_proxy(state_dir=str(tmp_path))
+    body = chat_body("sesame", stream=True)
+    async with http.post(proxy + CHAT, json=body, headers=bearer(token)) as response:
+        await response.content.readuntil(b"\n\n")
+        (path,) = lists_in(tmp_path)
+        text = path.read_text()
+        (opened,) = parse_open_conversations(text.encode())[0].values()
+        assert {opened.id} == set(simulator.account(token).conversations)
+        assert (opened.dialect, opened.account) == (dialect, hashlib.sha256(token.encode()).digest())
+        assert token not in text and "sesame" not in text
+        await start_proxy(state_dir=str(tmp_path), refresh_token=token)  # another process, to the list
+        assert (await response.text()).endswith("data: [DONE]\n\n")
+    account = await simulator.settle(token)
+    assert account.count("remove") == 1
+    await start_proxy.close()
+    assert lists_in(tmp_path) == []
+
+
+async def test_a_conversation_that_its_client_keeps_leaves_the_list(
+    simulator: Simulator, start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    token = simulator.token("hello")
+    proxy = await start_proxy(state_dir=str(tmp_path))
+    status, opened, _ = await ask(proxy, token, conversation_id="new")
+    assert status == 200 and left_in(tmp_path) == 0
+    await start_proxy.close()
+    again = await start_proxy(state_dir=str(tmp_path))
+    assert (await ask(again, token, conversation_id=opened["id"]))[0] == 200
+    await start_proxy.close()
+    assert lists_in(tmp_path) == [] and simulator.account(token).count("remove") == 0
+
+
+async def test_a_client_that_leaves_early_leaves_nothing_on_the_list(
+    simulator: Simulator, start_proxy: StartProxy, dialect: str, tmp_path: Path
+) -> None:
+    proxy = await start_proxy(state_dir=str(tmp_path))
+    for fault in ("slow=open:0.2" if dialect == "classic" else "stall=1", "slow=ask:0.2", "stall=0", "stall=6"):
+        token = simulator.token("long", fault)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.15):
+                await ask(proxy, token, stream=True)
+        await simulator.settle(token)
+    await start_proxy.close()
+    assert lists_in(tmp_path) == []
+
+
+async def test_where_no_state_is_kept_or_none_can_be_there_is_no_list_and_one_warning(
+    simulator: Simulator,
+    start_proxy: StartProxy,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    log_lines: LogRecorder,
+) -> None:
+    monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path))
+    proxy = await start_proxy(state_dir="")
+    assert (await ask(proxy, simulator.token("hello")))[0] == 200
+    assert list(tmp_path.iterdir()) == []  # noqa: ASYNC240
+    blocked = tmp_path / "blocked"
+    blocked.write_text("a file in the way")
+    proxy = await start_proxy(state_dir=str(blocked))
+    for _ in range(2):
+        assert (await ask(proxy, simulator.token("hello")))[0] == 200
+    await start_proxy.close()
+    assert log_lines.text.count("cannot be kept") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import pty
 import re
@@ -10,6 +11,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from kimi_proxy import anonymize
 
 PROGRAM = [sys.executable, "-W", "error", str(Path(__file__).parent.parent / "kimi_proxy.py")]
 PIPE = asyncio.subprocess.PIPE
+CHAT = "/v1/chat/completions"
 
 
 async def run(*arguments: str, text: str | None = None, **environment: str) -> tuple[int, str, str]:
@@ -478,8 +481,10 @@ async def test_whole_answers_are_told_at_the_end_with_a_503(simulator: Simulator
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_second_signal_ends_it_at_once(simulator: Simulator, number: int) -> None:
-    running = await start(simulator)
+async def test_a_second_signal_ends_it_at_once_and_its_conversations_are_the_next_ones_to_remove(
+    simulator: Simulator, tmp_path: Path, number: int
+) -> None:
+    running = await start(simulator, PROXY_STATE_DIR=str(tmp_path))
     token = simulator.token("long", "stall=6")
     async with aiohttp.ClientSession() as http:
         body = chat_body(stream=True)
@@ -491,7 +496,10 @@ async def test_a_second_signal_ends_it_at_once(simulator: Simulator, number: int
                     await asyncio.sleep(0.01)
             status, _ = await running.stop(number)
     assert status == 128 + number
-    simulator.account(token).conversations.clear()  # left as an orphan
+    assert [one.removed for one in simulator.account(token).conversations.values()] == [0]
+    heir = await start(simulator, PROXY_STATE_DIR=str(tmp_path))
+    await simulator.settle(token)
+    assert (await heir.stop())[0] == 0
 
 
 async def ask_health(url: str) -> int:
@@ -512,3 +520,44 @@ async def test_an_inherited_socket_that_others_reach_needs_keys_for_a_held_accou
         )
         out, err = await asyncio.wait_for(process.communicate(), 20)
     assert (process.returncode, out) == (2, b"") and b"set PROXY_API_KEYS" in err
+
+
+@pytest.mark.parametrize("known", ["held", "on disk", "by its next call"])
+@pytest.mark.parametrize("dialect", ["classic", "connect"])
+async def test_what_a_killed_process_left_open_is_removed_by_the_next_one(
+    simulator: Simulator, tmp_path: Path, dialect: str, known: str
+) -> None:
+    token, waiting = simulator.token("long", "stall=6", "rotate"), simulator.token("long", "stall=6")
+    tokens = (token, waiting) if known == "by its next call" else (token,)
+    settings: Any = {"KIMI_PROTOCOL": dialect, "KIMI_AUTH_URL": simulator.url, "PROXY_STATE_DIR": str(tmp_path)}
+    killed = await start(simulator, **settings)
+    async with aiohttp.ClientSession() as http, AsyncExitStack() as streams:
+        for each in tokens * 3:
+            asking = http.post(killed.url + CHAT, json=chat_body(stream=True), headers=bearer(each))
+            response = await streams.enter_async_context(asking)
+            await response.content.readuntil(b"\n\n")
+        assert (await killed.stop(signal.SIGKILL))[0] == -signal.SIGKILL
+        with pytest.raises(aiohttp.ClientError):
+            await response.read()
+    await simulator.wait_until(lambda: all(simulator.account(each).streams_open == 0 for each in tokens))
+    if known != "on disk":
+        digest = hashlib.sha256((waiting if known == "by its next call" else token).encode()).hexdigest()
+        (tmp_path / "tokens" / f"{digest}.json").unlink()
+    held: Any = {"KIMI_REFRESH_TOKEN": token} if known == "held" else {}
+    if held:  # the service would not take it, had it been rotated
+        simulator.account(token).refresh_tokens.append(token)
+    heir = await start(simulator, **settings, **held)
+    account = await simulator.settle(token)
+    assert account.count("remove") == 3
+    if known == "by its next call":
+        assert simulator.account(waiting).count("remove") == 0
+        async with (
+            aiohttp.ClientSession() as http,
+            http.post(heir.url + CHAT, json=chat_body(stream=True), headers=bearer(waiting)) as response,
+        ):
+            await response.content.readuntil(b"\n\n")
+            await simulator.wait_until(lambda: simulator.account(waiting).count("remove") == 3)
+        await simulator.settle(waiting)
+    status, log = await heir.stop()
+    assert status == 0 and "left open by a process that ended" in log and token not in log
+    assert list((tmp_path / "conversations").iterdir()) == []
