@@ -8512,7 +8512,10 @@ class ClientGone(Exception):
 
 @dataclass(slots=True)
 class State:
-    """What the application owns: made at its start, closed at its end."""
+    """What the application owns: made at its start, closed at its end.
+
+    `running` are the tasks of all requests, `answering` those of Kimi's answers among them.
+    """
 
     settings: Settings
     metrics: Metrics
@@ -8526,8 +8529,8 @@ class State:
     conversations: OpenConversations
     access: Access
     draining: asyncio.Event
+    running: set[asyncio.Task[Any]]
     answering: set[asyncio.Task[Any]]
-    requests: int = 0
     closing: bool = False
     requested_at: float = 0.0
 
@@ -8858,7 +8861,7 @@ async def _deliver(
             keep(brought)
         return response
     except asyncio.CancelledError:
-        if not state.draining.is_set() or request.transport is None:
+        if not _is_ended_by_us(request):
             raise
         error = ProxyError("shutting_down")
     except ProxyError as failure:
@@ -8876,6 +8879,11 @@ async def _deliver(
         raise error
     _note_failure(request, error)
     return await delivery.fail(error)
+
+
+def _is_ended_by_us(request: web.Request) -> bool:
+    """Whether a request that was cancelled has a client to be told so: then the proxy shuts down."""
+    return request.app[STATE].draining.is_set() and request.transport is not None
 
 
 async def _list_models(request: web.Request) -> list[dict[str, Any]]:
@@ -9025,7 +9033,7 @@ async def _health(request: web.Request) -> web.StreamResponse:
 async def _metrics(request: web.Request) -> web.StreamResponse:
     state = request.app[STATE]
     gauges = {
-        "kimi_proxy_requests_running": state.requests,
+        "kimi_proxy_requests_running": len(state.running),
         "kimi_proxy_answers_running": len(state.answering),
         "kimi_proxy_accounts": len(state.accounts),
         "kimi_proxy_orphans": state.conversations.left,
@@ -9085,7 +9093,8 @@ async def _frame(request: web.Request, handler: Callable[[web.Request], Awaitabl
     request_id.set(given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(6))
     status = _CLIENT_CLOSED
     outcome = request[OUTCOME] = Outcome()
-    state.requests += 1
+    task = cast(asyncio.Task[Any], asyncio.current_task())
+    state.running.add(task)
     state.requested_at = asyncio.get_running_loop().time()
     try:
         response = await _answer_or_fail(request, handler)
@@ -9095,7 +9104,7 @@ async def _frame(request: web.Request, handler: Callable[[web.Request], Awaitabl
         # Nobody reads this; aiohttp wants an object all the same.
         return web.Response(status=_CLIENT_CLOSED)
     finally:
-        state.requests -= 1
+        state.running.discard(task)
         resource = request.match_info.route.resource
         route = resource.canonical if resource is not None else "other"
         state.metrics.count("kimi_proxy_requests_total", route=route, status=str(status))
@@ -9120,7 +9129,7 @@ async def _answer_or_fail(
     try:
         _check_access(request)
         state = request.app[STATE]
-        if state.requests > state.settings.max_requests and request.path not in (*_OPEN_PATHS, "/metrics"):
+        if len(state.running) > state.settings.max_requests and request.path not in (*_OPEN_PATHS, "/metrics"):
             raise ProxyError("too_busy")
         if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
             return web.Response(status=204)
@@ -9130,8 +9139,12 @@ async def _answer_or_fail(
     except web.HTTPException as failure:
         error = _error_of_http(request, failure)
         allowed = failure.allowed_methods if isinstance(failure, web.HTTPMethodNotAllowed) else allowed
-    except (ClientGone, asyncio.CancelledError):
+    except ClientGone:
         raise
+    except asyncio.CancelledError:
+        if not _is_ended_by_us(request):
+            raise
+        error = ProxyError("shutting_down")
     except Exception:
         logger.exception("! the proxy itself failed")
         error = ProxyError("internal_error")
@@ -9240,6 +9253,7 @@ async def _own_state(app: web.Application) -> AsyncIterator[None]:
         app[_ACCESS],
         asyncio.Event(),
         set(),
+        set(),
     )
     yield
     late = await tasks.drain(settings.removal_seconds)
@@ -9278,16 +9292,21 @@ async def announce_end(app: web.Application) -> None:
         await asyncio.sleep(left)
 
 
-async def end_answers(app: web.Application) -> None:
-    """Let running answers finish for the drain's time, then end them with `shutting_down`."""
-    state = app[STATE]
+async def end_requests(app: web.Application) -> None:
+    """Let what runs finish for the drain's time, then end it with `shutting_down`; no connection is accepted by then.
+
+    The server still has to take bytes: of a request whose body is on its way aiohttp drops the rest once it closes.
+    """
+    state, loop = app[STATE], asyncio.get_running_loop()
     state.draining.set()
-    if state.answering:
-        await asyncio.wait(set(state.answering), timeout=state.settings.drain_seconds)
-    for task in set(state.answering):
+    state.closing = True
+    deadline = loop.time() + state.settings.drain_seconds
+    while state.running and (left := deadline - loop.time()) > 0:
+        await asyncio.wait(set(state.running), timeout=left)
+    for task in set(state.running):
         task.cancel()
-    if state.answering:
-        await asyncio.wait(set(state.answering), timeout=2)
+    if state.running:
+        await asyncio.wait(set(state.running), timeout=2)
 
 
 async def _expect(request: web.Request) -> None:
@@ -9329,7 +9348,6 @@ def make_app(settings: Settings, hosts: Sequence[str] = ()) -> web.Application:
     app[_ACCESS] = Access(settings, os.environ, hosts)
     app.cleanup_ctx.append(_own_state)
     app.on_response_prepare.append(_add_headers)
-    app.on_shutdown.append(end_answers)
     for method, path, handler in _ROUTES:
         if method == "GET":
             app.router.add_get(path, handler, expect_handler=_expect)
@@ -9495,6 +9513,9 @@ async def _run_app(settings: Settings, sockets: Sequence[socket.socket]) -> Asyn
             asyncio.get_running_loop().remove_reader(one.fileno())
         if sockets:
             await asyncio.sleep(0.1)
+        for site in sites:
+            await site.stop()
+        await end_requests(app)
     finally:
         await runner.cleanup()
 
@@ -9521,7 +9542,7 @@ class _Beat:
     def beat(self) -> None:
         """Beat now, and again."""
         state = self._app[STATE]
-        status = f"{len(state.answering)} answers, {state.requests} requests, {len(state.accounts)} accounts"
+        status = f"{len(state.answering)} answers, {len(state.running)} requests, {len(state.accounts)} accounts"
         self._notifier.tell(WATCHDOG="1", STATUS=status)
         self._timer = asyncio.get_running_loop().call_later(self._seconds, self.beat)
 
@@ -9562,7 +9583,7 @@ async def _serve(settings: Settings) -> None:
         logger.info("shutting down")
         seconds = settings.drain_delay_seconds + settings.drain_seconds + settings.removal_seconds + 10
         notifier.tell(STOPPING="1", EXTEND_TIMEOUT_USEC=str(int(seconds * 1e6)))
-        if app[STATE].requested_at:  # else nobody can keep a connection
+        if app[STATE].requested_at or settings.drain_delay_seconds:  # else nobody can keep a connection
             await announce_end(app)
     beat.stop()
     notifier.close()

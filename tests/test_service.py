@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import os
 import pty
 import re
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from kimi_proxy import anonymize
 PROGRAM = [sys.executable, "-W", "error", str(Path(__file__).parent.parent / "kimi_proxy.py")]
 PIPE = asyncio.subprocess.PIPE
 CHAT = "/v1/chat/completions"
+JSON = "application/json"
 
 
 async def run(*arguments: str, text: str | None = None, **environment: str) -> tuple[int, str, str]:
@@ -355,10 +359,17 @@ os.execv(sys.executable, [sys.executable, "-W", "error", *sys.argv[2:]])
 """
 
 
-async def start(simulator: Simulator, *, listener: socket.socket | None = None, **environment: str) -> Running:
+async def start(
+    simulator: Simulator,
+    *,
+    listener: socket.socket | None = None,
+    program: Sequence[str] = PROGRAM[1:],
+    **environment: str,
+) -> Running:
     """A proxy as a process, with the environment that systemd would give it."""
     known = {"KIMI_BASE_URL": simulator.url, "PROXY_PORT": "0", "PROXY_DRAIN_SECONDS": "5", **environment}
-    command, descriptors = PROGRAM, ()
+    known["PYTHONPATH"] = str(Path(PROGRAM[-1]).parent)
+    command, descriptors = [sys.executable, *program], ()
     if listener is not None:
         known["LISTEN_FDS"] = "1"
         command = [sys.executable, "-c", WRAPPER, str(listener.fileno()), PROGRAM[-1]]
@@ -394,9 +405,47 @@ async def test_systemd_is_told_how_it_goes(simulator: Simulator, tmp_path: Path,
         assert await receive(queue, "READY=1")
         for _ in range(3):
             assert "STATUS=0 answers, 0 requests" in await receive(queue, "WATCHDOG=1", 2.0)
+        async with aiohttp.ClientSession() as http:
+            headers = bearer(simulator.token("quiet"))
+            asking = asyncio.create_task(http.post(running.url + CHAT, json=chat_body(), headers=headers))
+            assert "WATCHDOG=1" in await receive(queue, "STATUS=1 answers, 1 requests, 1 accounts")
+            assert (await asking).status == 200
         stopping = asyncio.create_task(running.stop())
         assert "EXTEND_TIMEOUT_USEC=" in await receive(queue, "STOPPING=1")
         assert (await stopping)[0] == 0
+
+
+BLOCKING = """
+import sys, time
+import kimi_proxy
+
+render = kimi_proxy.render_metrics
+
+def block(*arguments):
+    time.sleep(1)
+    return render(*arguments)
+
+kimi_proxy.render_metrics = block
+sys.exit(kimi_proxy.main([]))
+"""
+
+
+async def test_the_watchdog_is_told_nothing_while_the_loop_is_blocked(simulator: Simulator, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as queue:
+        queue.bind(str(tmp_path / "notify"))
+        queue.setblocking(False)
+        environment: Any = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "200000"}
+        running = await start(simulator, program=["-c", BLOCKING], **environment)
+        await receive(queue, "WATCHDOG=1")
+        async with aiohttp.ClientSession() as http:
+            asking = asyncio.create_task(http.get(running.url + "/metrics"))
+            beats = [time.monotonic()]
+            while not asking.done():
+                await receive(queue, "WATCHDOG=1")
+                beats.append(time.monotonic())
+            assert (await asking).status == 200
+        assert max(later - earlier for earlier, later in pairwise(beats)) > 0.8
+        assert (await running.stop())[0] == 0
 
 
 async def test_a_full_queue_and_a_missing_one_stop_nothing(simulator: Simulator, tmp_path: Path) -> None:
@@ -478,6 +527,63 @@ async def test_whole_answers_are_told_at_the_end_with_a_503(simulator: Simulator
             assert response.headers["Retry-After"] == "5"
     assert (await stopping)[0] == 0
     assert simulator.account(token).settled
+
+
+async def test_where_nobody_asked_before_the_end_all_is_served_all_the_same(simulator: Simulator) -> None:
+    running = await start(simulator, PROXY_DRAIN_DELAY_SECONDS="0.5")
+    running.process.send_signal(signal.SIGTERM)
+    assert running.process.stderr is not None
+    while b"shutting down" not in await asyncio.wait_for(running.process.stderr.readline(), 10):
+        pass
+    assert await ask_health(running.url) == 503
+    async with aiohttp.ClientSession() as http:
+        headers = bearer(simulator.token("hello"))
+        async with http.post(running.url + CHAT, json=chat_body(), headers=headers) as response:
+            assert response.status == 200
+    await asyncio.wait_for(running.process.communicate(), 20)
+    assert running.process.returncode == 0
+
+
+@pytest.mark.parametrize("ends", [True, False], ids=["ends in time", "does not"])
+@pytest.mark.parametrize("path", [CHAT, "/v1/files"])
+async def test_a_body_that_is_on_its_way_at_the_end_may_arrive(simulator: Simulator, path: str, ends: bool) -> None:
+    running = await start(simulator, PROXY_DRAIN_SECONDS="15" if ends else "0.2")
+    form = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.txt"\r\n\r\nhello\r\n--x--\r\n'
+    body, kind = (form, "multipart/form-data; boundary=x") if path != CHAT else (json.dumps(chat_body()).encode(), JSON)
+    token = simulator.token("read")
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {token}\r\nContent-Type: {kind}\r\n"
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(running.url.rpartition(":")[2]))
+    writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body[:20])
+    async with asyncio.timeout(5):
+        while "requests_running 2" not in await get_metrics(running.url):
+            await asyncio.sleep(0.01)
+    stopping = asyncio.create_task(running.stop())
+    async with asyncio.timeout(10):
+        while await is_open(running.url):
+            await asyncio.sleep(0.01)
+    if ends:
+        await asyncio.sleep(1.5)  # beyond what aiohttp itself waits for
+        writer.write(body[20:])
+    answer = (await asyncio.wait_for(reader.read(), 10)).decode()
+    writer.close()
+    assert answer.startswith("HTTP/1.1 200 " if ends else "HTTP/1.1 503 ")
+    assert ("shutting_down" in answer) is ("Retry-After: " in answer) is not ends
+    assert (await stopping)[0] == 0
+
+
+async def get_metrics(url: str) -> str:
+    async with aiohttp.ClientSession() as http, http.get(url + "/metrics") as response:
+        return await response.text()
+
+
+async def is_open(url: str) -> bool:
+    """Whether connections are accepted."""
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+    except ConnectionError:
+        return False
+    writer.close()
+    return True
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
