@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 MINUTES ?= 1
+ROUNDS ?= 9
 AGENTS ?= $(HOME)/.cache/kimi_proxy/agents
 INSTALL = PREFIX='$(PREFIX)' UNITDIR='$(UNITDIR)' DESTDIR='$(DESTDIR)' DRY_RUN='$(DRY_RUN)' PYTHON='$(PYTHON)' \
 	sh systemd/install.sh
@@ -36,8 +37,8 @@ test-agents: $(VENV)/run.stamp ## test with Claude Code and Codex CLI (several h
 		@anthropic-ai/claude-code@2.1.197 @openai/codex@0.169.0
 	@PYTHONPATH=.:tests $(RUN) tests/agents/task.py $(AGENTS)
 
-bench: $(VENV)/run.stamp ## measure by how much files raise the proxy's peak memory (Linux)
-	@PYTHONPATH=tests $(RUN) tests/bench/memory.py
+bench: $(VENV)/run.stamp ## measure the proxy beside its floors, some 20 minutes; ROUNDS=9 (Linux)
+	@PYTHONPATH=tests $(RUN) tests/bench/bench.py --rounds $(ROUNDS)
 
 soak: $(VENV)/run.stamp ## MINUTES=1: mixed traffic with faults, then memory, descriptors and conversations as before (Linux)
 	@PYTHONPATH=tests $(RUN) tests/soak.py $(MINUTES)

@@ -78,16 +78,15 @@ class Target:
         return int(found[1]) * 1024
 
 
-def proxy_environment(simulator: Simulator, dialect: str) -> dict[str, str]:
-    """The environment of a proxy before the simulator."""
+def proxy_environment(simulator: Simulator, dialect: str, state_dir: str) -> dict[str, str]:
+    """The environment of a proxy before the simulator: the defaults, but for what the measuring needs."""
     return {
         **{name: value for name, value in os.environ.items() if not name.startswith(("KIMI_", "PROXY_"))},
         "KIMI_BASE_URL": simulator.url,
         "KIMI_AUTH_URL": simulator.url,
         "KIMI_PROTOCOL": dialect,
         "PROXY_PORT": "0",
-        "PROXY_STATE_DIR": "",
-        "PROXY_LOG_LEVEL": "warning",
+        "PROXY_STATE_DIR": state_dir,
         "PROXY_MAX_REQUESTS": "1000",
         "PROXY_ALLOW_PRIVATE_URLS": "1",
     }
@@ -104,6 +103,7 @@ async def start(command: Sequence[str], environment: dict[str, str], core: int) 
     process = await asyncio.create_subprocess_exec(
         *command,
         stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
         env=environment,
         cwd=PROGRAM.parent,
         preexec_fn=lambda: os.sched_setaffinity(0, {core}),
@@ -309,6 +309,8 @@ class Bench:
         spent = target.cpu_ns() - before
         for client in clients:
             client.close()
+        if target.dialect:
+            await self.simulator.rest()
         self.simulator.forget()
         return spent / (streams * chunks)
 
@@ -333,6 +335,25 @@ class Bench:
             client.close()
         self.simulator.forget()
         return spent / requests
+
+    async def hold_streams(self, target: Target, streams: int) -> int:
+        """The target's memory while so many streams are open and say nothing."""
+        order = "long+steady+stall=6"
+        await self.warm(target, order, streams)
+        clients = [await connect(target) for _ in range(streams)]
+        work = [
+            asyncio.create_task(client.ask(self.request(target, self.token(target, order, number))))
+            for number, client in enumerate(clients)
+        ]
+        await _until(lambda: all(client.events for client in clients))
+        held = target.memory_bytes()
+        for client in clients:
+            client.close()
+        await asyncio.gather(*work, return_exceptions=True)
+        if target.dialect:
+            await self.simulator.rest()
+        self.simulator.forget()
+        return held
 
     async def time_first_chunk(self, target: Target, times: int = 40) -> float:
         """Seconds from a request to its first chunk, the median, with a warm token and nothing else to do."""
