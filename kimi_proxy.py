@@ -289,7 +289,7 @@ class Settings:
         "at the end, /health says 503 for so long before anything else changes; 2 behind a balancer",
     )
     drain_seconds: float = _option(
-        "PROXY_DRAIN_SECONDS", 30.0, _between(0, 3600), "s", "at the end, running answers may finish for so long"
+        "PROXY_DRAIN_SECONDS", 30.0, _between(0, 3600), "s", "at the end, running requests may finish for so long"
     )
     removal_seconds: float = _option(
         "PROXY_REMOVAL_SECONDS", 10.0, _between(0, 3600), "s", "at the end, pending removals may take so long"

@@ -477,7 +477,16 @@ async def test_with_a_socket_of_systemds_a_restart_refuses_nothing(simulator: Si
                 async with aiohttp.ClientSession() as http, http.get(url + "/ping") as response:
                     statuses.append(response.status)
 
+        async def keep_asking_on_one_connection() -> None:
+            body = {"model": "kimi", "messages": [{"role": "user", "content": "hi"}]}
+            async with aiohttp.ClientSession(headers=bearer("t")) as http:
+                while not done.is_set():
+                    # What is not a GET, aiohttp's client does not send again by itself.
+                    async with http.post(url + "/v1/messages/count_tokens", json=body) as response:
+                        statuses.append(response.status)
+
         asking = [asyncio.create_task(keep_asking()) for _ in range(4)]
+        asking += [asyncio.create_task(keep_asking_on_one_connection()) for _ in range(4)]
         await asyncio.sleep(0.2)
         assert (await first.stop())[0] == 0
         second = await start(simulator, listener=listener)
