@@ -1795,7 +1795,12 @@ def check_schema(value: Any, schema: Any) -> str | None:
         wrong = _SchemaCheck(schema).check(value, schema, "$", 0)
     except _CheckStoppedError as stopped:
         return str(stopped)
+    except RecursionError:
+        return _TOO_LARGE
     return None if wrong is None else wrong[:500]
+
+
+_TOO_LARGE: Final = "the value and its schema are too large to be checked"
 
 
 class _CheckStoppedError(Exception):
@@ -1881,7 +1886,7 @@ class _SchemaCheck:
     def _spend(self, steps: int) -> None:
         self._steps -= steps
         if self._steps < 0:
-            raise _CheckStoppedError("the value and its schema are too large to be checked")
+            raise _CheckStoppedError(_TOO_LARGE)
 
     def _check_type(self, value: Any, schema: dict[str, Any], place: str) -> str | None:
         wanted = schema.get("type")
@@ -1996,7 +2001,8 @@ class _SchemaCheck:
             if not isinstance(one, dict):
                 continue
             self._spend(len(one))
-            if one.keys() - _KNOWN_KEYWORDS or not str(one.get("$ref", "#")).startswith("#"):
+            reference = one.get("$ref", "#")
+            if one.keys() - _KNOWN_KEYWORDS or not (isinstance(reference, str) and reference.startswith("#")):
                 return False
             inner = one.get("properties")
             waiting += inner.values() if isinstance(inner, dict) else ()

@@ -286,6 +286,11 @@ def test_no_schema_hangs_the_check_or_breaks_it() -> None:
     for _ in range(5000):
         deep = {"allOf": [deep]}
     assert "itself" in (check_schema(1, deep) or "")
+    branches: Any = {"const": nest(64, "a")}
+    for _ in range(199):  # as deep as a check goes, and then as deep as a value does
+        branches = {"oneOf": [branches]}
+    assert check_schema(nest(64, "a"), branches) in (None, "the value and its schema are too large to be checked")
+    assert check_schema(1, {"oneOf": [{"$ref": nest(5000)}, {}]}) is None
     assert check_schema([0] * 20, {"items": {"enum": [*range(1, 2000), 0]}}) is None
     assert check_schema([0] * 2000, {"items": {"enum": [*range(1, 2000), 0]}}) == (
         "the value and its schema are too large to be checked"
