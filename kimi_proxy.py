@@ -9620,8 +9620,37 @@ def _listen_for_signals() -> asyncio.Event:
     return stop
 
 
+_OTHER_DESCRIPTORS: Final = 64  # that are no connections
+
+
+def _make_room(most: int) -> int:
+    """For how many of `most` connections there are descriptors: each may need a second one, to the service.
+
+    The process's own limit is raised as far as it may be (setrlimit(2)). Without any left, accepting would fail, and be
+    tried again and again, where now a client is told.
+    """
+    try:
+        import resource  # noqa: PLC0415  # POSIX only
+    except ImportError:
+        return most
+    limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * most + _OTHER_DESCRIPTORS
+    if resource.RLIM_INFINITY != limit < wanted:
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    room = most if limit == resource.RLIM_INFINITY else max(1, (limit - _OTHER_DESCRIPTORS) // 2)
+    if room < most:
+        logger.warning(
+            "! there are descriptors for %d connections, not %d: raise ulimit -n, or LimitNOFILE", room, most
+        )
+    return min(room, most)
+
+
 async def _serve(settings: Settings) -> None:
     """Serve until a signal asks to stop; then let go of clients and balancers in good order."""
+    settings = replace(settings, max_connections=_make_room(settings.max_connections))
     notifier = Notifier(os.environ)
     stop = _listen_for_signals()
     async with _run_app(settings, take_sockets(os.environ)) as (address, app):

@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import aiohttp
 import pytest
 from kimi_simulator import Simulator
 
-from kimi_proxy import RedactingFormatter, Settings, logger, run_server
+import kimi_proxy
+from kimi_proxy import RedactingFormatter, Settings, _ServiceConnector, logger, run_server
 
 
 @pytest.fixture
@@ -87,8 +89,8 @@ class StartProxy:
         self.holdings = Holdings(simulator)
         self.urls: list[str] = []
 
-    def _make_connector(self, **options: Any) -> aiohttp.TCPConnector:
-        self._connectors.append(_TCPConnector(**options))
+    def _make_connector(self, kind: type[aiohttp.TCPConnector], **options: Any) -> aiohttp.TCPConnector:
+        self._connectors.append(kind(**options))
         return self._connectors[-1]
 
     @property
@@ -108,7 +110,8 @@ class StartProxy:
         }
         settings = {**defaults, **settings}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(aiohttp, "TCPConnector", self._make_connector)
+            patch.setattr(aiohttp, "TCPConnector", partial(self._make_connector, aiohttp.TCPConnector))
+            patch.setattr(kimi_proxy, "_ServiceConnector", partial(self._make_connector, _ServiceConnector))
             self.urls.append(await self._stack.enter_async_context(run_server(Settings(**settings))))
         return self.urls[-1]
 
@@ -116,9 +119,6 @@ class StartProxy:
         """End all proxies; may be called twice."""
         self.urls.clear()
         await self._stack.aclose()
-
-
-_TCPConnector = aiohttp.TCPConnector
 
 
 @pytest.fixture

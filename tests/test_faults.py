@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import hashlib
 import json
 import os
-import resource
-import signal
+import re
 import socket
 import ssl
 import struct
 import subprocess
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ import aiohttp
 import pytest
 from conftest import LogRecorder, StartProxy, bearer, chat_body
 from kimi_simulator import HELLO, Simulator
-from test_service import Running, receive, start
+from test_service import PROGRAM, Running, ask_health, start
 
 CHAT = "/v1/chat/completions"
 
@@ -90,12 +89,15 @@ MATRIX: dict[str, tuple[str, ...]] = {
     ),
     "a removal fails or hangs": ("test_a_removal_that_fails_is_logged_and_never_seen",),
     "SIGTERM": ("test_at_a_signal_50_answers_end_in_good_order",),
-    "a second signal": ("test_service.py: test_a_second_signal_ends_it_at_once",),
-    "no descriptors": ("test_without_descriptors_clients_wait_and_the_loop_does_not_spin",),
-    "the loop is blocked": ("test_a_blocked_loop_beats_no_more",),
+    "SIGKILL": ("test_service.py: test_what_a_killed_process_left_open_is_removed_by_the_next_one",),
+    "a second signal": (
+        "test_service.py: test_a_second_signal_ends_it_at_once_and_its_conversations_are_the_next_ones_to_remove",
+    ),
+    "no descriptors": ("test_without_descriptors_clients_are_told_and_the_loop_does_not_spin",),
+    "the loop is blocked": ("test_service.py: test_the_watchdog_is_told_nothing_while_the_loop_is_blocked",),
     "the state directory is of no use": ("test_a_state_directory_of_no_use_is_told_and_the_proxy_works",),
     "a second process on the state directory": ("test_two_proxies_on_one_state_directory_share_rotated_tokens",),
-    "a restart with kept connections": ("test_a_restart_breaks_no_kept_connection",),
+    "a restart with kept connections": ("test_service.py: test_with_a_socket_of_systemds_a_restart_refuses_nothing",),
     "nobody takes what systemd is told": ("test_service.py: test_a_full_queue_and_a_missing_one_stop_nothing",),
 }
 
@@ -699,3 +701,154 @@ async def test_at_the_end_streams_are_told_and_removals_finished(
         assert seen.error["error"]["code"] == "shutting_down", seen.text
         assert seen.status == (200 if stream and len(seen.text) > 400 else 503)
     assert all(simulator.account(token).settled for token in tokens)
+
+
+# In processes of their own: what a whole process has, or has not.
+
+LIMITED = """
+import resource, runpy, sys
+resource.setrlimit(getattr(resource, sys.argv[1]), (int(sys.argv[2]),) * 2)
+sys.argv = [sys.argv[3]]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def start_limited(simulator: Simulator, dialect: str, limit: str, most: int, **environment: Any) -> Awaitable[Running]:
+    """A proxy whose process has a limit (setrlimit(2))."""
+    known: Any = {"KIMI_PROTOCOL": dialect, "KIMI_AUTH_URL": simulator.url, "PROXY_ALLOW_PRIVATE_URLS": "1"}
+    program = ["-c", LIMITED, limit, str(most), PROGRAM[-1]]
+    return start(simulator, program=program, **{**known, **environment})
+
+
+async def test_a_full_disk_is_a_507(simulator: Simulator, dialect: str, tmp_path: Path) -> None:
+    spool = tmp_path / "spool-dir"
+    spool.mkdir()
+    running = await start_limited(simulator, dialect, "RLIMIT_FSIZE", 100_000, PROXY_SPOOL_DIR=str(spool))
+    url = f"{simulator.origin_url}/300000+no-length/a.pdf"
+    parts = [{"type": "file", "file_url": {"url": url}}, {"type": "text", "text": "?"}]
+    body = {"messages": [{"role": "user", "content": parts}]}
+    async with aiohttp.ClientSession() as http:
+        asking = http.post(running.url + CHAT, json=body, headers=bearer(simulator.token("read")))
+        async with asking as response:
+            answer = await response.json()
+    assert (response.status, answer["error"]["code"], answer["code"]) == (507, "spool_full", -2001)
+    assert os.listdir(spool) == []
+    await works_again(simulator, running.url)
+    assert (await running.stop())[0] == 0
+
+
+def read_cpu_seconds(process_id: int) -> float:
+    fields = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def test_without_descriptors_clients_are_told_and_the_loop_does_not_spin(
+    simulator: Simulator, dialect: str
+) -> None:
+    running = await start_limited(simulator, dialect, "RLIMIT_NOFILE", 100)
+    clients = [await asyncio.open_connection(*split_address(running.url)) for _ in range(60)]
+    before = read_cpu_seconds(running.process.pid)
+    told = await asyncio.wait_for(clients[-1][0].read(), 5)
+    assert told.startswith(b"HTTP/1.1 503 ") and b"Retry-After" in told
+    await asyncio.sleep(1)
+    assert read_cpu_seconds(running.process.pid) - before < 0.5
+    for _, writer in clients:
+        writer.close()
+    async with asyncio.timeout(5):
+        while await ask_health(running.url) != 200:
+            await asyncio.sleep(0.05)
+    await works_again(simulator, running.url)
+    status, log = await running.stop()
+    assert status == 0 and "Traceback" not in log and "descriptors for 18 connections" in log
+
+
+async def test_at_a_signal_50_answers_end_in_good_order(simulator: Simulator, dialect: str) -> None:
+    settings: Any = {"KIMI_PROTOCOL": dialect, "KIMI_AUTH_URL": simulator.url}
+    running = await start(simulator, **{**settings, "PROXY_DRAIN_SECONDS": "2"})
+    ending = [simulator.token("long", "pace=0.05", "chunks=20") for _ in range(25)]
+    endless = [simulator.token("long", "stall=6") for _ in range(25)]
+    clients = [asyncio.create_task(send(running.url, token, True)) for token in (*ending, *endless)]
+    accounts = [simulator.account(token) for token in (*ending, *endless)]
+    await simulator.wait_until(lambda: all(account.streams_open for account in accounts), 20)
+    status, log = await running.stop()
+    seen = await asyncio.gather(*clients)
+    assert all(one.text.endswith("data: [DONE]\n\n") for one in seen[:25])
+    assert {one.error["error"]["code"] for one in seen[25:]} == {"shutting_down"}
+    assert (status, "Traceback" in log) == (0, False)
+    assert all(account.settled for account in accounts)
+
+
+@pytest.mark.parametrize("how", ["is a file", "cannot be made", "is corrupt"])
+async def test_a_state_directory_of_no_use_is_told_and_the_proxy_works(
+    simulator: Simulator, start_proxy: StartProxy, log_lines: LogRecorder, tmp_path: Path, how: str
+) -> None:
+    token, place = simulator.token("hello"), tmp_path / "state"
+    if how == "is a file":
+        place.write_text("not a directory")
+    elif how == "cannot be made":
+        place = Path("/proc/self/no-such-thing")
+    else:
+        (place / "tokens").mkdir(parents=True)
+        digest = hashlib.sha256(token.encode()).hexdigest()
+        (place / "tokens" / f"{digest}.json").write_bytes(b"\xff{")
+        (place / "conversations").mkdir()
+        (place / "conversations" / "1-dead.list").write_bytes(b"\xff{\n")
+    proxy = await start_proxy(state_dir=str(place))
+    for _ in range(2):
+        seen = await send(proxy, token, False)
+        assert (seen.status, seen.content) == (200, HELLO)
+    words = "cannot be read" if how == "is corrupt" else "a restart may lose them"
+    assert words in log_lines.text
+    assert simulator.account(token).count("refresh") == 1
+    await works_again(simulator, proxy)
+    await start_proxy.close()  # while it runs, it holds its list of open conversations
+
+
+async def test_two_proxies_on_one_state_directory_share_rotated_tokens(
+    simulator: Simulator, start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    proxies = [await start_proxy(state_dir=str(tmp_path / "state"), token_seconds=0.05) for _ in range(2)]
+    token = simulator.token("hello", "rotate", "opaque")  # each refresh makes the token before it useless
+    for number in range(6):
+        seen = await send(proxies[number % 2], token, number % 3 == 0)
+        assert (seen.status, seen.content) == (200, HELLO)
+        await asyncio.sleep(0.03)
+    assert simulator.account(token).count("refresh") > 1
+    await start_proxy.close()  # while they run, each holds its list of open conversations
+
+
+def read_peak_bytes(process_id: int) -> int:
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process_id}/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+async def test_memory_does_not_grow(simulator: Simulator, dialect: str) -> None:
+    """What is without end, or much too large, is held neither for the service nor for a client."""
+    running = await start(
+        simulator,
+        KIMI_PROTOCOL=dialect,
+        KIMI_AUTH_URL=simulator.url,
+        PROXY_MAX_INLINE_MB="1",
+        PROXY_SEND_SECONDS="0.5",
+    )
+    await works_again(simulator, running.url)
+    before = read_peak_bytes(running.process.pid)
+    for order in ("html=ask:500", "bomb=ask", "huge-line"):
+        for stream in (True, False):
+            await send(running.url, simulator.token("hello", order), stream)
+    async with aiohttp.ClientSession() as http:
+        bomb = gzip.compress(bytes(200_000_000), 9)
+        headers = {**bearer("hello"), "Content-Encoding": "gzip", "Content-Type": "application/json"}
+        async with http.post(running.url + CHAT, data=bomb, headers=headers) as response:
+            assert response.status == 413
+    accounts = [simulator.account(token) for token in (simulator.token("broad", "endless") for _ in range(3))]
+    with ExitStack() as stack:
+        for account in accounts:  # they never read
+            raw = stack.enter_context(small_window(running.url, 4096))
+            await asyncio.get_running_loop().sock_sendall(raw, chat_bytes(account.refresh_tokens[0], True))
+        await simulator.wait_until(lambda: all(account.streams_open for account in accounts))
+        await simulator.wait_until(lambda: not any(account.streams_open for account in accounts), 20)
+    assert read_peak_bytes(running.process.pid) - before < 24_000_000
+    await works_again(simulator, running.url)
+    assert (await running.stop())[0] == 0
