@@ -12,11 +12,11 @@ PURE := tests/test_wire.py tests/test_events.py tests/test_answers.py tests/test
 	tests/test_requests.py tests/test_replies.py tests/test_errors.py tests/test_settings.py tests/test_logs.py tests/test_layout.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test test-node test-agents bench soak test-lowest test-units test-cluster check lint install \
+.PHONY: help demo run test test-node test-agents bench bench-cluster soak test-lowest test-units test-cluster check lint install \
 	uninstall toc golden trace clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/run.stamp ## see the proxy answer, with a simulator in place of Kimi: no token needed
 	@$(RUN) tests/demo.py
@@ -39,6 +39,9 @@ test-agents: $(VENV)/run.stamp ## test with Claude Code and Codex CLI (several h
 
 bench: $(VENV)/run.stamp ## measure the proxy beside its floors, some 20 minutes; ROUNDS=9 (Linux)
 	@PYTHONPATH=tests $(RUN) tests/bench/bench.py --rounds $(ROUNDS)
+
+bench-cluster: $(VENV)/run.stamp ## measure one and two instances behind HAProxy (Linux)
+	@PYTHONPATH=tests $(RUN) tests/bench/balancer.py
 
 soak: $(VENV)/run.stamp ## MINUTES=1: mixed traffic with faults, then memory, descriptors and conversations as before (Linux)
 	@PYTHONPATH=tests $(RUN) tests/soak.py $(MINUTES)

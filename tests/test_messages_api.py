@@ -258,6 +258,7 @@ def test_a_result_carries_its_pictures_and_its_urls_are_not_wrapped() -> None:
 def test_what_server_tools_did_is_dropped() -> None:
     dropped = [
         {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {}},
+        {"type": "mcp_tool_use", "id": "m", "name": "find", "server_name": "x", "input": {}},
         {"type": "web_search_tool_result", "tool_use_id": "s", "content": [{"type": "web_search_result"}]},
     ]
     assert blocks(*dropped, "a", role="assistant") == (Message("assistant", "a"),)

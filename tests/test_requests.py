@@ -317,6 +317,30 @@ def test_a_tool_can_ask_for_search(tools: list[Any], expected: bool | None) -> N
     assert parse(tools=tools, use_search=False).use_search is False
 
 
+def test_tools_of_other_kinds_are_left_out_and_cannot_be_demanded() -> None:
+    custom = {"type": "custom", "custom": {"name": "grep"}}
+    request = parse(tools=[custom, FUNCTION, {"type": "code_interpreter"}])
+    assert request.left_out == ("grep", "code_interpreter") and len(request.tools) == 1
+    assert parse(tools=[custom], tool_choice="required").tool_choice == ToolChoice()
+    choice = {"type": "custom", "custom": {"name": "grep"}}
+    assert parse(tools=[custom, FUNCTION], tool_choice=choice).tool_choice == ToolChoice()
+
+
+def test_only_what_is_allowed_may_be_called() -> None:
+    other = {"type": "function", "function": {"name": "other"}}
+    name = parse(tools=[FUNCTION]).tools[0].name
+    allowed = {"mode": "required", "tools": [{"type": "function", "function": {"name": name}}]}
+    request = parse(tools=[FUNCTION, other], tool_choice={"type": "allowed_tools", "allowed_tools": allowed})
+    assert (request.tool_choice, [tool.name for tool in request.tools]) == (ToolChoice("required"), [name])
+
+
+def test_a_custom_tools_earlier_call_is_told_too() -> None:
+    call = {"id": "c1", "type": "custom", "custom": {"name": "grep", "input": "needle"}}
+    request = parse(messages=[{"role": "assistant", "tool_calls": [call]}, {"tool_call_id": "c1", "content": "found"}])
+    assert "grep" in request.messages[0].text and "needle" in request.messages[0].text
+    assert request.messages[1].role == "tool" and "grep" in request.messages[1].text
+
+
 def test_only_what_needs_filters_has_some() -> None:
     assert make_chain(parse(tools=[FUNCTION], tool_choice="none"), str).filters == []
     request = parse(tools=[FUNCTION], stop="x", max_tokens=3, response_format={"type": "json_object"})
@@ -330,7 +354,6 @@ def deep(depth: int) -> Any:
 
 BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"tools": [1]}, "tools[0]"),
-    ({"tools": [{"type": "custom"}]}, "tools[0].type"),
     ({"tools": [{"type": "function"}]}, "tools[0].function.name"),
     ({"tools": [{"function": {"name": "a b"}}]}, "tools[0].function.name"),
     ({"tools": [{"function": {"name": "<tool_call>"}}]}, "tools[0].function.name"),

@@ -246,6 +246,7 @@ def test_a_web_search_tool_asks_for_search(tool: dict[str, Any]) -> None:
     assert parse(tools=[tool], use_search=False).chat.use_search is False
 
 
+ALLOWED = {"type": "allowed_tools", "tools": [{"type": "function", "name": "read"}]}
 CHOICES: list[tuple[Any, ToolChoice]] = [
     (None, ToolChoice()),
     ("auto", ToolChoice()),
@@ -255,8 +256,12 @@ CHOICES: list[tuple[Any, ToolChoice]] = [
     ({"type": "function", "name": "spawn"}, ToolChoice()),
     ({"type": "web_search_preview"}, ToolChoice()),
     ({"type": "custom", "name": "read"}, ToolChoice()),
-    ({"type": "allowed_tools", "mode": "required", "tools": []}, ToolChoice("required")),
-    ({"type": "allowed_tools", "mode": "auto", "tools": []}, ToolChoice()),
+    (
+        {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "read"}]},
+        ToolChoice("required"),
+    ),
+    ({"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "read"}]}, ToolChoice()),
+    ({"type": "allowed_tools", "mode": "auto", "tools": []}, ToolChoice("none")),
 ]
 
 
