@@ -42,7 +42,7 @@ HANGS_SECONDS: Final = 30.0  # no request may take so long
 # What may be left over: allocators and caches breathe.
 MOST_GROWTH_MB: Final = 6.0
 MOST_DESCRIPTORS: Final = 2
-CLOSING_SECONDS: Final = 45.0  # idle pooled connections are closed after 30 s
+CLOSING_SECONDS: Final = 75.0  # idle pooled connections are closed after 30 to 60 s
 
 SCHEMA: Final = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 LIMITS: Final = {
