@@ -78,7 +78,7 @@ from aiohttp import abc, web, web_protocol
 from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
-__version__: Final = "1.6.0"
+__version__: Final = "1.7.0"
 
 
 # ==== 2. Settings ===========================================================
@@ -5067,97 +5067,6 @@ def is_connection_broken(response: aiohttp.ClientResponse) -> bool:
     return connection is not None and connection.protocol is not None and connection.protocol.exception() is not None
 
 
-class Inflow:
-    """The pieces of a body, as the network brings them; `read` gives one reader what `content.readany()` would.
-
-    A read that waits costs a future, and a turn of its task with all that awaits it. So `take`, where it is given, is
-    offered each piece first, by the loop itself, and returns what it leaves of it: what it takes whole wakes nobody.
-    What it raises is raised by `read`.
-
-    aiohttp's reader wakes whoever waits by its `_waiter`, a future; here that is this object. It also has parser and
-    transport resume after each read, though hardly ever are they paused: here that is asked first (3.14.5).
-    """
-
-    __slots__ = ("_buffer", "_content", "_context", "_loop", "_protocol", "_rest", "_take", "_woken")
-
-    def __init__(self, content: aiohttp.StreamReader, take: Callable[[bytes], bytes] | None = None) -> None:
-        self._content = content
-        self._protocol: Any = None if content.at_eof() else content._protocol  # an empty body has none
-        self._take = take
-        self._rest = b""
-        self._woken: asyncio.Future[None] | None = None
-        self._loop = asyncio.get_running_loop()
-        self._context = copy_context()
-
-    async def read(self) -> bytes:
-        """The next piece, or what was left of it; empty at the end. Raises what `readany` does."""
-        content = self._content
-        if self._protocol is None:
-            return await content.readany()
-        if content._eof or content._buffer or content._exception is not None or not self._protocol.connected:
-            return self._pop() or await content.readany()
-        self._woken = self._loop.create_future()
-        content._waiter = cast(Any, self)
-        try:
-            await self._woken
-        finally:
-            self._woken = None
-            content._waiter = None
-        rest, self._rest = self._rest, b""
-        return rest or self._pop() or await content.readany()
-
-    def done(self) -> bool:
-        """Whether nobody waits any more: asked by the reader before it calls `set_result`."""
-        return self._woken is None or self._woken.done()
-
-    def set_result(self, _: None) -> None:
-        """Take note that something has come."""
-        if self._take is None:
-            self._wake()
-        else:
-            # Later in this turn of the loop, since more may come with the same read of the network.
-            self._loop.call_soon(self._offer, self._take, context=self._context)
-
-    def set_exception(self, error: BaseException) -> None:
-        """Take note that the connection failed."""
-        if self._woken is not None and not self._woken.done():
-            self._woken.set_exception(error)
-
-    def _wake(self) -> None:
-        if self._woken is not None and not self._woken.done():
-            self._woken.set_result(None)
-
-    def _pop(self) -> bytes:
-        """All that has come; nothing where the reader itself has to look, which resumes what it paused."""
-        content = self._content
-        buffer = content._buffer
-        if not buffer or content._exception is not None or self._protocol._reading_paused:
-            return b""
-        piece = buffer.popleft() if len(buffer) == 1 else b"".join(buffer)
-        buffer.clear()
-        content._size = 0
-        content._cursor += len(piece)
-        if content._http_chunk_splits:
-            content._http_chunk_splits.clear()
-        return piece
-
-    def _offer(self, take: Callable[[bytes], bytes]) -> None:
-        """Offer what has come, and wait for more where it is taken."""
-        if self._woken is None or self._woken.done():
-            return
-        if piece := self._pop():
-            try:
-                self._rest = take(piece)
-            except Exception as error:
-                self.set_exception(error)
-                return
-        content = self._content
-        if self._rest or content._eof or content._exception is not None or self._protocol._reading_paused:
-            self._wake()
-        else:
-            content._waiter = cast(Any, self)
-
-
 # ==== 13. Accounts ==========================================================
 #
 # One account is one refresh token as the client sends it. Its access token is fetched when needed, by one task of the
@@ -6504,8 +6413,8 @@ async def _read_spool(spooled: IO[bytes]) -> AsyncIterator[bytes]:
 # ==== 15. Kimi ==============================================================
 #
 # The service's calls. `Calls` makes one call: token, limits, and what a reply means; it alone repeats a call, where the
-# access token was dead or a kept connection turned out closed. `Classic` and `Connect` know the paths, headers and
-# bodies of the two dialects.
+# access token was dead or a kept connection turned out closed. `Inflow` brings the bytes of an answer, `Reader` makes
+# events of them. `Classic` and `Connect` know the paths, headers and bodies of the two dialects.
 
 _REPLY_LIMIT_BYTES: Final = 1_048_576
 _REGISTER_SECONDS: Final = 30.0  # [1]
@@ -7008,6 +6917,97 @@ class Dialect(Protocol):
 
     async def remove(self, account: Account, conversation_id: str) -> None:
         """Remove the conversation, so that it does not show in the user's history."""
+
+
+class Inflow:
+    """The pieces of a body, as the network brings them; `read` gives one reader what `content.readany()` would.
+
+    A read that waits costs a future, and a turn of its task with all that awaits it. So `take`, where it is given, is
+    offered each piece first, by the loop itself, and returns what it leaves of it: what it takes whole wakes nobody.
+    What it raises is raised by `read`.
+
+    aiohttp's reader wakes whoever waits by its `_waiter`, a future; here that is this object. It also has parser and
+    transport resume after each read, though hardly ever are they paused: here that is asked first (3.14.5).
+    """
+
+    __slots__ = ("_buffer", "_content", "_context", "_loop", "_protocol", "_rest", "_take", "_woken")
+
+    def __init__(self, content: aiohttp.StreamReader, take: Callable[[bytes], bytes] | None = None) -> None:
+        self._content = content
+        self._protocol: Any = None if content.at_eof() else content._protocol  # an empty body has none
+        self._take = take
+        self._rest = b""
+        self._woken: asyncio.Future[None] | None = None
+        self._loop = asyncio.get_running_loop()
+        self._context = copy_context()
+
+    async def read(self) -> bytes:
+        """The next piece, or what was left of it; empty at the end. Raises what `readany` does."""
+        content = self._content
+        if self._protocol is None:
+            return await content.readany()
+        if content._eof or content._buffer or content._exception is not None or not self._protocol.connected:
+            return self._pop() or await content.readany()
+        self._woken = self._loop.create_future()
+        content._waiter = cast(Any, self)
+        try:
+            await self._woken
+        finally:
+            self._woken = None
+            content._waiter = None
+        rest, self._rest = self._rest, b""
+        return rest or self._pop() or await content.readany()
+
+    def done(self) -> bool:
+        """Whether nobody waits any more: asked by the reader before it calls `set_result`."""
+        return self._woken is None or self._woken.done()
+
+    def set_result(self, _: None) -> None:
+        """Take note that something has come."""
+        if self._take is None:
+            self._wake()
+        else:
+            # Later in this turn of the loop, since more may come with the same read of the network.
+            self._loop.call_soon(self._offer, self._take, context=self._context)
+
+    def set_exception(self, error: BaseException) -> None:
+        """Take note that the connection failed."""
+        if self._woken is not None and not self._woken.done():
+            self._woken.set_exception(error)
+
+    def _wake(self) -> None:
+        if self._woken is not None and not self._woken.done():
+            self._woken.set_result(None)
+
+    def _pop(self) -> bytes:
+        """All that has come; nothing where the reader itself has to look, which resumes what it paused."""
+        content = self._content
+        buffer = content._buffer
+        if not buffer or content._exception is not None or self._protocol._reading_paused:
+            return b""
+        piece = buffer.popleft() if len(buffer) == 1 else b"".join(buffer)
+        buffer.clear()
+        content._size = 0
+        content._cursor += len(piece)
+        if content._http_chunk_splits:
+            content._http_chunk_splits.clear()
+        return piece
+
+    def _offer(self, take: Callable[[bytes], bytes]) -> None:
+        """Offer what has come, and wait for more where it is taken."""
+        if self._woken is None or self._woken.done():
+            return
+        if piece := self._pop():
+            try:
+                self._rest = take(piece)
+            except Exception as error:
+                self.set_exception(error)
+                return
+        content = self._content
+        if self._rest or content._eof or content._exception is not None or self._protocol._reading_paused:
+            self._wake()
+        else:
+            content._waiter = cast(Any, self)
 
 
 class Reader:

@@ -7,7 +7,7 @@ import json
 import random
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 import pytest
@@ -23,6 +23,7 @@ from kimi_proxy import (
     ConnectAnswer,
     EnvelopeParser,
     Event,
+    Inflow,
     Model,
     ProxyError,
     Question,
@@ -551,3 +552,125 @@ async def test_lines_for_each_frame_are_written_at_debug_level_alone(
 ) -> None:
     assert await ask(http, proxy, simulator.token("hello")) == 200
     assert log_lines.text.count("< cmpl, ") >= 7
+
+
+# What the network brings.
+
+
+class Connection:
+    """What a body's reader sees of its connection."""
+
+    connected = True
+
+    def __init__(self) -> None:
+        self._reading_paused = False
+
+    def pause_reading(self) -> None:
+        self._reading_paused = True
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        self._reading_paused = False
+
+
+def make_content(limit: int = 65_536) -> tuple[aiohttp.StreamReader, Connection]:
+    connection = Connection()
+    content = aiohttp.StreamReader(cast(Any, connection), limit, loop=asyncio.get_running_loop())
+    content.begin_http_chunk_receiving()
+    return content, connection
+
+
+def feed(content: aiohttp.StreamReader, *chunks: bytes) -> None:
+    """What one read of the network brings."""
+    for chunk in chunks:
+        content.feed_data(chunk)
+        content.end_http_chunk_receiving()
+
+
+@given(reads=st.lists(st.lists(st.binary(min_size=1, max_size=9), max_size=3), max_size=9), limit=st.integers(1, 40))
+def test_an_inflow_gives_what_comes_in_order_whatever_is_taken(reads: list[list[bytes]], limit: int) -> None:
+    async def run() -> None:
+        content, connection = make_content(limit)
+        got: list[bytes] = []
+
+        def take(piece: bytes) -> bytes:
+            """Take up to the first byte above 200."""
+            high = next((at for at, byte in enumerate(piece) if byte > 200), len(piece))
+            got.append(piece[:high])
+            return piece[high:]
+
+        async def read() -> None:
+            inflow = Inflow(content, take)
+            while piece := await inflow.read():
+                got.append(piece)
+
+        reading = asyncio.create_task(read())
+        for chunks in reads:
+            await asyncio.sleep(0)
+            while connection._reading_paused:
+                await asyncio.sleep(0)
+            feed(content, *chunks)
+        content.feed_eof()
+        await asyncio.wait_for(reading, 5)
+        assert b"".join(got) == b"".join(chunk for chunks in reads for chunk in chunks)
+        assert not connection._reading_paused and content._waiter is None
+
+    asyncio.run(run())
+
+
+async def test_what_one_read_of_the_network_brings_is_offered_as_one_and_wakes_nobody() -> None:
+    content, _ = make_content()
+    offered: list[bytes] = []
+
+    def take(piece: bytes) -> bytes:
+        offered.append(piece)
+        return b""
+
+    reading = asyncio.create_task(Inflow(content, take).read())
+    for chunks in ((b"a", b"b", b"c"), (b"d",), (b"e", b"f")):
+        await asyncio.sleep(0)
+        feed(content, *chunks)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    assert offered == [b"abc", b"d", b"ef"] and not reading.done()
+    content.feed_eof()
+    assert await asyncio.wait_for(reading, 5) == b""
+
+
+async def test_what_a_taker_raises_and_what_the_connection_does_is_raised_by_read() -> None:
+    def refuse(piece: bytes) -> bytes:
+        raise ValueError("no")
+
+    content, _ = make_content()
+    reading = asyncio.create_task(Inflow(content, refuse).read())
+    await asyncio.sleep(0)
+    feed(content, b"a")
+    with pytest.raises(ValueError, match="no"):
+        await asyncio.wait_for(reading, 5)
+    content, _ = make_content()
+    reading = asyncio.create_task(Inflow(content, lambda piece: b"").read())
+    await asyncio.sleep(0)
+    feed(content, b"a")
+    content.set_exception(aiohttp.ClientPayloadError("cut"))
+    with pytest.raises(aiohttp.ClientPayloadError):
+        await asyncio.wait_for(reading, 5)
+
+
+async def test_a_read_that_is_cancelled_takes_nothing_with_it() -> None:
+    content, _ = make_content()
+    taken: list[bytes] = []
+
+    def take(piece: bytes) -> bytes:
+        taken.append(piece)
+        return b""
+
+    reading = asyncio.create_task(Inflow(content, take).read())
+    await asyncio.sleep(0)
+    feed(content, b"a")
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    assert not taken and await content.readany() == b"a"
+
+
+async def test_an_empty_body_has_nothing_to_read() -> None:
+    assert await Inflow(aiohttp.streams.EMPTY_PAYLOAD).read() == b""
