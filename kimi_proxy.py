@@ -47,7 +47,7 @@ import tempfile
 import time
 import traceback
 import zlib
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import (
     AsyncIterator,
@@ -144,7 +144,7 @@ def _web_address(value: str) -> str:
     address = URL(text)
     if text and (address.scheme not in ("http", "https") or not address.host or address.query_string):
         raise ValueError("must look like https://host or http://host:port")
-    return text
+    return str(address)  # encoded as it has to be: what is appended to it needs no more
 
 
 def _directory(value: str) -> str:
@@ -708,8 +708,8 @@ class Metrics:
     def observe(self, name: str, seconds: float) -> None:
         """Add a time to the histogram `name`: the counts of its buckets, then their number and sum."""
         times = self.times.setdefault(name, [0.0] * (len(_BUCKETS) + 2))
-        for at, bound in enumerate(_BUCKETS):
-            times[at] += seconds <= bound
+        for at in range(bisect_left(_BUCKETS, seconds), len(_BUCKETS)):
+            times[at] += 1
         times[-2] += 1
         times[-1] += seconds
 
@@ -5761,8 +5761,10 @@ class Accounts:
         """A live access token. Raises `ProxyError` where the service gives none: `token_dead` if it refuses."""
         if account.direct:
             return self._use_directly(account)
+        now = asyncio.get_running_loop().time()
+        if account.access_token and now < account.expires_at:
+            return account.access_token
         async with account.lock:
-            now = asyncio.get_running_loop().time()
             if account.access_token and now < account.expires_at:
                 return account.access_token
             if account.refused is not None and now < account.refused_until:
