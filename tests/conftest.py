@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from typing import Any
@@ -23,6 +25,56 @@ async def simulator() -> AsyncIterator[Simulator]:
         yield running
 
 
+_DESCRIPTORS = "/dev/fd"  # of this process, on Linux and elsewhere
+
+
+def list_descriptors() -> list[str]:
+    """What the open descriptors of this process are, as far as the system tells."""
+    found = []
+    for name in os.listdir(_DESCRIPTORS):
+        try:
+            found.append(os.readlink(f"{_DESCRIPTORS}/{name}"))
+        except OSError:  # the listing's own, which is closed by now, or no link
+            found.append("?")
+    return found
+
+
+class Holdings:
+    """The tasks and descriptors of this process, as they were when it was made, to see what is left behind."""
+
+    def __init__(self, simulator: Simulator) -> None:
+        self._simulator = simulator
+        self._tasks = asyncio.all_tasks()
+        self._descriptors = list_descriptors()
+
+    def list_leftovers(self, proxies: int) -> str:
+        """What there is more than before; empty if nothing. `proxies` are running, each of which listens.
+
+        A connection that a proxy keeps idle is none of it: two descriptors, as both its ends are in this process, and
+        the simulator's task that waits for a request on it.
+        """
+        idle = self._simulator.connections_idle
+        tasks = asyncio.all_tasks() - self._tasks - {asyncio.current_task()}
+        descriptors = list_descriptors()
+        wrong = {
+            "calls of the service": self._simulator.requests_open,
+            "tasks": len(tasks) - idle,
+            "descriptors": len(descriptors) - len(self._descriptors) - proxies - 2 * idle,
+        }
+        if not any(wrong.values()):
+            return ""
+        return f"{wrong}, {idle} idle; of {sorted(map(str, tasks))}, {sorted(descriptors)}, {sorted(self._descriptors)}"
+
+    async def wait_until_nothing_is_left(self, proxies: int = 0, seconds: float = 5.0) -> None:
+        """Return once all is as before. Raises `AssertionError`."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + seconds
+        self._simulator.stalled.set()
+        while (left := self.list_leftovers(proxies)) and loop.time() < deadline:
+            await asyncio.sleep(0.01)
+        assert not left
+
+
 class StartProxy:
     """Starts proxies with settings by field; `close` ends them, as a signal would."""
 
@@ -30,6 +82,18 @@ class StartProxy:
         self._simulator = simulator
         self._dialect = dialect
         self._stack = AsyncExitStack()
+        self._connectors: list[aiohttp.TCPConnector] = []
+        self.holdings = Holdings(simulator)
+        self.urls: list[str] = []
+
+    def _make_connector(self, **options: Any) -> aiohttp.TCPConnector:
+        self._connectors.append(_TCPConnector(**options))
+        return self._connectors[-1]
+
+    @property
+    def connections_in_use(self) -> int:
+        """How many connections to the service, its storage and origins are not idle, as the proxies see it."""
+        return sum(len(connector._acquired) for connector in self._connectors)
 
     async def __call__(self, **settings: Any) -> str:
         url = self._simulator.url
@@ -42,11 +106,18 @@ class StartProxy:
             "state_dir": "",
         }
         settings = {**defaults, **settings}
-        return await self._stack.enter_async_context(run_server(Settings(**settings)))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(aiohttp, "TCPConnector", self._make_connector)
+            self.urls.append(await self._stack.enter_async_context(run_server(Settings(**settings))))
+        return self.urls[-1]
 
     async def close(self) -> None:
         """End all proxies; may be called twice."""
+        self.urls.clear()
         await self._stack.aclose()
+
+
+_TCPConnector = aiohttp.TCPConnector
 
 
 @pytest.fixture
@@ -57,12 +128,27 @@ def dialect() -> str:
 
 @pytest.fixture
 async def start_proxy(simulator: Simulator, dialect: str) -> AsyncIterator[StartProxy]:
-    """Starts proxies, which end with the test and leave no task behind."""
+    """Starts proxies, which end with the test and leave no task and no descriptor behind."""
     start = StartProxy(simulator, dialect)
     yield start
     await start.close()
-    left = [task for task in asyncio.all_tasks() if task.get_name() in ("open", "ask", "refresh", "remove", "comment")]
-    assert not left
+    await start.holdings.wait_until_nothing_is_left()
+
+
+@pytest.fixture
+async def nothing_is_left(
+    start_proxy: StartProxy, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[None]:
+    """After the test, while its proxies still run: no task, descriptor, temporary file or connection in use is left.
+
+    It is for tests whose clients close their connections.
+    """
+    spool = tmp_path_factory.mktemp("spool")
+    monkeypatch.setattr(tempfile, "tempdir", str(spool))
+    yield
+    await start_proxy.holdings.wait_until_nothing_is_left(len(start_proxy.urls))
+    assert start_proxy.connections_in_use == 0
+    assert os.listdir(spool) == []
 
 
 @pytest.fixture

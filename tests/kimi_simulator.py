@@ -808,11 +808,13 @@ class Simulator:
         self.origin_url = ""
         self.violations: list[str] = []
         self.fetches: list[str] = []  # what was asked of the origin
+        self.requests_open = 0  # of all of its servers
         self.transfers_open = 0
         self.origins_open = 0
         self.origins_most = 0  # at once
         self.storage_bytes = 0
         self.stalled = asyncio.Event()  # set it, and a storage that stalls looks what became of its client
+        self._elsewhere_url = ""
         self._dice = random.Random(self.seed)
         self._unsteady = unsteady
         self._port = port
@@ -824,7 +826,7 @@ class Simulator:
         self._runners: list[web.AppRunner] = []
 
     async def __aenter__(self) -> Simulator:
-        app = web.Application(middlewares=[self._check])
+        app = web.Application(middlewares=[self._count, self._check])
         app.router.add_get("/api/auth/token/refresh", self._refresh)
         app.router.add_post("/api/chat", self._open)
         app.router.add_post("/api/chat/{id}/completion/stream", self._ask)
@@ -841,12 +843,14 @@ class Simulator:
         app.router.add_post(
             "/apiv2-files/kimi.gateway.file.v1.FileService/GetFileParseProgress", self._connect_progress
         )
-        storage, origin = web.Application(), web.Application()
+        storage, origin, elsewhere = (web.Application(middlewares=[self._count]) for _ in range(3))
+        elsewhere.router.add_route("*", "/{tail:.*}", self._refuse_elsewhere)
         storage.router.add_route("*", "/{tail:.*}", self._store)
         origin.router.add_route("*", "/{order}/{name:.*}", self._serve_file)
         self.url = await self._listen(app, self._port)
         self.storage_url = await self._listen(storage)
         self.origin_url = await self._listen(origin)
+        self._elsewhere_url = (await self._listen(elsewhere)).replace("127.0.0.1", "localhost")
         return self
 
     async def _listen(self, app: web.Application, port: int = 0) -> str:
@@ -887,6 +891,12 @@ class Simulator:
     def connections(self) -> int:
         """How many connections carried an answered call."""
         return len(self._used_connections)
+
+    @property
+    def connections_idle(self) -> int:
+        """How many connections are open that carry no request: the pools of who calls have their other ends."""
+        servers = [runner.server for runner in self._runners if runner.server is not None]
+        return sum(len(server.connections) for server in servers) - self.requests_open
 
     async def wait_until(self, condition: Callable[[], bool], seconds: float = 5.0) -> None:
         """Return once `condition` holds; looked at whenever something changed. Raises `TimeoutError`."""
@@ -1412,7 +1422,7 @@ class Simulator:
                 raise Refusal(self._connect_failure(_CONNECT_TYPES.get(kind, "internal"), f"ordered error {kind}"))
             raise Refusal(_failure(200, kind, "ordered error"))
         if order.at("redirect", step) is not None:
-            raise Refusal(web.Response(status=302, headers={"Location": "http://127.0.0.2:9/elsewhere"}))
+            raise Refusal(web.Response(status=302, headers={"Location": f"{self._elsewhere_url}/elsewhere"}))
         if order.at("wrong-type", step) is not None:
             raise Refusal(web.Response(body=_HTML, content_type="text/html"))
         if (status := order.at("html", step)) is not None:
@@ -1426,6 +1436,21 @@ class Simulator:
         await response.write(b'{"id":"')
         for _ in range(1000):
             await response.write(b"x" * 65_536)
+
+    @web.middleware
+    async def _count(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        self.requests_open += 1
+        try:
+            return await handler(request)
+        finally:
+            self.requests_open -= 1
+            self._changed.set()
+
+    async def _refuse_elsewhere(self, request: web.Request) -> web.StreamResponse:
+        self._violate("a redirect to another host was followed")
+        return web.Response(status=404)
 
     @web.middleware
     async def _check(
