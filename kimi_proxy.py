@@ -30,6 +30,7 @@ import argparse
 import asyncio
 import base64
 import binascii
+import errno
 import hashlib
 import hmac
 import io
@@ -7215,7 +7216,11 @@ class Asking:
         return models
 
     async def choose_model(self, account: Account, name: str) -> Model:
-        """The model that a client's `name` means; the default, with a log line, where it is not known."""
+        """The model that a client's `name` means; the default, with a log line, where it is not known.
+
+        Raises `ProxyError` where there is no access token: a built-in list would not help.
+        """
+        await self._accounts.access_token(account)
         model, is_known = choose_model(name, await self.models(account))
         if not is_known:
             logger.info("model %s is not known, %s is asked", quote_words(name)[:60], model.id)
@@ -7976,7 +7981,7 @@ OUTCOME: Final = web.RequestKey("outcome", Outcome)
 
 
 class Delivery:
-    """One reply on its way to the client. The ticker fills its silence and drops a client that takes nothing."""
+    """One reply on its way to the client. The ticker fills its silence."""
 
     def __init__(self, request: web.Request, reply: Reply, state: State) -> None:
         self._request = request
@@ -7985,10 +7990,10 @@ class Delivery:
         self._response: web.StreamResponse | None = None
         self._writes = 0
         self._writing = False
-        self._seen = (0, 0)
-        self._started = self._quiet_since = asyncio.get_running_loop().time()
+        self._seen = 0
+        self._started = asyncio.get_running_loop().time()
         self._shown = False
-        self._next_comment = self._quiet_since + state.settings.first_comment_seconds
+        self._next_comment = self._started + state.settings.first_comment_seconds
 
     @property
     def begun(self) -> bool:
@@ -8014,20 +8019,14 @@ class Delivery:
         return await self._end(self._reply.fail(error), error.status)
 
     def tick(self, now: float) -> None:
-        """Comment into a silent stream, and drop a client that took nothing for too long."""
+        """Comment into a silent stream."""
+        if self._writes != self._seen:
+            self._seen = self._writes
+            self._next_comment = now + self._state.settings.first_comment_seconds
         transport = self._request.transport
-        waiting_bytes = transport.get_write_buffer_size() if transport is not None else 0
-        if (self._writes, waiting_bytes) != self._seen:
-            if self._writes != self._seen[0]:
-                self._next_comment = now + self._state.settings.first_comment_seconds
-            self._seen = (self._writes, waiting_bytes)
-            self._quiet_since = now
-        if transport is None:
+        if transport is None or transport.get_write_buffer_size() > 0 or self._writing:
             return
-        if self._writing and now - self._quiet_since >= self._state.settings.send_seconds:
-            logger.warning("! the client took nothing for %.0f s, dropped", now - self._quiet_since)
-            transport.abort()
-        elif now >= self._next_comment and waiting_bytes == 0 and not self._writing:
+        if now >= self._next_comment:
             self._next_comment = now + self._state.settings.comment_seconds
             if data := self._reply.alive():
                 self._state.tasks.start(self._comment(data), "comment")
@@ -8105,6 +8104,11 @@ def speaks_anthropic(request: web.Request) -> bool:
     if path.startswith("/v1/models"):
         return "anthropic-version" in request.headers
     return path.lstrip("/").startswith("v1/messages")
+
+
+def make_request_id() -> str:
+    """An id for a request that brought none."""
+    return secrets.token_hex(6)
 
 
 def read_credential(request: web.Request) -> str:
@@ -8487,7 +8491,7 @@ async def _frame(request: web.Request, handler: Callable[[web.Request], Awaitabl
     """Around every request: its id, its errors in JSON, its log line."""
     state, started = request.app[STATE], time.monotonic()
     given = request.headers.get("X-Request-Id", "")
-    request_id.set(given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(6))
+    request_id.set(given if _REQUEST_ID.fullmatch(given) else make_request_id())
     status = _CLIENT_CLOSED
     outcome = request[OUTCOME] = Outcome()
     state.requests += 1
@@ -8605,7 +8609,7 @@ async def _own_state(app: web.Application) -> AsyncIterator[None]:
         settings.file_seconds,
         settings.transfer_seconds,
     )
-    ticker = Ticker(max(0.02, min(0.25, shortest / 4, settings.comment_seconds / 4, settings.send_seconds / 4)))
+    ticker = Ticker(max(0.02, min(0.25, shortest / 4, settings.comment_seconds / 4)))
     session = open_service_session(settings.proxy_url)
     transfers = open_service_session(settings.proxy_url, reuse=False)
     files = Files(settings, metrics)
@@ -8741,42 +8745,81 @@ def make_app(settings: Settings, hosts: Sequence[str] = ()) -> web.Application:
 
 @dataclass(slots=True)
 class _Connections:
-    """How many connections there are, and may be."""
+    """How many connections there are, and may be, and how long one of them may take nothing."""
 
     most: int
+    send_seconds: float
     open: int = 0
 
 
 _NO_ROOM: Final = (
-    b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nX-Request-Id: {}\r\nServer: kimi_proxy\r\n"
+    "Content-Length: 0\r\nConnection: close\r\n\r\n"
 )
+_SEND_BUFFER_BYTES: Final = 131_072  # the system would hold some megabytes for each client that reads slowly
 
 
 class _Connected(web_protocol.RequestHandler):
-    """One connection of a client. aiohttp would echo the bytes of a malformed head, which may hold a token."""
+    """One connection of a client. aiohttp would echo the bytes of a malformed head, which may hold a token, and would
+    wait for ever for a client that takes nothing.
+    """
 
-    __slots__ = ("_connections", "_counted")
+    __slots__ = ("_connections", "_counted", "_sending")
 
     def __init__(self, connections: _Connections, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._connections = connections
         self._counted = False
+        self._sending: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin; one connection too many is told so, and closed."""
         if self._connections.open >= self._connections.most:
-            cast(asyncio.Transport, transport).write(_NO_ROOM)
+            request_id.set(make_request_id())
+            logger.info("a connection was refused: there are %d", self._connections.open)
+            cast(asyncio.Transport, transport).write(_NO_ROOM.format(request_id.get()).encode())
             transport.close()
             return
         self._connections.open += 1
         self._counted = True
+        with suppress(OSError):  # a connection that is lost already
+            raw = transport.get_extra_info("socket")
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         super().connection_made(transport)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """End."""
+        self._stop_watching()
         if self._counted:
             self._connections.open -= 1
             super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """More waits for the client than should: it has to take some of it in time."""
+        super().pause_writing()
+        self._watch_sending()
+
+    def resume_writing(self) -> None:
+        """The client took it."""
+        self._stop_watching()
+        super().resume_writing()
+
+    def _watch_sending(self) -> None:
+        waiting_bytes = self.transport.get_write_buffer_size() if self.transport is not None else 0
+        loop, seconds = asyncio.get_running_loop(), self._connections.send_seconds
+        self._sending = loop.call_later(seconds, self._check_sending, waiting_bytes)
+
+    def _check_sending(self, waiting_bytes: int) -> None:
+        if self.transport is not None and self.transport.get_write_buffer_size() == waiting_bytes:
+            logger.warning("! the client took nothing for %g s, dropped", self._connections.send_seconds)
+            self.transport.abort()
+        else:
+            self._watch_sending()
+
+    def _stop_watching(self) -> None:
+        if self._sending is not None:
+            self._sending.cancel()
+            self._sending = None
 
     def data_received(self, data: bytes) -> None:
         """Take bytes, but of one connection too many."""
@@ -8799,9 +8842,11 @@ class _Connected(web_protocol.RequestHandler):
         if status == 500:
             logger.error("! the proxy itself failed", exc_info=exc)
         else:
+            request_id.set(make_request_id())
             logger.info("a malformed request was refused (%s)", type(exc).__name__)
         error = ProxyError("internal_error" if status == 500 else "invalid_request", f"HTTP {status}")
         response = render_failure(error)
+        response.headers.update({"X-Request-Id": request_id.get(), "Server": "kimi_proxy"})
         response.force_close()
         return response
 
@@ -8825,7 +8870,7 @@ class _Runner(web.AppRunner):
     def __init__(self, app: web.Application, settings: Settings) -> None:
         super().__init__(app, handle_signals=False, handler_cancellation=True, access_log=None, shutdown_timeout=1)
         self._idle_seconds = settings.idle_seconds
-        self._connections = _Connections(settings.max_connections)
+        self._connections = _Connections(settings.max_connections, settings.send_seconds)
 
 
 class Notifier:
@@ -8945,8 +8990,30 @@ def _listen_for_signals() -> asyncio.Event:
     return stop
 
 
+_SCARCE: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_SCARCE_SECONDS: Final = 10.0
+
+
+def _make_loop_handler() -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
+    """What the loop tells its failures to. It fails to accept a hundred times a second, and says so each time."""
+    told_at = -_SCARCE_SECONDS
+
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        nonlocal told_at
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in _SCARCE:
+            loop.default_exception_handler(context)
+        elif loop.time() - told_at >= _SCARCE_SECONDS:
+            told_at = loop.time()
+            reason = os.strerror(error.errno)
+            logger.error("! new connections wait: %s (the process's limit, and PROXY_MAX_CONNECTIONS)", reason)
+
+    return handle
+
+
 async def _serve(settings: Settings) -> None:
     """Serve until a signal asks to stop; then let go of clients and balancers in good order."""
+    asyncio.get_running_loop().set_exception_handler(_make_loop_handler())
     notifier = Notifier(os.environ)
     stop = _listen_for_signals()
     async with _run_app(settings, take_sockets(os.environ)) as (address, app):

@@ -1,24 +1,119 @@
-"""The fault matrix: one row one test. What the client sees, what is cleaned up, and that the next request works.
+"""The fault matrix: what the client sees of each fault, what is cleaned up, and that the next request works.
 
-Each row runs streamed and whole. After each, no task and no conversation is left, no secret is in log or answer.
+Rows run over both dialects, streamed and whole, where that matters. After each, while the proxy still runs, no
+conversation, task, descriptor, temporary file or connection in use is left, no secret is in the log, and the next
+request works. `MATRIX` names the tests of each fault, some of which stand in other files, with the same check behind
+them. What needs a full disk, or no descriptors, limits a process of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
+import os
+import resource
+import signal
 import socket
+import ssl
 import struct
-from collections.abc import AsyncIterator
+import subprocess
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 from conftest import LogRecorder, StartProxy, bearer, chat_body
 from kimi_simulator import HELLO, Simulator
+from test_service import Running, receive, start
 
 CHAT = "/v1/chat/completions"
+
+# Each fault, and the tests of it.
+MATRIX: dict[str, tuple[str, ...]] = {
+    "the service's name cannot be resolved": ("test_a_name_that_cannot_be_resolved_is_a_502",),
+    "the service refuses connections": ("test_a_refused_connection_is_a_502",),
+    "the service does not answer a connection": ("test_a_service_that_answers_no_connection_is_a_504",),
+    "the service's certificate is bad": ("test_a_certificate_that_is_not_valid_is_a_502_and_gets_no_token",),
+    "401": ("test_a_dead_access_token_is_refreshed_and_the_call_made_once_more", "BEFORE"),
+    "a refresh hangs": ("test_all_that_wait_for_a_refresh_that_hangs_share_its_failure", "BEFORE"),
+    "429": ("test_a_429_says_when_to_come_back", "BEFORE"),
+    "5xx, 10 MB of HTML": ("BEFORE", "OPENING", "test_memory_does_not_grow"),
+    "another content type": ("BEFORE", "OPENING"),
+    "silence before the head": ("BEFORE", "OPENING"),
+    "silence within the answer": ("DURING", "test_a_silent_stream_has_comments_before_its_failure"),
+    "a reset within the answer": ("DURING",),
+    "a broken chunk": ("DURING",),
+    "an end without the last event": (
+        "test_a_stream_without_its_end_keeps_its_text_and_says_length",
+        "test_an_answer_without_text_is_no_success",
+    ),
+    "characters and lines cut in two": ("test_server.py: test_the_cut_of_the_bytes_changes_nothing",),
+    "an event that is no JSON": ("DURING",),
+    "a line of 4 MB": ("DURING", "test_memory_does_not_grow"),
+    "an endless answer": ("test_an_endless_answer_ends_at_its_deadline",),
+    "a reply without end": ("BEFORE", "OPENING", "test_memory_does_not_grow"),
+    "a redirect to another host": ("BEFORE", "OPENING"),
+    "the client closes, resets or half-closes, which is no failure of the service": (
+        "test_a_client_that_goes_away_stops_the_answer_and_leaves_no_conversation",
+    ),
+    "the client never reads": ("test_a_client_that_never_reads_is_dropped", "test_memory_does_not_grow"),
+    "the client reads slowly": (
+        "test_a_slow_client_is_served_until_it_takes_nothing",
+        "test_memory_does_not_grow",
+    ),
+    "a body stalls": ("test_a_body_that_stalls_is_a_408_and_frees_its_place",),
+    "a head stalls": ("test_a_head_that_stalls_is_closed",),
+    "a body is too large, or becomes so": (
+        "test_server.py: test_a_hostile_body_is_the_clients_fault_and_the_next_request_works",
+        "test_memory_does_not_grow",
+    ),
+    "a body is hostile JSON": (
+        "test_server.py: test_a_hostile_body_is_the_clients_fault_and_the_next_request_works",
+        "test_fuzz.py: test_any_body_is_refused_in_form",
+    ),
+    "request smuggling": ("test_a_smuggled_request_is_never_answered",),
+    "a file's URL leads inside": (
+        "test_files.py: test_no_hostile_address_gets_a_socket",
+        "test_files.py: test_each_redirect_is_judged",
+    ),
+    "a file's origin breaks off, lies or never ends": (
+        "test_files.py: test_what_an_origin_does_wrong_is_told_and_leaves_nothing",
+    ),
+    "the disk is full": ("test_a_full_disk_is_a_507",),
+    "the storage refuses or stalls": (
+        "test_files.py: test_what_the_service_does_wrong_with_a_file_is_told_and_leaves_nothing",
+    ),
+    "a removal fails or hangs": ("test_a_removal_that_fails_is_logged_and_never_seen",),
+    "SIGTERM": ("test_at_a_signal_50_answers_end_in_good_order",),
+    "a second signal": ("test_service.py: test_a_second_signal_ends_it_at_once",),
+    "no descriptors": ("test_without_descriptors_clients_wait_and_the_loop_does_not_spin",),
+    "the loop is blocked": ("test_a_blocked_loop_beats_no_more",),
+    "the state directory is of no use": (
+        "test_a_state_directory_of_no_use_is_told_and_the_proxy_works",
+        "test_a_state_directory_full_of_garbage_is_told_and_the_proxy_works",
+    ),
+    "a second process on the state directory": ("test_two_proxies_on_one_state_directory_share_rotated_tokens",),
+    "a restart with kept connections": ("test_a_restart_breaks_no_kept_connection",),
+    "nobody takes what systemd is told": ("test_service.py: test_a_full_queue_and_a_missing_one_stop_nothing",),
+}
+
+
+# For rows that end before any dialect is spoken, or in which both would do the same.
+one_dialect = pytest.mark.parametrize("dialect", ["connect"])
+
+
+@one_dialect
+def test_the_matrix_names_tests_that_exist() -> None:
+    place = Path(__file__).parent
+    for names in MATRIX.values():
+        for name in names:
+            file, _, test = name.rpartition(": ")
+            text = (place / (file or "test_faults.py")).read_text("utf-8")
+            assert f"def {test}(" in text or f"\n{test}: " in text, name
 
 
 @pytest.fixture(params=["classic", "connect"])
@@ -68,13 +163,19 @@ def stream(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture
 async def quick_proxy(start_proxy: StartProxy) -> str:
     """A proxy with short limits, none shorter than a slow machine's own delays."""
-    return await start_proxy(call_seconds=0.8, silence_seconds=0.6, answer_seconds=20.0)
+    return await start_proxy(call_seconds=0.6, silence_seconds=0.5, answer_seconds=20.0)
 
 
 @pytest.fixture(autouse=True)
-async def nothing_is_left(simulator: Simulator, log_lines: LogRecorder) -> AsyncIterator[None]:
-    """After each row: conversations removed once, no secret in the log, and no failure of the proxy itself."""
+async def row(
+    simulator: Simulator, start_proxy: StartProxy, nothing_is_left: None, log_lines: LogRecorder
+) -> AsyncIterator[None]:
+    """After each row: the next request works, conversations are removed once, no secret is in the log, no failure of
+    the proxy itself, and nothing is left.
+    """
     yield
+    for url in start_proxy.urls:
+        await works_again(simulator, url)
     for token, account in simulator._accounts.items():
         if not account.order.at("status", "remove") and account.order.at("silent", "remove") is None:
             await simulator.settle(token)
@@ -150,7 +251,6 @@ async def test_a_failure_before_the_first_chunk_has_its_status(
     assert words in seen.error["error"]["message"]
     assert seen.headers["Content-Type"].startswith("application/json")
     assert token not in seen.text
-    await works_again(simulator, quick_proxy)
 
 
 @pytest.mark.parametrize("script", ["empty", "hits-only", "length-empty"])
@@ -162,7 +262,6 @@ async def test_an_answer_without_text_is_no_success(
     # A streamed hit is visible: from then on the failure is an event of the stream.
     assert seen.status == (200 if stream and script == "hits-only" and dialect == "classic" else 502)
     assert "[DONE]" not in seen.text and '"finish_reason":"stop"' not in seen.text
-    await works_again(simulator, quick_proxy)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +302,7 @@ DURING: dict[str, tuple[tuple[str, ...], str]] = {
 
 @pytest.mark.parametrize("name", DURING)
 async def test_a_failure_in_the_middle_ends_the_stream_with_an_error(
-    simulator: Simulator, quick_proxy: str, stream: bool, name: str
+    simulator: Simulator, quick_proxy: str, log_lines: LogRecorder, stream: bool, name: str
 ) -> None:
     faults, code = DURING[name]
     seen = await send(quick_proxy, simulator.token("hello", *faults), stream)
@@ -214,8 +313,16 @@ async def test_a_failure_in_the_middle_ends_the_stream_with_an_error(
         assert seen.status == 200 and seen.error["choices"] == []
         assert HELLO.startswith(seen.content) and seen.content
     else:
-        assert seen.status in (502, 504)
-    await works_again(simulator, quick_proxy)
+        assert seen.status in (502, 504) and HELLO[:4] not in seen.text
+    assert "never" not in log_lines.text and "oops" not in log_lines.text  # what the broken events say
+
+
+async def test_a_silent_stream_has_comments_before_its_failure(simulator: Simulator, start_proxy: StartProxy) -> None:
+    proxy = await start_proxy(first_comment_seconds=0.1, comment_seconds=0.1, silence_seconds=0.6)
+    seen = await send(proxy, simulator.token("hello", "stall=5"), True)
+    text, _, rest = seen.text.partition("\n\n:")
+    assert text.startswith("data: {") and rest.count("\n\n:") >= 1
+    assert seen.error["error"]["code"] == "service_silent" and "[DONE]" not in seen.text
 
 
 async def test_an_endless_answer_ends_at_its_deadline(
@@ -225,7 +332,6 @@ async def test_an_endless_answer_ends_at_its_deadline(
     seen = await send(proxy, simulator.token("hello", "endless"), stream)
     assert seen.error["error"]["code"] == "answer_too_long"
     assert seen.status == (200 if stream else 504)
-    await works_again(simulator, proxy)
 
 
 @pytest.mark.parametrize(
@@ -297,13 +403,22 @@ async def test_a_removal_that_fails_is_logged_and_never_seen(
     assert simulator.account(token).count("remove") == 1
 
 
-async def leave(url: str, token: str, when: Any, how: str) -> None:
-    """Send a request, and go away as soon as `when` is done: the connection closed, reset, or closed on our side."""
+def split_address(url: str) -> tuple[str, int]:
     host, port = url.removeprefix("http://").split(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
-    body = json.dumps(chat_body("whisper", stream=True)).encode()
+    return host, int(port)
+
+
+def chat_bytes(token: str, stream: bool, **fields: Any) -> bytes:
+    """A chat request as it goes over the wire."""
+    body = json.dumps(chat_body("whisper", stream=stream, **fields)).encode()
     head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nContent-Length: {len(body)}\r\n\r\n"
-    writer.write(head.encode() + body)
+    return head.encode() + body
+
+
+async def leave(url: str, token: str, when: Any, how: str, stream: bool) -> None:
+    """Send a request, and go away as soon as `when` is done: the connection closed, reset, or closed on our side."""
+    reader, writer = await asyncio.open_connection(*split_address(url))
+    writer.write(chat_bytes(token, stream))
     await when
     if how == "half-closed":
         writer.write_eof()
@@ -326,14 +441,16 @@ LEAVING: dict[str, tuple[tuple[str, ...], str]] = {
 }
 
 
-@pytest.mark.parametrize("how", ["closed", "reset", "half-closed"])
+@pytest.mark.parametrize(
+    ("how", "stream"), [("closed", True), ("reset", True), ("half-closed", True), ("closed", False)]
+)
 @pytest.mark.parametrize(
     ("dialect", "name"),
     [("classic", name) for name in LEAVING]
     + [("connect", name) for name in LEAVING if name != "while the conversation is opened"],
 )
 async def test_a_client_that_goes_away_stops_the_answer_and_leaves_no_conversation(
-    simulator: Simulator, proxy: str, log_lines: LogRecorder, dialect: str, name: str, how: str
+    simulator: Simulator, proxy: str, log_lines: LogRecorder, dialect: str, name: str, how: str, stream: bool
 ) -> None:
     faults, step = LEAVING[name]
     token = simulator.token("long", *faults)
@@ -342,7 +459,7 @@ async def test_a_client_that_goes_away_stops_the_answer_and_leaves_no_conversati
     def reached() -> bool:
         return account.streams_open == 1 if step == "stream" else account.count(step) == 1
 
-    await leave(proxy, token, simulator.wait_until(reached), how)
+    await leave(proxy, token, simulator.wait_until(reached), how, stream)
     if step in ("ask", "stream"):
         # In connect the stream is read on for the conversation's id, a second at most.
         await simulator.wait_until(lambda: account.streams_open == 0, 1.0 if dialect == "classic" else 2.0)
@@ -360,46 +477,234 @@ async def test_a_client_that_goes_away_stops_the_answer_and_leaves_no_conversati
         await simulator.wait_until(lambda: account.count("remove") == 1)
         await simulator.settle(token)
         assert account.count("remove") == 1
-    await works_again(simulator, proxy)
+    # The client's own end is never told as a failure of the service's, though aiohttp raises the same for both.
+    assert "POST /v1/chat/completions 499 " in log_lines.text
+    assert " answer_broken" not in log_lines.text and " service_failed" not in log_lines.text
+    assert "failures_total{" not in await read_metrics(proxy)
 
 
-async def test_a_client_that_never_reads_is_dropped(simulator: Simulator, start_proxy: StartProxy) -> None:
+async def read_metrics(url: str) -> str:
+    async with aiohttp.ClientSession() as http, http.get(url + "/metrics") as response:
+        return await response.text()
+
+
+@contextmanager
+def small_window(url: str, size_bytes: int) -> Iterator[socket.socket]:
+    """A connection whose client takes little in advance."""
+    with socket.socket() as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size_bytes)
+        raw.connect(split_address(url))
+        raw.setblocking(False)
+        yield raw
+
+
+async def test_a_client_that_never_reads_is_dropped(
+    simulator: Simulator, start_proxy: StartProxy, log_lines: LogRecorder, stream: bool
+) -> None:
     proxy = await start_proxy(send_seconds=0.4)
     token = simulator.token("broad", "endless")
     account = simulator.account(token)
-    host, port = proxy.removeprefix("http://").split(":")
-    raw = socket.socket()
-    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    raw.setblocking(False)
-    await asyncio.get_running_loop().sock_connect(raw, (host, int(port)))
-    body = json.dumps(chat_body("whisper", stream=True)).encode()
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nContent-Length: {len(body)}\r\n\r\n"
-    await asyncio.get_running_loop().sock_sendall(raw, head.encode() + body)
-    await simulator.wait_until(lambda: account.streams_open == 1)
-    await simulator.wait_until(lambda: account.streams_open == 0, 20)
-    raw.close()
-    await works_again(simulator, proxy)
+    with small_window(proxy, 4096) as raw:
+        # A whole answer has to end, and be larger than what the system holds for the client.
+        limits = {} if stream else {"max_tokens": 500_000}
+        await asyncio.get_running_loop().sock_sendall(raw, chat_bytes(token, stream, **limits))
+        await simulator.wait_until(lambda: account.streams_open == 1)
+        await simulator.wait_until(lambda: account.streams_open == 0, 20)
+        await log_lines.wait_for("the client took nothing", 20)
 
 
-async def test_refused_and_unresolvable_services_are_a_502(start_proxy: StartProxy, stream: bool) -> None:
+@one_dialect
+async def test_a_slow_client_is_served_until_it_takes_nothing(
+    simulator: Simulator, start_proxy: StartProxy, log_lines: LogRecorder
+) -> None:
+    proxy = await start_proxy(send_seconds=0.6)
+    account = simulator.account(token := simulator.token("broad", "endless"))
+    loop = asyncio.get_running_loop()
+    with small_window(proxy, 65_536) as raw:
+        await loop.sock_sendall(raw, chat_bytes(token, True))
+        until = loop.time() + 2.0  # much longer than a client may take nothing, too short to take all there is
+        while loop.time() < until:
+            assert await loop.sock_recv(raw, 32_768)
+            await asyncio.sleep(0.04)
+        assert account.streams_open == 1 and "took nothing" not in log_lines.text
+        await log_lines.wait_for("the client took nothing", 20)
+        await simulator.wait_until(lambda: account.streams_open == 0)
+
+
+async def read_to_the_end(url: str, data: bytes, seconds: float = 5.0) -> bytes:
+    """What comes after `data`, until the proxy closes the connection."""
+    reader, writer = await asyncio.open_connection(*split_address(url))
+    writer.write(data)
+    try:
+        return await asyncio.wait_for(reader.read(), seconds)
+    finally:
+        writer.close()
+
+
+@one_dialect
+async def test_a_body_that_stalls_is_a_408_and_frees_its_place(start_proxy: StartProxy) -> None:
+    proxy = await start_proxy(body_seconds=0.2, max_requests=1)
+    answer = await read_to_the_end(proxy, chat_bytes("hello", True)[:-1])
+    assert answer.startswith(b"HTTP/1.1 408 ") and b"body_timeout" in answer
+
+
+@one_dialect
+@pytest.mark.parametrize("head", [b"", b"POST / HT", b"POST / HTTP/1.1\r\nHost:", b"GET /ping HTTP/1.1\r\nA: b\r\n"])
+async def test_a_head_that_stalls_is_closed(start_proxy: StartProxy, head: bytes) -> None:
+    proxy = await start_proxy(idle_seconds=0.3)
+    assert b" 200 " not in await read_to_the_end(proxy, head)
+    served = await read_to_the_end(proxy, b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\n" + head)  # on a kept connection too
+    assert served.count(b"HTTP/1.1") == 1
+
+
+# What a server in front of the proxy may take for one request, and the proxy for two (RFC 9112, section 11.2).
+INNER = b"GET /ping HTTP/1.1\r\nHost: x\r\nX-Inner: sesame-open\r\n\r\n"
+SMUGGLED: dict[str, tuple[bytes, bytes]] = {
+    "a length, then chunks": (b"Content-Length: %d\r\nTransfer-Encoding: chunked", b"0\r\n\r\n" + INNER),
+    "chunks, then a length": (
+        b"Transfer-Encoding: chunked\r\nContent-Length: 4",
+        b"%x\r\n" % len(INNER) + INNER + b"\r\n0\r\n\r\n",
+    ),
+    "two codings, one of them odd": (
+        b"Transfer-Encoding: chunked\r\nTransfer-Encoding: sesame-open",
+        b"0\r\n\r\n" + INNER,
+    ),
+    "two lengths": (b"Content-Length: 2\r\nContent-Length: %d", b"{}" + INNER),
+    "a blank before the colon": (b"Content-Length: %d\r\nTransfer-Encoding : chunked", b"0\r\n\r\n" + INNER),
+}
+
+
+@one_dialect
+@pytest.mark.parametrize("name", SMUGGLED)
+async def test_a_smuggled_request_is_never_answered(proxy: str, log_lines: LogRecorder, name: str) -> None:
+    framing, body = SMUGGLED[name]
+    framing = framing % len(body) if b"%d" in framing else framing
+    head = b"POST " + CHAT.encode() + b" HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer sesame-open\r\n" + framing
+    answer = await read_to_the_end(proxy, head + b"\r\n\r\n" + body)
+    assert answer.count(b"HTTP/1.1 ") == answer.startswith(b"HTTP/1.1 400 ") and b"pong" not in answer
+    assert b"sesame" not in answer and "sesame" not in log_lines.text
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port where nothing listens."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
-        for url in (f"http://127.0.0.1:{port}", "http://no-such-host.invalid"):
-            proxy = await start_proxy(base_url=url, auth_url=url)
-            seen = await send(proxy, "hello", stream)
-            assert (seen.status, seen.error["error"]["code"]) == (502, "service_unreachable")
-            assert "KIMI_BASE_URL" in seen.error["error"]["message"]
+        return int(unused.getsockname()[1])
 
 
-async def test_a_tls_certificate_that_is_not_valid_is_a_502_and_gets_no_token(
-    simulator: Simulator, start_proxy: StartProxy
-) -> None:
-    url = simulator.url.replace("http://", "https://")
+async def works_once_the_service_does(start_proxy: StartProxy, proxy: str, service: Simulator, url: str) -> None:
+    """The service comes up at the address where it was missed, and the proxy finds it."""
+    async with service:
+        service.url = url
+        await works_again(service, proxy)
+        await start_proxy.close()
+
+
+async def test_a_refused_connection_is_a_502(start_proxy: StartProxy, stream: bool, free_port: int) -> None:
+    url = f"http://127.0.0.1:{free_port}"
     proxy = await start_proxy(base_url=url, auth_url=url)
-    seen = await send(proxy, "hello", False)
-    assert (seen.status, seen.error["code"]) == (502, -2001)
-    assert not simulator._accounts
+    seen = await send(proxy, "hello", stream)
+    assert (seen.status, seen.error["error"]["code"]) == (502, "service_unreachable")
+    assert "KIMI_BASE_URL" in seen.error["error"]["message"]
+    await works_once_the_service_does(start_proxy, proxy, Simulator(port=free_port), url)
+
+
+async def test_a_name_that_cannot_be_resolved_is_a_502(
+    start_proxy: StartProxy, monkeypatch: pytest.MonkeyPatch, stream: bool, free_port: int
+) -> None:
+    known: list[str] = []
+
+    def resolve(host: str, port: int, *_: Any, **__: Any) -> list[Any]:
+        if host not in known:
+            raise socket.gaierror(socket.EAI_NONAME, "unknown")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    url = f"http://kimi.test:{free_port}"
+    proxy = await start_proxy(base_url=url, auth_url=url)
+    seen = await send(proxy, "hello", stream)
+    assert (seen.status, seen.error["error"]["code"]) == (502, "service_unreachable")
+    assert "kimi.test cannot be resolved" in seen.error["error"]["message"]
+    known.append("kimi.test")
+    await works_once_the_service_does(start_proxy, proxy, Simulator(port=free_port), url)
+
+
+@contextmanager
+def black_hole(port: int) -> Iterator[None]:
+    """Whoever connects to `port` gets no answer at all: its queue is full, and nobody accepts."""
+    with socket.socket() as listener, ExitStack() as stack:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port))
+        listener.listen(0)
+        with suppress(TimeoutError):
+            while True:
+                waiting = stack.enter_context(socket.socket())
+                waiting.settimeout(0.1)
+                waiting.connect(("127.0.0.1", port))
+        yield
+
+
+async def test_a_service_that_answers_no_connection_is_a_504(
+    start_proxy: StartProxy, stream: bool, free_port: int
+) -> None:
+    url = f"http://127.0.0.1:{free_port}"
+    proxy = await start_proxy(base_url=url, auth_url=url, call_seconds=0.5)
+    with black_hole(free_port):
+        seen = await send(proxy, "hello", stream)
+    assert (seen.status, seen.error["error"]["code"]) == (504, "service_silent")
+    await works_once_the_service_does(start_proxy, proxy, Simulator(port=free_port), url)
+
+
+@pytest.fixture
+def bad_certificate(tmp_path: Path) -> ssl.SSLContext:
+    """What a server has that nobody vouches for."""
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    command = ["openssl", "req", "-x509", "-nodes", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
+    try:
+        subprocess.run(
+            [*command, "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+            + ["-keyout", str(key), "-out", str(certificate)],
+            check=True,
+            capture_output=True,
+        )
+    except FileNotFoundError:
+        pytest.fail("this needs the program openssl, to make a certificate")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    return context
+
+
+async def test_a_certificate_that_is_not_valid_is_a_502_and_gets_no_token(
+    start_proxy: StartProxy, bad_certificate: ssl.SSLContext, stream: bool
+) -> None:
+    heard: list[bytes] = []
+
+    async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heard.append(await reader.read())
+        writer.close()
+
+    async with await asyncio.start_server(listen, "127.0.0.1", 0, ssl=bad_certificate) as server:
+        url = "https://{}:{}".format(*server.sockets[0].getsockname())
+        proxy = await start_proxy(base_url=url, auth_url=url)
+        seen = await send(proxy, "hello", stream)
+        assert (seen.status, seen.error["error"]["code"]) == (502, "service_unreachable")
+        assert "certificate is not valid" in seen.error["error"]["message"]
+        assert b"".join(heard) == b""
+        await start_proxy.close()
+
+
+async def test_all_that_wait_for_a_refresh_that_hangs_share_its_failure(
+    simulator: Simulator, quick_proxy: str, dialect: str
+) -> None:
+    token = simulator.token("hello", "silent=refresh")
+    account = simulator.account(token)
+    answers = await asyncio.gather(*(send(quick_proxy, token, number % 2 == 0) for number in range(30)))
+    assert {(seen.status, seen.error["error"]["code"]) for seen in answers} == {(504, "service_silent")}
+    assert account.count("refresh") == (1 if dialect == "classic" else 2)  # by the new call, then by the old one
+    account.order.faults.pop("silent")
+    seen = await send(quick_proxy, token, False)
+    assert (seen.status, seen.content) == (200, HELLO)
 
 
 async def test_at_the_end_streams_are_told_and_removals_finished(
@@ -414,3 +719,317 @@ async def test_at_the_end_streams_are_told_and_removals_finished(
         assert seen.error["error"]["code"] == "shutting_down", seen.text
         assert seen.status == (200 if stream and len(seen.text) > 400 else 503)
     assert all(simulator.account(token).settled for token in tokens)
+
+
+# A proxy as a process of its own, whose limits and memory can be seen and set.
+
+
+class StartAlone:
+    """Starts proxies as processes."""
+
+    def __init__(self, simulator: Simulator, dialect: str) -> None:
+        self._simulator = simulator
+        self._dialect = dialect
+        self.started: list[Running] = []
+
+    async def __call__(self, *, listener: socket.socket | None = None, **environment: str) -> Running:
+        """A proxy on a port of its own, or on the one that it is handed."""
+        service = {"KIMI_AUTH_URL": self._simulator.url, "KIMI_PROTOCOL": self._dialect}
+        self.started.append(await start(self._simulator, listener=listener, **service, **environment))
+        return self.started[-1]
+
+
+@pytest.fixture
+async def start_alone(simulator: Simulator, dialect: str) -> AsyncIterator[StartAlone]:
+    """Starts proxies as processes, which the tests end; one that a failed test leaves is killed."""
+    starting = StartAlone(simulator, dialect)
+    yield starting
+    for running in starting.started:
+        if running.process.returncode is None:
+            await running.stop(signal.SIGKILL)
+
+
+def count_descriptors(running: Running) -> int:
+    return len(os.listdir(f"/proc/{running.process.pid}/fd"))
+
+
+def read_cpu_seconds(running: Running) -> float:
+    fields = Path(f"/proc/{running.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def read_peak_bytes(running: Running) -> int:
+    """The process's peak memory since `forget_peak`."""
+    status = Path(f"/proc/{running.process.pid}/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+def forget_peak(running: Running) -> None:
+    Path(f"/proc/{running.process.pid}/clear_refs").write_text("5")
+
+
+async def wait_for_descriptors(running: Running, most: int) -> None:
+    """Return once the process has no more descriptors than `most`. Raises `TimeoutError`."""
+    async with asyncio.timeout(5):
+        while count_descriptors(running) > most:
+            await asyncio.sleep(0.02)
+
+
+async def send_body(url: str, pieces: AsyncIterator[bytes], **headers: str) -> None:
+    """Send a body that is too large; the proxy may close before it has all of it."""
+    with suppress(aiohttp.ClientConnectionError):
+        async with (
+            aiohttp.ClientSession() as http,
+            http.post(url + CHAT, data=pieces, headers=bearer("hello") | headers) as response,
+        ):
+            assert response.status == 413
+
+
+async def repeat(piece: bytes, times: int) -> AsyncIterator[bytes]:
+    for _ in range(times):
+        yield piece
+
+
+async def test_memory_does_not_grow(simulator: Simulator, start_alone: StartAlone) -> None:
+    running = await start_alone(PROXY_SEND_SECONDS="1", PROXY_MAX_INLINE_MB="1")
+    await works_again(simulator, running.url)
+
+    async def ask(*faults: str) -> None:
+        assert "error" in (await send(running.url, simulator.token("hello", *faults), True)).text
+
+    async def never_read(script: str, read_bytes: int) -> None:
+        account = simulator.account(token := simulator.token(script, "endless"))
+        with small_window(running.url, 4096) as raw:
+            loop = asyncio.get_running_loop()
+            await loop.sock_sendall(raw, chat_bytes(token, True))
+            await simulator.wait_until(lambda: account.streams_open == 1)
+            while account.streams_open:
+                if read_bytes:
+                    with suppress(ConnectionError):
+                        await loop.sock_recv(raw, read_bytes)
+                await asyncio.sleep(0.05)
+
+    zeros = gzip.compress(bytes(100 << 20), 1)
+    rows: dict[str, Awaitable[None]] = {
+        "65 MB of JSON": ask("bomb=ask"),
+        "10 MB of HTML": ask("html=ask:500"),
+        "4 MB in a line": ask("huge-line"),
+        "65 MB as body": send_body(running.url, repeat(bytes(65_536), 1000)),
+        "100 MB of zeros in gzip": send_body(running.url, repeat(zeros, 1), **{"Content-Encoding": "gzip"}),
+        "never reads": never_read("broad", 0),
+        "reads 20 bytes in a second": never_read("broad", 1),
+    }
+    grown = {}
+    for name, row in rows.items():
+        forget_peak(running)
+        before = read_peak_bytes(running)
+        await row
+        grown[name] = (read_peak_bytes(running) - before) >> 20
+    await works_again(simulator, running.url)
+    assert (await running.stop())[0] == 0
+    assert all(megabytes < 12 for megabytes in grown.values()), grown
+
+
+@one_dialect
+async def test_a_full_disk_is_a_507(simulator: Simulator, start_alone: StartAlone, tmp_path: Path) -> None:
+    """The process may write no file of more than 100 kB, as its limit RLIMIT_FSIZE says."""
+    running = await start_alone(PROXY_SPOOL_DIR=str(tmp_path), PROXY_ALLOW_PRIVATE_URLS="1")
+    await works_again(simulator, running.url)
+    before = count_descriptors(running)
+    resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    token = simulator.token("read")
+    part = {"type": "file", "file_url": {"url": f"{simulator.origin_url}/300000+no-length/a.pdf"}}
+    form = aiohttp.FormData({"purpose": "assistants"})
+    form.add_field("file", bytes(300_000), filename="a.pdf")
+    requests: dict[str, dict[str, Any]] = {
+        CHAT: {"json": {"messages": [{"role": "user", "content": [part]}]}},
+        "/v1/files": {"data": form},
+    }
+    async with aiohttp.ClientSession(headers=bearer(token)) as http:
+        for path, request in requests.items():
+            async with http.post(running.url + path, **request) as response:
+                answer = await response.json()
+            assert (response.status, answer["error"]["code"]) == (507, "spool_full")
+            assert "File too large" in answer["error"]["message"]
+    await wait_for_descriptors(running, before)
+    assert os.listdir(tmp_path) == []
+    resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    async with (
+        aiohttp.ClientSession(headers=bearer(token)) as http,
+        http.post(running.url + CHAT, **requests[CHAT]) as response,
+    ):
+        assert response.status == 200
+    assert simulator.account(token).count("ask") == 1
+    await simulator.settle(token)
+    await wait_for_descriptors(running, before)
+    assert (await running.stop())[0] == 0
+
+
+async def test_at_a_signal_50_answers_end_in_good_order(simulator: Simulator, start_alone: StartAlone) -> None:
+    running = await start_alone(PROXY_DRAIN_SECONDS="1.5")
+    finishing = [simulator.token("long", "pace=0.05", "chunks=30") for _ in range(20)]
+    stalling = [simulator.token("long", "stall=6") for _ in range(30)]
+    tokens = [*finishing, *stalling]
+    clients = [asyncio.create_task(send(running.url, token, at % 2 == 0)) for at, token in enumerate(tokens)]
+    await simulator.wait_until(lambda: all(simulator.account(token).streams_open for token in tokens), 20)
+    status, log = await running.stop(signal.SIGTERM)
+    answers = await asyncio.gather(*clients)
+    assert status == 0, log
+    for seen in answers[: len(finishing)]:
+        assert seen.status == 200 and seen.content.split()[-1] == "29"
+    for at, seen in enumerate(answers[len(finishing) :]):
+        is_stream = at % 2 == 0
+        assert (seen.status, seen.error["error"]["code"]) == (200 if is_stream else 503, "shutting_down")
+        assert "[DONE]" not in seen.text and (is_stream or "Retry-After" in seen.headers)
+    assert all(simulator.account(token).settled for token in tokens)
+    assert "Traceback" not in log and " at " not in log
+
+
+@one_dialect
+async def test_without_descriptors_clients_wait_and_the_loop_does_not_spin(
+    simulator: Simulator, start_alone: StartAlone
+) -> None:
+    """The process may open few descriptors more than it has, as its limit RLIMIT_NOFILE says."""
+    running = await start_alone()
+    await works_again(simulator, running.url)
+    limit = count_descriptors(running) + 5
+    resource.prlimit(running.process.pid, resource.RLIMIT_NOFILE, (limit, limit))
+    with ExitStack() as stack:
+        waiting = [stack.enter_context(socket.create_connection(split_address(running.url))) for _ in range(14)]
+        async with asyncio.timeout(5):
+            while count_descriptors(running) < limit:
+                await asyncio.sleep(0.02)
+        waiting[-1].setblocking(False)
+        waiting[-1].send(b"GET /ping HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        before = read_cpu_seconds(running)
+        with pytest.raises(TimeoutError):  # it is not served, and three seconds of trying cost next to nothing
+            async with asyncio.timeout(3):
+                await asyncio.get_running_loop().sock_recv(waiting[-1], 100)
+        assert read_cpu_seconds(running) - before < 0.3
+        for one in waiting[:-1]:
+            one.close()
+        async with asyncio.timeout(10):
+            assert (await asyncio.get_running_loop().sock_recv(waiting[-1], 100)).startswith(b"HTTP/1.1 200 ")
+    await works_again(simulator, running.url)
+    status, log = await running.stop()
+    assert status == 0 and "new connections wait: Too many open files" in log, log
+    assert len(log.splitlines()) < 20
+
+
+@one_dialect
+async def test_a_blocked_loop_beats_no_more(simulator: Simulator, start_alone: StartAlone, tmp_path: Path) -> None:
+    """Nobody reads the log any more, and so its next line blocks the loop."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as queue:
+        queue.bind(str(tmp_path / "notify"))
+        queue.setblocking(False)
+        place = str(tmp_path / "notify")
+        running = await start_alone(NOTIFY_SOCKET=place, WATCHDOG_USEC="100000", PROXY_LOG_LEVEL="debug")
+        await receive(queue, "WATCHDOG=1")
+        assert running.process.stderr is not None
+        token = simulator.token("long", "chunks=8000")
+        client = asyncio.create_task(send(running.url, token, True))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(30):
+                while True:
+                    await receive(queue, "WATCHDOG=1", 1.0)  # twenty times what it takes
+        assert not client.done()
+        reading = asyncio.create_task(running.process.stderr.read())
+        assert await receive(queue, "WATCHDOG=1")
+        assert "[DONE]" in (await client).text
+        await works_again(simulator, running.url)
+        running.process.send_signal(signal.SIGTERM)
+        assert b"shutting down" in await asyncio.wait_for(reading, 20)
+        assert await running.process.wait() == 0
+    await simulator.settle(token)
+
+
+@one_dialect
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/self/task"])  # in the last not even root may write
+async def test_a_state_directory_of_no_use_is_told_and_the_proxy_works(
+    simulator: Simulator, start_alone: StartAlone, tmp_path: Path, place: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    running = await start_alone(PROXY_STATE_DIR=str(tmp_path / place))
+    token = simulator.token("hello", "rotate")
+    for _ in range(2):
+        assert (await send(running.url, token, False)).content == HELLO
+    await simulator.settle(token)
+    assert simulator.account(token).count("refresh") == 1
+    status, log = await running.stop()
+    assert status == 0 and " warning " in log and "Traceback" not in log and " at " not in log, log
+    assert token not in log
+
+
+def spoil_files(directory: Path, garbage: bytes) -> int:
+    """Write `garbage` into each file below `directory`, and return their number."""
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    for path in files:
+        path.write_bytes(garbage)
+    return len(files)
+
+
+@one_dialect
+async def test_a_state_directory_full_of_garbage_is_told_and_the_proxy_works(
+    simulator: Simulator, start_alone: StartAlone, tmp_path: Path
+) -> None:
+    token = simulator.token("hello")
+    for garbage in (b"\xff{", b"[" * 100_000, b"{}"):
+        running = await start_alone(PROXY_STATE_DIR=str(tmp_path))
+        for fields in ({}, {"conversation_id": "new"}):
+            async with (
+                aiohttp.ClientSession(headers=bearer(token)) as http,
+                http.post(running.url + CHAT, json=chat_body("whisper", **fields)) as response,
+            ):
+                assert response.status == 200
+        status, log = await running.stop()
+        assert status == 0 and "Traceback" not in log and " at " not in log and token not in log, log
+        assert spoil_files(tmp_path, garbage) >= 2
+    assert " warning " in log
+    for conversation in simulator.account(token).conversations.values():
+        conversation.removed = 1  # those that were to be kept, too
+
+
+async def test_two_proxies_on_one_state_directory_share_rotated_tokens(
+    simulator: Simulator, start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    state = tmp_path / "state"
+    proxies = [await start_proxy(state_dir=str(state)) for _ in range(2)]
+    token = simulator.token("hello", "rotate")
+    for proxy in (*proxies, *proxies):
+        assert (await send(proxy, token, False)).content == HELLO
+    assert simulator.account(token).count("refresh") == 1
+
+
+@one_dialect
+async def test_a_restart_breaks_no_kept_connection(simulator: Simulator, start_alone: StartAlone) -> None:
+    """With a socket of systemd's: clients that keep their connections, and repeat no POST, notice nothing."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(128)
+        first = await start_alone(listener=listener)
+        counts = [0] * 4
+        done = asyncio.Event()
+
+        async def keep_asking(at: int) -> None:
+            token = simulator.token("hello")
+            async with aiohttp.ClientSession(headers=bearer(token)) as http:
+                while not done.is_set():
+                    async with http.post(first.url + CHAT, json=chat_body("whisper", stream=at % 2 == 0)) as response:
+                        assert response.status == 200 and '"finish_reason":"stop"' in await response.text()
+                    counts[at] += 1
+
+        async def wait_for_more(number: int) -> None:
+            until = [count + number for count in counts]
+            async with asyncio.timeout(20):
+                while any(count < least for count, least in zip(counts, until, strict=True)):
+                    assert not any(task.done() for task in asking)
+                    await asyncio.sleep(0.01)
+
+        asking = [asyncio.create_task(keep_asking(at)) for at in range(4)]
+        await wait_for_more(3)
+        assert (await first.stop())[0] == 0
+        second = await start_alone(listener=listener)
+        await wait_for_more(3)
+        done.set()
+        await asyncio.gather(*asking)
+        assert (await second.stop())[0] == 0
