@@ -339,6 +339,13 @@ class Settings:
     max_account_requests: int = _option(
         "PROXY_MAX_ACCOUNT_REQUESTS", 64, _whole(1, 1_000_000), "", "answers of one account at once; beyond it a 429"
     )
+    max_bodies_mb: int = _option(
+        "PROXY_MAX_BODIES_MB",
+        256,
+        _whole(1, 1_000_000),
+        "MB",
+        "bodies of all running requests together, but always room for one; beyond it a 503",
+    )
     max_accounts: int = _option("PROXY_MAX_ACCOUNTS", 1000, _whole(1, 1_000_000), "", "accounts kept in memory")
 
     @property
@@ -7962,6 +7969,7 @@ class State:
     draining: asyncio.Event
     answering: set[asyncio.Task[Any]]
     requests: int = 0
+    body_bytes: int = 0
     closing: bool = False
     requested_at: float = 0.0
 
@@ -7974,6 +7982,7 @@ class Outcome:
     failure: str = ""
     upstream_status: int | None = None
     key: str = ""
+    body_bytes: int = 0
 
 
 STATE: Final = web.AppKey("state", State)
@@ -8079,8 +8088,10 @@ def _client_gone() -> Iterator[None]:
 
 async def read_body(request: web.Request, limit_bytes: int, seconds: float) -> bytearray:
     """The request's body, of which there is no other copy. Raises `ProxyError`: `body_too_large`, `body_timeout`,
-    `body_broken`.
+    `body_broken`, and `too_busy` where there is no room beside the bodies of other requests.
     """
+    state, outcome = request.app[STATE], request[OUTCOME]
+    room_bytes = max(state.settings.max_bodies_mb * MEGABYTE, limit_bytes)
     too_large = ProxyError("body_too_large", f"at most {limit_bytes} bytes; see PROXY_MAX_INLINE_MB")
     if (request.content_length or 0) > limit_bytes:
         raise too_large
@@ -8089,8 +8100,12 @@ async def read_body(request: web.Request, limit_bytes: int, seconds: float) -> b
         async with asyncio.timeout(seconds):
             while piece := await request.content.readany():
                 body += piece
+                outcome.body_bytes += len(piece)
+                state.body_bytes += len(piece)
                 if len(body) > limit_bytes:
                     raise too_large
+                if state.body_bytes > room_bytes:
+                    raise ProxyError("too_busy", "no room for this body; see PROXY_MAX_BODIES_MB")
         return body
     except TimeoutError:
         raise ProxyError("body_timeout", f"not within {seconds:g} s") from None
@@ -8505,6 +8520,7 @@ async def _frame(request: web.Request, handler: Callable[[web.Request], Awaitabl
         return web.Response(status=_CLIENT_CLOSED)
     finally:
         state.requests -= 1
+        state.body_bytes -= outcome.body_bytes
         resource = request.match_info.route.resource
         route = resource.canonical if resource is not None else "other"
         state.metrics.count("kimi_proxy_requests_total", route=route, status=str(status))

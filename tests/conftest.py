@@ -61,7 +61,7 @@ class Holdings:
             "tasks": len(tasks) - idle,
             "descriptors": len(descriptors) - len(self._descriptors) - proxies - 2 * idle,
         }
-        if not any(wrong.values()):
+        if all(number <= 0 for number in wrong.values()):  # fewer, where a test before this one failed
             return ""
         return f"{wrong}, {idle} idle; of {sorted(map(str, tasks))}, {sorted(descriptors)}, {sorted(self._descriptors)}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import pty
 import re
@@ -408,6 +409,34 @@ async def test_a_full_queue_and_a_missing_one_stop_nothing(simulator: Simulator,
         assert (await running.stop())[0] == 0
     running = await start(simulator, NOTIFY_SOCKET=str(tmp_path / "nowhere"), WATCHDOG_PID="1", WATCHDOG_USEC="1")
     assert (await running.stop())[0] == 0
+
+
+async def test_log_lines_as_json(simulator: Simulator, http: aiohttp.ClientSession) -> None:
+    running = await start(simulator, PROXY_LOG_FORMAT="json", KIMI_PROTOCOL="classic")
+    url, token = running.url + "/v1/chat/completions", simulator.token("hello")
+    requests: dict[str, dict[str, Any]] = {
+        "good": {"json": chat_body(), "headers": bearer(token)},
+        "no-token": {"json": chat_body()},
+        "no-gzip": {"data": b"oops", "headers": {**bearer(token), "Content-Encoding": "gzip"}},
+        "broken": {"json": chat_body(), "headers": bearer(simulator.token("hello", "cut=4"))},
+    }
+    for name, request in requests.items():
+        request["headers"] = {**request.get("headers", {}), "X-Request-Id": name}
+        async with http.post(url, **request) as response:
+            await response.read()
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(running.url.rpartition(":")[2]))
+    writer.write(b"GET /ping HTTP/1.1\r\nHost : x\r\n\r\n")
+    assert b" 400 " in await reader.read()
+    writer.close()
+    status, log = await running.stop()
+    assert status == 0
+    lines = [json.loads(line) for line in log.splitlines()]
+    assert all(line.keys() == {"time", "level", "request_id", "message"} for line in lines)
+    told = {line["request_id"]: line["message"] for line in lines if line["request_id"] in requests}
+    assert [line["request_id"] for line in lines].count("no-gzip") == 1
+    statuses = {name: message.split()[2] for name, message in told.items()}
+    assert statuses == {"good": "200", "no-token": "401", "no-gzip": "400", "broken": "502"}
+    assert any("malformed" in line["message"] for line in lines)
 
 
 async def test_with_a_socket_of_systemds_a_restart_refuses_nothing(simulator: Simulator) -> None:
