@@ -59,6 +59,7 @@ MATRIX: dict[str, tuple[str, ...]] = {
     "a redirect to another host": ("BEFORE", "OPENING"),
     "the client closes, resets or half-closes, which is no failure of the service": (
         "test_a_client_that_goes_away_stops_the_answer_and_leaves_no_conversation",
+        "test_a_client_that_resets_amid_many_writes_is_no_failure_of_the_service",
     ),
     "the client never reads": ("test_a_client_that_never_reads_is_dropped", "test_memory_does_not_grow"),
     "the client reads slowly": (
@@ -176,6 +177,8 @@ async def row(
     yield
     for url in start_proxy.urls:
         await works_again(simulator, url)
+        counts = await read_metrics(url)  # which is a request itself
+        assert "kimi_proxy_requests_running 1\n" in counts and "kimi_proxy_answers_running 0\n" in counts
     for token, account in simulator._accounts.items():
         if not account.order.at("status", "remove") and account.order.at("silent", "remove") is None:
             await simulator.settle(token)
@@ -187,6 +190,11 @@ async def row(
 async def works_again(simulator: Simulator, url: str) -> None:
     seen = await send(url, simulator.token("hello"), False)
     assert (seen.status, seen.content) == (200, HELLO)
+
+
+async def read_metrics(url: str) -> str:
+    async with aiohttp.ClientSession() as http, http.get(url + "/metrics") as response:
+        return await response.text()
 
 
 # Faults before the first visible chunk: order → status, code, reference's number, words that the message holds.
@@ -483,9 +491,20 @@ async def test_a_client_that_goes_away_stops_the_answer_and_leaves_no_conversati
     assert "failures_total{" not in await read_metrics(proxy)
 
 
-async def read_metrics(url: str) -> str:
-    async with aiohttp.ClientSession() as http, http.get(url + "/metrics") as response:
-        return await response.text()
+async def test_a_client_that_resets_amid_many_writes_is_no_failure_of_the_service(
+    simulator: Simulator, proxy: str, log_lines: LogRecorder
+) -> None:
+    """Its end shows in a write, then, before the loop tells of it."""
+    for _ in range(20):
+        account = simulator.account(token := simulator.token("long", "chunks=20000", "steady"))
+        with socket.create_connection(split_address(proxy)) as raw:
+            raw.setblocking(False)
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            await asyncio.get_running_loop().sock_sendall(raw, chat_bytes(token, True))
+            await asyncio.get_running_loop().sock_recv(raw, 65_536)
+        await simulator.wait_until(lambda one=account: one.streams_open == 0)  # type: ignore[misc]
+    assert " answer_broken" not in log_lines.text and " service_failed" not in log_lines.text
+    assert "failures_total{" not in await read_metrics(proxy)
 
 
 @contextmanager
