@@ -350,6 +350,13 @@ class Settings:
     max_account_requests: int = _option(
         "PROXY_MAX_ACCOUNT_REQUESTS", 64, _whole(1, 1_000_000), "", "answers of one account at once; beyond it a 429"
     )
+    max_bodies_mb: int = _option(
+        "PROXY_MAX_BODIES_MB",
+        256,
+        _whole(1, 1_000_000),
+        "MB",
+        "bodies of all running requests together, but always room for one; beyond it a 503",
+    )
     max_accounts: int = _option("PROXY_MAX_ACCOUNTS", 1000, _whole(1, 1_000_000), "", "accounts kept in memory")
 
     @property
@@ -8555,6 +8562,7 @@ class State:
     draining: asyncio.Event
     running: set[asyncio.Task[Any]]
     answering: set[asyncio.Task[Any]]
+    body_bytes: int = 0
     closing: bool = False
     requested_at: float = 0.0
 
@@ -8567,6 +8575,7 @@ class Outcome:
     failure: str = ""
     upstream_status: int | None = None
     key: str = ""
+    body_bytes: int = 0
 
 
 STATE: Final = web.AppKey("state", State)
@@ -8692,26 +8701,37 @@ def _client_gone() -> Iterator[None]:
 
 async def read_body(request: web.Request, limit_bytes: int, seconds: float) -> bytearray:
     """The request's body, of which there is no other copy. Raises `ProxyError`: `body_too_large`, `body_timeout`,
-    `body_broken`.
+    `body_broken`, and `too_busy` where there is no room beside the bodies of other requests.
     """
+    state, outcome = request.app[STATE], request[OUTCOME]
+    room_bytes = max(state.settings.max_bodies_mb * MEGABYTE, limit_bytes)
     too_large = ProxyError("body_too_large", f"at most {limit_bytes} bytes; see PROXY_MAX_INLINE_MB")
     if (request.content_length or 0) > limit_bytes:
         raise too_large
     body = bytearray()
+
+    def take(piece: bytes) -> None:
+        nonlocal body
+        body += piece
+        outcome.body_bytes += len(piece)
+        state.body_bytes += len(piece)
+        if len(body) > limit_bytes:
+            raise too_large
+        if state.body_bytes > room_bytes:
+            raise ProxyError("too_busy", "no room for this body; see PROXY_MAX_BODIES_MB")
+
     try:
         if request.content.is_eof():  # it came with the head: there is nothing to wait for
-            body += request.content.read_nowait()
+            take(request.content.read_nowait())
         else:
             async with asyncio.timeout(seconds):
-                while len(body) <= limit_bytes and (piece := await request.content.readany()):
-                    body += piece
+                while piece := await request.content.readany():
+                    take(piece)
+        return body
     except TimeoutError:
         raise ProxyError("body_timeout", f"not within {seconds:g} s") from None
     except (web.RequestPayloadError, aiohttp.ClientPayloadError, HttpProcessingError):
         raise ProxyError("body_broken") from None
-    if len(body) > limit_bytes:
-        raise too_large
-    return body
 
 
 def speaks_anthropic(request: web.Request) -> bool:
@@ -9128,6 +9148,7 @@ async def _frame(request: web.Request, handler: Callable[[web.Request], Awaitabl
         return web.Response(status=_CLIENT_CLOSED)
     finally:
         state.running.discard(task)
+        state.body_bytes -= outcome.body_bytes
         resource = request.match_info.route.resource
         route = resource.canonical if resource is not None else "other"
         state.metrics.count("kimi_proxy_requests_total", route=route, status=str(status))
@@ -9664,9 +9685,31 @@ def _make_room(most: int) -> int:
     return min(room, most)
 
 
+_SCARCE: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_SCARCE_SECONDS: Final = 10.0
+
+
+def _make_loop_handler() -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
+    """What the loop tells its failures to. It fails to accept a hundred times a second, and says so each time."""
+    told_at = -_SCARCE_SECONDS
+
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        nonlocal told_at
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in _SCARCE:
+            loop.default_exception_handler(context)
+        elif loop.time() - told_at >= _SCARCE_SECONDS:
+            told_at = loop.time()
+            reason = os.strerror(error.errno)
+            logger.error("! new connections wait: %s (the process's limit, and PROXY_MAX_CONNECTIONS)", reason)
+
+    return handle
+
+
 async def _serve(settings: Settings) -> None:
     """Serve until a signal asks to stop; then let go of clients and balancers in good order."""
     settings = replace(settings, max_connections=_make_room(settings.max_connections))
+    asyncio.get_running_loop().set_exception_handler(_make_loop_handler())
     notifier = Notifier(os.environ)
     stop = _listen_for_signals()
     async with _run_app(settings, take_sockets(os.environ)) as (address, app):

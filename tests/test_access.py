@@ -53,7 +53,10 @@ async def test_with_keys_only_a_key_is_let_in_and_nothing_else_goes_to_kimi(
         assert (await call(proxy, bearer(key)))[0] == 200
     asked = simulator.account(token).count("ask")
     for headers in ({}, bearer("wrong"), bearer(token), bearer("me:open-sesame"), bearer("open-sesame,second-key")):
-        for path, method in ((CHAT, "POST"), ("/v1/models", "GET"), ("/nowhere", "GET"), ("/v1/files", "GET")):
+        for path, method in (
+            (CHAT, "POST"),
+            *((path, "GET") for path in ("/v1/models", "/nowhere", "/v1/files", "/metrics")),
+        ):
             status, answer = await call(proxy, headers, path=path, method=method)
             assert (status, answer["error"]["code"]) == (401, "key_refused")
     for path in ("/", "/ping", "/health"):

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import gzip
-import hashlib
 import json
 import os
-import re
+import resource
+import signal
 import socket
 import ssl
 import struct
@@ -28,7 +28,7 @@ import aiohttp
 import pytest
 from conftest import LogRecorder, StartProxy, bearer, chat_body
 from kimi_simulator import HELLO, Simulator
-from test_service import PROGRAM, Running, ask_health, start
+from test_service import Running, receive, start
 
 CHAT = "/v1/chat/completions"
 
@@ -57,8 +57,9 @@ MATRIX: dict[str, tuple[str, ...]] = {
     "an endless answer": ("test_an_endless_answer_ends_at_its_deadline",),
     "a reply without end": ("BEFORE", "OPENING", "test_memory_does_not_grow"),
     "a redirect to another host": ("BEFORE", "OPENING"),
-    "the client closes, resets or half-closes": (
+    "the client closes, resets or half-closes, which is no failure of the service": (
         "test_a_client_that_goes_away_stops_the_answer_and_leaves_no_conversation",
+        "test_a_client_that_resets_amid_many_writes_is_no_failure_of_the_service",
     ),
     "the client never reads": ("test_a_client_that_never_reads_is_dropped", "test_memory_does_not_grow"),
     "the client reads slowly": (
@@ -93,15 +94,24 @@ MATRIX: dict[str, tuple[str, ...]] = {
     "a second signal": (
         "test_service.py: test_a_second_signal_ends_it_at_once_and_its_conversations_are_the_next_ones_to_remove",
     ),
-    "no descriptors": ("test_without_descriptors_clients_are_told_and_the_loop_does_not_spin",),
-    "the loop is blocked": ("test_service.py: test_the_watchdog_is_told_nothing_while_the_loop_is_blocked",),
-    "the state directory is of no use": ("test_a_state_directory_of_no_use_is_told_and_the_proxy_works",),
+    "few descriptors": ("test_service.py: test_with_few_descriptors_further_clients_are_told",),
+    "no descriptors": ("test_without_descriptors_clients_wait_and_the_loop_does_not_spin",),
+    "the loop is blocked": ("test_a_blocked_loop_beats_no_more",),
+    "the state directory is of no use": (
+        "test_a_state_directory_of_no_use_is_told_and_the_proxy_works",
+        "test_a_state_directory_full_of_garbage_is_told_and_the_proxy_works",
+    ),
     "a second process on the state directory": ("test_two_proxies_on_one_state_directory_share_rotated_tokens",),
-    "a restart with kept connections": ("test_service.py: test_with_a_socket_of_systemds_a_restart_refuses_nothing",),
+    "a restart with kept connections": ("test_a_restart_breaks_no_kept_connection",),
     "nobody takes what systemd is told": ("test_service.py: test_a_full_queue_and_a_missing_one_stop_nothing",),
 }
 
 
+# For rows that end before any dialect is spoken, or in which both would do the same.
+one_dialect = pytest.mark.parametrize("dialect", ["connect"])
+
+
+@one_dialect
 def test_the_matrix_names_tests_that_exist() -> None:
     place = Path(__file__).parent
     for names in MATRIX.values():
@@ -158,7 +168,7 @@ def stream(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture
 async def quick_proxy(start_proxy: StartProxy) -> str:
     """A proxy with short limits, none shorter than a slow machine's own delays."""
-    return await start_proxy(call_seconds=0.8, silence_seconds=0.6, answer_seconds=20.0)
+    return await start_proxy(call_seconds=0.6, silence_seconds=0.5, answer_seconds=20.0)
 
 
 @pytest.fixture(autouse=True)
@@ -171,6 +181,8 @@ async def row(
     yield
     for url in start_proxy.urls:
         await works_again(simulator, url)
+        counts = await read_metrics(url)  # which is a request itself
+        assert "kimi_proxy_requests_running 1\n" in counts and "kimi_proxy_answers_running 0\n" in counts
     for token, account in simulator._accounts.items():
         if not account.order.at("status", "remove") and account.order.at("silent", "remove") is None:
             await simulator.settle(token)
@@ -182,6 +194,11 @@ async def row(
 async def works_again(simulator: Simulator, url: str) -> None:
     seen = await send(url, simulator.token("hello"), False)
     assert (seen.status, seen.content) == (200, HELLO)
+
+
+async def read_metrics(url: str) -> str:
+    async with aiohttp.ClientSession() as http, http.get(url + "/metrics") as response:
+        return await response.text()
 
 
 # Faults before the first visible chunk: order → status, code, reference's number, words that the message holds.
@@ -472,6 +489,26 @@ async def test_a_client_that_goes_away_stops_the_answer_and_leaves_no_conversati
         await simulator.wait_until(lambda: account.count("remove") == 1)
         await simulator.settle(token)
         assert account.count("remove") == 1
+    # The client's own end is never told as a failure of the service's, though aiohttp raises the same for both.
+    assert "POST /v1/chat/completions 499 " in log_lines.text
+    assert " answer_broken" not in log_lines.text and " service_failed" not in log_lines.text
+    assert "failures_total{" not in await read_metrics(proxy)
+
+
+async def test_a_client_that_resets_amid_many_writes_is_no_failure_of_the_service(
+    simulator: Simulator, proxy: str, log_lines: LogRecorder
+) -> None:
+    """Its end shows in a write, then, before the loop tells of it."""
+    for _ in range(20):
+        account = simulator.account(token := simulator.token("long", "chunks=20000", "steady"))
+        with socket.create_connection(split_address(proxy)) as raw:
+            raw.setblocking(False)
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            await asyncio.get_running_loop().sock_sendall(raw, chat_bytes(token, True))
+            await asyncio.get_running_loop().sock_recv(raw, 65_536)
+        await simulator.wait_until(lambda one=account: one.streams_open == 0)  # type: ignore[misc]
+    assert " answer_broken" not in log_lines.text and " service_failed" not in log_lines.text
+    assert "failures_total{" not in await read_metrics(proxy)
 
 
 @contextmanager
@@ -492,13 +529,14 @@ async def test_a_client_that_never_reads_is_dropped(
     account = simulator.account(token)
     with small_window(proxy, 4096) as raw:
         # A whole answer has to end, and be larger than what the system holds for the client.
-        limits = {} if stream else {"max_tokens": 2_000_000}
+        limits = {} if stream else {"max_tokens": 500_000}
         await asyncio.get_running_loop().sock_sendall(raw, chat_bytes(token, stream, **limits))
         await simulator.wait_until(lambda: account.streams_open == 1)
         await simulator.wait_until(lambda: account.streams_open == 0, 20)
         await log_lines.wait_for("the client took nothing", 20)
 
 
+@one_dialect
 async def test_a_slow_client_is_served_until_it_takes_nothing(
     simulator: Simulator, start_proxy: StartProxy, log_lines: LogRecorder
 ) -> None:
@@ -526,12 +564,14 @@ async def read_to_the_end(url: str, data: bytes, seconds: float = 5.0) -> bytes:
         writer.close()
 
 
+@one_dialect
 async def test_a_body_that_stalls_is_a_408_and_frees_its_place(start_proxy: StartProxy) -> None:
     proxy = await start_proxy(body_seconds=0.2, max_requests=1)
     answer = await read_to_the_end(proxy, chat_bytes("hello", True)[:-1])
     assert answer.startswith(b"HTTP/1.1 408 ") and b"body_timeout" in answer
 
 
+@one_dialect
 @pytest.mark.parametrize("head", [b"", b"POST / HT", b"POST / HTTP/1.1\r\nHost:", b"GET /ping HTTP/1.1\r\nA: b\r\n"])
 async def test_a_head_that_stalls_is_closed(start_proxy: StartProxy, head: bytes) -> None:
     proxy = await start_proxy(idle_seconds=0.3)
@@ -557,6 +597,7 @@ SMUGGLED: dict[str, tuple[bytes, bytes]] = {
 }
 
 
+@one_dialect
 @pytest.mark.parametrize("name", SMUGGLED)
 async def test_a_smuggled_request_is_never_answered(proxy: str, log_lines: LogRecorder, name: str) -> None:
     framing, body = SMUGGLED[name]
@@ -703,152 +744,317 @@ async def test_at_the_end_streams_are_told_and_removals_finished(
     assert all(simulator.account(token).settled for token in tokens)
 
 
-# In processes of their own: what a whole process has, or has not.
-
-LIMITED = """
-import resource, runpy, sys
-resource.setrlimit(getattr(resource, sys.argv[1]), (int(sys.argv[2]),) * 2)
-sys.argv = [sys.argv[3]]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+# A proxy as a process of its own, whose limits and memory can be seen and set.
 
 
-def start_limited(simulator: Simulator, dialect: str, limit: str, most: int, **environment: Any) -> Awaitable[Running]:
-    """A proxy whose process has a limit (setrlimit(2))."""
-    known: Any = {"KIMI_PROTOCOL": dialect, "KIMI_AUTH_URL": simulator.url, "PROXY_ALLOW_PRIVATE_URLS": "1"}
-    program = ["-c", LIMITED, limit, str(most), PROGRAM[-1]]
-    return start(simulator, program=program, **{**known, **environment})
+class StartAlone:
+    """Starts proxies as processes."""
+
+    def __init__(self, simulator: Simulator, dialect: str) -> None:
+        self._simulator = simulator
+        self._dialect = dialect
+        self.started: list[Running] = []
+
+    async def __call__(self, *, listener: socket.socket | None = None, **environment: str) -> Running:
+        """A proxy on a port of its own, or on the one that it is handed."""
+        service = {"KIMI_AUTH_URL": self._simulator.url, "KIMI_PROTOCOL": self._dialect}
+        self.started.append(await start(self._simulator, listener=listener, **service, **environment))
+        return self.started[-1]
 
 
-async def test_a_full_disk_is_a_507(simulator: Simulator, dialect: str, tmp_path: Path) -> None:
-    spool = tmp_path / "spool-dir"
-    spool.mkdir()
-    running = await start_limited(simulator, dialect, "RLIMIT_FSIZE", 100_000, PROXY_SPOOL_DIR=str(spool))
-    url = f"{simulator.origin_url}/300000+no-length/a.pdf"
-    parts = [{"type": "file", "file_url": {"url": url}}, {"type": "text", "text": "?"}]
-    body = {"messages": [{"role": "user", "content": parts}]}
-    async with aiohttp.ClientSession() as http:
-        asking = http.post(running.url + CHAT, json=body, headers=bearer(simulator.token("read")))
-        async with asking as response:
-            answer = await response.json()
-    assert (response.status, answer["error"]["code"], answer["code"]) == (507, "spool_full", -2001)
-    assert os.listdir(spool) == []
-    await works_again(simulator, running.url)
-    assert (await running.stop())[0] == 0
+@pytest.fixture
+async def start_alone(simulator: Simulator, dialect: str) -> AsyncIterator[StartAlone]:
+    """Starts proxies as processes, which the tests end; one that a failed test leaves is killed."""
+    starting = StartAlone(simulator, dialect)
+    yield starting
+    for running in starting.started:
+        if running.process.returncode is None:
+            await running.stop(signal.SIGKILL)
 
 
-def read_cpu_seconds(process_id: int) -> float:
-    fields = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()
+def count_descriptors(running: Running) -> int:
+    return len(os.listdir(f"/proc/{running.process.pid}/fd"))
+
+
+def read_cpu_seconds(running: Running) -> float:
+    fields = Path(f"/proc/{running.process.pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-async def test_without_descriptors_clients_are_told_and_the_loop_does_not_spin(
-    simulator: Simulator, dialect: str
-) -> None:
-    running = await start_limited(simulator, dialect, "RLIMIT_NOFILE", 100)
-    clients = [await asyncio.open_connection(*split_address(running.url)) for _ in range(60)]
-    before = read_cpu_seconds(running.process.pid)
-    told = await asyncio.wait_for(clients[-1][0].read(), 5)
-    assert told.startswith(b"HTTP/1.1 503 ") and b"Retry-After" in told
-    await asyncio.sleep(1)
-    assert read_cpu_seconds(running.process.pid) - before < 0.5
-    for _, writer in clients:
-        writer.close()
+def read_peak_bytes(running: Running) -> int:
+    """The process's peak memory since `forget_peak`."""
+    status = Path(f"/proc/{running.process.pid}/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+def forget_peak(running: Running) -> None:
+    Path(f"/proc/{running.process.pid}/clear_refs").write_text("5")
+
+
+async def wait_for_descriptors(running: Running, most: int) -> None:
+    """Return once the process has no more descriptors than `most`. Raises `TimeoutError`."""
     async with asyncio.timeout(5):
-        while await ask_health(running.url) != 200:
-            await asyncio.sleep(0.05)
+        while count_descriptors(running) > most:
+            await asyncio.sleep(0.02)
+
+
+async def send_body(url: str, pieces: AsyncIterator[bytes], **headers: str) -> None:
+    """Send a body that is too large; the proxy may close before it has all of it."""
+    with suppress(aiohttp.ClientConnectionError):
+        async with (
+            aiohttp.ClientSession() as http,
+            http.post(url + CHAT, data=pieces, headers=bearer("hello") | headers) as response,
+        ):
+            assert response.status == 413
+
+
+async def repeat(piece: bytes, times: int) -> AsyncIterator[bytes]:
+    for _ in range(times):
+        yield piece
+
+
+async def test_memory_does_not_grow(simulator: Simulator, start_alone: StartAlone) -> None:
+    running = await start_alone(PROXY_SEND_SECONDS="1", PROXY_MAX_INLINE_MB="1")
+    await works_again(simulator, running.url)
+
+    async def ask(*faults: str) -> None:
+        assert "error" in (await send(running.url, simulator.token("hello", *faults), True)).text
+
+    async def never_read(script: str, read_bytes: int) -> None:
+        account = simulator.account(token := simulator.token(script, "endless"))
+        with small_window(running.url, 4096) as raw:
+            loop = asyncio.get_running_loop()
+            await loop.sock_sendall(raw, chat_bytes(token, True))
+            await simulator.wait_until(lambda: account.streams_open == 1)
+            while account.streams_open:
+                if read_bytes:
+                    with suppress(ConnectionError):
+                        await loop.sock_recv(raw, read_bytes)
+                await asyncio.sleep(0.05)
+
+    zeros = gzip.compress(bytes(100 << 20), 1)
+    rows: dict[str, Awaitable[None]] = {
+        "65 MB of JSON": ask("bomb=ask"),
+        "10 MB of HTML": ask("html=ask:500"),
+        "4 MB in a line": ask("huge-line"),
+        "65 MB as body": send_body(running.url, repeat(bytes(65_536), 1000)),
+        "100 MB of zeros in gzip": send_body(running.url, repeat(zeros, 1), **{"Content-Encoding": "gzip"}),
+        "never reads": never_read("broad", 0),
+        "reads 20 bytes in a second": never_read("broad", 1),
+    }
+    grown = {}
+    for name, row in rows.items():
+        forget_peak(running)
+        before = read_peak_bytes(running)
+        await row
+        grown[name] = (read_peak_bytes(running) - before) >> 20
+    await works_again(simulator, running.url)
+    assert (await running.stop())[0] == 0
+    assert all(megabytes < 12 for megabytes in grown.values()), grown
+
+
+@one_dialect
+async def test_a_full_disk_is_a_507(simulator: Simulator, start_alone: StartAlone, tmp_path: Path) -> None:
+    """The process may write no file of more than 100 kB, as its limit RLIMIT_FSIZE says."""
+    running = await start_alone(PROXY_SPOOL_DIR=str(tmp_path), PROXY_ALLOW_PRIVATE_URLS="1")
+    await works_again(simulator, running.url)
+    before = count_descriptors(running)
+    resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    token = simulator.token("read")
+    part = {"type": "file", "file_url": {"url": f"{simulator.origin_url}/300000+no-length/a.pdf"}}
+    form = aiohttp.FormData({"purpose": "assistants"})
+    form.add_field("file", bytes(300_000), filename="a.pdf")
+    requests: dict[str, dict[str, Any]] = {
+        CHAT: {"json": {"messages": [{"role": "user", "content": [part]}]}},
+        "/v1/files": {"data": form},
+    }
+    async with aiohttp.ClientSession(headers=bearer(token)) as http:
+        for path, request in requests.items():
+            async with http.post(running.url + path, **request) as response:
+                answer = await response.json()
+            assert (response.status, answer["error"]["code"]) == (507, "spool_full")
+            assert "File too large" in answer["error"]["message"]
+    await wait_for_descriptors(running, before)
+    assert os.listdir(tmp_path) == []
+    resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    async with (
+        aiohttp.ClientSession(headers=bearer(token)) as http,
+        http.post(running.url + CHAT, **requests[CHAT]) as response,
+    ):
+        assert response.status == 200
+    assert simulator.account(token).count("ask") == 1
+    await simulator.settle(token)
+    await wait_for_descriptors(running, before)
+    assert (await running.stop())[0] == 0
+
+
+async def test_at_a_signal_50_answers_end_in_good_order(simulator: Simulator, start_alone: StartAlone) -> None:
+    running = await start_alone(PROXY_DRAIN_SECONDS="1.5")
+    finishing = [simulator.token("long", "pace=0.05", "chunks=30") for _ in range(20)]
+    stalling = [simulator.token("long", "stall=6") for _ in range(30)]
+    tokens = [*finishing, *stalling]
+    clients = [asyncio.create_task(send(running.url, token, at % 2 == 0)) for at, token in enumerate(tokens)]
+    await simulator.wait_until(lambda: all(simulator.account(token).streams_open for token in tokens), 20)
+    status, log = await running.stop(signal.SIGTERM)
+    answers = await asyncio.gather(*clients)
+    assert status == 0, log
+    for seen in answers[: len(finishing)]:
+        assert seen.status == 200 and seen.content.split()[-1] == "29"
+    for at, seen in enumerate(answers[len(finishing) :]):
+        is_stream = at % 2 == 0
+        assert (seen.status, seen.error["error"]["code"]) == (200 if is_stream else 503, "shutting_down")
+        assert "[DONE]" not in seen.text and (is_stream or "Retry-After" in seen.headers)
+    assert all(simulator.account(token).settled for token in tokens)
+    assert "Traceback" not in log and " at " not in log
+
+
+@one_dialect
+async def test_without_descriptors_clients_wait_and_the_loop_does_not_spin(
+    simulator: Simulator, start_alone: StartAlone
+) -> None:
+    """The process may open few descriptors more than it has, as its limit RLIMIT_NOFILE says."""
+    running = await start_alone()
+    await works_again(simulator, running.url)
+    limit = count_descriptors(running) + 5
+    resource.prlimit(running.process.pid, resource.RLIMIT_NOFILE, (limit, limit))
+    with ExitStack() as stack:
+        waiting = [stack.enter_context(socket.create_connection(split_address(running.url))) for _ in range(14)]
+        async with asyncio.timeout(5):
+            while count_descriptors(running) < limit:
+                await asyncio.sleep(0.02)
+        waiting[-1].setblocking(False)
+        waiting[-1].send(b"GET /ping HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        before = read_cpu_seconds(running)
+        with pytest.raises(TimeoutError):  # it is not served, and three seconds of trying cost next to nothing
+            async with asyncio.timeout(3):
+                await asyncio.get_running_loop().sock_recv(waiting[-1], 100)
+        assert read_cpu_seconds(running) - before < 0.3
+        for one in waiting[:-1]:
+            one.close()
+        async with asyncio.timeout(10):
+            assert (await asyncio.get_running_loop().sock_recv(waiting[-1], 100)).startswith(b"HTTP/1.1 200 ")
     await works_again(simulator, running.url)
     status, log = await running.stop()
-    assert status == 0 and "Traceback" not in log and "descriptors for 18 connections" in log
+    assert status == 0 and "new connections wait: Too many open files" in log, log
+    assert len(log.splitlines()) < 20
 
 
-async def test_at_a_signal_50_answers_end_in_good_order(simulator: Simulator, dialect: str) -> None:
-    settings: Any = {"KIMI_PROTOCOL": dialect, "KIMI_AUTH_URL": simulator.url}
-    running = await start(simulator, **{**settings, "PROXY_DRAIN_SECONDS": "2"})
-    ending = [simulator.token("long", "pace=0.05", "chunks=20") for _ in range(25)]
-    endless = [simulator.token("long", "stall=6") for _ in range(25)]
-    clients = [asyncio.create_task(send(running.url, token, True)) for token in (*ending, *endless)]
-    accounts = [simulator.account(token) for token in (*ending, *endless)]
-    await simulator.wait_until(lambda: all(account.streams_open for account in accounts), 20)
-    status, log = await running.stop()
-    seen = await asyncio.gather(*clients)
-    assert all(one.text.endswith("data: [DONE]\n\n") for one in seen[:25])
-    assert {one.error["error"]["code"] for one in seen[25:]} == {"shutting_down"}
-    assert (status, "Traceback" in log) == (0, False)
-    assert all(account.settled for account in accounts)
+@one_dialect
+async def test_a_blocked_loop_beats_no_more(simulator: Simulator, start_alone: StartAlone, tmp_path: Path) -> None:
+    """Nobody reads the log any more, and so its next line blocks the loop."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as queue:
+        queue.bind(str(tmp_path / "notify"))
+        queue.setblocking(False)
+        place = str(tmp_path / "notify")
+        running = await start_alone(NOTIFY_SOCKET=place, WATCHDOG_USEC="100000", PROXY_LOG_LEVEL="debug")
+        await receive(queue, "WATCHDOG=1")
+        assert running.process.stderr is not None
+        token = simulator.token("long", "chunks=8000")
+        client = asyncio.create_task(send(running.url, token, True))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(30):
+                while True:
+                    await receive(queue, "WATCHDOG=1", 1.0)  # twenty times what it takes
+        assert not client.done()
+        reading = asyncio.create_task(running.process.stderr.read())
+        assert await receive(queue, "WATCHDOG=1")
+        assert "[DONE]" in (await client).text
+        await works_again(simulator, running.url)
+        running.process.send_signal(signal.SIGTERM)
+        assert b"shutting down" in await asyncio.wait_for(reading, 20)
+        assert await running.process.wait() == 0
+    await simulator.settle(token)
 
 
-@pytest.mark.parametrize("how", ["is a file", "cannot be made", "is corrupt"])
+@one_dialect
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/self/task"])  # in the last not even root may write
 async def test_a_state_directory_of_no_use_is_told_and_the_proxy_works(
-    simulator: Simulator, start_proxy: StartProxy, log_lines: LogRecorder, tmp_path: Path, how: str
+    simulator: Simulator, start_alone: StartAlone, tmp_path: Path, place: str
 ) -> None:
-    token, place = simulator.token("hello"), tmp_path / "state"
-    if how == "is a file":
-        place.write_text("not a directory")
-    elif how == "cannot be made":
-        place = Path("/proc/self/no-such-thing")
-    else:
-        (place / "tokens").mkdir(parents=True)
-        digest = hashlib.sha256(token.encode()).hexdigest()
-        (place / "tokens" / f"{digest}.json").write_bytes(b"\xff{")
-        (place / "conversations").mkdir()
-        (place / "conversations" / "1-dead.list").write_bytes(b"\xff{\n")
-    proxy = await start_proxy(state_dir=str(place))
+    (tmp_path / "file").write_text("")
+    running = await start_alone(PROXY_STATE_DIR=str(tmp_path / place))
+    token = simulator.token("hello", "rotate")
     for _ in range(2):
-        seen = await send(proxy, token, False)
-        assert (seen.status, seen.content) == (200, HELLO)
-    words = "cannot be read" if how == "is corrupt" else "a restart may lose them"
-    assert words in log_lines.text
+        assert (await send(running.url, token, False)).content == HELLO
+    await simulator.settle(token)
     assert simulator.account(token).count("refresh") == 1
-    await works_again(simulator, proxy)
-    await start_proxy.close()  # while it runs, it holds its list of open conversations
+    status, log = await running.stop()
+    assert status == 0 and " warning " in log and "Traceback" not in log and " at " not in log, log
+    assert token not in log
+
+
+def spoil_files(directory: Path, garbage: bytes) -> int:
+    """Write `garbage` into each file below `directory`, and return their number."""
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    for path in files:
+        path.write_bytes(garbage)
+    return len(files)
+
+
+@one_dialect
+async def test_a_state_directory_full_of_garbage_is_told_and_the_proxy_works(
+    simulator: Simulator, start_alone: StartAlone, tmp_path: Path
+) -> None:
+    token = simulator.token("hello")
+    for garbage in (b"\xff{", b"[" * 100_000, b"{}"):
+        running = await start_alone(PROXY_STATE_DIR=str(tmp_path))
+        for fields in ({}, {"conversation_id": "new"}):
+            async with (
+                aiohttp.ClientSession(headers=bearer(token)) as http,
+                http.post(running.url + CHAT, json=chat_body("whisper", **fields)) as response,
+            ):
+                assert response.status == 200
+        status, log = await running.stop()
+        assert status == 0 and "Traceback" not in log and " at " not in log and token not in log, log
+        assert spoil_files(tmp_path, garbage) >= 2
+    assert " warning " in log
+    for conversation in simulator.account(token).conversations.values():
+        conversation.removed = 1  # those that were to be kept, too
 
 
 async def test_two_proxies_on_one_state_directory_share_rotated_tokens(
     simulator: Simulator, start_proxy: StartProxy, tmp_path: Path
 ) -> None:
-    proxies = [await start_proxy(state_dir=str(tmp_path / "state"), token_seconds=0.05) for _ in range(2)]
-    token = simulator.token("hello", "rotate", "opaque")  # each refresh makes the token before it useless
-    for number in range(6):
-        seen = await send(proxies[number % 2], token, number % 3 == 0)
-        assert (seen.status, seen.content) == (200, HELLO)
-        await asyncio.sleep(0.03)
-    assert simulator.account(token).count("refresh") > 1
+    state = tmp_path / "state"
+    proxies = [await start_proxy(state_dir=str(state)) for _ in range(2)]
+    token = simulator.token("hello", "rotate")
+    for proxy in (*proxies, *proxies):
+        assert (await send(proxy, token, False)).content == HELLO
+    assert simulator.account(token).count("refresh") == 1
+    await simulator.settle(token)
     await start_proxy.close()  # while they run, each holds its list of open conversations
 
 
-def read_peak_bytes(process_id: int) -> int:
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process_id}/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
+@one_dialect
+async def test_a_restart_breaks_no_kept_connection(simulator: Simulator, start_alone: StartAlone) -> None:
+    """With a socket of systemd's: clients that keep their connections, and repeat no POST, notice nothing."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(128)
+        first = await start_alone(listener=listener)
+        counts = [0] * 4
+        done = asyncio.Event()
 
+        async def keep_asking(at: int) -> None:
+            token = simulator.token("hello")
+            async with aiohttp.ClientSession(headers=bearer(token)) as http:
+                while not done.is_set():
+                    async with http.post(first.url + CHAT, json=chat_body("whisper", stream=at % 2 == 0)) as response:
+                        assert response.status == 200 and '"finish_reason":"stop"' in await response.text()
+                    counts[at] += 1
 
-async def test_memory_does_not_grow(simulator: Simulator, dialect: str) -> None:
-    """What is without end, or much too large, is held neither for the service nor for a client."""
-    running = await start(
-        simulator,
-        KIMI_PROTOCOL=dialect,
-        KIMI_AUTH_URL=simulator.url,
-        PROXY_MAX_INLINE_MB="1",
-        PROXY_SEND_SECONDS="0.5",
-    )
-    await works_again(simulator, running.url)
-    before = read_peak_bytes(running.process.pid)
-    for order in ("html=ask:500", "bomb=ask", "huge-line"):
-        for stream in (True, False):
-            await send(running.url, simulator.token("hello", order), stream)
-    async with aiohttp.ClientSession() as http:
-        bomb = gzip.compress(bytes(200_000_000), 9)
-        headers = {**bearer("hello"), "Content-Encoding": "gzip", "Content-Type": "application/json"}
-        async with http.post(running.url + CHAT, data=bomb, headers=headers) as response:
-            assert response.status == 413
-    accounts = [simulator.account(token) for token in (simulator.token("broad", "endless") for _ in range(3))]
-    with ExitStack() as stack:
-        for account in accounts:  # they never read
-            raw = stack.enter_context(small_window(running.url, 4096))
-            await asyncio.get_running_loop().sock_sendall(raw, chat_bytes(account.refresh_tokens[0], True))
-        await simulator.wait_until(lambda: all(account.streams_open for account in accounts))
-        await simulator.wait_until(lambda: not any(account.streams_open for account in accounts), 20)
-    assert read_peak_bytes(running.process.pid) - before < 24_000_000
-    await works_again(simulator, running.url)
-    assert (await running.stop())[0] == 0
+        async def wait_for_more(number: int) -> None:
+            until = [count + number for count in counts]
+            async with asyncio.timeout(20):
+                while any(count < least for count, least in zip(counts, until, strict=True)):
+                    assert not any(task.done() for task in asking)
+                    await asyncio.sleep(0.01)
+
+        asking = [asyncio.create_task(keep_asking(at)) for at in range(4)]
+        await wait_for_more(3)
+        assert (await first.stop())[0] == 0
+        second = await start_alone(listener=listener)
+        await wait_for_more(3)
+        done.set()
+        await asyncio.gather(*asking)
+        assert (await second.stop())[0] == 0

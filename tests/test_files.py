@@ -338,7 +338,7 @@ def files_of(account: Account, number: int = -1) -> list[File]:
 
 
 @pytest.fixture
-async def open_proxy(start_proxy: StartProxy, tmp_path: Path) -> AsyncIterator[str]:
+async def open_proxy(start_proxy: StartProxy, nothing_is_left: None, tmp_path: Path) -> AsyncIterator[str]:
     """A proxy that may fetch from this machine, with short limits; its spool directory is empty in the end."""
     yield await start_proxy(
         allow_private_urls=True,
@@ -583,7 +583,7 @@ async def test_what_an_origin_does_wrong_is_told_and_leaves_nothing(
     seen, answer = await ask(open_proxy, token, file_part(f"{simulator.origin_url}/{path}"))
     assert (seen, answer["error"]["code"], answer["code"]) == (status, code, number)
     assert answer["error"]["param"] == "messages[0].content[0].file_url.url"
-    await nothing_is_left(simulator, token)
+    await nothing_was_asked(simulator, token)
     told = json.dumps(answer) + log_lines.text
     assert "a.pdf" not in told and simulator.origin_url not in told
     if "status=" in path:
@@ -598,8 +598,8 @@ async def test_an_origin_that_sends_more_than_it_promised_does_no_harm(simulator
     assert (status == 502 and not account.conversations) or files_of(account)[0].sha256 == digest_content(1000)
 
 
-async def nothing_is_left(simulator: Simulator, token: str) -> None:
-    """No conversation was opened, no connection is left open, and the next request works."""
+async def nothing_was_asked(simulator: Simulator, token: str) -> None:
+    """No conversation was opened, and no transfer goes on."""
     simulator.stalled.set()
     await simulator.wait_until(lambda: simulator.transfers_open == 0)
     account = simulator.account(token)
@@ -629,6 +629,7 @@ UPLOAD_FAULTS: dict[str, tuple[str, tuple[str, ...], int, str]] = {
 }
 
 
+@pytest.mark.usefixtures("nothing_is_left")
 @pytest.mark.parametrize("name", UPLOAD_FAULTS)
 @pytest.mark.parametrize("source", ["url", "inline"])
 async def test_what_the_service_does_wrong_with_a_file_is_told_and_leaves_nothing(
@@ -646,8 +647,9 @@ async def test_what_the_service_does_wrong_with_a_file_is_told_and_leaves_nothin
     token = simulator.token("read", *faults)
     seen, answer = await ask(proxy, token, part)
     assert (seen, answer["error"]["code"]) == (status, code), answer
-    await nothing_is_left(simulator, token)
+    await nothing_was_asked(simulator, token)
     assert "sign=" not in json.dumps(answer) + log_lines.text
+    assert simulator.account(token).count("store") <= 1  # what may be there by now is not sent again
     assert (await ask(proxy, simulator.token("read"), part))[0] == 200
 
 
@@ -681,7 +683,7 @@ async def test_a_failed_file_cancels_the_others_of_its_request(simulator: Simula
     parts = [file_part(f"{simulator.origin_url}/900000+slow=0.4/{at}.pdf") for at in range(3)]
     status, answer = await ask(open_proxy, token, *parts, file_part(f"{simulator.origin_url}/9+status=404/x.pdf"))
     assert (status, answer["error"]["param"]) == (400, "messages[0].content[3].file_url.url")
-    await nothing_is_left(simulator, token)
+    await nothing_was_asked(simulator, token)
 
 
 async def test_a_client_that_leaves_takes_its_transfers_with_it(simulator: Simulator, open_proxy: str) -> None:
@@ -690,7 +692,7 @@ async def test_a_client_that_leaves_takes_its_transfers_with_it(simulator: Simul
     asking = asyncio.create_task(ask(open_proxy, token, part))
     await simulator.wait_until(lambda: simulator.transfers_open == 2)
     asking.cancel()
-    await nothing_is_left(simulator, token)
+    await nothing_was_asked(simulator, token)
 
 
 async def test_in_auto_a_file_goes_the_way_that_works(
@@ -729,7 +731,7 @@ async def test_a_full_disk_is_told(simulator: Simulator, open_proxy: str, monkey
     status, answer = await ask(open_proxy, token, file_part(f"{simulator.origin_url}/100+no-length/a.pdf"))
     assert (status, answer["error"]["code"]) == (507, "spool_full")
     assert "No space left" in answer["error"]["message"]
-    await nothing_is_left(simulator, token)
+    await nothing_was_asked(simulator, token)
 
 
 BAD_PARTS: dict[str, tuple[Any, int, str, str]] = {
@@ -761,7 +763,7 @@ async def test_a_bad_part_is_told_by_its_place(simulator: Simulator, open_proxy:
     seen, answer = await ask(open_proxy, token, {"type": "text", "text": "a"}, part)
     assert (seen, answer["error"]["code"]) == (status, code), answer
     assert answer["error"]["param"] == f"messages[0].content[1].{place}"
-    await nothing_is_left(simulator, token)
+    await nothing_was_asked(simulator, token)
 
 
 async def test_inline_files_have_a_limit_together(simulator: Simulator, open_proxy: str) -> None:
@@ -824,6 +826,7 @@ HOSTILE_URLS = [f"http://{host}/x.pdf" for host in HOSTILE_HOSTS.split()] + [
 ]
 
 
+@pytest.mark.usefixtures("nothing_is_left")
 async def test_no_hostile_address_gets_a_socket(
     simulator: Simulator, start_proxy: StartProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -839,9 +842,10 @@ async def test_no_hostile_address_gets_a_socket(
         if (status, answer.get("code")) != (400, -2003)
     ]
     assert wrong == [] and counter.made == [] and simulator.fetches == []
-    await nothing_is_left(simulator, token)
+    await nothing_was_asked(simulator, token)
 
 
+@pytest.mark.usefixtures("nothing_is_left")
 async def test_nobody_learns_whether_something_listens(simulator: Simulator, start_proxy: StartProxy) -> None:
     proxy = await start_proxy()
     token = simulator.token("read")
@@ -858,6 +862,7 @@ def loopback_is_public(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AddressGuard, "_judge", staticmethod(lambda _, address: classify_address(address[0])))
 
 
+@pytest.mark.usefixtures("nothing_is_left")
 async def test_each_redirect_is_judged(
     simulator: Simulator, start_proxy: StartProxy, monkeypatch: pytest.MonkeyPatch, loopback_is_public: None
 ) -> None:
@@ -965,6 +970,7 @@ async def test_the_threads_that_resolve_names_end_with_the_proxy(simulator: Simu
             assert not thread.is_alive()
 
 
+@pytest.mark.usefixtures("nothing_is_left")
 async def test_a_cancellation_is_not_lost_in_a_failure(simulator: Simulator, start_proxy: StartProxy) -> None:
     """An upload that fails while its request is cancelled does not go on with the other dialect."""
     simulator.retired = "404"

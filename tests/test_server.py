@@ -360,6 +360,7 @@ BODIES: dict[str, tuple[bytes, dict[str, str], int]] = {
 }
 
 
+@pytest.mark.usefixtures("nothing_is_left")
 @pytest.mark.parametrize("name", BODIES)
 async def test_a_hostile_body_is_the_clients_fault_and_the_next_request_works(
     simulator: Simulator, start_proxy: StartProxy, log_lines: LogRecorder, name: str
@@ -377,18 +378,6 @@ async def test_a_hostile_body_is_the_clients_fault_and_the_next_request_works(
             assert status == 413  # the proxy closed while the body was still on its way
         assert (await ask(http, proxy, token))[0] == 200
     assert "Traceback" not in log_lines.text and " at " not in log_lines.text.replace("at most", "")
-
-
-async def test_a_body_that_stalls_is_given_up(start_proxy: StartProxy, simulator: Simulator) -> None:
-    proxy = await start_proxy(body_seconds=0.2)
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer hello\r\nContent-Length: 100\r\n\r\n{{"
-    answer = await send_raw(proxy, head.encode())
-    assert b" 408 " in answer.split(b"\r\n")[0] and b"body_timeout" in answer
-
-
-async def test_a_head_that_stalls_is_closed(start_proxy: StartProxy) -> None:
-    proxy = await start_proxy(idle_seconds=0.3)
-    assert b"200" not in await send_raw(proxy, b"POST / HTTP/1.1\r\nHost:")
 
 
 async def test_a_malformed_head_is_refused_without_echo(proxy: str, log_lines: LogRecorder) -> None:
@@ -794,6 +783,41 @@ async def test_a_good_request_id_is_taken_and_a_bad_one_is_not(
             assert response.headers["X-Request-Id"] != given
 
 
+ANSWERS: dict[str, tuple[bytes, int]] = {
+    "good": (b"GET /ping HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 200),
+    "not found": (b"GET /nothing HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 404),
+    "another method": (b"PUT /ping HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 405),
+    "without a token": (b"POST /v1/messages HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 401),
+    "a body too large": (
+        b"POST /v1/responses HTTP/1.1\r\nHost: x\r\nx-api-key: a\r\nContent-Length: 99999999\r\n\r\n",
+        413,
+    ),
+    "a body that is no gzip": (
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nx-api-key: a\r\nConnection: close\r\n"
+        b"Content-Encoding: gzip\r\nContent-Length: 4\r\n\r\noops",
+        400,
+    ),
+    "no HTTP": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
+    "a malformed head": (b"GET /ping HTTP/1.1\r\nHost: x\r\nX-Request-Id : given\r\n\r\n", 400),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+async def test_every_answer_has_an_id_that_one_line_of_the_log_has(
+    proxy: str, log_lines: LogRecorder, name: str
+) -> None:
+    data, status = ANSWERS[name]
+    first = b"GET /ping HTTP/1.1\r\nHost: x\r\nX-Request-Id: the-first\r\n\r\n"
+    for before in (b"", first):  # on a connection of its own, and on a kept one
+        answer = await send_raw(proxy, before + data)
+        head = answer[answer.rindex(b"HTTP/1.") :].partition(b"\r\n\r\n")[0].decode().split("\r\n")
+        assert f" {status} " in head[0]
+        headers = {line.partition(":")[0].lower(): line.partition(": ")[2] for line in head[1:]}
+        assert headers["x-request-id"] != "the-first" and headers["server"] == "kimi_proxy"
+        told = [line for line in log_lines.lines if f"[{headers['x-request-id']}]" in line and " debug " not in line]
+        assert len(told) == 1 and " info " in told[0] and "\n" not in told[0]
+
+
 async def test_more_requests_than_there_may_be_are_a_503(
     simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession
 ) -> None:
@@ -809,6 +833,27 @@ async def test_more_requests_than_there_may_be_are_a_503(
     assert (await ask(http, proxy, token))[0] == 200
 
 
+async def test_bodies_have_a_limit_together(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession
+) -> None:
+    proxy = await start_proxy(max_inline_mb=1, max_bodies_mb=1)  # a single body may have 4/3 MB and 1 MB more
+    body = json.dumps(chat_body(user="x" * 1_500_000)).encode()
+
+    async def ask_at_length(token: str) -> tuple[int, Any, str]:
+        async with http.post(proxy + CHAT, data=io.BytesIO(body), headers=bearer(token)) as response:
+            return response.status, await response.json(), response.headers.get("Retry-After", "")
+
+    token = simulator.token("hello", "slow=ask:1.5")
+    running = asyncio.create_task(ask_at_length(token))
+    await simulator.wait_until(lambda: simulator.account(token).count("ask") == 1)
+    status, answer, retry_after = await ask_at_length(simulator.token("hello"))
+    assert (status, answer["error"]["code"], retry_after) == (503, "too_busy", "5")
+    assert "PROXY_MAX_BODIES_MB" in answer["message"]
+    assert (await ask(http, proxy, simulator.token("hello")))[0] == 200
+    assert (await running)[0] == 200
+    assert (await ask_at_length(simulator.token("hello")))[0] == 200
+
+
 async def test_more_answers_of_one_account_than_there_may_be_are_a_429(
     simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession
 ) -> None:
@@ -822,12 +867,16 @@ async def test_more_answers_of_one_account_than_there_may_be_are_a_429(
     assert (await running)[0] == 200
 
 
-async def test_more_connections_than_there_may_be_are_refused_and_room_is_made(start_proxy: StartProxy) -> None:
+async def test_more_connections_than_there_may_be_are_refused_and_room_is_made(
+    start_proxy: StartProxy, log_lines: LogRecorder
+) -> None:
     proxy = await start_proxy(max_connections=2)
     host, _, port = proxy.removeprefix("http://").partition(":")
     kept = [await asyncio.open_connection(host, int(port)) for _ in range(2)]
     refused = await send_raw(proxy, b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\n")
     assert refused.startswith(b"HTTP/1.1 503 ") and b"Retry-After" in refused
+    request_id = refused.partition(b"X-Request-Id: ")[2].partition(b"\r\n")[0].decode()
+    assert f"[{request_id}] a connection was refused" in log_lines.text
     for _, writer in kept:
         writer.close()
         await writer.wait_closed()

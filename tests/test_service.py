@@ -462,6 +462,34 @@ async def test_a_full_queue_and_a_missing_one_stop_nothing(simulator: Simulator,
     assert (await running.stop())[0] == 0
 
 
+async def test_log_lines_as_json(simulator: Simulator, http: aiohttp.ClientSession) -> None:
+    running = await start(simulator, PROXY_LOG_FORMAT="json", KIMI_PROTOCOL="classic")
+    url, token = running.url + "/v1/chat/completions", simulator.token("hello")
+    requests: dict[str, dict[str, Any]] = {
+        "good": {"json": chat_body(), "headers": bearer(token)},
+        "no-token": {"json": chat_body()},
+        "no-gzip": {"data": b"oops", "headers": {**bearer(token), "Content-Encoding": "gzip"}},
+        "broken": {"json": chat_body(), "headers": bearer(simulator.token("hello", "cut=4"))},
+    }
+    for name, request in requests.items():
+        request["headers"] = {**request.get("headers", {}), "X-Request-Id": name}
+        async with http.post(url, **request) as response:
+            await response.read()
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(running.url.rpartition(":")[2]))
+    writer.write(b"GET /ping HTTP/1.1\r\nHost : x\r\n\r\n")
+    assert b" 400 " in await reader.read()
+    writer.close()
+    status, log = await running.stop()
+    assert status == 0
+    lines = [json.loads(line) for line in log.splitlines()]
+    assert all(line.keys() == {"time", "level", "request_id", "message"} for line in lines)
+    told = {line["request_id"]: line["message"] for line in lines if line["request_id"] in requests}
+    assert [line["request_id"] for line in lines].count("no-gzip") == 1
+    statuses = {name: message.split()[2] for name, message in told.items()}
+    assert statuses == {"good": "200", "no-token": "401", "no-gzip": "400", "broken": "502"}
+    assert any("malformed" in line["message"] for line in lines)
+
+
 async def test_with_a_socket_of_systemds_a_restart_refuses_nothing(simulator: Simulator) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -676,3 +704,26 @@ async def test_what_a_killed_process_left_open_is_removed_by_the_next_one(
     status, log = await heir.stop()
     assert status == 0 and "left open by a process that ended" in log and token not in log
     assert list((tmp_path / "conversations").iterdir()) == []
+
+
+LIMITED = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+async def test_with_few_descriptors_further_clients_are_told(simulator: Simulator) -> None:
+    running = await start(simulator, program=["-c", LIMITED, PROGRAM[-1]])
+    address = running.url.removeprefix("http://").split(":")
+    clients = [await asyncio.open_connection(address[0], int(address[1])) for _ in range(60)]
+    told = await asyncio.wait_for(clients[-1][0].read(), 5)
+    assert told.startswith(b"HTTP/1.1 503 ") and b"Retry-After" in told
+    for _, writer in clients:
+        writer.close()
+    async with asyncio.timeout(5):
+        while await ask_health(running.url) != 200:
+            await asyncio.sleep(0.05)
+    status, log = await running.stop()
+    assert status == 0 and "Traceback" not in log and "descriptors for 18 connections" in log

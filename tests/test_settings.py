@@ -19,6 +19,13 @@ def test_defaults_are_those_that_are_promised() -> None:
     assert (settings.call_seconds, settings.silence_seconds, settings.answer_seconds) == (15, 120, 1800)
     assert (settings.token_seconds, settings.first_comment_seconds, settings.comment_seconds) == (300, 20, 15)
     assert (settings.max_file_mb, settings.max_inline_mb, settings.allow_private_urls) == (100, 32, False)
+    assert (settings.max_requests, settings.max_connections, settings.max_account_requests) == (256, 1024, 64)
+    assert (settings.body_seconds, settings.idle_seconds, settings.send_seconds, settings.max_bodies_mb) == (
+        60,
+        75,
+        60,
+        256,
+    )
     assert settings.max_body_bytes == 32 * 1_048_576 * 4 // 3 + 1_048_576
 
 
@@ -60,6 +67,7 @@ GOOD = {
     "PROXY_MAX_REQUESTS": ("1", 1),
     "PROXY_MAX_CONNECTIONS": ("1", 1),
     "PROXY_MAX_ACCOUNT_REQUESTS": ("1", 1),
+    "PROXY_MAX_BODIES_MB": ("1", 1),
     "KIMI_PROXY_URL": ("http://u:p@127.0.0.1:3128", "http://u:p@127.0.0.1:3128"),
     "PROXY_ALLOW_PRIVATE_URLS": ("1", True),
     "PROXY_MAX_ACCOUNTS": ("5", 5),
@@ -79,6 +87,7 @@ BAD = {
     "PROXY_MAX_REQUESTS": ["0"],
     "PROXY_MAX_CONNECTIONS": ["0"],
     "PROXY_MAX_ACCOUNT_REQUESTS": ["0"],
+    "PROXY_MAX_BODIES_MB": ["0"],
     "KIMI_PROXY_URL": ["socks5://127.0.0.1:1", "x"],
     "PROXY_SPOOL_DIR": ["/no/such/directory", __file__],
     "PROXY_ALLOW_PRIVATE_URLS": ["10.0.0.0/8"],
