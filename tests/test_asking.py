@@ -15,7 +15,7 @@ from typing import Any
 import aiohttp
 import openai
 import pytest
-from conftest import LogRecorder, StartProxy, bearer, chat_body, wait_until_nothing_is_spooled
+from conftest import LogRecorder, StartProxy, bearer, chat_body, list_descriptors, wait_until_nothing_is_spooled
 from kimi_simulator import HELLO, Conversation, Simulator, digest_content, make_content
 
 from kimi_proxy import KeptResponse, KeptResponses, OpenConversations, Uploads, parse_open_conversations
@@ -480,6 +480,28 @@ async def test_a_bad_form_is_told_and_leaves_nothing(
     assert not simulator.account(token).files
     await wait_until_nothing_is_spooled(tmp_path)
     assert (await ask(proxy, token))[0] == 200
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+async def test_an_upload_that_stops_in_the_middle_leaves_nothing(
+    simulator: Simulator, start_proxy: StartProxy, tmp_path: Path, leaves: bool
+) -> None:
+    proxy = await start_proxy(spool_dir=str(tmp_path), transfer_seconds=30.0 if leaves else 0.3)
+    token = simulator.token("read")
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(proxy.rpartition(":")[2]))
+    writer.write(b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Length: 200000\r\n")
+    writer.write(f"Authorization: Bearer {token}\r\n".encode())
+    writer.write(b"Content-Type: multipart/form-data; boundary=x\r\n\r\n")
+    writer.write(b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n' + bytes(100_000))
+    await writer.drain()
+    if not leaves:
+        assert (await reader.read()).startswith(b"HTTP/1.1 408 ")
+    async with asyncio.timeout(5):
+        while leaves and not any(one.startswith(f"{tmp_path}/") for one in list_descriptors()):
+            await asyncio.sleep(0.01)
+    writer.close()
+    await wait_until_nothing_is_spooled(tmp_path)
+    assert simulator.account(token).calls == []
 
 
 async def test_token_check(

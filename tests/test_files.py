@@ -613,6 +613,18 @@ async def test_what_an_origin_does_wrong_is_told_and_leaves_nothing(
         assert f"HTTP {path[11:14]}" in answer["error"]["message"]
 
 
+@pytest.mark.parametrize("order", ["900000+slow=0.1", "900000+slow=0.1+no-length"])
+async def test_an_origin_that_never_rests_and_never_ends_meets_the_limit_of_the_whole(
+    simulator: Simulator, start_proxy: StartProxy, tmp_path: Path, order: str
+) -> None:
+    proxy = await start_proxy(allow_private_urls=True, spool_dir=str(tmp_path), file_seconds=30.0, transfer_seconds=0.5)
+    token = simulator.token("read")
+    status, answer = await ask(proxy, token, file_part(f"{simulator.origin_url}/{order}/a.pdf"))
+    assert (status, answer["error"]["code"], answer["code"]) == (504, "file_silent", -2003)
+    await nothing_is_left(simulator, token)
+    await wait_until_nothing_is_spooled(tmp_path)
+
+
 async def test_an_origin_that_sends_more_than_it_promised_does_no_harm(simulator: Simulator, open_proxy: str) -> None:
     """HTTP ends a body at its length. Where the rest comes at once, aiohttp sees that something is wrong."""
     token = simulator.token("read")
