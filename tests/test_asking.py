@@ -495,7 +495,7 @@ async def test_an_upload_that_stops_in_the_middle_leaves_nothing(
     writer.write(b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n' + bytes(100_000))
     await writer.drain()
     if not leaves:
-        assert (await reader.read()).startswith(b"HTTP/1.1 408 ")
+        assert (await asyncio.wait_for(reader.read(), 10)).startswith(b"HTTP/1.1 408 ")
     async with asyncio.timeout(5):
         while leaves and not any(one.startswith(f"{tmp_path}/") for one in list_descriptors()):
             await asyncio.sleep(0.01)
