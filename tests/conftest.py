@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -39,6 +40,19 @@ def list_descriptors() -> list[str]:
         except OSError:  # the listing's own, which is closed by now, or no link
             found.append("?")
     return found
+
+
+async def wait_until_nothing_is_spooled(directory: Path, seconds: float = 5.0) -> None:
+    """Return once no file is in `directory`, and none without a name is open there. Raises `AssertionError`."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + seconds
+
+    def spooled() -> list[str]:
+        return os.listdir(directory) + [one for one in list_descriptors() if one.startswith(f"{directory}/")]
+
+    while spooled() and loop.time() < deadline:
+        await asyncio.sleep(0.01)
+    assert spooled() == []
 
 
 class Holdings:
@@ -151,7 +165,7 @@ async def nothing_is_left(
     yield
     await start_proxy.holdings.wait_until_nothing_is_left(len(start_proxy.urls))
     assert start_proxy.connections_in_use == 0
-    assert os.listdir(spool) == []
+    await wait_until_nothing_is_spooled(spool)
 
 
 @pytest.fixture
@@ -165,6 +179,20 @@ async def http() -> AsyncIterator[aiohttp.ClientSession]:
     """A plain HTTP client."""
     async with aiohttp.ClientSession() as session:
         yield session
+
+
+@pytest.fixture
+async def advance(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Puts the event loop's clock forward by so many seconds: whatever is due then comes at once."""
+    loop = asyncio.get_running_loop()
+    real, ahead = loop.time, 0.0
+
+    def advance(seconds: float) -> None:
+        nonlocal ahead
+        ahead += seconds
+
+    monkeypatch.setattr(loop, "time", lambda: real() + ahead)
+    return advance
 
 
 class LogRecorder(logging.Handler):

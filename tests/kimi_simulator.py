@@ -529,6 +529,8 @@ SHAPES: Final[dict[str, Callable[[Pieces], Pieces]]] = {
     "no-end": lambda pieces: pieces[:-1],
     "half-an-event": lambda pieces: [*pieces[:-1], pieces[-1][:9]],
     "huge-line": lambda pieces: [*pieces[:-1], *[b"data: " + b"x" * 65_536] * 64, pieces[-1]],
+    "limit-late": lambda pieces: [*pieces[:-1], b'data: {"error_type":"chat.user_stream_pushing"}\n\n'],
+    "dead-late": lambda pieces: [*pieces[:-1], b'data: {"error_type":"auth.token.invalid"}\n\n'],
     "steady": lambda pieces: pieces,
 }
 
@@ -540,6 +542,8 @@ CONNECT_SHAPES: Final[dict[str, Callable[[Pieces], Pieces]]] = {
     "half-an-event": lambda pieces: [*pieces[:-2], pieces[-2][:-3]],
     "done-without-end": lambda pieces: pieces[:-1],
     "error-after-done": lambda pieces: [*pieces[:-1], make_envelope(connect_error("internal", "late error"), 2)],
+    "limit-late": lambda pieces: [*pieces[:-2], make_envelope(connect_error("resource_exhausted", "late"), 2)],
+    "dead-late": lambda pieces: [*pieces[:-2], make_envelope(connect_error("unauthenticated", "late"), 2)],
     "end-flag-80": lambda pieces: [*pieces[:-1], make_envelope({}, 0x80)],
     "compressed": lambda pieces: [_compress(piece) for piece in pieces],
     "huge-line": lambda pieces: [*pieces[:-1], b"\0\x05\0\0\0", *[b"x" * 65_536] * 64, pieces[-1]],

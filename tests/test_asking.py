@@ -8,17 +8,17 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import openai
 import pytest
-from conftest import LogRecorder, StartProxy, bearer, chat_body
+from conftest import LogRecorder, StartProxy, bearer, chat_body, list_descriptors, wait_until_nothing_is_spooled
 from kimi_simulator import HELLO, Conversation, Simulator, digest_content, make_content
 
-from kimi_proxy import KeptResponse, KeptResponses, OpenConversations, parse_open_conversations
+from kimi_proxy import KeptResponse, KeptResponses, OpenConversations, Uploads, parse_open_conversations
 
 CHAT = "/v1/chat/completions"
 
@@ -68,6 +68,45 @@ async def test_a_refused_account_is_set_aside_and_the_next_one_asked(
         assert (status, answer["choices"][0]["message"]["content"]) == (200, HELLO)
     assert asks(simulator, good) == [3]
     assert simulator.account(bad).count("refresh") <= 2
+
+
+@pytest.mark.parametrize(
+    ("faults", "seconds"),
+    [
+        (("unauthorized-always=refresh",), 600),
+        (("status=ask:429", "retry-after=300"), 300),
+        (("status=ask:429",), 60),
+    ],
+)
+async def test_a_refused_account_is_asked_again_when_its_time_is_over(
+    simulator: Simulator, proxy: str, advance: Callable[[float], None], faults: tuple[str, ...], seconds: int
+) -> None:
+    bad, good = simulator.token("hello", *faults), simulator.token("hello")
+    account = simulator.account(bad)
+    for ahead, is_asked in ((0, True), (seconds - 10, False), (20, True)):
+        before = len(account.calls)
+        advance(ahead)
+        for _ in range(2):  # the second time it would be the turn of the other one
+            assert (await ask(proxy, f"{bad},{good}"))[0] == 200
+        assert (len(account.calls) > before) is is_asked
+
+
+@pytest.mark.parametrize(("fault", "code"), [("limit-late", "429"), ("dead-late", "401")])
+async def test_a_refusal_behind_visible_text_does_not_move_on(
+    simulator: Simulator, proxy: str, fault: str, code: str
+) -> None:
+    tokens = [simulator.token("hello", fault), simulator.token("hello", fault)]
+    async with (
+        aiohttp.ClientSession() as http,
+        http.post(proxy + CHAT, json=chat_body(stream=True), headers=bearer(",".join(tokens))) as response,
+    ):
+        lines = [line[6:] for line in (await response.text()).split("\n\n") if line.startswith("data: ")]
+    *chunks, last = map(json.loads, lines)
+    text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
+    assert (response.status, text) == (200, HELLO)
+    expected = {"429": ("answer_running", "rate_limited"), "401": ("token_dead",)}[code]
+    assert last["error"]["code"] in expected
+    assert sorted(asks(simulator, *tokens)) == [0, 1]
 
 
 async def test_where_all_are_refused_a_limit_is_told_before_a_dead_token(simulator: Simulator, proxy: str) -> None:
@@ -238,6 +277,12 @@ async def test_a_refused_request_goes_to_a_free_account_first(simulator: Simulat
     await asyncio.gather(first, second)
 
 
+async def test_where_no_account_is_free_a_refused_request_waits(simulator: Simulator, proxy: str) -> None:
+    tokens = [simulator.token("quiet", "one-at-a-time") for _ in range(2)]
+    answers = await asyncio.gather(*(ask(proxy, ",".join(tokens)) for _ in range(5)))
+    assert [status for status, _, _ in answers] == [200] * 5
+
+
 # Files of OpenAI's API.
 
 
@@ -254,7 +299,7 @@ async def client_for(start_proxy: StartProxy, tmp_path: Path) -> AsyncIterator[A
     yield make
     for client in clients:
         await client.close()
-    assert not list(tmp_path.iterdir())  # noqa: ASYNC240
+    await wait_until_nothing_is_spooled(tmp_path)
 
 
 async def test_the_sdk_uploads_a_file_and_asks_about_it(simulator: Simulator, client_for: Any) -> None:
@@ -324,6 +369,50 @@ async def test_a_request_with_a_file_goes_to_its_owner_and_two_owners_are_refuse
     assert (status, answer["error"]["code"]) == (404, "conversation_not_found")
 
 
+async def upload(http: aiohttp.ClientSession, url: str, token: str) -> str:
+    """Upload a file: its id."""
+    form = aiohttp.FormData()
+    form.add_field("file", io.BytesIO(b"hello"), filename="a.txt")
+    async with http.post(f"{url}/v1/files", data=form, headers=bearer(token)) as response:
+        return str((await response.json())["id"])
+
+
+async def test_what_belongs_to_a_limited_account_does_not_move_on(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession
+) -> None:
+    owner, other = simulator.token("read"), simulator.token("read")
+    part = {"type": "file", "file": {"file_id": await upload(http, proxy, owner)}}
+    _, opened, _ = await ask(proxy, owner, conversation_id="new")
+    before = asks(simulator, owner, other)
+    simulator.account(owner).order.faults["status"] = "ask:429"
+    for fields in ({"messages": [{"role": "user", "content": [part]}]}, {"conversation_id": opened["id"]}):
+        assert (await ask(proxy, f"{owner},{other}", **fields))[0] == 429
+    assert asks(simulator, other) == [0] == before[1:]
+
+
+async def test_after_a_restart_an_id_is_a_404_that_says_so(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession
+) -> None:
+    token = simulator.token("read")
+    part = {"type": "file", "file": {"file_id": await upload(http, await start_proxy(), token)}}
+    await start_proxy.close()
+    proxy = await start_proxy()
+    status, answer, _ = await ask(proxy, token, messages=[{"role": "user", "content": [part]}])
+    assert (status, answer["error"]["code"]) == (404, "file_not_found")
+    assert "forgotten when the proxy restarts" in answer["error"]["message"]
+
+
+async def test_of_many_uploaded_files_the_newest_are_known(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Uploads, "_MOST_KEPT", 2)
+    token = simulator.token("read")
+    ids = [await upload(http, proxy, token) for _ in range(3)]
+    async with http.get(f"{proxy}/v1/files", headers=bearer(token)) as response:
+        listed = await response.json()
+    assert [one["id"] for one in listed["data"]] == [ids[2], ids[1]]
+
+
 async def test_an_upload_moves_on_to_the_next_account(
     simulator: Simulator, proxy: str, http: aiohttp.ClientSession
 ) -> None:
@@ -389,8 +478,30 @@ async def test_a_bad_form_is_told_and_leaves_nothing(
     except aiohttp.ClientConnectionError:
         assert status == 413  # closed while the body was still on its way
     assert not simulator.account(token).files
-    assert not list(tmp_path.iterdir())  # noqa: ASYNC240
+    await wait_until_nothing_is_spooled(tmp_path)
     assert (await ask(proxy, token))[0] == 200
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+async def test_an_upload_that_stops_in_the_middle_leaves_nothing(
+    simulator: Simulator, start_proxy: StartProxy, tmp_path: Path, leaves: bool
+) -> None:
+    proxy = await start_proxy(spool_dir=str(tmp_path), transfer_seconds=30.0 if leaves else 0.3)
+    token = simulator.token("read")
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(proxy.rpartition(":")[2]))
+    writer.write(b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Length: 200000\r\n")
+    writer.write(f"Authorization: Bearer {token}\r\n".encode())
+    writer.write(b"Content-Type: multipart/form-data; boundary=x\r\n\r\n")
+    writer.write(b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n' + bytes(100_000))
+    await writer.drain()
+    if not leaves:
+        assert (await asyncio.wait_for(reader.read(), 10)).startswith(b"HTTP/1.1 408 ")
+    async with asyncio.timeout(5):
+        while leaves and not any(one.startswith(f"{tmp_path}/") for one in list_descriptors()):
+            await asyncio.sleep(0.01)
+    writer.close()
+    await wait_until_nothing_is_spooled(tmp_path)
+    assert simulator.account(token).calls == []
 
 
 async def test_token_check(

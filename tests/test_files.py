@@ -9,11 +9,10 @@ import gzip
 import io
 import ipaddress
 import json
-import os
 import socket
 import tempfile
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from urllib.parse import quote
 
 import aiohttp
 import pytest
-from conftest import LogRecorder, StartProxy, bearer
+from conftest import LogRecorder, StartProxy, bearer, wait_until_nothing_is_spooled
 from kimi_simulator import Account, File, Simulator, digest_content, make_content
 
 import kimi_proxy
@@ -30,7 +29,10 @@ from kimi_proxy import (
     AddressRule,
     DeniedAddress,
     Metrics,
+    OpenFile,
     ProxyError,
+    Silence,
+    Uploads,
     check_file_url,
     classify_address,
     name_file,
@@ -348,7 +350,7 @@ async def open_proxy(start_proxy: StartProxy, nothing_is_left: None, tmp_path: P
         max_file_mb=2,
         max_inline_mb=3,
     )
-    assert os.listdir(tmp_path) == []
+    await wait_until_nothing_is_spooled(tmp_path)
 
 
 ORIGINS = {
@@ -496,6 +498,27 @@ async def test_a_chats_files_are_uploaded_once_though_they_are_sent_each_turn(
     assert len(simulator.account(other).files) == 2  # another account has them on its own
 
 
+async def test_a_file_is_known_again_for_an_hour(
+    simulator: Simulator, open_proxy: str, advance: Callable[[float], None]
+) -> None:
+    token = simulator.token("read")
+    part = file_part(f"{simulator.origin_url}/100/a.pdf")
+    for seconds, fetches in ((0, 1), (3590, 1), (20, 2)):
+        advance(seconds)
+        assert (await ask(open_proxy, token, part))[0] == 200
+        assert len(simulator.fetches) == fetches
+
+
+async def test_of_many_files_the_newest_are_known_again(
+    simulator: Simulator, open_proxy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Uploads, "_MOST_KEPT", 2)
+    token = simulator.token("read")
+    for name in ("a", "b", "c", "c", "b", "a"):
+        assert (await ask(open_proxy, token, file_part(f"{simulator.origin_url}/100/{name}.pdf")))[0] == 200
+    assert simulator.fetches == [f"/100/{name}.pdf" for name in ("a", "b", "c", "a")]
+
+
 async def test_the_same_file_asked_for_at_once_is_uploaded_once(simulator: Simulator, open_proxy: str) -> None:
     token = simulator.token("read")
     part = file_part(f"{simulator.origin_url}/100000+slow=0.05/a.pdf")
@@ -590,12 +613,38 @@ async def test_what_an_origin_does_wrong_is_told_and_leaves_nothing(
         assert f"HTTP {path[11:14]}" in answer["error"]["message"]
 
 
+@pytest.mark.parametrize("order", ["900000+slow=0.1", "900000+slow=0.1+no-length"])
+async def test_an_origin_that_never_rests_and_never_ends_meets_the_limit_of_the_whole(
+    simulator: Simulator, start_proxy: StartProxy, tmp_path: Path, order: str
+) -> None:
+    proxy = await start_proxy(allow_private_urls=True, spool_dir=str(tmp_path), file_seconds=30.0, transfer_seconds=0.5)
+    token = simulator.token("read")
+    status, answer = await ask(proxy, token, file_part(f"{simulator.origin_url}/{order}/a.pdf"))
+    assert (status, answer["error"]["code"], answer["code"]) == (504, "file_silent", -2003)
+    await nothing_was_asked(simulator, token)
+    await wait_until_nothing_is_spooled(tmp_path)
+
+
 async def test_an_origin_that_sends_more_than_it_promised_does_no_harm(simulator: Simulator, open_proxy: str) -> None:
     """HTTP ends a body at its length. Where the rest comes at once, aiohttp sees that something is wrong."""
     token = simulator.token("read")
     status, _ = await ask(open_proxy, token, file_part(f"{simulator.origin_url}/1000+long/a.pdf"))
     account = simulator.account(token)
     assert (status == 502 and not account.conversations) or files_of(account)[0].sha256 == digest_content(1000)
+
+
+@pytest.mark.parametrize(("promised", "sent"), [(5, 3), (5, 2), (5, 4)])
+async def test_a_file_keeps_the_promise_of_its_length_or_fails(promised: int, sent: int) -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        for _ in range(sent):
+            yield b"ab"
+
+    async with asyncio.timeout(None) as timeout:
+        file = OpenFile("file", "a", "text/plain", promised, pieces(), Silence(timeout, 1, 1))
+        with pytest.raises(ProxyError) as caught:
+            async for _ in file.read():
+                assert file.sent_bytes <= promised
+    assert caught.value.code == "file_broken" and file.failure is caught.value
 
 
 async def nothing_was_asked(simulator: Simulator, token: str) -> None:
@@ -631,23 +680,36 @@ UPLOAD_FAULTS: dict[str, tuple[str, tuple[str, ...], int, str]] = {
 
 @pytest.mark.usefixtures("nothing_is_left")
 @pytest.mark.parametrize("name", UPLOAD_FAULTS)
-@pytest.mark.parametrize("source", ["url", "inline"])
+@pytest.mark.parametrize("source", ["url", "spooled", "inline"])
 async def test_what_the_service_does_wrong_with_a_file_is_told_and_leaves_nothing(
-    simulator: Simulator, start_proxy: StartProxy, log_lines: LogRecorder, name: str, source: str, dialect: str
+    simulator: Simulator,
+    start_proxy: StartProxy,
+    log_lines: LogRecorder,
+    tmp_path: Path,
+    name: str,
+    source: str,
+    dialect: str,
 ) -> None:
     only, faults, status, code = UPLOAD_FAULTS[name]
     if only not in ("", dialect):
         return
     proxy = await start_proxy(
-        allow_private_urls=True, file_seconds=1.0, call_seconds=0.7, parse_seconds=0.5, max_inline_mb=9
+        allow_private_urls=True,
+        spool_dir=str(tmp_path),
+        file_seconds=1.0,
+        call_seconds=0.7,
+        parse_seconds=0.5,
+        max_inline_mb=9,
     )
     size = 6_000_000  # more than the buffers of a connection hold
     content = b"".join(make_content(size))
-    part = file_part(f"{simulator.origin_url}/{size}/a.pdf" if source == "url" else data_url(content))
+    order = f"{size}+no-length" if source == "spooled" else f"{size}"
+    part = file_part(data_url(content) if source == "inline" else f"{simulator.origin_url}/{order}/a.pdf")
     token = simulator.token("read", *faults)
     seen, answer = await ask(proxy, token, part)
     assert (seen, answer["error"]["code"]) == (status, code), answer
     await nothing_was_asked(simulator, token)
+    await wait_until_nothing_is_spooled(tmp_path)
     assert "sign=" not in json.dumps(answer) + log_lines.text
     assert simulator.account(token).count("store") <= 1  # what may be there by now is not sent again
     assert (await ask(proxy, simulator.token("read"), part))[0] == 200
@@ -826,6 +888,18 @@ HOSTILE_URLS = [f"http://{host}/x.pdf" for host in HOSTILE_HOSTS.split()] + [
 ]
 
 
+def forbid_name_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on a name is a number, or this machine's own: no name server is asked."""
+    look_up = socket.getaddrinfo
+
+    def resolve(host: str, port: int, family: int = 0, kind: int = 0, protocol: int = 0, flags: int = 0) -> list[Any]:
+        if host.rstrip(".").lower() != "localhost":
+            flags |= socket.AI_NUMERICHOST
+        return look_up(host, port, family, kind, protocol, flags)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+
+
 @pytest.mark.usefixtures("nothing_is_left")
 async def test_no_hostile_address_gets_a_socket(
     simulator: Simulator, start_proxy: StartProxy, monkeypatch: pytest.MonkeyPatch
@@ -833,6 +907,7 @@ async def test_no_hostile_address_gets_a_socket(
     assert len(HOSTILE_URLS) >= 60
     counter = Counter(monkeypatch)
     proxy = await start_proxy(call_seconds=5.0)
+    forbid_name_servers(monkeypatch)
     token = simulator.token("read")
     hostile = [*HOSTILE_URLS, f"http://{own_address()}/", simulator.origin_url + "/100/a.pdf"]
     answers = [await ask(proxy, token, file_part(url)) for url in hostile]
@@ -846,8 +921,11 @@ async def test_no_hostile_address_gets_a_socket(
 
 
 @pytest.mark.usefixtures("nothing_is_left")
-async def test_nobody_learns_whether_something_listens(simulator: Simulator, start_proxy: StartProxy) -> None:
+async def test_nobody_learns_whether_something_listens(
+    simulator: Simulator, start_proxy: StartProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     proxy = await start_proxy()
+    forbid_name_servers(monkeypatch)
     token = simulator.token("read")
     urls = [simulator.origin_url + "/100/a.pdf", "http://127.0.0.1:1234/", "http://10.9.8.7/", "http://x.invalid/"]
     answers = [await ask(proxy, token, file_part(url)) for url in urls]
@@ -959,8 +1037,11 @@ async def test_an_inline_file_at_the_limit_may_have_its_lines_wrapped(simulator:
         assert (await ask(open_proxy, simulator.token("read"), part))[0] == 200
 
 
-async def test_the_threads_that_resolve_names_end_with_the_proxy(simulator: Simulator, start_proxy: StartProxy) -> None:
+async def test_the_threads_that_resolve_names_end_with_the_proxy(
+    simulator: Simulator, start_proxy: StartProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     proxy = await start_proxy()
+    forbid_name_servers(monkeypatch)
     await ask(proxy, simulator.token("read"), file_part("http://no-such-name.invalid/"))
     assert any(thread.name.startswith("resolve") for thread in threading.enumerate())
     await start_proxy.close()
