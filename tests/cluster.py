@@ -156,10 +156,8 @@ class Cluster:
         return text
 
     def _write_haproxy(self, path: Path, changes: Sequence[tuple[str, str]]) -> list[str]:
-        text = self._place("haproxy.cfg", changes)
-        if os.geteuid():  # who is not root cannot become somebody else
-            text = re.sub(r"(?m)^ +(user|group|chroot) .*\n", "", text)
-        path.write_text(text)
+        """But for the user that it becomes: that takes root, and what `WITH_PARENT` does would be undone by it."""
+        path.write_text(re.sub(r"(?m)^ +(user|group|chroot) .*\n", "", self._place("haproxy.cfg", changes)))
         return ["haproxy", "-db", "-f", str(path)]
 
     def _write_nginx(self, path: Path, changes: Sequence[tuple[str, str]]) -> list[str]:
