@@ -9138,7 +9138,9 @@ async def _frame(request: web.Request, handler: Callable[[web.Request], Awaitabl
     outcome = request[OUTCOME] = Outcome()
     task = cast(asyncio.Task[Any], asyncio.current_task())
     state.running.add(task)
-    state.requested_at = asyncio.get_running_loop().time()
+    is_look = request.path == "/health"  # of a balancer, which looks all the time
+    if not (is_look and state.closing):
+        state.requested_at = asyncio.get_running_loop().time()
     try:
         response = await _answer_or_fail(request, handler)
         status = response.status
@@ -9153,9 +9155,8 @@ async def _frame(request: web.Request, handler: Callable[[web.Request], Awaitabl
         route = resource.canonical if resource is not None else "other"
         state.metrics.count("kimi_proxy_requests_total", route=route, status=str(status))
         state.metrics.count("kimi_proxy_chunks_total", outcome.chunks)
-        is_look = route == "/health" and status == 200  # of a balancer, twice a second
         logger.log(
-            logging.DEBUG if is_look else logging.INFO,
+            logging.DEBUG if is_look and status == 200 else logging.INFO,
             "%s %s %d %.3fs chunks=%d upstream=%s%s%s",
             request.method,
             quote_words(request.path)[:100],
@@ -9582,29 +9583,78 @@ async def _run_app(settings: Settings, sockets: Sequence[socket.socket]) -> Asyn
     app = make_app(settings, [str(one.getsockname()[0]) for one in sockets])
     runner = _Runner(app, settings)
     await runner.setup()
+    servers: list[asyncio.Server] = []
     try:
-        sites: list[web.BaseSite] = [web.SockSite(runner, one) for one in sockets]
-        sites = sites or [web.TCPSite(runner, settings.host, settings.port)]
         try:
-            for site in sites:
-                await site.start()
+            await _listen(runner.server, servers, settings, sockets)
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise SettingsError(f"cannot listen on {settings.host}:{settings.port}: {quote_words(reason)}") from None
-        name, port = runner.addresses[0][:2]
+        name, port = servers[0].sockets[0].getsockname()[:2]
         host = name if sockets else settings.host
         yield f"http://{f'[{host}]' if ':' in host else host}:{port}", app
-        # Whoever waits in the queue of an inherited socket is served by the next process: nothing more is accepted,
-        # and what was accepted in this very pass of the loop is still served.
-        for one in sockets:
-            asyncio.get_running_loop().remove_reader(one.fileno())
-        if sockets:
-            await asyncio.sleep(0.1)
-        for site in sites:
-            await site.stop()
+        await _stop_listening(runner.server, servers, sockets, has_clients=app[STATE].closing)
         await end_requests(app)
     finally:
+        for server in servers:
+            server.close()
         await runner.cleanup()
+
+
+async def _listen(
+    factory: Callable[[], asyncio.Protocol],
+    servers: list[asyncio.Server],
+    settings: Settings,
+    sockets: Sequence[socket.socket],
+) -> None:
+    """Add the servers that listen to `servers`: one for each of `sockets`, else one where the settings say."""
+    loop = asyncio.get_running_loop()
+    for one in sockets:
+        servers.append(await loop.create_server(factory, sock=one, backlog=_BACKLOG))
+    if not sockets:
+        servers.append(await loop.create_server(factory, settings.host, settings.port, backlog=_BACKLOG))
+
+
+_BACKLOG: Final = 128
+_FIRST_REQUEST_SECONDS: Final = 0.1
+
+
+async def _stop_listening(
+    factory: Callable[[], asyncio.Protocol],
+    servers: Sequence[asyncio.Server],
+    inherited: Sequence[socket.socket],
+    *,
+    has_clients: bool,
+) -> None:
+    """Accept no more connections, and lose none that was made.
+
+    Who waits in the queue of an inherited socket is served by the next process. The queue of a port of our own is reset
+    when it closes: who waits in it is taken out before. Who was accepted last gets a moment to send a request.
+    """
+    loop = asyncio.get_running_loop()
+    for one in inherited:
+        loop.remove_reader(one.fileno())
+    waiting = [] if inherited else [one for server in servers for one in _close_port(server)]
+    for one in waiting:
+        await loop.connect_accepted_socket(factory, one)
+    if waiting or inherited or has_clients:
+        await asyncio.sleep(_FIRST_REQUEST_SECONDS)
+    for server in servers:
+        server.close()
+
+
+def _close_port(server: asyncio.Server) -> list[socket.socket]:
+    """The connections that wait in the queue of a server, whose port is closed right behind the last of them."""
+    waiting = []
+    for shared in server.sockets:
+        with shared.dup() as listening:
+            with suppress(OSError):  # there is none, or no descriptor for it
+                while True:
+                    waiting.append(listening.accept()[0])
+            with suppress(OSError):  # not every system closes it that way
+                listening.shutdown(socket.SHUT_RD)
+    server.close()
+    return waiting
 
 
 @asynccontextmanager

@@ -771,6 +771,17 @@ async def test_health_is_live_and_ready_and_nothing_else(proxy: str, http: aioht
         assert (response.status, await response.json()) == (200, {"live": True, "ready": True})
 
 
+async def test_a_good_look_at_health_is_no_line_of_the_usual_log(
+    proxy: str, http: aiohttp.ClientSession, log_lines: LogRecorder
+) -> None:
+    for path in ("/health", "/ping"):
+        async with http.get(proxy + path) as response:
+            assert response.status == 200
+    usual = [line for line in log_lines.lines if " debug " not in line]
+    assert [path for path in ("/health", "/ping") if any(f"GET {path} 200" in line for line in usual)] == ["/ping"]
+    assert "GET /health 200" in log_lines.text
+
+
 async def test_a_good_request_id_is_taken_and_a_bad_one_is_not(
     proxy: str, http: aiohttp.ClientSession, log_lines: LogRecorder
 ) -> None:

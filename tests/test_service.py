@@ -20,11 +20,13 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 from conftest import StartProxy, bearer, chat_body
 from golden import render_stream
 from kimi_simulator import HELLO, Simulator
 
-from kimi_proxy import anonymize
+import kimi_proxy
+from kimi_proxy import Settings, announce_end, anonymize, make_app
 
 PROGRAM = [sys.executable, "-W", "error", str(Path(__file__).parent.parent / "kimi_proxy.py")]
 PIPE = asyncio.subprocess.PIPE
@@ -547,6 +549,55 @@ async def test_the_end_is_announced_while_all_is_still_served(simulator: Simulat
     status, log = await stopping
     assert status == 0 and text.endswith("data: [DONE]\n\n") and "29" in text, log
     assert simulator.account(token).settled
+
+
+async def test_who_waits_in_the_queue_of_the_port_when_it_closes_is_served(
+    simulator: Simulator, start_proxy: StartProxy
+) -> None:
+    port = int((await start_proxy()).rpartition(":")[2])
+    body = json.dumps(chat_body()).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {simulator.token('hello')}\r\n"
+    request = f"{head}Content-Type: {JSON}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+    # Nothing is awaited from here to the end, so that the proxy has not accepted them.
+    waiting = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
+    for one in waiting:
+        one.sendall(request)
+    await start_proxy.close()
+    for one in waiting:
+        with one, one.makefile("rb") as answer:
+            assert answer.readline().startswith(b"HTTP/1.1 200 ")
+            text = answer.read().decode()
+        assert HELLO in text
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port))
+
+
+async def test_a_balancer_that_looks_all_the_time_does_not_hold_up_the_end(
+    http: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kimi_proxy, "_GRACE_SECONDS", 1000.0)
+    monkeypatch.setattr(kimi_proxy, "_QUIET_SECONDS", 0.3)
+    app = make_app(Settings(state_dir=""))
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+
+    async def look() -> None:
+        while True:
+            async with http.get(f"http://127.0.0.1:{runner.addresses[0][1]}/health") as response:
+                assert response.status == 503
+            await asyncio.sleep(0.01)
+
+    try:
+        ending = asyncio.create_task(announce_end(app))
+        await asyncio.sleep(0)
+        looking = asyncio.create_task(look())
+        async with asyncio.timeout(10):
+            await ending
+        assert not looking.done()
+        looking.cancel()
+    finally:
+        await runner.cleanup()
 
 
 async def test_whole_answers_are_told_at_the_end_with_a_503(simulator: Simulator) -> None:
