@@ -48,7 +48,17 @@ import traceback
 import zlib
 from bisect import bisect_right
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
@@ -2919,8 +2929,8 @@ def parse_chat_request(body: bytes | bytearray) -> ChatRequest:
     if _take(value, "n", int, 1) != 1:
         raise _refuse("n", "only 1 answer at a time")
     options = _take(value, "stream_options", dict, None)
-    tools, searches = _parse_tools(_take(value, "tools", list, []))
-    search = True if search is None and searches else search
+    offered, left_out, searches = _parse_tools(_take(value, "tools", list, []), _parse_nested_tool)
+    choice, tools = _parse_tool_choice(value.get("tool_choice"), offered, _name_foreign(left_out, searches=searches))
     names: dict[str, str] = {}
     parsed = tuple(_parse_message(message, f"messages[{index}]", names) for index, message in enumerate(messages))
     if sum(len(message.attachments) for message in parsed) > MOST_ATTACHMENTS:
@@ -2930,14 +2940,15 @@ def parse_chat_request(body: bytes | bytearray) -> ChatRequest:
         messages=parsed,
         stream=_take(value, "stream", bool, False),
         include_usage=None if options is None else _take(options, "include_usage", bool, False, "stream_options."),
-        use_search=search,
+        use_search=True if search is None and searches else search,
         conversation_id=_take(value, "conversation_id", str, ""),
         tools=tools,
-        tool_choice=_parse_tool_choice(value.get("tool_choice"), tools),
+        tool_choice=choice,
         parallel_tool_calls=_take(value, "parallel_tool_calls", bool, True),
         response_format=_parse_response_format(_take(value, "response_format", dict, {})),
         stop=_parse_stop(value.get("stop")),
         max_tokens=_parse_max_tokens(value),
+        left_out=left_out,
     )
 
 
@@ -2975,6 +2986,7 @@ def _parse_message(value: object, place: str, names: dict[str, str]) -> Message:
     text += _take(value, "refusal", str, "", f"{place}.")
     called = _take(value, "tool_call_id", str, "", f"{place}.")
     if called or role in ("tool", "function"):
+        role = "tool" if called else role
         text = render_tool_response(names.get(called) or _take(value, "name", str, "", f"{place}."), text)
     calls = _take(value, "tool_calls", list, [], f"{place}.")
     lines = [_parse_call(call, f"{place}.tool_calls[{index}]", names) for index, call in enumerate(calls)]
@@ -2996,37 +3008,67 @@ def _parse_call(value: object, place: str, names: dict[str, str]) -> str:
     """A call that the model made before, as text; its name is noted for the result that follows."""
     if not isinstance(value, dict):
         raise _refuse(place, "must be an object")
-    function = _take(value, "function", dict, {}, f"{place}.")
-    name = _take(function, "name", str, "", f"{place}.function.")
+    kind, argument = ("custom", "input") if value.get("type") == "custom" else ("function", "arguments")
+    function = _take(value, kind, dict, {}, f"{place}.")
+    name = _take(function, "name", str, "", f"{place}.{kind}.")
     names[_take(value, "id", str, "", f"{place}.")] = name
-    return render_tool_call(name, _take(function, "arguments", str, "", f"{place}.function."))
+    return render_tool_call(name, _take(function, argument, str, "", f"{place}.{kind}."))
 
 
 _FUNCTION_NAME: Final = re.compile(r"[^\s\x00-\x1f<>\"{}]{1,128}")
 
 
-def _parse_tools(values: list[Any]) -> tuple[tuple[Tool, ...], bool]:
-    """The functions among `tools`, each name once, and whether a web search is among them."""
+def _parse_tools(
+    values: list[Any], parse: Callable[[dict[str, Any], str], Tool]
+) -> tuple[tuple[Tool, ...], tuple[str, ...], bool]:
+    """The functions among OpenAI's `tools`, each name once, as `parse` reads them; the names of what is left out; and
+    whether a web search is among them.
+    """
     tools: dict[str, Tool] = {}
+    left_out: list[str] = []
     searches = False
     for index, value in enumerate(values):
         place = f"tools[{index}]"
         if not isinstance(value, dict):
             raise _refuse(place, "must be an object")
         kind = _take(value, "type", str, "function", f"{place}.")
-        function = _take(value, "function", dict, {}, f"{place}.")
-        name = _take(function, "name", str, "", f"{place}.function.")
-        if kind.startswith("web_search") or name == "$web_search":
+        if kind.startswith("web_search") or _read_function_name(value) == "$web_search":
             searches = True
-            continue
-        if kind != "function":
-            raise _refuse(f"{place}.type", "only functions and web_search are known here")
-        if not _FUNCTION_NAME.fullmatch(name):
-            raise _refuse(f"{place}.function.name", "must be a name without blanks, 128 characters at most")
-        description = _take(function, "description", str, "", f"{place}.function.")
-        parameters = _check_depth(function.get("parameters"), f"{place}.function.parameters")
-        tools.setdefault(name, Tool(name, description, parameters))
-    return tuple(tools.values()), searches
+        elif kind == "function":
+            tool = parse(value, place)
+            tools.setdefault(tool.name, tool)
+        else:
+            left_out += _read_foreign_names(value, kind)
+    return tuple(tools.values()), tuple(dict.fromkeys(left_out)), searches
+
+
+def _parse_nested_tool(value: dict[str, Any], place: str) -> Tool:
+    """A function as chat completions have it: within `function`."""
+    return _parse_tool(_take(value, "function", dict, {}, f"{place}."), f"{place}.function")
+
+
+def _parse_tool(value: dict[str, Any], place: str, schema: str = "parameters") -> Tool:
+    """A function from its `name`, `description` and the field that is called `schema`."""
+    name = _take(value, "name", str, "", f"{place}.")
+    if not _FUNCTION_NAME.fullmatch(name):
+        raise _refuse(f"{place}.name", "must be a name without blanks, 128 characters at most")
+    description = _take(value, "description", str, "", f"{place}.")
+    return Tool(name, description, _check_depth(value.get(schema), f"{place}.{schema}"))
+
+
+def _read_foreign_names(value: dict[str, Any], kind: str) -> list[str]:
+    """What a tool of another kind is called, or else its kind; of a `namespace` its tools too. Only what is a name."""
+    own = value.get(kind)
+    own = own if isinstance(own, dict) else value  # chat completions have it within a field of the kind's name
+    nested = own.get("tools")
+    inner = [tool.get("name") for tool in nested if isinstance(tool, dict)] if isinstance(nested, list) else []
+    names = [own.get("name") or own.get("server_label") or kind, *inner]
+    return [name for name in names if isinstance(name, str) and _FUNCTION_NAME.fullmatch(name)]
+
+
+def _name_foreign(left_out: Sequence[str], *, searches: bool) -> Sequence[str]:
+    """The names of all tools that the model cannot call."""
+    return (*left_out, "web_search") if searches else left_out
 
 
 def _check_depth(schema: object, place: str) -> Any:
@@ -3042,21 +3084,44 @@ def _check_depth(schema: object, place: str) -> Any:
     return schema
 
 
-def _parse_tool_choice(value: object, tools: Sequence[Tool]) -> ToolChoice:
-    """What `tool_choice` means for `tools`: a word, or a function by name."""
+def _parse_tool_choice(
+    value: object, tools: tuple[Tool, ...], foreign: Collection[str]
+) -> tuple[ToolChoice, tuple[Tool, ...]]:
+    """What OpenAI's `tool_choice` means for `tools`, and those that it allows; `auto` where it wants `foreign` ones."""
+    if not isinstance(value, dict) or value.get("type", "function") == "function":
+        return _choose_tool(value, tools, foreign), tools
+    if value["type"] != "allowed_tools":
+        return ToolChoice(), tools
+    own = value.get("allowed_tools")
+    own = own if isinstance(own, dict) else value  # chat completions have it within, the Responses API has it not
+    listed = own.get("tools")
+    names = [_read_function_name(tool) for tool in listed] if isinstance(listed, list) else []
+    allowed = tuple(tool for tool in tools if tool.name in names)
+    return (_choose_tool(own.get("mode"), allowed, foreign), allowed) if allowed else (ToolChoice("none"), tools)
+
+
+def _choose_tool(value: object, tools: Sequence[Tool], foreign: Collection[str]) -> ToolChoice:
+    """What a choice means: a word, or a function by name."""
     if value is None or value in ("auto", "none"):
         return ToolChoice("none") if value == "none" else ToolChoice()
     if value == "required":
-        if not tools:
+        if not tools and not foreign:
             raise _refuse("tool_choice", "there are no functions in tools")
-        return ToolChoice("required")
-    function = value.get("function", value) if isinstance(value, dict) else None
-    name = function.get("name") if isinstance(function, dict) else None
+        return ToolChoice("required") if tools else ToolChoice()
+    name = _read_function_name(value)
     if not isinstance(name, str):
         raise _refuse("tool_choice", 'must be auto, none, required, or {"type": "function", "function": {"name"}}')
-    if name not in [tool.name for tool in tools]:
+    if name in [tool.name for tool in tools]:
+        return ToolChoice("named", name)
+    if name not in foreign:
         raise _refuse("tool_choice", "names a function that is not in tools")
-    return ToolChoice("named", name)
+    return ToolChoice()
+
+
+def _read_function_name(value: object) -> Any:
+    """The `name` in an object, or in its `function`; None where there is none."""
+    function = value.get("function", value) if isinstance(value, dict) else None
+    return function.get("name") if isinstance(function, dict) else None
 
 
 def _parse_response_format(value: dict[str, Any]) -> ResponseFormat | None:
@@ -3218,7 +3283,8 @@ def wrap_urls(text: str) -> str:
 _Block = str | Attachment | Message
 _MOST_STOP_SEQUENCES: Final = 16
 # What comes back of the model's thinking was for the client, and a server tool's work is that of another service.
-_DROPPED_BLOCKS: Final = ("thinking", "redacted_thinking", "server_tool_use")
+_DROPPED_BLOCKS: Final = ("thinking", "redacted_thinking")
+_DROPPED_ENDS: Final = ("_tool_use", "_tool_result")  # of server_tool_use, mcp_tool_use, web_search_tool_result …
 
 
 def parse_messages_request(body: bytes | bytearray) -> ChatRequest:
@@ -3349,7 +3415,7 @@ def _parse_plain_block(value: object, place: str) -> str | Attachment:
         return _parse_source("image", value, place)
     if kind == "document":
         return _parse_source("file", value, place)
-    if kind in _DROPPED_BLOCKS or kind.endswith("_tool_result"):  # web_search_tool_result and its like
+    if kind in _DROPPED_BLOCKS or kind.endswith(_DROPPED_ENDS):
         return ""
     name = quote_words(kind)[:40] or "(none)"
     known = "text, image, document, tool_use, tool_result, thinking"
@@ -3391,11 +3457,7 @@ def _parse_messages_tools(values: list[Any]) -> tuple[tuple[Tool, ...], dict[str
             shown = next((word for word in (name, kind) if _FUNCTION_NAME.fullmatch(word)), "(other)")
             others.setdefault(quote_words(shown)[:60], kind)
             continue
-        if not _FUNCTION_NAME.fullmatch(name):
-            raise _refuse(f"{place}.name", "must be a name without blanks, 128 characters at most")
-        description = _take(value, "description", str, "", f"{place}.")
-        parameters = _check_depth(value.get("input_schema"), f"{place}.input_schema")
-        tools.setdefault(name, Tool(name, description, parameters))
+        tools.setdefault(name, _parse_tool(value, place, "input_schema"))
     return tuple(tools.values()), others
 
 
@@ -3405,11 +3467,9 @@ def _parse_messages_choice(value: dict[str, Any], tools: Sequence[Tool], others:
     name = _take(value, "name", str, "", "tool_choice.")
     if kind not in ("auto", "any", "tool", "none"):
         raise _refuse("tool_choice.type", "must be auto, any, tool or none")
-    if (kind == "any" and others and not tools) or (kind == "tool" and name in others):
-        return ToolChoice()
     if kind == "tool":
-        return _parse_tool_choice({"name": name}, tools)
-    return _parse_tool_choice("required" if kind == "any" else kind, tools)
+        return _choose_tool({"name": name}, tools, others)
+    return _choose_tool("required" if kind == "any" else kind, tools, others)
 
 
 def _parse_output_format(config: dict[str, Any]) -> ResponseFormat | None:
@@ -3465,7 +3525,8 @@ def parse_responses_request(body: bytes | bytearray) -> ResponsesRequest:
     instructions = _take(value, "instructions", str, "")
     reader = _InputReader([Message("system", instructions)] if instructions else [])
     reader.feed(value.get("input"), is_optional=bool(previous))
-    tools, left_out, searches = _parse_flat_tools(_take(value, "tools", list, []))
+    offered, left_out, searches = _parse_tools(_take(value, "tools", list, []), _parse_tool)
+    choice, tools = _parse_tool_choice(value.get("tool_choice"), offered, _name_foreign(left_out, searches=searches))
     form, form_echo = _parse_text_format(_take(value, "text", dict, {}))
     chat = ChatRequest(
         model=model,
@@ -3474,7 +3535,7 @@ def parse_responses_request(body: bytes | bytearray) -> ResponsesRequest:
         include_usage=None,
         use_search=True if search is None and searches else search,
         tools=tools,
-        tool_choice=_parse_flat_tool_choice(value.get("tool_choice"), tools, left_out, searches=searches),
+        tool_choice=choice,
         parallel_tool_calls=_take(value, "parallel_tool_calls", bool, True),
         response_format=form,
         max_tokens=_parse_limit(value, "max_output_tokens"),
@@ -3651,55 +3712,6 @@ def _parse_input_part(value: object, place: str) -> str | Attachment:
             known = "input_text, input_image, input_file"
             name = quote_words(kind)[:40] or "(none)"
             raise _refuse(f"{place}.type", f"unknown kind of part: {name}; known: {known}")
-
-
-def _parse_flat_tools(values: list[Any]) -> tuple[tuple[Tool, ...], tuple[str, ...], bool]:
-    """The functions among the Responses API's `tools`, the names of what is left out, and whether to search."""
-    tools: dict[str, Tool] = {}
-    left_out: list[str] = []
-    searches = False
-    for index, value in enumerate(values):
-        place = f"tools[{index}]"
-        if not isinstance(value, dict):
-            raise _refuse(place, "must be an object")
-        kind = _take(value, "type", str, "function", f"{place}.")
-        if kind.startswith("web_search"):
-            searches = True
-        elif kind == "function":
-            tool = _parse_flat_tool(value, place)
-            tools.setdefault(tool.name, tool)
-        else:
-            left_out += _read_foreign_names(value, kind)
-    return tuple(tools.values()), tuple(dict.fromkeys(left_out)), searches
-
-
-def _parse_flat_tool(value: dict[str, Any], place: str) -> Tool:
-    name = _take(value, "name", str, "", f"{place}.")
-    if not _FUNCTION_NAME.fullmatch(name):
-        raise _refuse(f"{place}.name", "must be a name without blanks, 128 characters at most")
-    description = _take(value, "description", str, "", f"{place}.")
-    return Tool(name, description, _check_depth(value.get("parameters"), f"{place}.parameters"))
-
-
-def _read_foreign_names(value: dict[str, Any], kind: str) -> list[str]:
-    """What a tool of another kind is called, or else its kind; of a `namespace` its tools too. Only what is a name."""
-    nested = value.get("tools")
-    inner = [tool.get("name") for tool in nested if isinstance(tool, dict)] if isinstance(nested, list) else []
-    names = [value.get("name") or value.get("server_label") or kind, *inner]
-    return [name for name in names if isinstance(name, str) and _FUNCTION_NAME.fullmatch(name)]
-
-
-def _parse_flat_tool_choice(
-    value: object, tools: Sequence[Tool], left_out: Sequence[str], *, searches: bool
-) -> ToolChoice:
-    """What the Responses API's `tool_choice` means for `tools`; `auto` where it wants what is not offered."""
-    if isinstance(value, dict) and value.get("type", "function") != "function":
-        value = value.get("mode", "auto")  # `allowed_tools` has one; the other kinds name what is left out
-    if value == "required" and not tools and (left_out or searches):
-        return ToolChoice()
-    if isinstance(value, dict) and value.get("name") in left_out:
-        return ToolChoice()
-    return _parse_tool_choice(value, tools)
 
 
 def _parse_text_format(text: dict[str, Any]) -> tuple[ResponseFormat | None, dict[str, Any]]:
@@ -8148,7 +8160,7 @@ def _make_question(request: web.Request, chat: ChatRequest, prompt: str) -> Ques
     """What Kimi is asked. Where nobody says, the web is searched for people alone, not with files or for programs."""
     use_search, attachments = chat.use_search, chat.attachments
     if use_search is None:
-        is_plain = not (attachments or chat.tools or chat.response_format is not None)
+        is_plain = not (attachments or chat.tools or chat.left_out or chat.response_format is not None)
         use_search = request.app[STATE].settings.use_search and is_plain
     if chat.left_out:
         logger.info("tools that are not known here are left out: %s", quote_words(", ".join(chat.left_out)))

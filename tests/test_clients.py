@@ -14,7 +14,7 @@ import openai
 import pydantic
 import pytest
 from aiohttp_sse_client.client import EventSource
-from conftest import StartProxy, bearer, chat_body
+from conftest import LogRecorder, StartProxy, bearer, chat_body
 from kimi_simulator import HELLO, Simulator
 from yarl import URL
 
@@ -419,6 +419,54 @@ async def test_anthropics_models_and_keys(simulator: Simulator, start_proxy: Sta
     async with anthropic.AsyncAnthropic(api_key="wrong", base_url=proxy, max_retries=0) as client:
         with pytest.raises(anthropic.AuthenticationError):
             await client.messages.create(**CLAUDE, extra_headers=headers)
+
+
+async def test_a_silent_stream_of_anthropics_is_pinged_whatever_its_version_and_betas(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession
+) -> None:
+    proxy = await start_proxy(first_comment_seconds=0.1, comment_seconds=0.1)
+    headers = {"x-api-key": simulator.token("quiet"), "anthropic-version": "9", "anthropic-beta": "a-1,b-2"}
+    url = f"{proxy}/v1/messages?beta=true&other=1"
+    async with http.post(url, json={**CLAUDE, "stream": True}, headers=headers) as response:
+        text = await response.text()
+    assert text.startswith('event: ping\ndata: {"type":"ping"}\n\n') and "\n:" not in text
+    client = anthropic.AsyncAnthropic(api_key=simulator.token("quiet"), base_url=proxy)
+    async with client, client.messages.stream(**CLAUDE) as stream:
+        assert "".join([text async for text in stream.text_stream]) == "late"
+
+
+FOREIGN: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "/v1/chat/completions": (
+        chat_body(),
+        {"type": "custom", "custom": {"name": "apply_patch"}},
+        {"type": "web_search"},
+    ),
+    "/v1/messages": (
+        CLAUDE,
+        {"type": "bash_20250124", "name": "apply_patch"},
+        {"type": "web_search_20250305", "name": "web_search"},
+    ),
+    "/v1/responses": (
+        {"input": "hi"},
+        {"type": "custom", "name": "apply_patch"},
+        {"type": "web_search", "external_web_access": False},
+    ),
+}
+
+
+@pytest.mark.parametrize("path", FOREIGN)
+async def test_tools_of_other_kinds_are_left_out_with_a_log_line_and_a_web_search_searches(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession, log_lines: LogRecorder, path: str
+) -> None:
+    body, foreign, search = FOREIGN[path]
+    token = simulator.token("hello")
+    for tools in ([foreign], [foreign, search]):
+        async with http.post(proxy + path, json={**body, "tools": tools}, headers=bearer(token)) as response:
+            assert response.status == 200
+    asked = (await simulator.settle(token)).asked
+    assert [bool(one["use_search"] if "refs" in one else one["tools"]) for one in asked] == [False, True]
+    assert not any("apply_patch" in json.dumps(one) for one in asked)
+    assert log_lines.text.count("tools that are not known here are left out: apply_patch") == 2
 
 
 async def test_every_failure_of_a_path_has_the_form_of_its_api(
