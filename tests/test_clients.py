@@ -560,6 +560,33 @@ async def test_a_tool_loop_by_previous_response_and_by_the_whole_input(
     assert "get_weather" in asked and "What is the weather in Paris?" in asked and "Be short." not in asked
 
 
+async def test_items_of_kept_answers_can_be_referred_to_by_their_account_alone(
+    simulator: Simulator, client_for: Any
+) -> None:
+    token = simulator.token("tool")
+    client = client_for(token)
+    question: Any = {"role": "user", "content": "What is the weather in Paris?"}
+    first = await client.responses.create(model="kimi", input=[question], tools=[RESPONSES_TOOL])
+    (call,) = [item for item in first.output if item.type == "function_call"]
+    result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}
+    references: Any = [{"type": "item_reference", "id": item.id} for item in first.output]
+    items: Any = [question, *references, result]
+    second = await client.responses.create(model="kimi", input=items, tools=[RESPONSES_TOOL])
+    assert second.output_text == "The results are: sunny"
+    by_hand: Any = [question, *[item.model_dump(exclude_none=True) for item in first.output], result]
+    await client.responses.create(model="kimi", input=by_hand, tools=[RESPONSES_TOOL])
+    texts = [json.dumps(one, ensure_ascii=False) for one in simulator.account(token).asked[1:]]
+    assert texts[0] == texts[1] and "Let me see." in texts[0]
+    forgotten = await client.responses.create(model="kimi", input="x", store=False)
+    unknown = [
+        [{"type": "item_reference", "id": name}] for name in (forgotten.output[0].id, f"{call.id}0", "msg_1", "")
+    ]
+    strange = client_for(simulator.token("tool"))
+    for asking, wrong in ((strange, items), *((client, reference) for reference in unknown)):
+        with pytest.raises(openai.BadRequestError, match="send the item itself"):
+            await asking.responses.create(model="kimi", input=wrong)
+
+
 async def test_kept_responses_belong_to_their_account_and_can_be_deleted(
     simulator: Simulator, start_proxy: StartProxy
 ) -> None:
