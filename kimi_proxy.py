@@ -8462,7 +8462,10 @@ async def _check_token_live(request: web.Request) -> web.StreamResponse:
 async def _health(request: web.Request) -> web.StreamResponse:
     """Whether it lives, and whether it should be sent requests: not while it shuts down."""
     is_ready = not request.app[STATE].draining.is_set()
-    return _json({"live": True, "ready": is_ready}, 200 if is_ready else 503)
+    response = _json({"live": True, "ready": is_ready}, 200 if is_ready else 503)
+    if not is_ready:
+        response.headers["Retry-After"] = str(FAILURES["shutting_down"].retry_after_seconds)
+    return response
 
 
 async def _metrics(request: web.Request) -> web.StreamResponse:
