@@ -3609,6 +3609,7 @@ class _InputReader:
     def __init__(self, messages: list[Message], find_item: FindItem) -> None:
         self.messages = messages
         self._find_item = find_item
+        self._referred: set[str] = set()
         self.unnamed_results: dict[int, tuple[str, str]] = {}
         self.names: dict[str, str] = {}
         self._calls: list[str] = []
@@ -3645,6 +3646,9 @@ class _InputReader:
                 pass
 
     def _resolve(self, item_id: str, place: str) -> Mapping[str, Any]:
+        if item_id in self._referred:  # many references to a long item would be a text without bounds
+            raise _refuse(place, "refers to an item a second time")
+        self._referred.add(item_id)
         found = self._find_item(item_id)
         if found is None:
             raise _refuse(place, "refers to an item of no answer that is kept for this account: send the item itself")

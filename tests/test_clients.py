@@ -585,6 +585,8 @@ async def test_items_of_kept_answers_can_be_referred_to_by_their_account_alone(
     for asking, wrong in ((strange, items), *((client, reference) for reference in unknown)):
         with pytest.raises(openai.BadRequestError, match="send the item itself"):
             await asking.responses.create(model="kimi", input=wrong)
+    with pytest.raises(openai.BadRequestError, match="a second time"):
+        await client.responses.create(model="kimi", input=[*references, *references])
 
 
 async def test_kept_responses_belong_to_their_account_and_can_be_deleted(
