@@ -3615,8 +3615,13 @@ class ResponsesRequest:
         return self.chat.messages[1:] if self.echo["instructions"] else self.chat.messages
 
 
-def parse_responses_request(body: bytes | bytearray) -> ResponsesRequest:
+FindItem = Callable[[str], Mapping[str, Any] | None]
+
+
+def parse_responses_request(body: bytes | bytearray, find_item: FindItem = lambda item_id: None) -> ResponsesRequest:
     """The request in the body of `POST /v1/responses` (OpenAI API reference, "Create a model response").
+
+    `find_item` gives the item of an earlier answer that one of the input refers to by its id, or None.
 
     Raises `ProxyError`: `invalid_json`, or `invalid_request` with the field's name as `param`.
     """
@@ -3624,7 +3629,7 @@ def parse_responses_request(body: bytes | bytearray) -> ResponsesRequest:
     model, search = _parse_model(value)
     previous = _take(value, "previous_response_id", str, "")
     instructions = _take(value, "instructions", str, "")
-    reader = _InputReader([Message("system", instructions)] if instructions else [])
+    reader = _InputReader([Message("system", instructions)] if instructions else [], find_item)
     reader.feed(value.get("input"), is_optional=bool(previous))
     offered, left_out, searches = _parse_tools(_take(value, "tools", list, []), _parse_tool)
     choice, tools = _parse_tool_choice(value.get("tool_choice"), offered, _name_foreign(left_out, searches=searches))
@@ -3702,8 +3707,10 @@ class _InputReader:
     Left out are the model's thinking and items of the service's own tools, which Kimi's web service has not.
     """
 
-    def __init__(self, messages: list[Message]) -> None:
+    def __init__(self, messages: list[Message], find_item: FindItem) -> None:
         self.messages = messages
+        self._find_item = find_item
+        self._referred: set[str] = set()
         self.unnamed_results: dict[int, tuple[str, str]] = {}
         self.names: dict[str, str] = {}
         self._calls: list[str] = []
@@ -3735,9 +3742,18 @@ class _InputReader:
             case "function_call_output":
                 self._take_result(item, place)
             case "item_reference":
-                raise _refuse(place, "a reference to an item: items are not kept here, send the item itself")
+                self._take_item(self._resolve(_take(item, "id", str, "", f"{place}."), place), place)
             case _:
                 pass
+
+    def _resolve(self, item_id: str, place: str) -> Mapping[str, Any]:
+        if item_id in self._referred:  # many references to a long item would be a text without bounds
+            raise _refuse(place, "refers to an item a second time")
+        self._referred.add(item_id)
+        found = self._find_item(item_id)
+        if found is None:
+            raise _refuse(place, "refers to an item of no answer that is kept for this account: send the item itself")
+        return found
 
     def _take_message(self, item: dict[str, Any], place: str) -> None:
         role = _take(item, "role", str, "user", f"{place}.") or "user"
@@ -8325,6 +8341,12 @@ class KeptResponses:
         kept = self._kept.get(response_id)
         return kept if kept is not None and kept.owner in {account.digest for account in accounts} else None
 
+    def find_item(self, item_id: str, accounts: Sequence[Account]) -> Mapping[str, Any] | None:
+        """The item of a kept response's output; None where there is none. Its id has the response's within it."""
+        name = item_id.partition("_")[2].rpartition("_")[0]
+        kept = self.find(f"resp_{name}", accounts)
+        return next((item for item in kept.response["output"] if item["id"] == item_id), None) if kept else None
+
     def forget(self, response_id: str, accounts: Sequence[Account]) -> bool:
         """Forget a response; whether there was one."""
         found = self.find(response_id, accounts) is not None
@@ -8837,7 +8859,8 @@ async def _count_tokens(request: web.Request) -> web.StreamResponse:
 async def _responses(request: web.Request) -> web.StreamResponse:
     state = request.app[STATE]
     accounts = find_accounts(request)
-    asked = parse_responses_request(await _read_body(request))
+    find_item = partial(state.responses.find_item, accounts=accounts)
+    asked = parse_responses_request(await _read_body(request), find_item)
     names: Mapping[str, str] = {}
     if asked.previous_response_id:
         before = state.responses.find(asked.previous_response_id, accounts)
@@ -9070,7 +9093,10 @@ async def _check_token_live(request: web.Request) -> web.StreamResponse:
 async def _health(request: web.Request) -> web.StreamResponse:
     """Whether it lives, and whether it should be sent requests: not while it shuts down."""
     is_ready = not request.app[STATE].draining.is_set()
-    return _json({"live": True, "ready": is_ready}, 200 if is_ready else 503)
+    response = _json({"live": True, "ready": is_ready}, 200 if is_ready else 503)
+    if not is_ready:
+        response.headers["Retry-After"] = str(FAILURES["shutting_down"].retry_after_seconds)
+    return response
 
 
 async def _metrics(request: web.Request) -> web.StreamResponse:

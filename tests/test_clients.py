@@ -14,7 +14,7 @@ import openai
 import pydantic
 import pytest
 from aiohttp_sse_client.client import EventSource
-from conftest import StartProxy, bearer, chat_body
+from conftest import LogRecorder, StartProxy, bearer, chat_body
 from kimi_simulator import HELLO, Simulator
 from yarl import URL
 
@@ -421,6 +421,54 @@ async def test_anthropics_models_and_keys(simulator: Simulator, start_proxy: Sta
             await client.messages.create(**CLAUDE, extra_headers=headers)
 
 
+async def test_a_silent_stream_of_anthropics_is_pinged_whatever_its_version_and_betas(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession
+) -> None:
+    proxy = await start_proxy(first_comment_seconds=0.1, comment_seconds=0.1)
+    headers = {"x-api-key": simulator.token("quiet"), "anthropic-version": "9", "anthropic-beta": "a-1,b-2"}
+    url = f"{proxy}/v1/messages?beta=true&other=1"
+    async with http.post(url, json={**CLAUDE, "stream": True}, headers=headers) as response:
+        text = await response.text()
+    assert text.startswith('event: ping\ndata: {"type":"ping"}\n\n') and "\n:" not in text
+    client = anthropic.AsyncAnthropic(api_key=simulator.token("quiet"), base_url=proxy)
+    async with client, client.messages.stream(**CLAUDE) as stream:
+        assert "".join([text async for text in stream.text_stream]) == "late"
+
+
+FOREIGN: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "/v1/chat/completions": (
+        chat_body(),
+        {"type": "custom", "custom": {"name": "apply_patch"}},
+        {"type": "web_search"},
+    ),
+    "/v1/messages": (
+        CLAUDE,
+        {"type": "bash_20250124", "name": "apply_patch"},
+        {"type": "web_search_20250305", "name": "web_search"},
+    ),
+    "/v1/responses": (
+        {"input": "hi"},
+        {"type": "custom", "name": "apply_patch"},
+        {"type": "web_search", "external_web_access": False},
+    ),
+}
+
+
+@pytest.mark.parametrize("path", FOREIGN)
+async def test_tools_of_other_kinds_are_left_out_with_a_log_line_and_a_web_search_searches(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession, log_lines: LogRecorder, path: str
+) -> None:
+    body, foreign, search = FOREIGN[path]
+    token = simulator.token("hello")
+    for tools in ([foreign], [foreign, search]):
+        async with http.post(proxy + path, json={**body, "tools": tools}, headers=bearer(token)) as response:
+            assert response.status == 200
+    asked = (await simulator.settle(token)).asked
+    assert [bool(one["use_search"] if "refs" in one else one["tools"]) for one in asked] == [False, True]
+    assert not any("apply_patch" in json.dumps(one) for one in asked)
+    assert log_lines.text.count("tools that are not known here are left out: apply_patch") == 2
+
+
 async def test_every_failure_of_a_path_has_the_form_of_its_api(
     simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession
 ) -> None:
@@ -510,6 +558,35 @@ async def test_a_tool_loop_by_previous_response_and_by_the_whole_input(
     account = next(iter(simulator._accounts.values()))
     asked = json.dumps(account.asked[-1], ensure_ascii=False)
     assert "get_weather" in asked and "What is the weather in Paris?" in asked and "Be short." not in asked
+
+
+async def test_items_of_kept_answers_can_be_referred_to_by_their_account_alone(
+    simulator: Simulator, client_for: Any
+) -> None:
+    token = simulator.token("tool")
+    client = client_for(token)
+    question: Any = {"role": "user", "content": "What is the weather in Paris?"}
+    first = await client.responses.create(model="kimi", input=[question], tools=[RESPONSES_TOOL])
+    (call,) = [item for item in first.output if item.type == "function_call"]
+    result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}
+    references: Any = [{"type": "item_reference", "id": item.id} for item in first.output]
+    items: Any = [question, *references, result]
+    second = await client.responses.create(model="kimi", input=items, tools=[RESPONSES_TOOL])
+    assert second.output_text == "The results are: sunny"
+    by_hand: Any = [question, *[item.model_dump(exclude_none=True) for item in first.output], result]
+    await client.responses.create(model="kimi", input=by_hand, tools=[RESPONSES_TOOL])
+    texts = [json.dumps(one, ensure_ascii=False) for one in simulator.account(token).asked[1:]]
+    assert texts[0] == texts[1] and "Let me see." in texts[0]
+    forgotten = await client.responses.create(model="kimi", input="x", store=False)
+    unknown = [
+        [{"type": "item_reference", "id": name}] for name in (forgotten.output[0].id, f"{call.id}0", "msg_1", "")
+    ]
+    strange = client_for(simulator.token("tool"))
+    for asking, wrong in ((strange, items), *((client, reference) for reference in unknown)):
+        with pytest.raises(openai.BadRequestError, match="send the item itself"):
+            await asking.responses.create(model="kimi", input=wrong)
+    with pytest.raises(openai.BadRequestError, match="a second time"):
+        await client.responses.create(model="kimi", input=[*references, *references])
 
 
 async def test_kept_responses_belong_to_their_account_and_can_be_deleted(

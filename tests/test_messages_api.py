@@ -260,6 +260,8 @@ def test_what_server_tools_did_is_dropped() -> None:
         {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {}},
         {"type": "mcp_tool_use", "id": "m", "name": "find", "server_name": "x", "input": {}},
         {"type": "web_search_tool_result", "tool_use_id": "s", "content": [{"type": "web_search_result"}]},
+        {"type": "mcp_tool_use", "id": "m", "name": "list", "server_name": "docs", "input": {}},
+        {"type": "mcp_tool_result", "tool_use_id": "m", "is_error": False, "content": []},
     ]
     assert blocks(*dropped, "a", role="assistant") == (Message("assistant", "a"),)
     assert blocks(*dropped, role="assistant") == (Message("assistant", ""),)

@@ -317,28 +317,64 @@ def test_a_tool_can_ask_for_search(tools: list[Any], expected: bool | None) -> N
     assert parse(tools=tools, use_search=False).use_search is False
 
 
-def test_tools_of_other_kinds_are_left_out_and_cannot_be_demanded() -> None:
-    custom = {"type": "custom", "custom": {"name": "grep"}}
-    request = parse(tools=[custom, FUNCTION, {"type": "code_interpreter"}])
-    assert request.left_out == ("grep", "code_interpreter") and len(request.tools) == 1
-    assert parse(tools=[custom], tool_choice="required").tool_choice == ToolChoice()
-    choice = {"type": "custom", "custom": {"name": "grep"}}
-    assert parse(tools=[custom, FUNCTION], tool_choice=choice).tool_choice == ToolChoice()
+CUSTOM = {"type": "custom", "custom": {"name": "apply_patch", "format": {"type": "text"}}}
+SECOND = {"type": "function", "function": {"name": "get_time"}}
 
 
-def test_only_what_is_allowed_may_be_called() -> None:
-    other = {"type": "function", "function": {"name": "other"}}
-    name = parse(tools=[FUNCTION]).tools[0].name
-    allowed = {"mode": "required", "tools": [{"type": "function", "function": {"name": name}}]}
-    request = parse(tools=[FUNCTION, other], tool_choice={"type": "allowed_tools", "allowed_tools": allowed})
-    assert (request.tool_choice, [tool.name for tool in request.tools]) == (ToolChoice("required"), [name])
+def test_tools_of_other_kinds_are_left_out_and_named() -> None:
+    others = [CUSTOM, {"type": "mcp", "server_label": "docs"}, {"type": "mcp"}, {"type": "a b"}, CUSTOM]
+    request = parse(tools=[*others, FUNCTION])
+    assert [tool.name for tool in request.tools] == ["get_weather"]
+    assert request.left_out == ("apply_patch", "docs", "mcp") and request.use_search is None
+    assert "apply_patch" not in render_prompt(request)
 
 
-def test_a_custom_tools_earlier_call_is_told_too() -> None:
-    call = {"id": "c1", "type": "custom", "custom": {"name": "grep", "input": "needle"}}
-    request = parse(messages=[{"role": "assistant", "tool_calls": [call]}, {"tool_call_id": "c1", "content": "found"}])
-    assert "grep" in request.messages[0].text and "needle" in request.messages[0].text
-    assert request.messages[1].role == "tool" and "grep" in request.messages[1].text
+@pytest.mark.parametrize(
+    ("value", "tools"),
+    [
+        ({"type": "custom", "custom": {"name": "apply_patch"}}, [CUSTOM, FUNCTION]),
+        ({"type": "function", "function": {"name": "apply_patch"}}, [CUSTOM, FUNCTION]),
+        ({"type": "function", "function": {"name": "web_search"}}, [{"type": "web_search"}]),
+        ("required", [CUSTOM]),
+        ("required", [{"type": "web_search"}]),
+    ],
+)
+def test_a_choice_of_what_cannot_be_called_is_none(value: object, tools: list[Any]) -> None:
+    assert parse(tools=tools, tool_choice=value).tool_choice == ToolChoice()
+
+
+@pytest.mark.parametrize(
+    ("mode", "listed", "expected", "offered"),
+    [
+        ("auto", [SECOND], ToolChoice(), ["get_time"]),
+        ("required", [SECOND], ToolChoice("required"), ["get_time"]),
+        ("required", [FUNCTION, SECOND, CUSTOM], ToolChoice("required"), ["get_weather", "get_time"]),
+        ("required", [CUSTOM], ToolChoice("none"), ["get_weather", "get_time"]),
+        ("auto", [], ToolChoice("none"), ["get_weather", "get_time"]),
+        ("auto", [5, {}, {"function": 5}], ToolChoice("none"), ["get_weather", "get_time"]),
+        ("auto", None, ToolChoice("none"), ["get_weather", "get_time"]),
+    ],
+)
+def test_only_allowed_tools_are_offered(mode: str, listed: Any, expected: ToolChoice, offered: list[str]) -> None:
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": listed}}
+    request = parse(tools=[FUNCTION, SECOND, CUSTOM], tool_choice=choice)
+    assert request.tool_choice == expected and [tool.name for tool in request.tools] == offered
+
+
+def test_a_call_of_another_kind_is_told_by_its_name() -> None:
+    call = {"id": "1", "type": "custom", "custom": {"name": "apply_patch", "input": "*** Begin"}}
+    result = {"role": "tool", "tool_call_id": "1", "content": "done"}
+    prompt = render_prompt(parse(messages=[{"role": "assistant", "tool_calls": [call]}, result]))
+    assert '{"name":"apply_patch","arguments":"*** Begin"}' in prompt
+    assert '{"name":"apply_patch","content":"done"}' in prompt
+
+
+def test_no_url_is_wrapped_that_a_tool_wrote() -> None:
+    url = "https://example.com/a"
+    tool = {"type": "function", "function": {"name": "f", "description": url}}
+    for role in ("tool", "function", "user"):
+        results = [{"role": role, "tool_call_id": "1", "content": url}]
+        assert "<url" not in render_prompt(parse(tools=[tool], messages=results))
 
 
 def test_only_what_needs_filters_has_some() -> None:
@@ -354,6 +390,7 @@ def deep(depth: int) -> Any:
 
 BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"tools": [1]}, "tools[0]"),
+    ({"tools": [{"type": 5}]}, "tools[0].type"),
     ({"tools": [{"type": "function"}]}, "tools[0].function.name"),
     ({"tools": [{"function": {"name": "a b"}}]}, "tools[0].function.name"),
     ({"tools": [{"function": {"name": "<tool_call>"}}]}, "tools[0].function.name"),

@@ -256,11 +256,9 @@ CHOICES: list[tuple[Any, ToolChoice]] = [
     ({"type": "function", "name": "spawn"}, ToolChoice()),
     ({"type": "web_search_preview"}, ToolChoice()),
     ({"type": "custom", "name": "read"}, ToolChoice()),
-    (
-        {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "read"}]},
-        ToolChoice("required"),
-    ),
-    ({"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "read"}]}, ToolChoice()),
+    ({"type": "allowed_tools", "mode": "required", "tools": [FUNCTION]}, ToolChoice("required")),
+    ({"type": "allowed_tools", "mode": "auto", "tools": [NAMESPACE, FUNCTION]}, ToolChoice()),
+    ({"type": "allowed_tools", "mode": "required", "tools": [NAMESPACE]}, ToolChoice("none")),
     ({"type": "allowed_tools", "mode": "auto", "tools": []}, ToolChoice("none")),
 ]
 
@@ -269,6 +267,15 @@ CHOICES: list[tuple[Any, ToolChoice]] = [
 def test_tool_choice(number: int) -> None:
     value, choice = CHOICES[number]
     assert parse(tools=[FUNCTION, NAMESPACE], tool_choice=value).chat.tool_choice == choice
+
+
+def test_only_allowed_tools_are_offered_and_all_are_repeated() -> None:
+    second = {**FUNCTION, "name": "write"}
+    choice = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "write"}]}
+    request = parse(tools=[FUNCTION, second], tool_choice=choice)
+    assert [tool.name for tool in request.chat.tools] == ["write"]
+    assert '"read"' not in render_prompt(request.chat)
+    assert len(request.echo["tools"]) == 2 and request.echo["tool_choice"] == choice
 
 
 @pytest.mark.parametrize("tool", [NAMESPACE, {"type": "web_search"}])

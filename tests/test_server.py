@@ -510,6 +510,10 @@ async def test_usage_is_an_estimate_of_both_sides(
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
     chunks, _ = await stream(http, proxy, simulator.token("hello"), text="你好" * 50)
     assert chunks[-1]["usage"] == usage
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,QUJD"}}
+    content = [picture, {"type": "text", "text": "你好" * 50}]
+    _, answer, _ = await ask(http, proxy, simulator.token("hello"), messages=[{"role": "user", "content": content}])
+    assert answer["usage"] == usage
 
 
 async def test_a_call_of_a_function_whole_and_streamed(
@@ -658,6 +662,8 @@ async def test_stop_sequences_are_not_looked_for_in_what_the_proxy_adds(
         ({"tools": [WEATHER], "model": "kimi-search"}, True),
         ({"tools": [WEATHER, {"type": "web_search"}]}, True),
         ({"tools": [WEATHER], "tool_choice": "none"}, False),
+        ({"tools": [{"type": "custom", "custom": {"name": "apply_patch"}}]}, False),
+        ({"tools": [{"type": "web_search"}], "tool_choice": "required"}, True),
         ({"response_format": {"type": "text"}}, True),
     ],
 )

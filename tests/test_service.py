@@ -543,6 +543,7 @@ async def test_the_end_is_announced_while_all_is_still_served(simulator: Simulat
                 while not seen or seen[-1][1] != "close":
                     async with other.get(running.url + "/health") as health:
                         seen.append((health.status, health.headers.get("Connection", "")))
+                        assert (health.status == 503) == ("Retry-After" in health.headers)
                     await asyncio.sleep(0.02)
             assert (503, "") in seen  # first to balancers, while connections are kept
             text = (await response.read()).decode()
