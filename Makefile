@@ -57,7 +57,7 @@ test-lowest: $(VENV)/test.stamp ## run all tests with the oldest packages that r
 test-units: $(VENV)/run.stamp ## install into a temporary directory, and check the units (systemd's tools)
 	@PYTHONPATH=. $(RUN) tests/units.py $(PYTHON)
 
-test-cluster: $(VENV)/run.stamp ## put two instances behind HAProxy and nginx (Debian: haproxy nginx-light)
+test-cluster: $(VENV)/run.stamp ## put two instances behind HAProxy, then nginx (Debian: haproxy nginx-light)
 	@PYTHONPATH=tests $(RUN) tests/cluster.py
 
 install: ## put module, environment and systemd units in place, as root; PREFIX=/opt/kimi-proxy DESTDIR= DRY_RUN=1

@@ -9164,8 +9164,7 @@ async def _frame(request: web.Request, handler: Callable[[web.Request], Awaitabl
     outcome = request[OUTCOME] = Outcome()
     task = cast(asyncio.Task[Any], asyncio.current_task())
     state.running.add(task)
-    is_look = request.path == "/health"  # of a balancer, which looks all the time
-    if not (is_look and state.closing):
+    if not (state.closing and request.path == "/health"):  # a balancer goes on looking
         state.requested_at = asyncio.get_running_loop().time()
     try:
         response = await _answer_or_fail(request, handler)
@@ -9181,8 +9180,9 @@ async def _frame(request: web.Request, handler: Callable[[web.Request], Awaitabl
         route = resource.canonical if resource is not None else "other"
         state.metrics.count("kimi_proxy_requests_total", route=route, status=str(status))
         state.metrics.count("kimi_proxy_chunks_total", outcome.chunks)
+        is_look = route == "/health" and status == 200  # of a balancer, twice a second
         logger.log(
-            logging.DEBUG if is_look and status == 200 else logging.INFO,
+            logging.DEBUG if is_look else logging.INFO,
             "%s %s %d %.3fs chunks=%d upstream=%s%s%s",
             request.method,
             quote_words(request.path)[:100],

@@ -367,9 +367,18 @@ async def is_streamed(cluster: Cluster) -> bool:
     return True
 
 
+async def count_pieces(cluster: Cluster, chunks: int) -> int:
+    """In how many pieces the text arrives, where so many chunks are written, one in a tenth of a second."""
+    token = cluster.simulator.token("long", "pace=0.1", f"chunks={chunks}")
+    async with aiohttp.ClientSession() as http, cluster.post(http, token, stream=True) as response:
+        return len([piece async for piece in response.content.iter_any()])
+
+
 async def show_that_streams_flow(cluster: Cluster) -> str:
-    """Bytes arrive while the answer runs, and it would be seen if they did not."""
+    """Each chunk arrives by itself while the answer runs, and it would be seen if none did."""
     claim(await is_streamed(cluster), "the text does not come while the answer runs")
+    pieces = await count_pieces(cluster, 12)
+    claim(pieces > 10, f"of 12 chunks some wait for others: {pieces} pieces")
     changes = HOLDING[cluster.balancer]
     if cluster.balancer == "nginx":
         await cluster.start_balancer(changes[:1])
@@ -377,7 +386,7 @@ async def show_that_streams_flow(cluster: Cluster) -> str:
     await cluster.start_balancer(changes)
     claim(not await is_streamed(cluster), "the text comes early from a balancer that holds it back: this shows nothing")
     await cluster.start_balancer()
-    return "text arrives while the answer runs, and does not where the balancer is told to hold it back"
+    return "each chunk arrives while the answer runs, and none where the balancer is told to hold it back"
 
 
 def is_asked(account: Account) -> bool:
