@@ -1517,7 +1517,7 @@ class ConnectAnswer:
 
     def _take_chat(self, chat: object) -> list[Event]:
         identifier = chat.get("id") if isinstance(chat, dict) else None
-        if self.conversation_id or not isinstance(identifier, str) or not _CHAT_ID.fullmatch(identifier):
+        if self.conversation_id or not isinstance(identifier, str) or not IDENTIFIER.fullmatch(identifier):
             return []
         self.conversation_id = identifier
         self.opened(identifier)
@@ -1605,7 +1605,7 @@ class ConnectAnswer:
         return events
 
 
-_CHAT_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+IDENTIFIER: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")  # an id of the service that may stand in a path as it is
 _IGNORED_KEYS: Final = frozenset({"mask", "eventOffset", "heartbeat", "messageId", "status", "timestamp"})
 _IGNORED_BLOCK_KEYS: Final = frozenset({"id", "messageId", "parentId", "status", "createTime", "updateTime"})
 _MODERATION_WORDS: Final = ("MODERAT", "SENSITIVE", "SAFETY", "CENSOR", "CONTENT_FILTER")  # none was ever told [open]
@@ -5518,15 +5518,12 @@ def parse_open_conversations(data: bytes) -> tuple[dict[str, OpenConversation], 
                 opened.pop(value["closed"], None)
                 continue
             account, since = bytes.fromhex(value["account"]), float(value["since"])
-            if not _CONVERSATION_ID.fullmatch(value["open"]) or len(account) != 32 or not isfinite(since):
+            if not IDENTIFIER.fullmatch(value["open"]) or len(account) != 32 or not isfinite(since):
                 raise ValueError("not of our making")
             opened[value["open"]] = OpenConversation(value["open"], str(value["dialect"]), account, since)
         except (ValueError, KeyError, TypeError, OverflowError):
             unread += 1
     return opened, unread
-
-
-_CONVERSATION_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class _Left:
@@ -6887,7 +6884,6 @@ async def _enclose(head: bytes, pieces: AsyncIterator[bytes], tail: bytes) -> As
 
 _RETIRED_STATUSES: Final = frozenset({301, 302, 303, 307, 308, 404, 405, 410})
 _TOKEN: Final = re.compile(r"[!-~]{1,8192}")
-_IDENTIFIER: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 def _take_tokens(value: Mapping[str, Any]) -> TokenPair:
@@ -6955,7 +6951,7 @@ class Inflow:
     transport resume after each read, though hardly ever are they paused: here that is asked first (3.14.5).
     """
 
-    __slots__ = ("_buffer", "_content", "_context", "_loop", "_protocol", "_rest", "_take", "_woken")
+    __slots__ = ("_content", "_context", "_loop", "_protocol", "_rest", "_take", "_woken")
 
     def __init__(self, content: aiohttp.StreamReader, take: Callable[[bytes], bytes] | None = None) -> None:
         self._content = content
@@ -7171,7 +7167,7 @@ class Classic:
             account, Call("opening a conversation", "POST", url, _headers_of(self.base_url), body)
         )
         conversation_id = value.get("id")
-        if not isinstance(conversation_id, str) or not _IDENTIFIER.fullmatch(conversation_id):
+        if not isinstance(conversation_id, str) or not IDENTIFIER.fullmatch(conversation_id):
             raise ProxyError("service_failed", "opening a conversation: the reply has no id")
         return conversation_id
 
@@ -7218,7 +7214,7 @@ class Classic:
             body = {"type": "image", "file_id": stored.file_id, "name": stored.name}
         known = await self._register_until_ready(account, body)
         file_id = known.get("id")
-        if not isinstance(file_id, str) or not _IDENTIFIER.fullmatch(file_id):
+        if not isinstance(file_id, str) or not IDENTIFIER.fullmatch(file_id):
             raise ProxyError("service_failed", "registering a file: the reply has no id")
         await self._post(
             account,
@@ -7366,7 +7362,7 @@ class Connect:
         call = Call("uploading a file", "POST", self.base_url + _SERVICES["upload"], headers)
         known = (await self._calls.upload(account, call, file)).get("file")
         file_id = known.get("id") if isinstance(known, dict) else None
-        if not isinstance(file_id, str) or not _IDENTIFIER.fullmatch(file_id):
+        if not isinstance(file_id, str) or not IDENTIFIER.fullmatch(file_id):
             raise ProxyError("service_failed", "uploading a file: the reply has no id")
         return StoredFile(file.name, file_id=file_id)
 
@@ -8695,10 +8691,9 @@ class Delivery:
         self._writes += 1
         self._writing = True
         try:
-            await response.write(data)
+            with _client_gone():
+                await response.write(data)
             self._chunked = self._request.transport if response.chunked else None
-        except (ConnectionError, aiohttp.ClientConnectionError):
-            raise ClientGone from None
         finally:
             self._writing = False
 
@@ -8733,8 +8728,7 @@ async def read_body(request: web.Request, limit_bytes: int, seconds: float) -> b
     body = bytearray()
 
     def take(piece: bytes) -> None:
-        nonlocal body
-        body += piece
+        body.extend(piece)
         outcome.body_bytes += len(piece)
         state.body_bytes += len(piece)
         if len(body) > limit_bytes:

@@ -11,7 +11,6 @@ import asyncio
 import os
 import re
 import shutil
-import socket
 import sys
 import time
 from contextlib import AsyncExitStack
@@ -21,6 +20,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Final
 
+from cluster import find_port
 from load import Bench, NotingSimulator, Target, connect, proxy_command, proxy_environment, read_machine, start
 
 ROUNDS: Final = 5
@@ -78,9 +78,7 @@ async def open_instance(stack: AsyncExitStack, simulator: NotingSimulator, core:
 
 async def open_balancer(stack: AsyncExitStack, instances: list[Target]) -> Target:
     """HAProxy before one or two instances, on whatever core is free."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+    port = find_port()
     text = (ROOT / "systemd" / "haproxy.cfg").read_text("utf-8")
     left_out = r"user|group|chroot" if len(instances) > 1 else r"user|group|chroot|server 8002"
     text = re.sub(rf"(?m)^ +({left_out}) .*\n", "", text)
