@@ -75,6 +75,8 @@ from urllib.parse import unquote, urljoin
 
 import aiohttp
 from aiohttp import abc, web, web_protocol
+from aiohttp.client_proto import ResponseHandler
+from aiohttp.http import StreamWriter
 from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
@@ -142,7 +144,7 @@ def _whole(low: int, high: int) -> Callable[[str], int]:
 def _web_address(value: str) -> str:
     text = value.strip().rstrip("/")
     address = URL(text)
-    if text and (address.scheme not in ("http", "https") or not address.host or address.query_string):
+    if text and (address.scheme not in ("http", "https") or not address.host or address.query or address.fragment):
         raise ValueError("must look like https://host or http://host:port")
     return str(address)  # encoded as it has to be: what is appended to it needs no more
 
@@ -6571,7 +6573,7 @@ class Call:
     method: str
     url: str
     headers: Mapping[str, str]
-    body: bytes | None = None
+    body: bytes = b""
     with_ids: bool = False
     seconds: float | None = None
     lenient: bool = False
@@ -6615,6 +6617,93 @@ def _render_proxy_headers(proxy_url: str) -> dict[str, str] | None:
         return None
     credentials = base64.b64encode(f"{url.user}:{url.password or ''}".encode()).decode()
     return {"Authorization": f"Basic {credentials}"}  # aiohttp makes Proxy-Authorization of it, where it has to stand
+
+
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """An origin of the service: a request by which the pool knows it, and the lines that all heads to it have."""
+
+    request: aiohttp.ClientRequest
+    lines: str
+
+
+class ServicePool:
+    """Makes requests on the connections of `session`, which goes through the outgoing proxy at `proxy_url` if any.
+
+    What `session.request` does for any request (headers merged and merged again, the body wrapped, a task that writes
+    it, cookies, redirects) costs more than a call of the service itself, which needs none of it. So a request whose
+    body is short takes a connection of the session's pool, writes head and body at once, and leaves the rest to
+    aiohttp again: its parser and its response. Both ways send the same (3.14.5).
+    """
+
+    _MOST_BYTES = 65_536  # of a body that is written at once
+
+    def __init__(self, session: aiohttp.ClientSession, proxy_url: str = "") -> None:
+        self._session = session
+        self._has_proxy = bool(proxy_url)
+        self._proxy_headers = _render_proxy_headers(proxy_url)
+        self._origins: dict[str, _Origin] = {}
+
+    async def request(self, method: str, url: str, headers: Mapping[str, str], body: bytes) -> aiohttp.ClientResponse:
+        """The response, its body unread; the caller closes it. `url` is encoded as it has to be. Raises what aiohttp
+        does, and may do so on a kept connection that turns out closed.
+        """
+        if self._has_proxy or len(body) > self._MOST_BYTES:
+            return await self.request_any(method, url, headers, body)
+        at = url.index("/", len("https://"))
+        origin = self._origins.get(url[:at]) or self._meet(url[:at])
+        lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+        if lines.count("\n") != len(headers):
+            raise ValueError("a header with a line break in it")
+        length = f"Content-Length: {len(body)}\r\n" if body or method != "GET" else ""
+        head = f"{method} {url[at:]} HTTP/1.1\r\n{origin.lines}{lines}{length}\r\n"
+        return await self._send(method, origin.request, head.encode() + body)
+
+    async def request_any(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes
+    ) -> aiohttp.ClientResponse:
+        """The same by `session.request`."""
+        return await self._session.request(
+            method,
+            URL(url, encoded=True),
+            data=io.BytesIO(body) if len(body) > MEGABYTE else body or None,  # aiohttp writes the former in pieces
+            headers=headers,
+            allow_redirects=False,
+            proxy_headers=self._proxy_headers,
+        )
+
+    def _meet(self, url: str) -> _Origin:
+        request = aiohttp.ClientRequest("GET", URL(url).origin(), headers=self._session.headers, session=self._session)
+        lines = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
+        origin = self._origins[url] = _Origin(request, lines)
+        return origin
+
+    async def _send(self, method: str, origin: aiohttp.ClientRequest, data: bytes) -> aiohttp.ClientResponse:
+        session = self._session
+        connector = cast(aiohttp.BaseConnector, session.connector)
+        connection = await connector.connect(origin, traces=[], timeout=session.timeout)
+        response = None
+        try:
+            protocol = cast(ResponseHandler, connection.protocol)
+            protocol.set_response_params(read_until_eof=True)
+            writer = StreamWriter(protocol, origin.loop)
+            await writer.write(data)
+            response = aiohttp.ClientResponse(
+                method,
+                origin.url,
+                writer=None,
+                continue100=None,
+                timer=cast(Any, None),
+                request_info=origin.request_info,
+                traces=[],
+                loop=origin.loop,
+                session=session,
+                stream_writer=writer,
+            )
+            return await response.start(connection)
+        except BaseException:
+            (response or connection).close()
+            raise
 
 
 _NETWORK_ERRORS: Final = (TimeoutError, aiohttp.ClientError, ConnectionError)
@@ -6674,7 +6763,7 @@ class Calls:
         settings: Settings,
     ) -> None:
         self._metrics = metrics
-        self._session = session
+        self._pool = ServicePool(session, settings.proxy_url)
         self._transfers = transfers
         self._proxy_headers = _render_proxy_headers(settings.proxy_url)
         self._accounts = accounts
@@ -6683,8 +6772,8 @@ class Calls:
     async def call(self, account: Account, call: Call) -> dict[str, Any]:
         """The JSON object that the service replies. Raises `ProxyError` for every other outcome.
 
-        A call whose access token is dead is made once more with a new one; a POST on a kept connection that turned
-        out closed too (aiohttp itself repeats GET and DELETE).
+        A call whose access token is dead is made once more with a new one; one on a kept connection that turned out
+        closed too.
         """
 
         async def once(token: str) -> dict[str, Any]:
@@ -6818,7 +6907,7 @@ class Calls:
         _connected.set(False)
         try:
             return await self._request(call, token)
-        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, aiohttp.ClientConnectionResetError):
             if _connected.get():
                 raise
             logger.debug("! %s: a kept connection was closed, calling once more", call.step)
@@ -6826,15 +6915,8 @@ class Calls:
 
     async def _request(self, call: Call, token: str) -> aiohttp.ClientResponse:
         headers = {**call.headers, "Authorization": f"Bearer {token}"} if token else call.headers
-        body, started = call.body, time.monotonic()
-        response = await self._session.request(
-            call.method,
-            URL(call.url, encoded=True),
-            data=io.BytesIO(body) if body and len(body) > MEGABYTE else body,  # aiohttp writes that in pieces
-            headers=headers,
-            allow_redirects=False,
-            proxy_headers=self._proxy_headers,
-        )
+        started = time.monotonic()
+        response = await self._pool.request(call.method, call.url, headers, call.body)
         self._metrics.observe("kimi_proxy_upstream_seconds", time.monotonic() - started)
         logger.debug("> %s HTTP %d", call.step, response.status)
         return response
