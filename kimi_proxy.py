@@ -38,6 +38,7 @@ import ipaddress
 import json
 import logging
 import os
+import random
 import re
 import secrets
 import signal
@@ -1325,6 +1326,7 @@ class ClassicAnswer:
     length limit, after which the service can continue from `segment_id` [2+]; `continues`: this is such a continuation.
     """
 
+    usual_start = re.compile(rb'data: ?\{"event": ?"cmpl"')  # how a frame begins that `read_usual` may know
     done = False
     oddities: Sequence[tuple[str, str]] = ()
 
@@ -1428,6 +1430,8 @@ class ConnectAnswer:
     after which only an error may follow, and `ended` that the end envelope did. What is not known is passed over, and
     named in `oddities`. `opened` is told the conversation's id, once.
     """
+
+    usual_start = re.compile(rb'(?s:.{5})\{"op": ?"append"')  # how a frame begins that `read_usual` may know
 
     def __init__(self) -> None:
         self.opened: Callable[[str], None] = lambda _: None
@@ -5545,7 +5549,8 @@ class OpenConversations:
     `take` gives it to who can remove it.
 
     Without a directory, and where no lock tells the living from the dead (Windows), there is no list. What cannot be
-    written is told to `complain`, and tried again with the next line.
+    written is told to `complain`, and tried again with the next line. A `closed` line waits for the next `open` one, or
+    until `later` calls what it is given: one that is lost costs the heir a removal of what is gone.
     """
 
     _MOST = 10_000
@@ -5553,10 +5558,19 @@ class OpenConversations:
     _MOST_SECONDS = 7 * 86_400.0
     _PAUSE_SECONDS = 600.0  # after a removal that failed
 
-    def __init__(self, directory: Path | None, metrics: Metrics, complain: Callable[[OSError], None]) -> None:
+    def __init__(
+        self,
+        directory: Path | None,
+        metrics: Metrics,
+        complain: Callable[[OSError], None],
+        later: Callable[[Callable[[], None]], object] = lambda flush: flush(),
+    ) -> None:
         self._directory = directory / "conversations" if directory is not None and os.name == "posix" else None
         self._metrics = metrics
         self._complain = complain
+        self._later = later
+        self._flushes = False  # whether `later` has yet to call
+        self._closed: list[bytes] = []  # lines that wait
         self._open: dict[str, OpenConversation] = {}
         self._left: dict[bytes, _Left] = {}
         self._file: tuple[Path, int] | None = None
@@ -5583,7 +5597,10 @@ class OpenConversations:
     def close(self, conversation_id: str) -> None:
         """Note that it is removed, or its client's to keep; another's is passed over."""
         if self._open.pop(conversation_id, None) is not None:
-            self._write(encode_json({"closed": conversation_id}).encode() + b"\n")
+            self._closed.append(encode_json({"closed": conversation_id}).encode() + b"\n")
+            if not self._flushes:
+                self._flushes = True
+                self._later(self._flush)
 
     def leave(self, conversation_id: str) -> None:
         """Note that it could not be removed: it stays on the list, and is given again after a pause."""
@@ -5644,6 +5661,7 @@ class OpenConversations:
 
     def release(self) -> None:
         """Let go of the list: with something on it, it is for the next process that starts."""
+        self._flush()
         self._end_file(delete=not self._open)
 
     def _drop_old(self, now: float) -> None:
@@ -5660,14 +5678,21 @@ class OpenConversations:
             self._metrics.count("kimi_proxy_orphans_dropped_total", dropped)
             logger.warning("! %d conversations could not be removed for 7 days, and may be left at Kimi", dropped)
 
+    def _flush(self) -> None:
+        self._flushes = False
+        if self._closed:
+            self._write(b"")
+
     def _write(self, line: bytes) -> None:
-        """Append a line, or begin a new file, which has what the line says too."""
+        """Append a line, after those that wait, or begin a new file, which has what they say too."""
+        data = b"".join([*self._closed, line])
+        self._closed.clear()
         try:
-            if self._file is None or self._size_bytes + len(line) > self._limit_bytes:
+            if self._file is None or self._size_bytes + len(data) > self._limit_bytes:
                 self._begin_file()
             else:
-                _write_whole(self._file[1], line)
-                self._size_bytes += len(line)
+                _write_whole(self._file[1], data)
+                self._size_bytes += len(data)
         except OSError as error:
             self._limit_bytes = 0  # the end of the file may be torn
             self._complain(error)
@@ -6532,10 +6557,10 @@ def choose_model(name: str, models: Sequence[Model]) -> tuple[Model, bool]:
     return replace(model, use_math=use_math, use_research=model.use_research or "research" in wanted), is_known
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(slots=True, repr=False)
 class Question:
     """What the service is asked: the merged text, whether it may search the web, and of which model: `model_name` is
-    the client's name, `model` what that means for the account that is asked.
+    the client's name, `model` what that means for the account that is asked, set before it is.
 
     With a `segment_id` it is asked to go on with an answer that met its length limit (classic). `conversation_id` is
     empty, `new` for a conversation that is kept, or the one to go on with, after its message `parent_id` (connect).
@@ -6902,19 +6927,20 @@ class Calls:
         return await once(await self._accounts.access_token(account))
 
     async def _request_again(self, account: Account, call: Call, token: str) -> aiohttp.ClientResponse:
-        if call.with_ids:
-            call = replace(call, headers={**call.headers, **_render_ids(account)}, with_ids=False)
+        ids = _render_ids(account) if call.with_ids else None
         _connected.set(False)
         try:
-            return await self._request(call, token)
+            return await self._request(call, token, ids)
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, aiohttp.ClientConnectionResetError):
             if _connected.get():
                 raise
             logger.debug("! %s: a kept connection was closed, calling once more", call.step)
-        return await self._request(call, token)
+        return await self._request(call, token, ids)
 
-    async def _request(self, call: Call, token: str) -> aiohttp.ClientResponse:
-        headers = {**call.headers, "Authorization": f"Bearer {token}"} if token else call.headers
+    async def _request(self, call: Call, token: str, ids: Mapping[str, str] | None = None) -> aiohttp.ClientResponse:
+        headers = {**call.headers, **ids} if ids else {**call.headers}
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
         started = time.monotonic()
         response = await self._pool.request(call.method, call.url, headers, call.body)
         self._metrics.observe("kimi_proxy_upstream_seconds", time.monotonic() - started)
@@ -6942,12 +6968,17 @@ class Calls:
         raise error
 
 
+_IDS: Final = (("x-msh-device-id", "device_id"), ("x-msh-session-id", "ssid"), ("x-traffic-id", "sub"))
+_ID: Final = re.compile(r"[!-~]{1,256}")
+
+
 def _render_ids(account: Account) -> dict[str, str]:
     """The headers with the ids in the account's access token, or with one of our own where it tells none [2+]."""
-    named = {"x-msh-device-id": "device_id", "x-msh-session-id": "ssid", "x-traffic-id": "sub"}
-    told = {header: account.claims.get(claim) for header, claim in named.items()}
-    ids = {header: value if isinstance(value, str) and value else account.label for header, value in told.items()}
-    return {"x-msh-platform": "web", **ids}
+    headers = {"x-msh-platform": "web"}
+    for header, claim in _IDS:
+        value = account.claims.get(claim)
+        headers[header] = value if isinstance(value, str) and _ID.fullmatch(value) else account.label
+    return headers
 
 
 def _render_form(boundary: str, file: OpenFile) -> tuple[bytes, bytes]:
@@ -7003,8 +7034,8 @@ class Dialect(Protocol):
     async def refresh(self, account: Account) -> TokenPair:
         """A new pair of tokens."""
 
-    async def open(self, account: Account, model: Model) -> str:
-        """The id of a new conversation; empty where the answer's stream tells it."""
+    def open(self, account: Account, model: Model) -> Coroutine[Any, Any, str] | None:
+        """What opens a conversation, and gives its id; None where the answer's stream tells it."""
 
     async def store(self, account: Account, file: OpenFile) -> StoredFile:
         """Send the bytes of `file`; time is the caller's to watch."""
@@ -7192,6 +7223,8 @@ class Reader:
             if self._at_boundary and (at := self.answer.read_usual(piece, at, events)) == len(piece):
                 return
             end = len(piece) if self._debug else self._parser.find_end(piece, at)
+            while end < len(piece) and not self.answer.usual_start.match(piece, end):
+                end = self._parser.find_end(piece, end)
             self._at_boundary = False
             self._feed_other(piece[at:end], events)
             self._at_boundary = self._parser.at_boundary and not self._debug
@@ -7242,7 +7275,7 @@ class Classic:
         """The id of a new conversation. Raises `ProxyError` `quota_used_up` where the model's quota is."""
         if model.use_research:
             await self._check_quota(account)
-        value: dict[str, Any] = {"name": f"cmpl-{secrets.token_hex(16)}", "is_example": False}
+        value: dict[str, Any] = {"name": f"cmpl-{random.getrandbits(128):032x}", "is_example": False}
         body = encode_json(value | ({"kimiplus_id": _agent_of(model)} if _agent_of(model) else {})).encode()
         url = f"{self.base_url}/api/chat"
         value = await self._calls.call(
@@ -7400,9 +7433,8 @@ class Connect:
         old = Call("refreshing the token", "GET", url, _headers_of(self.base_url))
         return _take_tokens(await self._calls.refresh(old, account.refresh_token))
 
-    async def open(self, account: Account, model: Model) -> str:
+    def open(self, account: Account, model: Model) -> None:
         """Nothing: the answer's stream tells the conversation's id."""
-        return ""
 
     async def ask(self, account: Account, conversation_id: str, question: Question) -> aiohttp.ClientResponse:
         """The response whose body is the answer's envelopes; the caller closes it."""
@@ -7997,7 +8029,7 @@ class Asking:
         self, account: Account, question: Question, sending: _Sending, start_chain: Callable[[], Chain]
     ) -> None:
         """Ask for one account; again where its token was stale, or classic seems to be retired."""
-        question = replace(question, model=await self.choose_model(account, question.model_name))
+        question.model = await self.choose_model(account, question.model_name)
         dialect = self._dialect_of(account)
         if question.goes_on:
             return await self._go_on(account, question, sending, start_chain())
@@ -8098,10 +8130,10 @@ class Asking:
         self, account: Account, dialect: Dialect, question: Question, filtering: _Filtering
     ) -> _Conversation:
         """One question and its answer; the conversation, which is let go of, and stays where the client keeps it."""
+        conversation = await self._begin(account, dialect, question)
         silence = None
         try:
-            opening = self._conversation(account, dialect, question)
-            async with asyncio.timeout(None) as timeout, opening as conversation:
+            async with asyncio.timeout(None) as timeout:
                 if conversation.id:
                     await filtering([Opened(conversation.id, hits_inline=dialect is self._classic)])
                 silence = Silence(timeout, self._settings.silence_seconds, self._settings.answer_seconds)
@@ -8121,6 +8153,8 @@ class Asking:
         finally:
             if silence is not None:
                 self._ticker.discard(silence)
+            account.line.close_later()
+            self._tasks.start(self._let_go(account, conversation, account.line.closed), "remove")
 
     async def _answer(
         self,
@@ -8196,10 +8230,8 @@ class Asking:
         if failure is not None and not filtering.chain.ended:
             raise failure
 
-    @asynccontextmanager
-    async def _conversation(
-        self, account: Account, dialect: Dialect, question: Question
-    ) -> AsyncIterator[_Conversation]:
+    async def _begin(self, account: Account, dialect: Dialect, question: Question) -> _Conversation:
+        """The conversation to ask in, opened where it has to be."""
         # A client that leaves while the opening call is under way must not leave a conversation behind: the call is
         # finished as a task of the application, and what it opened is removed. One that leaves before, while the token
         # is refreshed, opens none.
@@ -8207,18 +8239,17 @@ class Asking:
         if question.goes_on:
             conversation = _Conversation(dialect, dialect.make_reader(), question.conversation_id, kept=True)
             conversation.reader.expect(question.conversation_id)
-        else:
-            opened = await self._open(account, dialect, question.model)
-            conversation = _Conversation(dialect, dialect.make_reader(), opened)
-            conversation.reader.when_opened(partial(self._conversations.add, account.digest, dialect.name))
-        try:
-            yield conversation
-        finally:
-            account.line.close_later()
-            self._tasks.start(self._let_go(account, conversation, account.line.closed), "remove")
+            return conversation
+        opened = await self._open(account, dialect, question.model)
+        conversation = _Conversation(dialect, dialect.make_reader(), opened)
+        conversation.reader.when_opened(partial(self._conversations.add, account.digest, dialect.name))
+        return conversation
 
     async def _open(self, account: Account, dialect: Dialect, model: Model) -> str:
-        opening = self._tasks.start(_or_failure(self._open_noted(account, dialect, model)), "open")
+        opens = dialect.open(account, model)
+        if opens is None:
+            return ""
+        opening = self._tasks.start(_or_failure(self._note_opened(account, dialect, opens)), "open")
         try:
             opened = await asyncio.shield(opening)
         except asyncio.CancelledError:
@@ -8228,11 +8259,10 @@ class Asking:
             raise opened
         return opened
 
-    async def _open_noted(self, account: Account, dialect: Dialect, model: Model) -> str:
+    async def _note_opened(self, account: Account, dialect: Dialect, opens: Coroutine[Any, Any, str]) -> str:
         """Open a conversation, and have it on the list as soon as its id is known."""
-        opened = await dialect.open(account, model)
-        if opened:
-            self._conversations.add(account.digest, dialect.name, opened)
+        opened = await opens
+        self._conversations.add(account.digest, dialect.name, opened)
         return opened
 
     def _let_go_late(self, account: Account, dialect: Dialect, opening: asyncio.Task[str | ProxyError]) -> None:
@@ -8842,7 +8872,7 @@ def speaks_anthropic(request: web.Request) -> bool:
 
 def make_request_id() -> str:
     """An id for a request that brought none."""
-    return secrets.token_hex(6)
+    return f"{random.getrandbits(48):012x}"
 
 
 def read_credential(request: web.Request) -> str:
@@ -9351,6 +9381,9 @@ async def _add_headers(request: web.Request, response: web.StreamResponse) -> No
         response.headers["Access-Control-Max-Age"] = "86400"
 
 
+_FLUSH_SECONDS: Final = 0.25  # how long a conversation that is removed may still stand on the list
+
+
 async def _own_state(app: web.Application) -> AsyncIterator[None]:
     """Open what the application owns, and close it in reverse: removals first, the connections last."""
     settings = app[_SETTINGS]
@@ -9381,7 +9414,8 @@ async def _own_state(app: web.Application) -> AsyncIterator[None]:
     calls = Calls(session, transfers, accounts, metrics, settings)
     kept = KeptConversations(store, settings.max_accounts)
     uploads = Uploads(files, ticker, settings)
-    conversations = OpenConversations(state_dir, metrics, store.complain)
+    flush_later = partial(asyncio.get_running_loop().call_later, _FLUSH_SECONDS)
+    conversations = OpenConversations(state_dir, metrics, store.complain, flush_later)
     asking = Asking(calls, accounts, kept, conversations, uploads, tasks, ticker, metrics, settings)
     if count := await asyncio.to_thread(conversations.adopt):
         logger.info("%d conversations were left open by a process that ended", count)
@@ -10138,10 +10172,9 @@ class _Check:
             await self._step("token", self._accounts.access_token(account))
             if self._dialect is self._connect:
                 models = await self._step("models", self._connect.models(account))
-                question = replace(question, model=choose_model("kimi", models)[0])
-                conversation_id = ""  # the answer's stream tells it
-            else:
-                conversation_id = await self._step("open", self._dialect.open(account, question.model))
+                question.model = choose_model("kimi", models)[0]
+            opens = self._dialect.open(account, question.model)
+            conversation_id = await self._step("open", opens) if opens is not None else ""
             reader = self._dialect.make_reader()
             try:
                 await self._step("answer", self._answer(account, conversation_id, question, reader))
