@@ -5595,12 +5595,17 @@ class OpenConversations:
         self._write(opened.encode())
 
     def close(self, conversation_id: str) -> None:
-        """Note that it is removed, or its client's to keep; another's is passed over."""
+        """Note that it is removed; another's is passed over."""
         if self._open.pop(conversation_id, None) is not None:
-            self._closed.append(encode_json({"closed": conversation_id}).encode() + b"\n")
+            self._closed.append(_encode_closed(conversation_id))
             if not self._flushes:
                 self._flushes = True
                 self._later(self._flush)
+
+    def keep(self, conversation_id: str) -> None:
+        """Note, at once, that it is its client's to keep; another's is passed over."""
+        if self._open.pop(conversation_id, None) is not None:
+            self._write(_encode_closed(conversation_id))
 
     def leave(self, conversation_id: str) -> None:
         """Note that it could not be removed: it stays on the list, and is given again after a pause."""
@@ -5723,6 +5728,10 @@ class OpenConversations:
             with suppress(OSError):
                 path.unlink()
         os.close(descriptor)
+
+
+def _encode_closed(conversation_id: str) -> bytes:
+    return encode_json({"closed": conversation_id}).encode() + b"\n"
 
 
 def _take_list(path: Path, flags: int) -> int | None:
@@ -8123,7 +8132,7 @@ class Asking:
         """Remember the conversation, where the client wants that."""
         if question.conversation_id:
             message_id = conversation.reader.message_id
-            self._conversations.close(conversation.known_id)  # first: better left than removed, once it is kept
+            self._conversations.keep(conversation.known_id)  # first: better left than removed, once it is kept
             await self._kept.keep(account, conversation.known_id, dialect.name, message_id)
 
     async def _converse(

@@ -583,6 +583,34 @@ def test_a_list_stays_small_and_right_however_much_comes_and_goes(tmp_path: Path
     heir.release()
 
 
+def test_a_removal_is_noted_with_the_next_line_or_later_and_what_a_client_keeps_at_once(tmp_path: Path) -> None:
+    due: list[Callable[[], None]] = []
+    opened = OpenConversations(tmp_path, Metrics(), lambda _: None, due.append)
+
+    def noted() -> set[str]:
+        (path,) = lists_in(tmp_path)
+        return set(parse_open_conversations(path.read_bytes())[0])
+
+    opened.add(A, "classic", "c1")
+    opened.close("c1")
+    assert noted() == {"c1"}
+    due.pop()()
+    assert noted() == set()
+    for number in range(2, 5):
+        opened.add(A, "classic", f"c{number}")
+        opened.close(f"c{number}")
+        assert noted() == {f"c{number}"}
+    assert len(due) == 1
+    opened.add(A, "classic", "kept")
+    opened.keep("kept")
+    assert noted() == set()
+    opened.add(A, "classic", "left")
+    opened.add(A, "classic", "c5")
+    opened.close("c5")
+    opened.release()
+    assert noted() == {"left"}
+
+
 def test_a_disk_that_is_full_in_the_middle_of_a_line_loses_that_line_alone(tmp_path: Path) -> None:
     failures: list[OSError] = []
     opened = make_list(tmp_path, failures)
