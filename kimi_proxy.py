@@ -6549,6 +6549,8 @@ def choose_model(name: str, models: Sequence[Model]) -> tuple[Model, bool]:
     [2+]. What is not known means the default: clients insist on names of their own.
     """
     known = {model.id: model for model in models}
+    if name in known:
+        return known[name], True
     first, *rest = name.split("-")
     kept = [word for word in rest if word not in _SUFFIXES or "-".join([first, *rest]) in known]
     base = "-".join([first, *kept])
@@ -8096,7 +8098,7 @@ class Asking:
             await self._ask_again(account, dialect, question, conversation, filtering)
         except BaseException:
             if question.conversation_id == NEW_CONVERSATION:  # nobody was told of it
-                conversation.kept, conversation.asking = False, None
+                conversation.kept = False
                 self._tasks.start(self._let_go(account, conversation), "remove")
             raise
         await self._keep(account, dialect, question, conversation)
@@ -8176,20 +8178,25 @@ class Asking:
         """Ask, and relay the answer; where it meets classic's length limit, ask it to go on, a few times."""
         rest = _CONTINUATIONS
         while True:
-            asking = conversation.dialect.ask(account, conversation.id, question)
-            conversation.asking = self._tasks.start(_or_failure(asking), "ask")
-            response = await asyncio.shield(conversation.asking)
+            asks = conversation.dialect.ask(account, conversation.id, question)
+            if conversation.known_id:
+                response = await _or_failure(asks)
+            else:  # should the client leave, the id has still to be read
+                conversation.asking = self._tasks.start(_or_failure(asks), "ask")
+                response = await asyncio.shield(conversation.asking)
             if isinstance(response, ProxyError) and question.segment_id:
                 await filtering([Finished("length")])
                 return
             if isinstance(response, ProxyError):
                 raise response
+            conversation.response = response
             silence.is_broken = partial(is_connection_broken, response)
             reader = filtering.reader = conversation.reader
             segment_id = await self._relay(response, reader, silence, filtering, may_continue=rest > 0)
             if not segment_id:
                 return
             rest -= 1
+            conversation.response = None
             self._tasks.start(_read_out(response), "read out")
             question = replace(question, segment_id=segment_id)
             conversation.reader = conversation.dialect.make_reader(continues=True)
@@ -8362,12 +8369,15 @@ async def _or_failure(work: Awaitable[Result]) -> Result | ProxyError:
 
 @dataclass(slots=True)
 class _Conversation:
-    """A conversation at the service, and the answer that runs in it; `id` is empty while only the stream knows it."""
+    """A conversation at the service, and the answer that runs in it; `id` is empty while only the stream knows it:
+    then `asking` is what brings the `response`.
+    """
 
     dialect: Dialect
     reader: Reader
     id: str
     asking: asyncio.Task[aiohttp.ClientResponse | ProxyError] | None = None
+    response: aiohttp.ClientResponse | None = None
     ended: bool = False
     kept: bool = False
     closed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -8379,17 +8389,15 @@ class _Conversation:
 
     async def close(self) -> bool:
         """Let go of the response. False where a conversation may be left whose id could not be read."""
-        if self.asking is None:
-            return True
-        if not self.asking.done():
-            if self.known_id:
-                self.asking.cancel()
+        if self.response is None and self.asking is not None:
             await asyncio.wait({self.asking}, timeout=_END_SECONDS)
-        if not self.asking.done() or self.asking.cancelled() or self.asking.exception() is not None:
-            self.asking.cancel()
-            return bool(self.known_id)
-        response = self.asking.result()
-        if isinstance(response, ProxyError):
+            if not self.asking.done() or self.asking.cancelled() or self.asking.exception() is not None:
+                self.asking.cancel()
+                return bool(self.known_id)
+            outcome = self.asking.result()
+            self.response = None if isinstance(outcome, ProxyError) else outcome
+        response, self.response, self.asking = self.response, None, None
+        if response is None:
             return True
         if self.ended:
             await _read_out(response)
