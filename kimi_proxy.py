@@ -65,7 +65,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar, copy_context
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache, cached_property, partial
+from functools import cache, lru_cache, partial
 from itertools import accumulate, cycle
 from json.encoder import encode_basestring
 from math import isfinite
@@ -77,7 +77,7 @@ from urllib.parse import unquote, urljoin
 import aiohttp
 from aiohttp import abc, web, web_protocol
 from aiohttp.client_proto import ResponseHandler
-from aiohttp.http import StreamWriter
+from aiohttp.connector import Connection
 from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
@@ -652,7 +652,7 @@ class RedactingFormatter(logging.Formatter):
             # the source line that it came from: what stands before the first value is shown.
             constant = ": ".join(str(record.msg).partition("%")[0].split(": ")[:2])
             text = f"{record.name}: {constant[:160]}".strip()
-        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(record.created))
+        moment = _render_moment(int(record.created))
         level, text = record.levelname.lower(), redact(text)
         error = record.exc_info[1] if record.exc_info else None
         places = render_traceback(error) if error is not None else []
@@ -661,6 +661,11 @@ class RedactingFormatter(logging.Formatter):
             return json.dumps(value | ({"traceback": places} if places else {}), ensure_ascii=False)
         line = f"{moment} {level} [{request_id.get()}] {text}"
         return line + "".join(f"\n    {place}" for place in places)
+
+
+@lru_cache(maxsize=1)
+def _render_moment(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(seconds))
 
 
 def render_traceback(error: BaseException) -> list[str]:
@@ -678,6 +683,9 @@ def configure_logging(level: str, form: str = "text") -> None:
     handler.setFormatter(RedactingFormatter(form))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.captureWarnings(True)
+    # No line shows any of this (Python's logging HOWTO, "Optimization").
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    setattr(logging, "_srcfile", None)  # noqa: B010
     logger.setLevel(level.upper())
 
 
@@ -700,6 +708,7 @@ METRICS: Final[Mapping[str, tuple[str, str]]] = {
     "kimi_proxy_unknown_total": ("counter", "What Kimi sent that is not known, by what it is."),
 }
 _BUCKETS: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+_HISTOGRAM_LENGTH: Final = len(_BUCKETS) + 2
 
 
 class Metrics:
@@ -712,15 +721,13 @@ class Metrics:
 
     def count(self, name: str, amount: int = 1, **labels: str) -> None:
         """Add `amount` to the counter `name`."""
-        key = (name, tuple(sorted(labels.items())))
+        key = (name, tuple(sorted(labels.items())) if labels else ())
         self.counts[key] = self.counts.get(key, 0) + amount
 
     def observe(self, name: str, seconds: float) -> None:
-        """Add a time to the histogram `name`: the counts of its buckets, then their number and sum."""
-        times = self.times.setdefault(name, [0.0] * (len(_BUCKETS) + 2))
-        for at in range(bisect_left(_BUCKETS, seconds), len(_BUCKETS)):
-            times[at] += 1
-        times[-2] += 1
+        """Add a time to the histogram `name`: how many fall between each two bounds, then their sum."""
+        times = self.times.get(name) or self.times.setdefault(name, [0.0] * _HISTOGRAM_LENGTH)
+        times[bisect_left(_BUCKETS, seconds)] += 1
         times[-1] += seconds
 
     def tell_once(self, what: str, name: str) -> None:
@@ -744,7 +751,7 @@ def render_metrics(metrics: Metrics, gauges: Mapping[str, float]) -> str:
         if kind == "gauge":
             lines.append(f"{name} {gauges.get(name, 0):g}")
         elif kind == "histogram":
-            lines += _render_histogram(name, metrics.times.get(name, [0.0] * (len(_BUCKETS) + 2)))
+            lines += _render_histogram(name, metrics.times.get(name, [0.0] * _HISTOGRAM_LENGTH))
         else:
             found = {labels: count for (counted, labels), count in metrics.counts.items() if counted == name}
             lines += [f"{name}{_render_labels(labels)} {count}" for labels, count in (found or {(): 0}).items()]
@@ -752,13 +759,10 @@ def render_metrics(metrics: Metrics, gauges: Mapping[str, float]) -> str:
 
 
 def _render_histogram(name: str, times: Sequence[float]) -> list[str]:
-    lines = [f'{name}_bucket{{le="{bound:g}"}} {times[at]:g}' for at, bound in enumerate(_BUCKETS)]
-    return [
-        *lines,
-        f'{name}_bucket{{le="+Inf"}} {times[-2]:g}',
-        f"{name}_count {times[-2]:g}",
-        f"{name}_sum {times[-1]}",
-    ]
+    bounds = [*(f"{bound:g}" for bound in _BUCKETS), "+Inf"]
+    numbers = list(accumulate(times[:-1]))
+    lines = [f'{name}_bucket{{le="{bound}"}} {number:g}' for bound, number in zip(bounds, numbers, strict=True)]
+    return [*lines, f"{name}_count {numbers[-1]:g}", f"{name}_sum {times[-1]}"]
 
 
 def _render_labels(labels: Sequence[tuple[str, str]]) -> str:
@@ -1087,6 +1091,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 _DECODER: Final = json.JSONDecoder(parse_constant=_refuse_constant)
+_scan: Callable[[str, int], tuple[Any, int]] = _DECODER.scan_once  # type: ignore[attr-defined]
 
 
 def parse_json(data: bytes | bytearray, *, surrogates: bool = False) -> Any:
@@ -1095,7 +1100,7 @@ def parse_json(data: bytes | bytearray, *, surrogates: bool = False) -> Any:
     A lone surrogate escape is an error too, unless `surrogates`: the service may cut a pair in two.
     """
     try:
-        value = _DECODER.decode(data.decode("utf-8"))
+        value = _decode_json(data.decode("utf-8"))
     except UnicodeDecodeError:
         raise WireError("not UTF-8") from None
     except json.JSONDecodeError as error:
@@ -1109,6 +1114,16 @@ def parse_json(data: bytes | bytearray, *, surrogates: bool = False) -> Any:
     if not surrogates and (b"\\ud" in data or b"\\uD" in data) and _has_surrogate(value):
         raise WireError("half of a surrogate pair")
     return value
+
+
+def _decode_json(text: str) -> Any:
+    try:
+        value, end = _scan(text, 0)
+        if end == len(text) or not text[end:].strip(" \t\r\n"):
+            return value
+    except StopIteration:
+        pass
+    return _DECODER.decode(text)  # passes over white space before it, or tells what is wrong
 
 
 def _has_surrogate(value: object) -> bool:
@@ -1162,11 +1177,18 @@ _BASE64_SPELLING: Final = {ord("-"): "+", ord("_"): "/", **{ord(space): None for
 
 
 _ENCODER: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+# `_ENCODER.encode` makes this anew for each value, which costs more than a small one does.
+_make_encoder: Any = getattr(json.encoder, "c_make_encoder", None)
+_encode: Callable[[object, int], Iterable[str]] = (
+    _make_encoder(None, _ENCODER.default, json.encoder.encode_basestring, None, ":", ",", False, False, True)
+    if _make_encoder is not None
+    else lambda value, _: _ENCODER.iterencode(value)
+)
 
 
 def encode_json(value: object) -> str:
     """`value` as compact JSON on one line, characters beyond ASCII kept, lone surrogates replaced."""
-    text = _ENCODER.encode(value)
+    text = "".join(_encode(value, 0))
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -3004,6 +3026,11 @@ class ChatRequest:
         """Whether it is asked in a conversation that exists."""
         return self.conversation_id not in ("", NEW_CONVERSATION)
 
+    @property
+    def filtered(self) -> bool:
+        """Whether its answer may need a filter."""
+        return self.max_tokens is not None or self.response_format is not None or bool(self.tools or self.stop)
+
 
 def _parse_object(body: bytes | bytearray) -> dict[str, Any]:
     """The JSON object in a body. Raises `ProxyError` `invalid_json`."""
@@ -4059,9 +4086,9 @@ def _render_line(number: int, hit: SearchHit) -> str:
 
 
 class Usage:
-    """The estimate of a request's tokens. Each text is counted once, where its number is first asked for.
+    """The estimate of a request's tokens; `texts` are what the model wrote.
 
-    `texts` are what the model wrote, as `feed` notes it.
+    A number is counted each time that it is asked for.
     """
 
     def __init__(self, prompt: str) -> None:
@@ -4081,29 +4108,30 @@ class Usage:
             case _:
                 pass
 
-    @cached_property
+    @property
     def prompt_tokens(self) -> int:
         """What the service was sent, without attachments."""
         return estimate_tokens(self._prompt)
 
-    @cached_property
+    @property
     def reasoning_tokens(self) -> int:
         """What the model thought."""
-        return estimate_tokens("".join(self._thoughts))
+        return estimate_tokens("".join(self._thoughts)) if self._thoughts else 0
 
-    @cached_property
+    @property
     def completion_tokens(self) -> int:
         """What the model wrote: text, calls and thinking."""
         return estimate_tokens("".join(self.texts)) + self.reasoning_tokens
 
     def render(self) -> dict[str, Any]:
         """OpenAI's `usage` object."""
+        prompt_tokens, completion_tokens = self.prompt_tokens, self.completion_tokens
         usage: dict[str, Any] = {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
         }
-        if self.reasoning_tokens:
+        if self._thoughts:
             usage["completion_tokens_details"] = {"reasoning_tokens": self.reasoning_tokens}
         return usage
 
@@ -4814,12 +4842,13 @@ _INCOMPLETE: Final[Mapping[str, str]] = {"length": "max_output_tokens", "content
 
 def _render_response_usage(usage: Usage) -> dict[str, Any]:
     """The Responses API's `usage` object."""
+    input_tokens, output_tokens = usage.prompt_tokens, usage.completion_tokens
     return {
-        "input_tokens": usage.prompt_tokens,
+        "input_tokens": input_tokens,
         "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-        "output_tokens": usage.completion_tokens,
+        "output_tokens": output_tokens,
         "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "total_tokens": input_tokens + output_tokens,
     }
 
 
@@ -5090,9 +5119,8 @@ class Silence:
             self._timeout.reschedule(now)
 
 
-def is_connection_broken(response: aiohttp.ClientResponse) -> bool:
+def is_connection_broken(connection: Connection | None) -> bool:
     """Whether the connection of a response failed, told to its reader or not."""
-    connection = response.connection
     return connection is not None and connection.protocol is not None and connection.protocol.exception() is not None
 
 
@@ -6307,7 +6335,7 @@ class Files:
             response = await self._follow(attachment.url)
         async with response:
             size_bytes = self._check_head(response)
-            watch.is_broken = partial(is_connection_broken, response)
+            watch.is_broken = lambda: is_connection_broken(response.connection)
             names = [*_disposition_names(response), response.url.name]
             name, content_type = name_file(names, response.headers.get("Content-Type", ""), attachment.kind)
             pieces = self._read_origin(response, watch)
@@ -6548,9 +6576,10 @@ def choose_model(name: str, models: Sequence[Model]) -> tuple[Model, bool]:
     A 20-character id is an agent; `-search`, `-silent`, `-math`, `-research`, `-thinking` and `-k1` may be combined
     [2+]. What is not known means the default: clients insist on names of their own.
     """
+    for model in models:
+        if model.id == name:
+            return model, True
     known = {model.id: model for model in models}
-    if name in known:
-        return known[name], True
     first, *rest = name.split("-")
     kept = [word for word in rest if word not in _SUFFIXES or "-".join([first, *rest]) in known]
     base = "-".join([first, *kept])
@@ -6597,7 +6626,7 @@ class Question:
         return f"Question({len(self.text)} characters)"
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(slots=True, repr=False)
 class Call:
     """One call of the service. `step` names it for people; `headers` come on top of the browser's.
 
@@ -6663,13 +6692,61 @@ class _Origin:
     lines: str
 
 
+class ServiceResponse:
+    """A response of the service, its body unread in `content`; the caller closes it, or releases it once that is read.
+
+    `owner` is what aiohttp has to say so to: its own response, or the connection, where there is none.
+    """
+
+    __slots__ = ("_owner", "content", "headers", "status")
+
+    def __init__(
+        self,
+        status: int,
+        headers: Mapping[str, str],
+        content: aiohttp.StreamReader,
+        owner: aiohttp.ClientResponse | Connection,
+    ) -> None:
+        self.status = status
+        self.headers = headers
+        self.content = content
+        self._owner = owner
+
+    @property
+    def content_type(self) -> str:
+        """The media type, without its parameters."""
+        return self.headers.get("Content-Type", "application/octet-stream").partition(";")[0].strip().lower()
+
+    def is_broken(self) -> bool:
+        """Whether its connection failed, told to its reader or not."""
+        return is_connection_broken(self._owner if isinstance(self._owner, Connection) else self._owner.connection)
+
+    def close(self) -> None:
+        """Close its connection, unless that is back in the pool."""
+        self._owner.close()
+
+    def release(self) -> None:
+        """Give its connection back to the pool; one with a body that is not read to its end is closed."""
+        self._owner.release()
+
+    async def __aenter__(self) -> ServiceResponse:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.release()
+
+
+def _response_of(response: aiohttp.ClientResponse) -> ServiceResponse:
+    return ServiceResponse(response.status, response.headers, response.content, response)
+
+
 class ServicePool:
     """Makes requests on the connections of `session`, which goes through the outgoing proxy at `proxy_url` if any.
 
     What `session.request` does for any request (headers merged and merged again, the body wrapped, a task that writes
-    it, cookies, redirects) costs more than a call of the service itself, which needs none of it. So a request whose
-    body is short takes a connection of the session's pool, writes head and body at once, and leaves the rest to
-    aiohttp again: its parser and its response. Both ways send the same (3.14.5).
+    it, cookies, redirects, a response that knows its history) costs more than a call of the service itself, which needs
+    none of it. So a request whose body is short takes a connection of the session's pool, writes head and body at once,
+    and leaves the rest to aiohttp again, its parser. Both ways send the same (3.14.5).
     """
 
     _MOST_BYTES = 65_536  # of a body that is written at once
@@ -6680,26 +6757,24 @@ class ServicePool:
         self._proxy_headers = _render_proxy_headers(proxy_url)
         self._origins: dict[str, _Origin] = {}
 
-    async def request(self, method: str, url: str, headers: Mapping[str, str], body: bytes) -> aiohttp.ClientResponse:
-        """The response, its body unread; the caller closes it. `url` is encoded as it has to be. Raises what aiohttp
-        does, and may do so on a kept connection that turns out closed.
+    async def request(self, method: str, url: str, headers: Mapping[str, str], body: bytes) -> ServiceResponse:
+        """The response; the caller closes it. `url` is encoded as it has to be. Raises what aiohttp does, and may do so
+        on a kept connection that turns out closed.
         """
         if self._has_proxy or len(body) > self._MOST_BYTES:
             return await self.request_any(method, url, headers, body)
         at = url.index("/", len("https://"))
         origin = self._origins.get(url[:at]) or self._meet(url[:at])
-        lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
-        if lines.count("\n") != len(headers):
+        lines = "\r\n".join(map(": ".join, headers.items()))
+        if not lines.count("\r") == lines.count("\n") == len(headers) - 1:
             raise ValueError("a header with a line break in it")
-        length = f"Content-Length: {len(body)}\r\n" if body or method != "GET" else ""
-        head = f"{method} {url[at:]} HTTP/1.1\r\n{origin.lines}{lines}{length}\r\n"
-        return await self._send(method, origin.request, head.encode() + body)
+        length = f"\r\nContent-Length: {len(body)}" if body or method != "GET" else ""
+        head = f"{method} {url[at:]} HTTP/1.1\r\n{origin.lines}{lines}{length}\r\n\r\n"
+        return await self._send(origin.request, head.encode() + body)
 
-    async def request_any(
-        self, method: str, url: str, headers: Mapping[str, str], body: bytes
-    ) -> aiohttp.ClientResponse:
+    async def request_any(self, method: str, url: str, headers: Mapping[str, str], body: bytes) -> ServiceResponse:
         """The same by `session.request`."""
-        return await self._session.request(
+        response = await self._session.request(
             method,
             URL(url, encoded=True),
             data=io.BytesIO(body) if len(body) > MEGABYTE else body or None,  # aiohttp writes the former in pieces
@@ -6707,6 +6782,7 @@ class ServicePool:
             allow_redirects=False,
             proxy_headers=self._proxy_headers,
         )
+        return _response_of(response)
 
     def _meet(self, url: str) -> _Origin:
         request = aiohttp.ClientRequest("GET", URL(url).origin(), headers=self._session.headers, session=self._session)
@@ -6714,32 +6790,27 @@ class ServicePool:
         origin = self._origins[url] = _Origin(request, lines)
         return origin
 
-    async def _send(self, method: str, origin: aiohttp.ClientRequest, data: bytes) -> aiohttp.ClientResponse:
-        session = self._session
-        connector = cast(aiohttp.BaseConnector, session.connector)
-        connection = await connector.connect(origin, traces=[], timeout=session.timeout)
-        response = None
+    async def _send(self, origin: aiohttp.ClientRequest, data: bytes) -> ServiceResponse:
+        connector = cast(aiohttp.BaseConnector, self._session.connector)
+        connection = await connector.connect(origin, traces=[], timeout=self._session.timeout)
         try:
             protocol = cast(ResponseHandler, connection.protocol)
+            transport = protocol.transport
+            if transport is None or transport.is_closing():
+                raise aiohttp.ClientConnectionResetError("closed before the request")
             protocol.set_response_params(read_until_eof=True)
-            writer = StreamWriter(protocol, origin.loop)
-            await writer.write(data)
-            response = aiohttp.ClientResponse(
-                method,
-                origin.url,
-                writer=None,
-                continue100=None,
-                timer=cast(Any, None),
-                request_info=origin.request_info,
-                traces=[],
-                loop=origin.loop,
-                session=session,
-                stream_writer=writer,
-            )
-            return await response.start(connection)
+            transport.write(data)
+            message, content = await protocol.read()
+            while 100 <= message.code < 200:  # they announce the response (RFC 9110, section 15.2)
+                message, content = await protocol.read()
+        except HttpProcessingError:
+            connection.close()
+            raise aiohttp.ClientPayloadError("not HTTP") from None
         except BaseException:
-            (response or connection).close()
+            connection.close()
             raise
+        content.on_eof(connection.release)
+        return ServiceResponse(message.code, message.headers, content, connection)
 
 
 _NETWORK_ERRORS: Final = (TimeoutError, aiohttp.ClientError, ConnectionError)
@@ -6767,12 +6838,12 @@ def _render_connect_error(error: aiohttp.ClientConnectorError) -> str:
     return f"no connection to {error.host}:{error.port} ({os.strerror(error.errno) if error.errno else 'failed'})"
 
 
-def _retry_after(response: aiohttp.ClientResponse) -> int | None:
+def _retry_after(response: ServiceResponse) -> int | None:
     text = response.headers.get("Retry-After", "")
     return min(int(text), 86_400) if text.isascii() and text.isdigit() and len(text) < 10 else None
 
 
-async def _read_reply(response: aiohttp.ClientResponse, step: str) -> bytes:
+async def _read_reply(response: ServiceResponse, step: str) -> bytes:
     """The body of a reply, read whole. A failure's is read to 64 KiB, a good one may not exceed the limit."""
     pieces, size = [], 0
     limit_bytes = _REPLY_LIMIT_BYTES if response.status < 400 else 65_536
@@ -6824,13 +6895,13 @@ class Calls:
 
         return await self._with_token(account, once)
 
-    async def stream(self, account: Account, call: Call, content_type: str) -> aiohttp.ClientResponse:
+    async def stream(self, account: Account, call: Call, content_type: str) -> ServiceResponse:
         """The response to an answering call, its body unread; the caller closes it. Time is the caller's to watch.
 
         Raises `ProxyError` for a reply that is not of `content_type`.
         """
 
-        async def once(token: str) -> aiohttp.ClientResponse:
+        async def once(token: str) -> ServiceResponse:
             try:
                 response = await self._request_again(account, call, token)
                 if response.status == 200 and response.content_type == content_type:
@@ -6894,7 +6965,7 @@ class Calls:
     @asynccontextmanager
     async def _sending(
         self, method: str, url: URL, headers: Mapping[str, str], data: AsyncIterator[bytes], file: OpenFile
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
+    ) -> AsyncIterator[ServiceResponse]:
         """The response to a request with `file` in its body. Raises `ProxyError`, the file's own failure first."""
         tracker = aiohttp.UploadTracker()
         file.watch.measure = lambda: tracker.bytes_written
@@ -6911,7 +6982,7 @@ class Calls:
             )
             async with request as response:
                 logger.debug("> %d of %d bytes of a file HTTP %d", file.sent_bytes, file.size_bytes, response.status)
-                yield response
+                yield _response_of(response)
                 if response.status < 300 and file.sent_bytes < file.size_bytes:
                     raise ProxyError("storage_failed", "storing the file: an answer before its end")
         except TimeoutError:
@@ -6937,7 +7008,7 @@ class Calls:
         await self._accounts.drop(account, token)
         return await once(await self._accounts.access_token(account))
 
-    async def _request_again(self, account: Account, call: Call, token: str) -> aiohttp.ClientResponse:
+    async def _request_again(self, account: Account, call: Call, token: str) -> ServiceResponse:
         ids = _render_ids(account) if call.with_ids else None
         _connected.set(False)
         try:
@@ -6948,7 +7019,7 @@ class Calls:
             logger.debug("! %s: a kept connection was closed, calling once more", call.step)
         return await self._request(call, token, ids)
 
-    async def _request(self, call: Call, token: str, ids: Mapping[str, str] | None = None) -> aiohttp.ClientResponse:
+    async def _request(self, call: Call, token: str, ids: Mapping[str, str] | None = None) -> ServiceResponse:
         headers = {**call.headers, **ids} if ids else {**call.headers}
         if token:
             headers["Authorization"] = f"Bearer {token}"
@@ -6958,7 +7029,7 @@ class Calls:
         logger.debug("> %s HTTP %d", call.step, response.status)
         return response
 
-    async def _parse(self, response: aiohttp.ClientResponse, step: str, *, lenient: bool = False) -> dict[str, Any]:
+    async def _parse(self, response: ServiceResponse, step: str, *, lenient: bool = False) -> dict[str, Any]:
         """The JSON object of a reply that means success, else the failure that it means."""
         body = await _read_reply(response, step)
         try:
@@ -7054,7 +7125,7 @@ class Dialect(Protocol):
     async def register(self, account: Account, stored: StoredFile) -> str:
         """The id by which a question can refer to the file, once the service has read it."""
 
-    async def ask(self, account: Account, conversation_id: str, question: Question) -> aiohttp.ClientResponse:
+    async def ask(self, account: Account, conversation_id: str, question: Question) -> ServiceResponse:
         """The response whose body is the answer; the caller closes it."""
 
     def make_reader(self, *, continues: bool = False) -> Reader:
@@ -7297,7 +7368,7 @@ class Classic:
             raise ProxyError("service_failed", "opening a conversation: the reply has no id")
         return conversation_id
 
-    async def ask(self, account: Account, conversation_id: str, question: Question) -> aiohttp.ClientResponse:
+    async def ask(self, account: Account, conversation_id: str, question: Question) -> ServiceResponse:
         """The response whose body is the answer's event stream; the caller closes it."""
         model = question.model
         body: dict[str, Any] = {
@@ -7447,7 +7518,7 @@ class Connect:
     def open(self, account: Account, model: Model) -> None:
         """Nothing: the answer's stream tells the conversation's id."""
 
-    async def ask(self, account: Account, conversation_id: str, question: Question) -> aiohttp.ClientResponse:
+    async def ask(self, account: Account, conversation_id: str, question: Question) -> ServiceResponse:
         """The response whose body is the answer's envelopes; the caller closes it."""
         model = question.model
         scenario = model.scenario or _SCENARIO
@@ -8190,7 +8261,7 @@ class Asking:
             if isinstance(response, ProxyError):
                 raise response
             conversation.response = response
-            silence.is_broken = partial(is_connection_broken, response)
+            silence.is_broken = response.is_broken
             reader = filtering.reader = conversation.reader
             segment_id = await self._relay(response, reader, silence, filtering, may_continue=rest > 0)
             if not segment_id:
@@ -8203,7 +8274,7 @@ class Asking:
 
     async def _relay(
         self,
-        response: aiohttp.ClientResponse,
+        response: ServiceResponse,
         reader: Reader,
         silence: Silence,
         filtering: _Filtering,
@@ -8376,8 +8447,8 @@ class _Conversation:
     dialect: Dialect
     reader: Reader
     id: str
-    asking: asyncio.Task[aiohttp.ClientResponse | ProxyError] | None = None
-    response: aiohttp.ClientResponse | None = None
+    asking: asyncio.Task[ServiceResponse | ProxyError] | None = None
+    response: ServiceResponse | None = None
     ended: bool = False
     kept: bool = False
     closed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -8408,12 +8479,12 @@ class _Conversation:
         response.close()
         return bool(self.known_id)
 
-    async def _read_id(self, response: aiohttp.ClientResponse) -> None:
+    async def _read_id(self, response: ServiceResponse) -> None:
         while not self.known_id and (piece := await response.content.readany()):
             self.reader.feed(piece)
 
 
-async def _read_out(response: aiohttp.ClientResponse) -> None:
+async def _read_out(response: ServiceResponse) -> None:
     """Read what is left of an ended answer, a second at most, so that its connection can be used again."""
     if not response.content.at_eof():
         try:
@@ -8952,8 +9023,15 @@ async def _read_chat(
     chat = parse(await _read_body(request))
     prompt = render_prompt(chat)
     reply = make_reply(chat, int(time.time()), request.app[STATE].settings.sources, prompt)
-    start_chain = partial(make_chain, replace(chat, messages=()), partial(_make_call_id, id_prefix))
+    start_chain = _start_chains(chat, id_prefix)
     return _make_question(request, chat, prompt), reply, start_chain
+
+
+def _start_chains(chat: ChatRequest, id_prefix: str) -> Callable[[], Chain]:
+    """What makes a chain of the filters that `chat` needs, for each time of asking; it holds no messages."""
+    if not chat.filtered:
+        return Chain
+    return partial(make_chain, replace(chat, messages=()), partial(_make_call_id, id_prefix))
 
 
 async def _chat_completions(request: web.Request) -> web.StreamResponse:
@@ -8995,7 +9073,7 @@ async def _responses(request: web.Request) -> web.StreamResponse:
     response_id = f"resp_{secrets.token_hex(24)}"
     prompt = render_prompt(asked.chat)
     reply = make_responses_reply(asked, int(time.time()), state.settings.sources, prompt, response_id)
-    start_chain = partial(make_chain, replace(asked.chat, messages=()), partial(_make_call_id, "call"))
+    start_chain = _start_chains(asked.chat, "call")
     messages = asked.own_messages if asked.store else ()
     question = _make_question(request, asked.chat, prompt)
 
