@@ -6758,8 +6758,8 @@ class ServicePool:
         self._origins: dict[str, _Origin] = {}
 
     async def request(self, method: str, url: str, headers: Mapping[str, str], body: bytes) -> ServiceResponse:
-        """The response; the caller closes it. `url` is encoded as it has to be. Raises what aiohttp does, and may do so
-        on a kept connection that turns out closed.
+        """The response; the caller closes it. `url` is encoded as it has to be; `headers`, one at least, repeat none of
+        the session's. Raises what aiohttp does, and may do so on a kept connection that turns out closed.
         """
         if self._has_proxy or len(body) > self._MOST_BYTES:
             return await self.request_any(method, url, headers, body)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import random
-from collections.abc import Iterator
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager
 from itertools import pairwise
 from typing import Any, cast
 
@@ -28,6 +31,7 @@ from kimi_proxy import (
     ProxyError,
     Question,
     Reader,
+    ServicePool,
     SSEParser,
     Text,
     WireError,
@@ -674,3 +678,147 @@ async def test_a_read_that_is_cancelled_takes_nothing_with_it() -> None:
 
 async def test_an_empty_body_has_nothing_to_read() -> None:
     assert await Inflow(aiohttp.streams.EMPTY_PAYLOAD).read() == b""
+
+
+class Peer:
+    """A server that keeps what it is sent, and gives the next of `replies` to each request; None closes instead."""
+
+    def __init__(self, *replies: bytes | None) -> None:
+        self.requests: list[bytes] = []
+        self.connections = 0
+        self.url = ""
+        self._replies = list(replies)
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        while head := (await reader.readuntil(b"\r\n\r\n") if not reader.at_eof() else b""):
+            length = re.search(rb"(?i)content-length: (\d+)", head)
+            self.requests.append(head + (await reader.readexactly(int(length[1])) if length else b""))
+            reply = self._replies.pop(0) if self._replies else OK
+            if reply is None:
+                break
+            writer.write(reply)
+        writer.close()
+
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Type: Text/Plain; charset=utf-8\r\nContent-Length: 2\r\n\r\nok"
+
+
+@asynccontextmanager
+async def serving(*replies: bytes | None) -> AsyncIterator[Peer]:
+    peer = Peer(*replies)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await peer.serve(reader, writer)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    peer.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with server:
+        yield peer
+
+
+def read_request(data: bytes) -> tuple[str, list[tuple[str, str]], bytes]:
+    """Its first line, its headers without regard to their order, and its body."""
+    head, _, body = data.partition(b"\r\n\r\n")
+    first, *lines = head.decode().split("\r\n")
+    return first, sorted((name.lower(), value) for name, _, value in (line.partition(": ") for line in lines)), body
+
+
+async def send(
+    way: Callable[[str, str, Mapping[str, str], bytes], Awaitable[Any]], method: str, url: str, *rest: Any
+) -> tuple[int, str, bytes]:
+    async with await way(method, url, *rest) as response:
+        return response.status, response.content_type, await response.content.read()
+
+
+@given(
+    st.sampled_from(["GET", "POST", "DELETE", "PUT"]),
+    st.sampled_from(["/", "/api/chat/c1", "/a%20b?x=%2F"]),
+    st.dictionaries(
+        st.sampled_from(["Authorization", "Content-Type", "Origin", "x-traffic-id", "x-msh-platform"]),
+        st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1),
+        min_size=1,
+    ),
+    st.binary(max_size=300),
+)
+def test_a_short_call_is_sent_as_any_other(method: str, path: str, headers: dict[str, str], body: bytes) -> None:
+    async def compare() -> None:
+        async with serving() as peer, open_service_session() as session:
+            pool = ServicePool(session)
+            seen = [
+                await send(way, method, peer.url + path, {"Content-Type": "a/b", **headers}, body)
+                for way in (pool.request, pool.request_any, pool.request)
+            ]
+            assert seen == [(200, "text/plain", b"ok")] * 3
+            short, general, again = map(read_request, peer.requests)
+            assert short == general == again
+            assert short[2] == body and len(dict(short[1])) == len(short[1])
+            assert peer.connections == 1
+
+    asyncio.run(compare())
+
+
+async def test_a_line_break_in_a_header_is_sent_nowhere() -> None:
+    async with serving() as peer, open_service_session() as session:
+        for value in ("a\r\nX: b", "a\nb", "a\rb"):
+            with pytest.raises(ValueError, match="line break"):
+                await ServicePool(session).request("GET", f"{peer.url}/", {"Authorization": value}, b"")
+        assert not peer.requests
+
+
+@pytest.mark.parametrize("method", ["request", "request_any"])
+async def test_what_announces_a_response_is_none_and_what_is_not_http_is_an_error(method: str) -> None:
+    early = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: <a>\r\n\r\n"
+    async with serving(early + OK, b"SSH-2.0-x\r\n\r\n", OK, None) as peer, open_service_session() as session:
+        way = getattr(ServicePool(session), method)
+        rest = ("POST", f"{peer.url}/", {"Origin": "x"}, b"")  # aiohttp asks again by itself where it is a GET
+        assert await send(way, *rest) == (200, "text/plain", b"ok")
+        with pytest.raises(aiohttp.ClientError):
+            await send(way, *rest)
+        assert await send(way, *rest) == (200, "text/plain", b"ok")
+        with pytest.raises(aiohttp.ServerDisconnectedError):
+            await send(way, *rest)
+        assert peer.connections == 2
+        assert session.connector is not None and not cast(Any, session.connector)._acquired
+
+
+async def test_a_response_that_is_not_read_to_its_end_closes_its_connection() -> None:
+    half = b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf"
+    async with serving(half, OK) as peer, open_service_session() as session:
+        pool = ServicePool(session)
+        async with await pool.request("GET", f"{peer.url}/", {"Origin": "x"}, b"") as response:
+            assert response.content_type == "application/octet-stream" and not response.is_broken()
+        assert await send(pool.request, "GET", f"{peer.url}/", {"Origin": "x"}, b"") == (200, "text/plain", b"ok")
+        assert peer.connections == 2
+
+
+async def test_a_long_body_and_an_outgoing_proxy_go_the_general_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(OK, OK) as peer, open_service_session() as session, open_service_session(peer.url) as proxied:
+        assert (await send(ServicePool(session).request, "POST", f"{peer.url}/", {"Origin": "x"}, bytes(65_537)))[0]
+        assert read_request(peer.requests[0])[2] == bytes(65_537)
+        pool = ServicePool(proxied, peer.url)
+        assert (await send(pool.request, "GET", "http://kimi.invalid/a", {"Origin": "x"}, b""))[0] == 200
+        assert read_request(peer.requests[1])[0] == "GET http://kimi.invalid/a HTTP/1.1"
+
+
+async def test_ids_in_a_token_that_no_header_can_have_are_replaced(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession
+) -> None:
+    proxy = await start_proxy(protocol="connect")
+    ids = {"sub": "a\r\nX-Evil: 1", "ssid": "é", "device_id": ["x"]}
+    claims = {"app_id": "kimi", "typ": "access", "exp": 4e9, **ids}
+    access_token = ".".join(
+        base64.urlsafe_b64encode(json.dumps(part).encode()).decode().rstrip("=") for part in ({}, claims, "s")
+    )
+    token = simulator.token("hello")
+    account = simulator.account(token)
+    account.access_tokens.append(access_token)
+    assert (await answer(http, proxy, access_token))[0] == 200
+    await simulator.settle(token)
+    (call,) = [call for call in account.calls if call.step == "ask"]
+    sent = [call.headers[name] for name in ("x-traffic-id", "x-msh-session-id", "x-msh-device-id")]
+    assert all(map(re.compile("[a-z0-9]+").fullmatch, sent)) and "X-Evil" not in call.headers
+    simulator.violations.clear()  # it wants the ids that the token tells

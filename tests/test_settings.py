@@ -74,7 +74,7 @@ GOOD = {
 } | {variable: ("2.5", 2.5) for variable in VARIABLES if variable.endswith("_SECONDS")}
 BAD = {
     "PROXY_PORT": ["x", "-1", "65536", "", "8000.5"],
-    "KIMI_BASE_URL": ["kimi.com", "ftp://kimi.com", "https://", "https://kimi.com?x=1"],
+    "KIMI_BASE_URL": ["kimi.com", "ftp://kimi.com", "https://", "https://kimi.com?x=1", "https://kimi.com#x"],
     "KIMI_AUTH_URL": ["x"],
     "KIMI_SOURCES": ["all"],
     "KIMI_PROTOCOL": ["grpc"],

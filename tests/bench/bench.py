@@ -20,7 +20,18 @@ from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import memory
-from load import FOLDER, Bench, NotingSimulator, Target, connect, proxy_command, proxy_environment, read_machine, start
+from load import (
+    FOLDER,
+    Bench,
+    NotingSimulator,
+    Target,
+    connect,
+    make_environment,
+    proxy_command,
+    proxy_environment,
+    read_machine,
+    start,
+)
 
 FLOOR: Final = "pass-through"
 NAMES: Final = ("relay", FLOOR, "the same", "classic", "connect")
@@ -70,7 +81,7 @@ class Run:
             return Target(name, port, process_id, name, SKIPPED[name])
         kind = "relay" if name == "relay" else "aiohttp"
         command = [sys.executable, str(FOLDER / "floors.py"), kind, url]
-        port, process_id = await stack.enter_async_context(start(command, dict(os.environ), 0))
+        port, process_id = await stack.enter_async_context(start(command, make_environment(), 0))
         return Target(name, port, process_id)
 
     async def measure_streams(self) -> None:
@@ -108,9 +119,12 @@ class Run:
     async def measure_start(self) -> None:
         """From the start of a process to its first answer, beside an import of aiohttp's server alone."""
         imports = [sys.executable, "-c", "import aiohttp.web"]
+        async with AsyncExitStack() as stack:
+            for name in (FLOOR, *DIALECTS):  # each once, so that what Python compiles is there
+                await self.open(stack, name)
         for _ in range(self.rounds):
             started = time.perf_counter()
-            process = await asyncio.create_subprocess_exec(*imports, preexec_fn=_use_core_0)
+            process = await asyncio.create_subprocess_exec(*imports, env=make_environment(), preexec_fn=_use_core_0)
             await process.wait()
             self.note("start", "import aiohttp.web", time.perf_counter() - started)
             for name in (FLOOR, *DIALECTS):

@@ -78,10 +78,15 @@ class Target:
         return int(found[1]) * 1024
 
 
+def make_environment() -> dict[str, str]:
+    """This process's environment, for servers that may keep what they compile, as an installed service does."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+
 def proxy_environment(simulator: Simulator, dialect: str, state_dir: str) -> dict[str, str]:
     """The environment of a proxy before the simulator: the defaults, but for what the measuring needs."""
     return {
-        **{name: value for name, value in os.environ.items() if not name.startswith(("KIMI_", "PROXY_"))},
+        **{name: value for name, value in make_environment().items() if not name.startswith(("KIMI_", "PROXY_"))},
         "KIMI_BASE_URL": simulator.url,
         "KIMI_AUTH_URL": simulator.url,
         "KIMI_PROTOCOL": dialect,
