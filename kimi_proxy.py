@@ -31,6 +31,7 @@ import asyncio
 import base64
 import binascii
 import errno
+import gc
 import hashlib
 import hmac
 import io
@@ -9995,6 +9996,7 @@ async def _serve(settings: Settings) -> None:
     stop = _listen_for_signals()
     async with _run_app(settings, take_sockets(os.environ)) as (address, app):
         beat = _Beat(notifier, app)
+        gc.freeze()  # what is loaded stays: else each full collection stops all streams for long enough to look at it
         print(f"kimi_proxy {__version__} is ready. Base URL for your program: {address}/v1", flush=True)
         notifier.tell(READY="1")
         beat.beat()
