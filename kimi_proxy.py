@@ -821,12 +821,12 @@ class SSEParser:
         self._id = ""
         self._bom = b"\xef\xbb\xbf"
         self._after_cr = False
-        self._error: WireError | None = None
+        self.error: WireError | None = None
 
     def feed(self, data: bytes) -> list[ServerSentEvent]:
         """The events that `data` completed, in order. Raises `WireError` beyond the limit."""
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
         if self._bom and not (data := self._skip_bom(data)):
             return []
         if self._after_cr and data:
@@ -861,7 +861,7 @@ class SSEParser:
     @property
     def at_boundary(self) -> bool:
         """Whether nothing of an event, nor of a line, is kept: what comes next begins an event."""
-        return not (self._line or self._data or self._event or self._after_cr or self._bom or self._error)
+        return not (self._line or self._data or self._event or self._after_cr or self._bom or self.error)
 
     def find_end(self, data: bytes, at: int) -> int:
         """Where the event under way at `at` ends, as far as that is plain; else where `data` does."""
@@ -870,8 +870,8 @@ class SSEParser:
 
     def finish(self) -> None:
         """Say that the input ended: an event without its blank line is dropped. Raises what `feed` had yet to raise."""
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
         self._line.clear()
         self._data.clear()
 
@@ -896,11 +896,11 @@ class SSEParser:
         return events
 
     def _overflow(self, events: list[ServerSentEvent]) -> list[ServerSentEvent]:
-        self._error = WireError(f"an event of more than {self.limit_bytes} bytes")
+        self.error = WireError(f"an event of more than {self.limit_bytes} bytes")
         self._line.clear()
         self._data.clear()
         if not events:
-            raise self._error
+            raise self.error
         return events
 
     def _take_field(self, line: bytes) -> None:
@@ -961,12 +961,12 @@ class EnvelopeParser:
     def __init__(self, limit_bytes: int = 4_194_304) -> None:
         self.limit_bytes = limit_bytes
         self._buffer = bytearray()
-        self._error: WireError | None = None
+        self.error: WireError | None = None
 
     def feed(self, data: bytes) -> list[Envelope]:
         """The envelopes that `data` completed, in order. Raises `WireError` for what cannot be one."""
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
         buffer: bytes | bytearray = data
         if self._buffer:
             self._buffer += data
@@ -983,7 +983,7 @@ class EnvelopeParser:
                 envelopes.append(self._open(buffer[start], bytes(buffer[start + 5 : end])))
                 start = end
         except WireError as error:
-            self._error = error
+            self.error = error
             if not envelopes:
                 raise
             return envelopes
@@ -996,7 +996,7 @@ class EnvelopeParser:
     @property
     def at_boundary(self) -> bool:
         """Whether nothing of an envelope is kept: what comes next begins one."""
-        return not (self._buffer or self._error)
+        return not (self._buffer or self.error)
 
     def find_end(self, data: bytes, at: int) -> int:
         """Where the envelope that begins at `at` ends, or `data` does."""
@@ -1004,8 +1004,8 @@ class EnvelopeParser:
 
     def finish(self) -> None:
         """Say that the input ended. Raises `WireError` in the middle of an envelope, and what `feed` had yet to."""
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
         if self._buffer:
             raise WireError("the stream ended in the middle of an envelope")
 
@@ -4132,8 +4132,8 @@ class Usage:
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
         }
-        if self._thoughts:
-            usage["completion_tokens_details"] = {"reasoning_tokens": self.reasoning_tokens}
+        if reasoning_tokens := self.reasoning_tokens:
+            usage["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
         return usage
 
 
@@ -6797,12 +6797,15 @@ class ServicePool:
         try:
             protocol = cast(ResponseHandler, connection.protocol)
             transport = protocol.transport
-            if transport is None or transport.is_closing():
+            # `should_close`: something came that nobody asked for, and must not be taken for this call's reply.
+            if transport is None or transport.is_closing() or protocol.should_close:
                 raise aiohttp.ClientConnectionResetError("closed before the request")
             protocol.set_response_params(read_until_eof=True)
             transport.write(data)
             message, content = await protocol.read()
-            while 100 <= message.code < 200:  # they announce the response (RFC 9110, section 15.2)
+            while (
+                100 <= message.code < 200 and message.code != 101
+            ):  # they announce the response (RFC 9110, section 15.2)
                 message, content = await protocol.read()
         except HttpProcessingError:
             connection.close()
@@ -6918,7 +6921,9 @@ class Calls:
     async def refresh(self, call: Call, refresh_token: str) -> dict[str, Any]:
         """The JSON object that a token refresh replies; with a `refresh_token`, it is the Bearer."""
         try:
-            async with asyncio.timeout(self._call_seconds), await self._request(call, refresh_token) as response:
+            # One that is not a GET is made once: the service may have changed the token already.
+            request = partial(self._request_again, None) if call.method == "GET" else self._request
+            async with asyncio.timeout(self._call_seconds), await request(call, refresh_token) as response:
                 return await self._parse(response, call.step)
         except _NETWORK_ERRORS as error:
             raise _error_of_network(call.step, error) from None
@@ -7009,8 +7014,8 @@ class Calls:
         await self._accounts.drop(account, token)
         return await once(await self._accounts.access_token(account))
 
-    async def _request_again(self, account: Account, call: Call, token: str) -> ServiceResponse:
-        ids = _render_ids(account) if call.with_ids else None
+    async def _request_again(self, account: Account | None, call: Call, token: str) -> ServiceResponse:
+        ids = _render_ids(account) if account is not None and call.with_ids else None
         _connected.set(False)
         try:
             return await self._request(call, token, ids)
@@ -7320,6 +7325,8 @@ class Reader:
             if self._debug:
                 size = len(frame.data) if isinstance(frame, ServerSentEvent) else len(frame.payload)
                 logger.debug("< %s, %d characters", quote_words(answer.kind), size)
+        if self._parser.error is not None:  # behind these frames: nothing more may come that would raise it
+            raise self._parser.error
 
 
 def _headers_of(base_url: str, place: str = "") -> dict[str, str]:

@@ -379,6 +379,14 @@ async def test_a_kept_connection_that_is_closed_costs_nothing(
     assert simulator.account(token).count(step) == 2
 
 
+@pytest.mark.parametrize("dialect", ["classic"])
+async def test_a_refresh_bears_a_kept_connection_that_is_closed(simulator: Simulator, proxy: str, dialect: str) -> None:
+    assert (await send(proxy, simulator.token("hello"), False)).status == 200
+    token = simulator.token("hello", "close-kept=refresh")
+    assert (await send(proxy, token, False)).status == 200
+    assert simulator.account(token).count("refresh") == 2
+
+
 async def test_the_answering_call_is_not_repeated_on_a_new_connection(simulator: Simulator, proxy: str) -> None:
     token = simulator.token("hello", "close=ask")
     assert (await send(proxy, token, False)).status == 502

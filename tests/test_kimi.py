@@ -537,6 +537,19 @@ def test_a_reader_says_what_parser_and_answer_say_however_the_stream_is_cut(
         assert (join_texts(events), code) == (join_texts(expected), failure)
 
 
+@pytest.mark.parametrize(
+    ("dialect", "frame", "wrong"),
+    [
+        ("classic", b'data: {"event":"ping"}\n\n', b"data: " + bytes(2_000_000) + b"\n\n"),
+        ("connect", encode_envelope(b'{"heartbeat":{}}'), encode_envelope(b"no gzip", flags=1)),
+        ("connect", encode_envelope(b'{"heartbeat":{}}'), b"\0\xff\xff\xff\xff"),
+    ],
+)
+def test_what_is_wrong_behind_a_frame_is_told_at_once(dialect: str, frame: bytes, wrong: bytes) -> None:
+    _, failure = make_reader(dialect).feed(frame + wrong)
+    assert failure is not None and failure.code == "answer_broken"
+
+
 @pytest.mark.parametrize("dialect", ["classic", "connect"])
 def test_the_usual_frames_are_read_at_once(dialect: str) -> None:
     steps = SCRIPTS["hello"]
@@ -686,11 +699,13 @@ class Peer:
     def __init__(self, *replies: bytes | None) -> None:
         self.requests: list[bytes] = []
         self.connections = 0
+        self.writers: list[asyncio.StreamWriter] = []
         self.url = ""
         self._replies = list(replies)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        self.writers.append(writer)
         while head := (await reader.readuntil(b"\r\n\r\n") if not reader.at_eof() else b""):
             length = re.search(rb"(?i)content-length: (\d+)", head)
             self.requests.append(head + (await reader.readexactly(int(length[1])) if length else b""))
@@ -772,16 +787,19 @@ async def test_a_line_break_in_a_header_is_sent_nowhere() -> None:
 @pytest.mark.parametrize("method", ["request", "request_any"])
 async def test_what_announces_a_response_is_none_and_what_is_not_http_is_an_error(method: str) -> None:
     early = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: <a>\r\n\r\n"
-    async with serving(early + OK, b"SSH-2.0-x\r\n\r\n", OK, None) as peer, open_service_session() as session:
+    switch = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n"
+    replies = (early + OK, b"SSH-2.0-x\r\n\r\n", switch, OK, None)
+    async with serving(*replies) as peer, open_service_session() as session:
         way = getattr(ServicePool(session), method)
         rest = ("POST", f"{peer.url}/", {"Origin": "x"}, b"")  # aiohttp asks again by itself where it is a GET
         assert await send(way, *rest) == (200, "text/plain", b"ok")
         with pytest.raises(aiohttp.ClientError):
             await send(way, *rest)
+        assert (await send(way, *rest))[0] == 101
         assert await send(way, *rest) == (200, "text/plain", b"ok")
         with pytest.raises(aiohttp.ServerDisconnectedError):
             await send(way, *rest)
-        assert peer.connections == 2
+        assert peer.connections == 3
         assert session.connector is not None and not cast(Any, session.connector)._acquired
 
 
@@ -792,6 +810,21 @@ async def test_a_response_that_is_not_read_to_its_end_closes_its_connection() ->
         async with await pool.request("GET", f"{peer.url}/", {"Origin": "x"}, b"") as response:
             assert response.content_type == "application/octet-stream" and not response.is_broken()
         assert await send(pool.request, "GET", f"{peer.url}/", {"Origin": "x"}, b"") == (200, "text/plain", b"ok")
+        assert peer.connections == 2
+
+
+async def test_what_comes_before_it_was_asked_for_is_nobodys_reply() -> None:
+    async with serving() as peer, open_service_session() as session:
+        pool, rest = ServicePool(session), ("POST", f"{peer.url}/", {"Origin": "x"}, b"")
+        assert (await send(pool.request, *rest))[0] == 200
+        ((protocol, _),) = next(iter(cast(Any, session.connector)._conns.values()))
+        peer.writers[0].write(OK.replace(b"200 OK", b"408 Request Timeout"))
+        async with asyncio.timeout(5):
+            while not protocol.should_close:
+                await asyncio.sleep(0)
+        with pytest.raises(aiohttp.ClientConnectionResetError):
+            await send(pool.request, *rest)
+        assert await send(pool.request, *rest) == (200, "text/plain", b"ok")
         assert peer.connections == 2
 
 
