@@ -66,7 +66,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar, copy_context
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache, lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from itertools import accumulate, cycle
 from json.encoder import encode_basestring
 from math import isfinite
@@ -1181,7 +1181,7 @@ _ENCODER: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 # `_ENCODER.encode` makes this anew for each value, which costs more than a small one does.
 _make_encoder: Any = getattr(json.encoder, "c_make_encoder", None)
 _encode: Callable[[object, int], Iterable[str]] = (
-    _make_encoder(None, _ENCODER.default, json.encoder.encode_basestring, None, ":", ",", False, False, True)
+    _make_encoder(None, _ENCODER.default, encode_basestring, None, ":", ",", False, False, True)
     if _make_encoder is not None
     else lambda value, _: _ENCODER.iterencode(value)
 )
@@ -3027,11 +3027,6 @@ class ChatRequest:
         """Whether it is asked in a conversation that exists."""
         return self.conversation_id not in ("", NEW_CONVERSATION)
 
-    @property
-    def filtered(self) -> bool:
-        """Whether its answer may need a filter."""
-        return self.max_tokens is not None or self.response_format is not None or bool(self.tools or self.stop)
-
 
 def _parse_object(body: bytes | bytearray) -> dict[str, Any]:
     """The JSON object in a body. Raises `ProxyError` `invalid_json`."""
@@ -4089,7 +4084,7 @@ def _render_line(number: int, hit: SearchHit) -> str:
 class Usage:
     """The estimate of a request's tokens; `texts` are what the model wrote.
 
-    A number is counted each time that it is asked for.
+    A number is counted each time that it is asked for, but that of the thinking, which is part of another, once.
     """
 
     def __init__(self, prompt: str) -> None:
@@ -4114,7 +4109,7 @@ class Usage:
         """What the service was sent, without attachments."""
         return estimate_tokens(self._prompt)
 
-    @property
+    @cached_property
     def reasoning_tokens(self) -> int:
         """What the model thought."""
         return estimate_tokens("".join(self._thoughts)) if self._thoughts else 0
@@ -6803,9 +6798,8 @@ class ServicePool:
             protocol.set_response_params(read_until_eof=True)
             transport.write(data)
             message, content = await protocol.read()
-            while (
-                100 <= message.code < 200 and message.code != 101
-            ):  # they announce the response (RFC 9110, section 15.2)
+            # What only announces the response is passed over (RFC 9110, section 15.2).
+            while 100 <= message.code < 200 and message.code != 101:
                 message, content = await protocol.read()
         except HttpProcessingError:
             connection.close()
@@ -6891,7 +6885,7 @@ class Calls:
             try:
                 async with (
                     asyncio.timeout(call.seconds or self._call_seconds),
-                    await self._request_again(account, call, token) as response,
+                    await self._request_again(call, token, account) as response,
                 ):
                     return await self._parse(response, call.step, lenient=call.lenient)
             except _NETWORK_ERRORS as error:
@@ -6907,7 +6901,7 @@ class Calls:
 
         async def once(token: str) -> ServiceResponse:
             try:
-                response = await self._request_again(account, call, token)
+                response = await self._request_again(call, token, account)
                 if response.status == 200 and response.content_type == content_type:
                     return response
                 async with response:
@@ -6922,7 +6916,7 @@ class Calls:
         """The JSON object that a token refresh replies; with a `refresh_token`, it is the Bearer."""
         try:
             # One that is not a GET is made once: the service may have changed the token already.
-            request = partial(self._request_again, None) if call.method == "GET" else self._request
+            request = self._request_again if call.method == "GET" else self._request
             async with asyncio.timeout(self._call_seconds), await request(call, refresh_token) as response:
                 return await self._parse(response, call.step)
         except _NETWORK_ERRORS as error:
@@ -7014,7 +7008,7 @@ class Calls:
         await self._accounts.drop(account, token)
         return await once(await self._accounts.access_token(account))
 
-    async def _request_again(self, account: Account | None, call: Call, token: str) -> ServiceResponse:
+    async def _request_again(self, call: Call, token: str, account: Account | None = None) -> ServiceResponse:
         ids = _render_ids(account) if account is not None and call.with_ids else None
         _connected.set(False)
         try:
@@ -9037,9 +9031,8 @@ async def _read_chat(
 
 def _start_chains(chat: ChatRequest, id_prefix: str) -> Callable[[], Chain]:
     """What makes a chain of the filters that `chat` needs, for each time of asking; it holds no messages."""
-    if not chat.filtered:
-        return Chain
-    return partial(make_chain, replace(chat, messages=()), partial(_make_call_id, id_prefix))
+    make_id = partial(_make_call_id, id_prefix)
+    return partial(make_chain, replace(chat, messages=()), make_id) if make_chain(chat, make_id).filters else Chain
 
 
 async def _chat_completions(request: web.Request) -> web.StreamResponse:

@@ -828,7 +828,7 @@ async def test_what_comes_before_it_was_asked_for_is_nobodys_reply() -> None:
         assert peer.connections == 2
 
 
-async def test_a_long_body_and_an_outgoing_proxy_go_the_general_way(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_long_body_and_an_outgoing_proxy_go_the_general_way() -> None:
     async with serving(OK, OK) as peer, open_service_session() as session, open_service_session(peer.url) as proxied:
         assert (await send(ServicePool(session).request, "POST", f"{peer.url}/", {"Origin": "x"}, bytes(65_537)))[0]
         assert read_request(peer.requests[0])[2] == bytes(65_537)
