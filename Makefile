@@ -6,6 +6,8 @@ RUN := $(VENV)/bin/python
 MINUTES ?= 1
 ROUNDS ?= 9
 AGENTS ?= $(HOME)/.cache/kimi_proxy/agents
+# More than there are cores: half of the time that tests take, they wait.
+WORKERS := -n 4 --dist worksteal
 INSTALL = PREFIX='$(PREFIX)' UNITDIR='$(UNITDIR)' DESTDIR='$(DESTDIR)' DRY_RUN='$(DRY_RUN)' PYTHON='$(PYTHON)' \
 	sh systemd/install.sh
 PURE := tests/test_wire.py tests/test_events.py tests/test_answers.py tests/test_tools.py tests/test_filters.py \
@@ -25,7 +27,7 @@ run: $(VENV)/run.stamp ## start the proxy on this machine
 	@$(RUN) kimi_proxy.py
 
 test: $(VENV)/test.stamp ## run all tests
-	PYTHONASYNCIODEBUG=1 $(RUN) -W error -m pytest
+	PYTHONASYNCIODEBUG=1 $(RUN) -W error -m pytest $(WORKERS)
 
 test-node: $(VENV)/run.stamp $(VENV)/node.stamp ## test with a program from npm; needs Node 18 or later
 	@PYTHONPATH=.:tests $(RUN) tests/node/run.py
@@ -52,7 +54,7 @@ test-lowest: $(VENV)/test.stamp ## run all tests with the oldest packages that r
 	sed -E 's/>=([0-9.]+).*/==\1/' requirements.txt > $(VENV)/lowest/requirements.txt
 	$(VENV)/lowest/bin/python -m pip install --quiet --disable-pip-version-check \
 		-r $(VENV)/lowest/requirements.txt -r tests/requirements.txt
-	$(VENV)/lowest/bin/python -W error -m pytest
+	$(VENV)/lowest/bin/python -W error -m pytest $(WORKERS)
 
 test-units: $(VENV)/run.stamp ## install into a temporary directory, and check the units (systemd's tools)
 	@PYTHONPATH=. $(RUN) tests/units.py $(PYTHON)

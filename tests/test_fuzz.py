@@ -28,7 +28,7 @@ from kimi_simulator import HELLO, Simulator
 from kimi_proxy import Settings, logger, run_server
 
 MARK: Final = "zqWhisper"  # in every text that a request holds, and so in no line of the log
-SECONDS: Final = 8  # in which every request must have its answer
+SECONDS: Final = 20  # in which every request must have its answer
 DIALECTS: Final = ("classic", "connect")
 
 
@@ -136,7 +136,7 @@ class Rig:
         return self._runner.run(work)
 
     async def start(self) -> None:
-        """Start them, with short limits and small ones."""
+        """Start them, with limits that are short, though not for a machine with other work, and small ones."""
         await self._stack.enter_async_context(self.simulator)
         for dialect in DIALECTS:
             settings = Settings(
@@ -146,8 +146,8 @@ class Rig:
                 port=0,
                 state_dir="",
                 drain_seconds=0.2,
-                idle_seconds=0.8,
-                body_seconds=0.5,
+                idle_seconds=4.0,
+                body_seconds=2.0,
                 file_seconds=2.0,
                 transfer_seconds=3.0,
                 max_file_mb=1,
