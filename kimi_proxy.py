@@ -57,6 +57,7 @@ from collections.abc import (
     Callable,
     Collection,
     Coroutine,
+    Generator,
     Iterable,
     Iterator,
     Mapping,
@@ -72,12 +73,13 @@ from json.encoder import encode_basestring
 from math import isfinite
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any, Final, Literal, NoReturn, Protocol, TypeVar, cast
+from typing import IO, Any, Final, Generic, Literal, NoReturn, Protocol, TypeVar, cast
 from urllib.parse import unquote, urljoin
 
 import aiohttp
 from aiohttp import abc, web, web_protocol
 from aiohttp.client_proto import ResponseHandler
+from aiohttp.client_reqrep import ConnectionKey
 from aiohttp.connector import Connection
 from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
@@ -5022,6 +5024,42 @@ class BackgroundTasks:
             logger.error("! background task failed: %s", task.get_name(), exc_info=error)
 
 
+class Errand(Generic[Result]):
+    """Work in a task of the application, that one waits for; where the waiter is cancelled, it goes on all the same.
+
+    `asyncio.shield` gives that too, but tells the waiter a turn of the loop later.
+    """
+
+    __slots__ = ("_told", "task")
+
+    def __init__(self, tasks: BackgroundTasks, work: Coroutine[Any, Any, Result], what: str) -> None:
+        self._told: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        self.task = tasks.start(self._run(work), what)
+
+    def __await__(self) -> Generator[Any, None, Result]:
+        return self._told.__await__()
+
+    async def _run(self, work: Coroutine[Any, Any, Result]) -> Result | None:
+        """What the work gives; None for a `ProxyError`, which is the waiter's, and nobody's where it is gone."""
+        try:
+            result = await work
+        except ProxyError as error:
+            if not self._told.done():
+                self._told.set_exception(error)
+            return None
+        except Exception as error:
+            if self._told.done():
+                raise
+            self._told.set_exception(error)
+            return None
+        except BaseException:
+            self._told.cancel()
+            raise
+        if not self._told.done():
+            self._told.set_result(result)
+        return result
+
+
 class Watched(Protocol):
     """Something that the ticker looks at."""
 
@@ -5787,6 +5825,11 @@ def _write_whole(descriptor: int, data: bytes) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+@lru_cache(maxsize=1024)
+def _digest_of(token: str) -> bytes:
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
+
+
 class Accounts:
     """The token cache. `refresh` asks the service for a new pair, given an account; it raises `ProxyError`.
 
@@ -5815,7 +5858,7 @@ class Accounts:
 
     def get(self, refresh_token: str) -> Account:
         """The account of `refresh_token`, made if it is new."""
-        digest = hashlib.sha256(refresh_token.encode("utf-8", "surrogateescape")).digest()
+        digest = _digest_of(refresh_token)
         account = self._accounts.pop(digest, None) or self._make(refresh_token, digest)
         if account.token != refresh_token:  # it was known by what is kept of it alone
             account.token, account.refused = refresh_token, None
@@ -5837,16 +5880,21 @@ class Accounts:
         self._forget_idle()
         return Account(token, digest, hashlib.blake2b(digest, key=self._label_key, digest_size=4).hexdigest())
 
+    @staticmethod
+    def live_token(account: Account) -> str:
+        """The access token, where one is at hand that lives; else empty."""
+        return account.access_token if time.monotonic() < account.expires_at else ""
+
     async def access_token(self, account: Account) -> str:
         """A live access token. Raises `ProxyError` where the service gives none: `token_dead` if it refuses."""
         if account.direct:
             return self._use_directly(account)
-        now = asyncio.get_running_loop().time()
-        if account.access_token and now < account.expires_at:
-            return account.access_token
+        if token := self.live_token(account):
+            return token
         async with account.lock:
-            if account.access_token and now < account.expires_at:
-                return account.access_token
+            if token := self.live_token(account):
+                return token
+            now = asyncio.get_running_loop().time()
             if account.refused is not None and now < account.refused_until:
                 raise account.refused.again()
             if account.refreshing is None:
@@ -6680,12 +6728,21 @@ def _render_proxy_headers(proxy_url: str) -> dict[str, str] | None:
     return {"Authorization": f"Basic {credentials}"}  # aiohttp makes Proxy-Authorization of it, where it has to stand
 
 
+class _OriginRequest(aiohttp.ClientRequest):
+    """A request by which the pool knows an origin: the same for all that go there."""
+
+    @cached_property
+    def connection_key(self) -> ConnectionKey:
+        """By what the pool finds a connection; asked for at each call."""
+        return super().connection_key
+
+
 @dataclass(frozen=True, slots=True)
 class _Origin:
     """An origin of the service: a request by which the pool knows it, and the lines that all heads to it have."""
 
-    request: aiohttp.ClientRequest
-    lines: str
+    request: _OriginRequest
+    lines: bytes
 
 
 class ServiceResponse:
@@ -6736,6 +6793,19 @@ def _response_of(response: aiohttp.ClientResponse) -> ServiceResponse:
     return ServiceResponse(response.status, response.headers, response.content, response)
 
 
+def _encode_headers(headers: Mapping[str, str]) -> bytes:
+    lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+    if not lines.count("\r") == lines.count("\n") == len(headers):
+        raise ValueError("a header with a line break in it")
+    return lines.encode()
+
+
+@lru_cache(maxsize=256)
+def _encode_authorization(token: str) -> bytes:
+    """The header of a Bearer token (RFC 6750), which an account's calls have in common."""
+    return _encode_headers({"Authorization": f"Bearer {token}"})
+
+
 class ServicePool:
     """Makes requests on the connections of `session`, which goes through the outgoing proxy at `proxy_url` if any.
 
@@ -6753,37 +6823,44 @@ class ServicePool:
         self._proxy_headers = _render_proxy_headers(proxy_url)
         self._origins: dict[str, _Origin] = {}
 
-    async def request(self, method: str, url: str, headers: Mapping[str, str], body: bytes) -> ServiceResponse:
-        """The response; the caller closes it. `url` is encoded as it has to be; `headers`, one at least, repeat none of
-        the session's. Raises what aiohttp does, and may do so on a kept connection that turns out closed.
+    async def request(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes, token: str = ""
+    ) -> ServiceResponse:
+        """The response; the caller closes it. `url` is encoded as it has to be; `headers` repeat none of the session's;
+        a `token` is the Bearer. Raises what aiohttp does, and may do so on a kept connection that turns out closed.
         """
         if self._has_proxy or len(body) > self._MOST_BYTES:
-            return await self.request_any(method, url, headers, body)
+            return await self.request_any(method, url, headers, body, token)
         at = url.index("/", len("https://"))
         origin = self._origins.get(url[:at]) or self._meet(url[:at])
-        lines = "\r\n".join(map(": ".join, headers.items()))
-        if not lines.count("\r") == lines.count("\n") == len(headers) - 1:
-            raise ValueError("a header with a line break in it")
-        length = f"\r\nContent-Length: {len(body)}" if body or method != "GET" else ""
-        head = f"{method} {url[at:]} HTTP/1.1\r\n{origin.lines}{lines}{length}\r\n\r\n"
-        return await self._send(origin.request, head.encode() + body)
+        length = f"Content-Length: {len(body)}\r\n" if body or method != "GET" else ""
+        parts = (
+            f"{method} {url[at:]} HTTP/1.1\r\n".encode(),
+            origin.lines,
+            _encode_headers(headers),
+            _encode_authorization(token) if token else b"",
+            f"{length}\r\n".encode(),
+            body,
+        )
+        return await self._send(origin.request, b"".join(parts))
 
-    async def request_any(self, method: str, url: str, headers: Mapping[str, str], body: bytes) -> ServiceResponse:
+    async def request_any(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes, token: str = ""
+    ) -> ServiceResponse:
         """The same by `session.request`."""
         response = await self._session.request(
             method,
             URL(url, encoded=True),
             data=io.BytesIO(body) if len(body) > MEGABYTE else body or None,  # aiohttp writes the former in pieces
-            headers=headers,
+            headers={**headers, "Authorization": f"Bearer {token}"} if token else headers,
             allow_redirects=False,
             proxy_headers=self._proxy_headers,
         )
         return _response_of(response)
 
     def _meet(self, url: str) -> _Origin:
-        request = aiohttp.ClientRequest("GET", URL(url).origin(), headers=self._session.headers, session=self._session)
-        lines = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
-        origin = self._origins[url] = _Origin(request, lines)
+        request = _OriginRequest("GET", URL(url).origin(), headers=self._session.headers, session=self._session)
+        origin = self._origins[url] = _Origin(request, _encode_headers(request.headers))
         return origin
 
     async def _send(self, origin: aiohttp.ClientRequest, data: bytes) -> ServiceResponse:
@@ -6843,8 +6920,10 @@ def _retry_after(response: ServiceResponse) -> int | None:
 
 async def _read_reply(response: ServiceResponse, step: str) -> bytes:
     """The body of a reply, read whole. A failure's is read to 64 KiB, a good one may not exceed the limit."""
-    pieces, size = [], 0
     limit_bytes = _REPLY_LIMIT_BYTES if response.status < 400 else 65_536
+    if response.content.is_eof() and response.content.total_bytes <= limit_bytes:  # it came with the head
+        return response.content.read_nowait()
+    pieces, size = [], 0
     while piece := await response.content.readany():
         pieces.append(piece)
         size += len(piece)
@@ -6880,37 +6959,36 @@ class Calls:
         A call whose access token is dead is made once more with a new one; one on a kept connection that turned out
         closed too.
         """
+        return await self._with_token(account, call, self._call_once)
 
-        async def once(token: str) -> dict[str, Any]:
-            try:
-                async with (
-                    asyncio.timeout(call.seconds or self._call_seconds),
-                    await self._request_again(call, token, account) as response,
-                ):
+    async def _call_once(self, account: Account, call: Call, token: str) -> dict[str, Any]:
+        try:
+            async with asyncio.timeout(call.seconds or self._call_seconds):
+                response = await self._request_again(call, token, account)
+                try:
                     return await self._parse(response, call.step, lenient=call.lenient)
-            except _NETWORK_ERRORS as error:
-                raise _error_of_network(call.step, error) from None
-
-        return await self._with_token(account, once)
+                finally:
+                    response.release()
+        except _NETWORK_ERRORS as error:
+            raise _error_of_network(call.step, error) from None
 
     async def stream(self, account: Account, call: Call, content_type: str) -> ServiceResponse:
         """The response to an answering call, its body unread; the caller closes it. Time is the caller's to watch.
 
         Raises `ProxyError` for a reply that is not of `content_type`.
         """
+        return await self._with_token(account, call, partial(self._stream_once, content_type))
 
-        async def once(token: str) -> ServiceResponse:
-            try:
-                response = await self._request_again(call, token, account)
-                if response.status == 200 and response.content_type == content_type:
-                    return response
-                async with response:
-                    await self._parse(response, call.step)
-            except _NETWORK_ERRORS as error:
-                raise _error_of_network(call.step, error) from None
-            raise ProxyError("answer_broken", f"{call.step}: a reply of type {quote_words(response.content_type)}")
-
-        return await self._with_token(account, once)
+    async def _stream_once(self, content_type: str, account: Account, call: Call, token: str) -> ServiceResponse:
+        try:
+            response = await self._request_again(call, token, account)
+            if response.status == 200 and response.content_type == content_type:
+                return response
+            async with response:
+                await self._parse(response, call.step)
+        except _NETWORK_ERRORS as error:
+            raise _error_of_network(call.step, error) from None
+        raise ProxyError("answer_broken", f"{call.step}: a reply of type {quote_words(response.content_type)}")
 
     async def refresh(self, call: Call, refresh_token: str) -> dict[str, Any]:
         """The JSON object that a token refresh replies; with a `refresh_token`, it is the Bearer."""
@@ -6998,15 +7076,17 @@ class Calls:
         finally:
             file.watch.measure = None
 
-    async def _with_token(self, account: Account, once: Callable[[str], Awaitable[Result]]) -> Result:
-        token = await self._accounts.access_token(account)
+    async def _with_token(
+        self, account: Account, call: Call, once: Callable[[Account, Call, str], Awaitable[Result]]
+    ) -> Result:
+        token = self._accounts.live_token(account) or await self._accounts.access_token(account)
         try:
-            return await once(token)
+            return await once(account, call, token)
         except ProxyError as error:
             if error.code != "token_dead":
                 raise
         await self._accounts.drop(account, token)
-        return await once(await self._accounts.access_token(account))
+        return await once(account, call, await self._accounts.access_token(account))
 
     async def _request_again(self, call: Call, token: str, account: Account | None = None) -> ServiceResponse:
         ids = _render_ids(account) if account is not None and call.with_ids else None
@@ -7020,11 +7100,9 @@ class Calls:
         return await self._request(call, token, ids)
 
     async def _request(self, call: Call, token: str, ids: Mapping[str, str] | None = None) -> ServiceResponse:
-        headers = {**call.headers, **ids} if ids else {**call.headers}
-        if token:
-            headers["Authorization"] = f"Bearer {token}"
+        headers = {**call.headers, **ids} if ids else call.headers
         started = time.monotonic()
-        response = await self._pool.request(call.method, call.url, headers, call.body)
+        response = await self._pool.request(call.method, call.url, headers, call.body, token)
         self._metrics.observe("kimi_proxy_upstream_seconds", time.monotonic() - started)
         logger.debug("> %s HTTP %d", call.step, response.status)
         return response
@@ -7964,7 +8042,8 @@ class Asking:
 
         Raises `ProxyError` where there is no access token: a built-in list would not help.
         """
-        await self._accounts.access_token(account)
+        if not self._accounts.live_token(account):
+            await self._accounts.access_token(account)
         model, is_known = choose_model(name, await self.models(account))
         if not is_known:
             logger.info("model %s is not known, %s is asked", quote_words(name)[:60], model.id)
@@ -8252,16 +8331,18 @@ class Asking:
         rest = _CONTINUATIONS
         while True:
             asks = conversation.dialect.ask(account, conversation.id, question)
-            if conversation.known_id:
-                response = await _or_failure(asks)
-            else:  # should the client leave, the id has still to be read
-                conversation.asking = self._tasks.start(_or_failure(asks), "ask")
-                response = await asyncio.shield(conversation.asking)
-            if isinstance(response, ProxyError) and question.segment_id:
+            try:
+                if conversation.known_id:
+                    response = await asks
+                else:  # should the client leave, the id has still to be read
+                    errand = Errand(self._tasks, asks, "ask")
+                    conversation.asking = errand.task
+                    response = await errand
+            except ProxyError:
+                if not question.segment_id:
+                    raise
                 await filtering([Finished("length")])
                 return
-            if isinstance(response, ProxyError):
-                raise response
             conversation.response = response
             silence.is_broken = response.is_broken
             reader = filtering.reader = conversation.reader
@@ -8324,7 +8405,8 @@ class Asking:
         # A client that leaves while the opening call is under way must not leave a conversation behind: the call is
         # finished as a task of the application, and what it opened is removed. One that leaves before, while the token
         # is refreshed, opens none.
-        await self._accounts.access_token(account)
+        if not self._accounts.live_token(account):
+            await self._accounts.access_token(account)
         if question.goes_on:
             conversation = _Conversation(dialect, dialect.make_reader(), question.conversation_id, kept=True)
             conversation.reader.expect(question.conversation_id)
@@ -8338,15 +8420,12 @@ class Asking:
         opens = dialect.open(account, model)
         if opens is None:
             return ""
-        opening = self._tasks.start(_or_failure(self._note_opened(account, dialect, opens)), "open")
+        opening = Errand(self._tasks, self._note_opened(account, dialect, opens), "open")
         try:
-            opened = await asyncio.shield(opening)
+            return await opening
         except asyncio.CancelledError:
-            opening.add_done_callback(partial(self._let_go_late, account, dialect))
+            opening.task.add_done_callback(partial(self._let_go_late, account, dialect))
             raise
-        if isinstance(opened, ProxyError):
-            raise opened
-        return opened
 
     async def _note_opened(self, account: Account, dialect: Dialect, opens: Coroutine[Any, Any, str]) -> str:
         """Open a conversation, and have it on the list as soon as its id is known."""
@@ -8354,9 +8433,8 @@ class Asking:
         self._conversations.add(account.digest, dialect.name, opened)
         return opened
 
-    def _let_go_late(self, account: Account, dialect: Dialect, opening: asyncio.Task[str | ProxyError]) -> None:
-        opened = "" if opening.cancelled() or opening.exception() is not None else opening.result()
-        if isinstance(opened, str) and opened:
+    def _let_go_late(self, account: Account, dialect: Dialect, opening: asyncio.Task[str | None]) -> None:
+        if not opening.cancelled() and opening.exception() is None and (opened := opening.result()):
             conversation = _Conversation(dialect, dialect.make_reader(), opened)
             self._tasks.start(self._let_go(account, conversation), "remove")
 
@@ -8432,14 +8510,6 @@ def _relay_usual(reader: Reader, silence: Silence, filtering: _Filtering, piece:
     return rest
 
 
-async def _or_failure(work: Awaitable[Result]) -> Result | ProxyError:
-    """What `work` gives, or the failure that it raises: in a task that nobody may wait for, that is no error."""
-    try:
-        return await work
-    except ProxyError as error:
-        return error
-
-
 @dataclass(slots=True)
 class _Conversation:
     """A conversation at the service, and the answer that runs in it; `id` is empty while only the stream knows it:
@@ -8449,7 +8519,7 @@ class _Conversation:
     dialect: Dialect
     reader: Reader
     id: str
-    asking: asyncio.Task[ServiceResponse | ProxyError] | None = None
+    asking: asyncio.Task[ServiceResponse | None] | None = None
     response: ServiceResponse | None = None
     ended: bool = False
     kept: bool = False
@@ -8467,8 +8537,7 @@ class _Conversation:
             if not self.asking.done() or self.asking.cancelled() or self.asking.exception() is not None:
                 self.asking.cancel()
                 return bool(self.known_id)
-            outcome = self.asking.result()
-            self.response = None if isinstance(outcome, ProxyError) else outcome
+            self.response = self.asking.result()
         response, self.response, self.asking = self.response, None, None
         if response is None:
             return True
@@ -8924,9 +8993,8 @@ async def read_body(request: web.Request, limit_bytes: int, seconds: float) -> b
     """
     state, outcome = request.app[STATE], request[OUTCOME]
     room_bytes = max(state.settings.max_bodies_mb * MEGABYTE, limit_bytes)
-    too_large = ProxyError("body_too_large", f"at most {limit_bytes} bytes; see PROXY_MAX_INLINE_MB")
     if (request.content_length or 0) > limit_bytes:
-        raise too_large
+        raise _too_large(limit_bytes)
     body = bytearray()
 
     def take(piece: bytes) -> None:
@@ -8934,7 +9002,7 @@ async def read_body(request: web.Request, limit_bytes: int, seconds: float) -> b
         outcome.body_bytes += len(piece)
         state.body_bytes += len(piece)
         if len(body) > limit_bytes:
-            raise too_large
+            raise _too_large(limit_bytes)
         if state.body_bytes > room_bytes:
             raise ProxyError("too_busy", "no room for this body; see PROXY_MAX_BODIES_MB")
 
@@ -8950,6 +9018,10 @@ async def read_body(request: web.Request, limit_bytes: int, seconds: float) -> b
         raise ProxyError("body_timeout", f"not within {seconds:g} s") from None
     except (web.RequestPayloadError, aiohttp.ClientPayloadError, HttpProcessingError):
         raise ProxyError("body_broken") from None
+
+
+def _too_large(limit_bytes: int) -> ProxyError:
+    return ProxyError("body_too_large", f"at most {limit_bytes} bytes; see PROXY_MAX_INLINE_MB")
 
 
 def speaks_anthropic(request: web.Request) -> bool:
@@ -8975,7 +9047,12 @@ def read_credential(request: web.Request) -> str:
 
 def read_tokens(request: web.Request) -> tuple[str, ...]:
     """The client's tokens, by comma. Raises `ProxyError` where there is none."""
-    tokens = tuple(dict.fromkeys(word.strip() for word in read_credential(request).split(",") if word.strip()))
+    return _split_tokens(read_credential(request))
+
+
+@lru_cache(maxsize=1024)
+def _split_tokens(credential: str) -> tuple[str, ...]:
+    tokens = tuple(dict.fromkeys(word.strip() for word in credential.split(",") if word.strip()))
     if not tokens:
         raise ProxyError("token_missing")
     if len(tokens) > _MOST_TOKENS:
@@ -9387,7 +9464,7 @@ async def _frame(request: web.Request, handler: Callable[[web.Request], Awaitabl
             logging.DEBUG if is_look else logging.INFO,
             "%s %s %d %.3fs chunks=%d upstream=%s%s%s",
             request.method,
-            quote_words(request.path)[:100],
+            route if request.path == route else quote_words(request.path)[:100],
             status,
             time.monotonic() - started,
             outcome.chunks,
