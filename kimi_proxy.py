@@ -7111,7 +7111,7 @@ class Calls:
         """The JSON object of a reply that means success, else the failure that it means."""
         body = await _read_reply(response, step)
         try:
-            value: Any = parse_json(body, surrogates=True) if body else {}
+            value: Any = parse_json(body, surrogates=True) if body not in (b"", b"{}") else {}
         except WireError:
             value = None
         is_object = isinstance(value, dict)
