@@ -698,6 +698,7 @@ class Peer:
 
     def __init__(self, *replies: bytes | None) -> None:
         self.requests: list[bytes] = []
+        self.carriers: list[int] = []  # which connection each request came by
         self.connections = 0
         self.writers: list[asyncio.StreamWriter] = []
         self.url = ""
@@ -705,9 +706,11 @@ class Peer:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        number = self.connections
         self.writers.append(writer)
         while head := (await reader.readuntil(b"\r\n\r\n") if not reader.at_eof() else b""):
             length = re.search(rb"(?i)content-length: (\d+)", head)
+            self.carriers.append(number)
             self.requests.append(head + (await reader.readexactly(int(length[1])) if length else b""))
             reply = self._replies.pop(0) if self._replies else OK
             if reply is None:
@@ -814,6 +817,20 @@ async def test_a_response_that_is_not_read_to_its_end_closes_its_connection() ->
             assert response.content_type == "application/octet-stream" and not response.is_broken()
         assert await send(pool.request, "GET", f"{peer.url}/", {"Origin": "x"}, b"") == (200, "text/plain", b"ok")
         assert peer.connections == 2
+
+
+async def test_the_connection_used_last_is_used_next_so_that_a_rush_leaves_none_in_use() -> None:
+    async with serving() as peer, open_service_session() as session:
+        pool = ServicePool(session)
+
+        async def ask(place: str) -> None:
+            assert (await send(pool.request, "POST", f"{peer.url}/{place}", {}, b""))[0] == 200
+
+        await asyncio.gather(*(ask(f"rush{at}") for at in range(3)))
+        for at in range(4):
+            await ask(f"later{at}")
+        assert peer.connections == 3 and len(set(peer.carriers[:3])) == 3
+        assert len(set(peer.carriers[3:])) == 1
 
 
 async def test_what_comes_before_it_was_asked_for_is_nobodys_reply() -> None:

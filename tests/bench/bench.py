@@ -37,7 +37,7 @@ FLOOR: Final = "pass-through"
 NAMES: Final = ("relay", FLOOR, "the same", "classic", "connect")
 DIALECTS: Final = ("classic", "connect")
 SKIPPED: Final = {"classic": 2, "connect": 3}  # events of the service before the first that shows text
-_TURNS: Final = 6  # in which a round's short answers are asked for
+_TURNS: Final = 4  # in which a round's short answers are asked for
 
 # What is measured: name in results.json, what it is called, its unit and how many of it are one.
 ROWS: Final = (
@@ -51,6 +51,7 @@ ROWS: Final = (
     ("p99-300", "added latency of a chunk, p99, 300 streams", "ms", 1e-3),
     ("flood", "CPU a chunk, as fast as they come", "µs", 1e3),
     ("short", "CPU a short whole answer, all its calls", "µs", 1e3),
+    ("short-after", "the same, after 300 streams at once", "µs", 1e3),
     ("first", "time to the first chunk, all calls before it", "ms", 1e-3),
     ("idle", "memory, idle", "MB", 1_048_576),
     ("stream", "memory for each open stream", "KiB", 1024),
@@ -97,17 +98,25 @@ class Run:
                             self.note(f"{row}-{streams}", target.name, value)
                     self.note("flood", target.name, await self.bench.flood(target))
                     self.note("first", target.name, await self.bench.time_first_chunk(target))
-                await self._measure_short(targets)
+                await self._measure_short("short-after", targets)
                 _tell(f"round {number + 1} of {self.rounds}")
 
-    async def _measure_short(self, targets: list[Target]) -> None:
-        """Short answers of one round: in turns, since the machine's speed changes within the time that they take."""
+    async def measure_short(self) -> None:
+        """Short whole answers, by servers that were asked nothing else."""
+        async with AsyncExitStack() as stack:
+            targets = [await self.open(stack, name) for name in NAMES]
+            for _ in range(self.rounds):
+                await self._measure_short("short", targets)
+        _tell("short answers")
+
+    async def _measure_short(self, row: str, targets: list[Target]) -> None:
+        """Those of one round: in turns, since the machine's speed changes within the time that they take."""
         spent = dict.fromkeys((target.name for target in targets), 0.0)
         for _ in range(_TURNS):
             for target in targets:
                 spent[target.name] += await self.bench.ask_short(target)
         for name, value in spent.items():
-            self.note("short", name, value / _TURNS)
+            self.note(row, name, value / _TURNS)
 
     async def measure_memory(self) -> None:
         """Memory: idle after the first answer, with streams open, and after many answers."""
@@ -221,6 +230,7 @@ async def measure(rounds: int) -> Results:
         run = Run(simulator, rounds)
         await run.measure_start()
         await run.measure_memory()
+        await run.measure_short()
         await run.measure_streams()
         violations = set(simulator.violations)
         simulator.violations.clear()
