@@ -3061,8 +3061,7 @@ def parse_chat_request(body: bytes | bytearray) -> ChatRequest:
     if _take(value, "n", int, 1) != 1:
         raise _refuse("n", "only 1 answer at a time")
     options = _take(value, "stream_options", dict, None)
-    offered, left_out, searches = _parse_tools(_take(value, "tools", list, []), _parse_nested_tool)
-    choice, tools = _parse_tool_choice(value.get("tool_choice"), offered, _name_foreign(left_out, searches=searches))
+    choice, tools, left_out, searches = _parse_offer(value)
     names: dict[str, str] = {}
     parsed = tuple(_parse_message(message, f"messages[{index}]", names) for index, message in enumerate(messages))
     if sum(len(message.attachments) for message in parsed) > MOST_ATTACHMENTS:
@@ -3148,6 +3147,18 @@ def _parse_call(value: object, place: str, names: dict[str, str]) -> str:
 
 
 _FUNCTION_NAME: Final = re.compile(r"[^\s\x00-\x1f<>\"{}]{1,128}")
+
+
+def _parse_offer(value: dict[str, Any]) -> tuple[ToolChoice, tuple[Tool, ...], tuple[str, ...], bool]:
+    """What `tools` and `tool_choice` of a chat mean: the choice, and then as `_parse_tools` gives it."""
+    if value.get("tools") is None and value.get("tool_choice") is None:
+        return _FREE_CHOICE, (), (), False
+    offered, left_out, searches = _parse_tools(_take(value, "tools", list, []), _parse_nested_tool)
+    choice, tools = _parse_tool_choice(value.get("tool_choice"), offered, _name_foreign(left_out, searches=searches))
+    return choice, tools, left_out, searches
+
+
+_FREE_CHOICE: Final = ToolChoice()
 
 
 def _parse_tools(
@@ -5570,9 +5581,10 @@ class OpenConversation:
     since: float
 
     def encode(self) -> bytes:
-        """The line of a list that opens it."""
-        known = {"open": self.id, "dialect": self.dialect, "account": self.account.hex(), "since": int(self.since)}
-        return encode_json(known).encode() + b"\n"
+        """The line of a list that opens it; nothing in it needs an escape."""
+        owner, since = self.account.hex(), int(self.since)
+        line = f'{{"open":"{self.id}","dialect":"{self.dialect}","account":"{owner}","since":{since}}}\n'
+        return line.encode()
 
 
 def parse_open_conversations(data: bytes) -> tuple[dict[str, OpenConversation], int]:
@@ -5793,7 +5805,7 @@ class OpenConversations:
 
 
 def _encode_closed(conversation_id: str) -> bytes:
-    return encode_json({"closed": conversation_id}).encode() + b"\n"
+    return f'{{"closed":"{conversation_id}"}}\n'.encode()
 
 
 def _take_list(path: Path, flags: int) -> int | None:
@@ -9126,7 +9138,10 @@ async def _read_chat(
 def _start_chains(chat: ChatRequest, id_prefix: str) -> Callable[[], Chain]:
     """What makes a chain of the filters that `chat` needs, for each time of asking; it holds no messages."""
     make_id = partial(_make_call_id, id_prefix)
-    return partial(make_chain, replace(chat, messages=()), make_id) if make_chain(chat, make_id).filters else Chain
+    chain = make_chain(chat, make_id)
+    if not chain.filters:  # then it holds nothing, and one will do
+        return lambda: chain
+    return partial(make_chain, replace(chat, messages=()), make_id)
 
 
 async def _chat_completions(request: web.Request) -> web.StreamResponse:
