@@ -168,7 +168,7 @@ def stream(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture
 async def quick_proxy(start_proxy: StartProxy) -> str:
     """A proxy with short limits, none shorter than a slow machine's own delays."""
-    return await start_proxy(call_seconds=0.6, silence_seconds=0.5, answer_seconds=20.0)
+    return await start_proxy(call_seconds=2.0, silence_seconds=2.0, answer_seconds=20.0)
 
 
 @pytest.fixture(autouse=True)
@@ -330,7 +330,7 @@ async def test_a_failure_in_the_middle_ends_the_stream_with_an_error(
 
 
 async def test_a_silent_stream_has_comments_before_its_failure(simulator: Simulator, start_proxy: StartProxy) -> None:
-    proxy = await start_proxy(first_comment_seconds=0.1, comment_seconds=0.1, silence_seconds=0.6)
+    proxy = await start_proxy(first_comment_seconds=0.1, comment_seconds=0.1, silence_seconds=2.0)
     seen = await send(proxy, simulator.token("hello", "stall=5"), True)
     text, _, rest = seen.text.partition("\n\n:")
     assert text.startswith("data: {") and rest.count("\n\n:") >= 1
@@ -340,7 +340,7 @@ async def test_a_silent_stream_has_comments_before_its_failure(simulator: Simula
 async def test_an_endless_answer_ends_at_its_deadline(
     simulator: Simulator, start_proxy: StartProxy, stream: bool
 ) -> None:
-    proxy = await start_proxy(answer_seconds=0.5)
+    proxy = await start_proxy(answer_seconds=2.0)
     seen = await send(proxy, simulator.token("hello", "endless"), stream)
     assert seen.error["error"]["code"] == "answer_too_long"
     assert seen.status == (200 if stream else 504)
@@ -548,12 +548,12 @@ async def test_a_client_that_never_reads_is_dropped(
 async def test_a_slow_client_is_served_until_it_takes_nothing(
     simulator: Simulator, start_proxy: StartProxy, log_lines: LogRecorder
 ) -> None:
-    proxy = await start_proxy(send_seconds=0.6)
+    proxy = await start_proxy(send_seconds=1.5)
     account = simulator.account(token := simulator.token("broad", "endless"))
     loop = asyncio.get_running_loop()
     with small_window(proxy, 65_536) as raw:
         await loop.sock_sendall(raw, chat_bytes(token, True))
-        until = loop.time() + 2.0  # much longer than a client may take nothing, too short to take all there is
+        until = loop.time() + 3.0  # much longer than a client may take nothing, too short to take all there is
         while loop.time() < until:
             assert await loop.sock_recv(raw, 32_768)
             await asyncio.sleep(0.04)
@@ -574,7 +574,7 @@ async def read_to_the_end(url: str, data: bytes, seconds: float = 5.0) -> bytes:
 
 @one_dialect
 async def test_a_body_that_stalls_is_a_408_and_frees_its_place(start_proxy: StartProxy) -> None:
-    proxy = await start_proxy(body_seconds=0.2, max_requests=1)
+    proxy = await start_proxy(body_seconds=1.0, max_requests=1)
     answer = await read_to_the_end(proxy, chat_bytes("hello", True)[:-1])
     assert answer.startswith(b"HTTP/1.1 408 ") and b"body_timeout" in answer
 
@@ -582,7 +582,7 @@ async def test_a_body_that_stalls_is_a_408_and_frees_its_place(start_proxy: Star
 @one_dialect
 @pytest.mark.parametrize("head", [b"", b"POST / HT", b"POST / HTTP/1.1\r\nHost:", b"GET /ping HTTP/1.1\r\nA: b\r\n"])
 async def test_a_head_that_stalls_is_closed(start_proxy: StartProxy, head: bytes) -> None:
-    proxy = await start_proxy(idle_seconds=0.3)
+    proxy = await start_proxy(idle_seconds=1.0)
     assert b" 200 " not in await read_to_the_end(proxy, head)
     served = await read_to_the_end(proxy, b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\n" + head)  # on a kept connection too
     assert served.count(b"HTTP/1.1") == 1
@@ -680,7 +680,7 @@ async def test_a_service_that_answers_no_connection_is_a_504(
     start_proxy: StartProxy, stream: bool, free_port: int
 ) -> None:
     url = f"http://127.0.0.1:{free_port}"
-    proxy = await start_proxy(base_url=url, auth_url=url, call_seconds=0.5)
+    proxy = await start_proxy(base_url=url, auth_url=url, call_seconds=2.0)
     with black_hole(free_port):
         seen = await send(proxy, "hello", stream)
     assert (seen.status, seen.error["error"]["code"]) == (504, "service_silent")

@@ -696,9 +696,9 @@ async def test_what_the_service_does_wrong_with_a_file_is_told_and_leaves_nothin
     proxy = await start_proxy(
         allow_private_urls=True,
         spool_dir=str(tmp_path),
-        file_seconds=1.0,
-        call_seconds=0.7,
-        parse_seconds=0.5,
+        file_seconds=2.0,
+        call_seconds=2.0,
+        parse_seconds=2.0,
         max_inline_mb=9,
     )
     size = 6_000_000  # more than the buffers of a connection hold
