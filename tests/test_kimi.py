@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gzip
 import json
 import random
 import re
@@ -817,6 +818,31 @@ async def test_a_response_that_is_not_read_to_its_end_closes_its_connection() ->
             assert response.content_type == "application/octet-stream" and not response.is_broken()
         assert await send(pool.request, "GET", f"{peer.url}/", {"Origin": "x"}, b"") == (200, "text/plain", b"ok")
         assert peer.connections == 2
+
+
+ZIPPED = gzip.compress(b"ok")
+REPLIES = {
+    OK: (200, b"ok"),
+    b"HTTP/1.1 204 No Content\r\n\r\n": (204, b""),
+    b"HTTP/1.1 304 Not Modified\r\n\r\n": (304, b""),
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\no\r\n1\r\nk\r\n0\r\n\r\n": (200, b"ok"),
+    b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n%b" % (len(ZIPPED), ZIPPED): (200, b"ok"),
+    b"HTTP/1.1 500 Failed\r\nContent-Length: 0\r\n\r\n": (500, b""),
+    b"HTTP/1.1 100 Continue\r\n\r\n" + OK: (200, b"ok"),
+}
+
+
+@given(st.lists(st.tuples(st.sampled_from(list(REPLIES)), st.sampled_from(["request", "request_any"])), max_size=12))
+def test_a_connection_is_good_for_the_next_call_after_any_reply(calls: list[tuple[bytes, str]]) -> None:
+    async def run() -> None:
+        async with serving(*(reply for reply, _ in calls)) as peer, open_service_session() as session:
+            pool = ServicePool(session)
+            for reply, way in calls:
+                status, _, body = await send(getattr(pool, way), "POST", f"{peer.url}/", {"Content-Type": "a/b"}, b"x")
+                assert (status, body) == REPLIES[reply]
+            assert peer.connections <= 1
+
+    asyncio.run(run())
 
 
 async def test_the_connection_used_last_is_used_next_so_that_a_rush_leaves_none_in_use() -> None:
