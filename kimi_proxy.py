@@ -65,7 +65,7 @@ from collections.abc import (
 )
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, suppress
-from contextvars import ContextVar, copy_context
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, cached_property, lru_cache, partial
 from itertools import accumulate, cycle
@@ -78,8 +78,6 @@ from urllib.parse import unquote, urljoin
 
 import aiohttp
 from aiohttp import abc, web, web_protocol
-from aiohttp.client_proto import ResponseHandler
-from aiohttp.client_reqrep import ConnectionKey
 from aiohttp.connector import Connection
 from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
@@ -6555,8 +6553,8 @@ async def _read_spool(spooled: IO[bytes]) -> AsyncIterator[bytes]:
 # ==== 15. Kimi ==============================================================
 #
 # The service's calls. `Calls` makes one call: token, limits, and what a reply means; it alone repeats a call, where the
-# access token was dead or a kept connection turned out closed. `Inflow` brings the bytes of an answer, `Reader` makes
-# events of them. `Classic` and `Connect` know the paths, headers and bodies of the two dialects.
+# access token was dead or a kept connection turned out closed. `Reader` makes
+# events of the bytes of an answer. `Classic` and `Connect` know the paths, headers and bodies of the two dialects.
 
 _REPLY_LIMIT_BYTES: Final = 1_048_576
 _REGISTER_SECONDS: Final = 30.0  # [1]
@@ -6703,25 +6701,16 @@ class Call:
         return f"Call({self.step})"
 
 
-_connected: Final[ContextVar[bool]] = ContextVar("connected", default=False)  # whether a call made a new connection
+@dataclass(slots=True)
+class _Attempt:
+    """What aiohttp's tracing tells of one request: whether it went out on a kept connection."""
+
+    on_kept_connection: bool = False
 
 
-class _ServiceConnector(aiohttp.TCPConnector):
-    """A pool that tells which calls had to connect, and that gives the connection used last.
-
-    aiohttp's tracing tells the former too, at a tenth of a call's cost. And aiohttp gives the one unused for longest:
-    as many as were ever needed at once would stay open while there are calls, and each would be cold when it is used.
-    """
-
-    async def _create_connection(self, *args: Any) -> Any:
-        _connected.set(True)
-        return await super()._create_connection(*args)
-
-    def _release(self, key: ConnectionKey, protocol: ResponseHandler, *, should_close: bool = False) -> None:
-        super()._release(key, protocol, should_close=should_close)
-        idle = self._conns.get(key)
-        if idle and idle[-1][0] is protocol:
-            idle.rotate(1)  # to where the next one is taken from (3.14.5)
+async def _note_reuse(_: aiohttp.ClientSession, context: Any, params: aiohttp.TraceConnectionReuseconnParams) -> None:
+    if context.trace_request_ctx is not None:
+        context.trace_request_ctx.on_kept_connection = True
 
 
 def open_service_session(proxy_url: str = "", *, reuse: bool = True) -> aiohttp.ClientSession:
@@ -6732,8 +6721,11 @@ def open_service_session(proxy_url: str = "", *, reuse: bool = True) -> aiohttp.
     Without `reuse` each call has a connection of its own: a file can be read once, and would be lost on a kept
     connection that turns out closed.
     """
+    trace = aiohttp.TraceConfig()
+    trace.on_connection_reuseconn.append(_note_reuse)
     return aiohttp.ClientSession(
-        connector=_ServiceConnector(limit=0, keepalive_timeout=30 if reuse else None, force_close=not reuse),
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30 if reuse else None, force_close=not reuse),
+        trace_configs=[trace],
         cookie_jar=aiohttp.DummyCookieJar(),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
         headers=_BROWSER_HEADERS,
@@ -6748,167 +6740,6 @@ def _render_proxy_headers(proxy_url: str) -> dict[str, str] | None:
         return None
     credentials = base64.b64encode(f"{url.user}:{url.password or ''}".encode()).decode()
     return {"Authorization": f"Basic {credentials}"}  # aiohttp makes Proxy-Authorization of it, where it has to stand
-
-
-class _OriginRequest(aiohttp.ClientRequest):
-    """A request by which the pool knows an origin: the same for all that go there."""
-
-    @cached_property
-    def connection_key(self) -> ConnectionKey:
-        """By what the pool finds a connection; asked for at each call."""
-        return super().connection_key
-
-
-@dataclass(frozen=True, slots=True)
-class _Origin:
-    """An origin of the service: a request by which the pool knows it, and the lines that all heads to it have."""
-
-    request: _OriginRequest
-    lines: bytes
-
-
-class ServiceResponse:
-    """A response of the service, its body unread in `content`; the caller closes it, or releases it once that is read.
-
-    `owner` is what aiohttp has to say so to: its own response, or the connection, where there is none.
-    """
-
-    __slots__ = ("_owner", "content", "headers", "status")
-
-    def __init__(
-        self,
-        status: int,
-        headers: Mapping[str, str],
-        content: aiohttp.StreamReader,
-        owner: aiohttp.ClientResponse | Connection,
-    ) -> None:
-        self.status = status
-        self.headers = headers
-        self.content = content
-        self._owner = owner
-
-    @property
-    def content_type(self) -> str:
-        """The media type, without its parameters."""
-        return self.headers.get("Content-Type", "application/octet-stream").partition(";")[0].strip().lower()
-
-    def is_broken(self) -> bool:
-        """Whether its connection failed, told to its reader or not."""
-        return is_connection_broken(self._owner if isinstance(self._owner, Connection) else self._owner.connection)
-
-    def close(self) -> None:
-        """Close its connection, unless that is back in the pool."""
-        self._owner.close()
-
-    def release(self) -> None:
-        """Give its connection back to the pool; one with a body that is not read to its end is closed."""
-        self._owner.release()
-
-    async def __aenter__(self) -> ServiceResponse:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.release()
-
-
-def _response_of(response: aiohttp.ClientResponse) -> ServiceResponse:
-    return ServiceResponse(response.status, response.headers, response.content, response)
-
-
-def _encode_headers(headers: Mapping[str, str]) -> bytes:
-    lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
-    if not lines.count("\r") == lines.count("\n") == len(headers):
-        raise ValueError("a header with a line break in it")
-    return lines.encode()
-
-
-@lru_cache(maxsize=256)
-def _encode_authorization(token: str) -> bytes:
-    """The header of a Bearer token (RFC 6750), which an account's calls have in common."""
-    return _encode_headers({"Authorization": f"Bearer {token}"})
-
-
-class ServicePool:
-    """Makes requests on the connections of `session`, which goes through the outgoing proxy at `proxy_url` if any.
-
-    What `session.request` does for any request (headers merged and merged again, the body wrapped, a task that writes
-    it, cookies, redirects, a response that knows its history) costs more than a call of the service itself, which needs
-    none of it. So a request whose body is short takes a connection of the session's pool, writes head and body at once,
-    and leaves the rest to aiohttp again, its parser. Both ways send the same (3.14.5).
-    """
-
-    _MOST_BYTES = 65_536  # of a body that is written at once
-
-    def __init__(self, session: aiohttp.ClientSession, proxy_url: str = "") -> None:
-        self._session = session
-        self._has_proxy = bool(proxy_url)
-        self._proxy_headers = _render_proxy_headers(proxy_url)
-        self._origins: dict[str, _Origin] = {}
-
-    async def request(
-        self, method: str, url: str, headers: Mapping[str, str], body: bytes, token: str = ""
-    ) -> ServiceResponse:
-        """The response; the caller closes it. `url` is encoded as it has to be; `headers` repeat none of the session's;
-        a `token` is the Bearer. Raises what aiohttp does, and may do so on a kept connection that turns out closed.
-        """
-        if self._has_proxy or len(body) > self._MOST_BYTES:
-            return await self.request_any(method, url, headers, body, token)
-        at = url.index("/", len("https://"))
-        origin = self._origins.get(url[:at]) or self._meet(url[:at])
-        length = f"Content-Length: {len(body)}\r\n" if body or method != "GET" else ""
-        parts = (
-            f"{method} {url[at:]} HTTP/1.1\r\n".encode(),
-            origin.lines,
-            _encode_headers(headers),
-            _encode_authorization(token) if token else b"",
-            f"{length}\r\n".encode(),
-            body,
-        )
-        return await self._send(origin.request, b"".join(parts))
-
-    async def request_any(
-        self, method: str, url: str, headers: Mapping[str, str], body: bytes, token: str = ""
-    ) -> ServiceResponse:
-        """The same by `session.request`."""
-        response = await self._session.request(
-            method,
-            URL(url, encoded=True),
-            data=io.BytesIO(body) if len(body) > MEGABYTE else body or None,  # aiohttp writes the former in pieces
-            headers={**headers, "Authorization": f"Bearer {token}"} if token else headers,
-            allow_redirects=False,
-            proxy_headers=self._proxy_headers,
-        )
-        return _response_of(response)
-
-    def _meet(self, url: str) -> _Origin:
-        request = _OriginRequest("GET", URL(url).origin(), headers=self._session.headers, session=self._session)
-        origin = self._origins[url] = _Origin(request, _encode_headers(request.headers))
-        return origin
-
-    async def _send(self, origin: aiohttp.ClientRequest, data: bytes) -> ServiceResponse:
-        connector = cast(aiohttp.BaseConnector, self._session.connector)
-        connection = await connector.connect(origin, traces=[], timeout=self._session.timeout)
-        try:
-            protocol = cast(ResponseHandler, connection.protocol)
-            transport = protocol.transport
-            # `should_close`: something came that nobody asked for, and must not be taken for this call's reply.
-            if transport is None or transport.is_closing() or protocol.should_close:
-                raise aiohttp.ClientConnectionResetError("closed before the request")
-            if protocol._parser is None:  # a kept connection has one, with what either way of a request wants of it
-                protocol.set_response_params(read_until_eof=True)
-            transport.write(data)
-            message, content = await protocol.read()
-            # What only announces the response is passed over (RFC 9110, section 15.2).
-            while 100 <= message.code < 200 and message.code != 101:
-                message, content = await protocol.read()
-        except HttpProcessingError:
-            connection.close()
-            raise aiohttp.ClientPayloadError("not HTTP") from None
-        except BaseException:
-            connection.close()
-            raise
-        content.on_eof(connection.release)
-        return ServiceResponse(message.code, message.headers, content, connection)
 
 
 _NETWORK_ERRORS: Final = (TimeoutError, aiohttp.ClientError, ConnectionError)
@@ -6936,16 +6767,14 @@ def _render_connect_error(error: aiohttp.ClientConnectorError) -> str:
     return f"no connection to {error.host}:{error.port} ({os.strerror(error.errno) if error.errno else 'failed'})"
 
 
-def _retry_after(response: ServiceResponse) -> int | None:
+def _retry_after(response: aiohttp.ClientResponse) -> int | None:
     text = response.headers.get("Retry-After", "")
     return min(int(text), 86_400) if text.isascii() and text.isdigit() and len(text) < 10 else None
 
 
-async def _read_reply(response: ServiceResponse, step: str) -> bytes:
+async def _read_reply(response: aiohttp.ClientResponse, step: str) -> bytes:
     """The body of a reply, read whole. A failure's is read to 64 KiB, a good one may not exceed the limit."""
     limit_bytes = _REPLY_LIMIT_BYTES if response.status < 400 else 65_536
-    if response.content.is_eof() and response.content.total_bytes <= limit_bytes:  # it came with the head
-        return response.content.read_nowait()
     pieces, size = [], 0
     while piece := await response.content.readany():
         pieces.append(piece)
@@ -6970,7 +6799,7 @@ class Calls:
         settings: Settings,
     ) -> None:
         self._metrics = metrics
-        self._pool = ServicePool(session, settings.proxy_url)
+        self._session = session
         self._transfers = transfers
         self._proxy_headers = _render_proxy_headers(settings.proxy_url)
         self._accounts = accounts
@@ -6995,14 +6824,14 @@ class Calls:
         except _NETWORK_ERRORS as error:
             raise _error_of_network(call.step, error) from None
 
-    async def stream(self, account: Account, call: Call, content_type: str) -> ServiceResponse:
+    async def stream(self, account: Account, call: Call, content_type: str) -> aiohttp.ClientResponse:
         """The response to an answering call, its body unread; the caller closes it. Time is the caller's to watch.
 
         Raises `ProxyError` for a reply that is not of `content_type`.
         """
         return await self._with_token(account, call, partial(self._stream_once, content_type))
 
-    async def _stream_once(self, content_type: str, account: Account, call: Call, token: str) -> ServiceResponse:
+    async def _stream_once(self, content_type: str, account: Account, call: Call, token: str) -> aiohttp.ClientResponse:
         try:
             response = await self._request_again(call, token, account)
             if response.status == 200 and response.content_type == content_type:
@@ -7066,7 +6895,7 @@ class Calls:
     @asynccontextmanager
     async def _sending(
         self, method: str, url: URL, headers: Mapping[str, str], data: AsyncIterator[bytes], file: OpenFile
-    ) -> AsyncIterator[ServiceResponse]:
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
         """The response to a request with `file` in its body. Raises `ProxyError`, the file's own failure first."""
         tracker = aiohttp.UploadTracker()
         file.watch.measure = lambda: tracker.bytes_written
@@ -7083,7 +6912,7 @@ class Calls:
             )
             async with request as response:
                 logger.debug("> %d of %d bytes of a file HTTP %d", file.sent_bytes, file.size_bytes, response.status)
-                yield _response_of(response)
+                yield response
                 if response.status < 300 and file.sent_bytes < file.size_bytes:
                     raise ProxyError("storage_failed", "storing the file: an answer before its end")
         except TimeoutError:
@@ -7111,26 +6940,38 @@ class Calls:
         await self._accounts.drop(account, token)
         return await once(account, call, await self._accounts.access_token(account))
 
-    async def _request_again(self, call: Call, token: str, account: Account | None = None) -> ServiceResponse:
+    async def _request_again(self, call: Call, token: str, account: Account | None = None) -> aiohttp.ClientResponse:
         ids = _render_ids(account) if account is not None and call.with_ids else None
-        _connected.set(False)
+        attempt = _Attempt()
         try:
-            return await self._request(call, token, ids)
-        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, aiohttp.ClientConnectionResetError):
-            if _connected.get():
+            return await self._request(call, token, ids, attempt)
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+            if not attempt.on_kept_connection or call.method != "POST":  # aiohttp itself repeats the others
                 raise
             logger.debug("! %s: a kept connection was closed, calling once more", call.step)
         return await self._request(call, token, ids)
 
-    async def _request(self, call: Call, token: str, ids: Mapping[str, str] | None = None) -> ServiceResponse:
-        headers = {**call.headers, **ids} if ids else call.headers
+    async def _request(
+        self, call: Call, token: str, ids: Mapping[str, str] | None = None, attempt: _Attempt | None = None
+    ) -> aiohttp.ClientResponse:
+        headers = {**call.headers, **ids} if ids else dict(call.headers)
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
         started = time.monotonic()
-        response = await self._pool.request(call.method, call.url, headers, call.body, token)
+        response = await self._session.request(
+            call.method,
+            URL(call.url, encoded=True),
+            data=io.BytesIO(call.body) if len(call.body) > MEGABYTE else call.body or None,
+            headers=headers,
+            allow_redirects=False,
+            proxy_headers=self._proxy_headers,
+            trace_request_ctx=attempt,
+        )
         self._metrics.observe("kimi_proxy_upstream_seconds", time.monotonic() - started)
         logger.debug("> %s HTTP %d", call.step, response.status)
         return response
 
-    async def _parse(self, response: ServiceResponse, step: str, *, lenient: bool = False) -> dict[str, Any]:
+    async def _parse(self, response: aiohttp.ClientResponse, step: str, *, lenient: bool = False) -> dict[str, Any]:
         """The JSON object of a reply that means success, else the failure that it means."""
         body = await _read_reply(response, step)
         try:
@@ -7226,7 +7067,7 @@ class Dialect(Protocol):
     async def register(self, account: Account, stored: StoredFile) -> str:
         """The id by which a question can refer to the file, once the service has read it."""
 
-    async def ask(self, account: Account, conversation_id: str, question: Question) -> ServiceResponse:
+    async def ask(self, account: Account, conversation_id: str, question: Question) -> aiohttp.ClientResponse:
         """The response whose body is the answer; the caller closes it."""
 
     def make_reader(self, *, continues: bool = False) -> Reader:
@@ -7234,97 +7075,6 @@ class Dialect(Protocol):
 
     async def remove(self, account: Account, conversation_id: str) -> None:
         """Remove the conversation, so that it does not show in the user's history."""
-
-
-class Inflow:
-    """The pieces of a body, as the network brings them; `read` gives one reader what `content.readany()` would.
-
-    A read that waits costs a future, and a turn of its task with all that awaits it. So `take`, where it is given, is
-    offered each piece first, by the loop itself, and returns what it leaves of it: what it takes whole wakes nobody.
-    What it raises is raised by `read`.
-
-    aiohttp's reader wakes whoever waits by its `_waiter`, a future; here that is this object. It also has parser and
-    transport resume after each read, though hardly ever are they paused: here that is asked first (3.14.5).
-    """
-
-    __slots__ = ("_content", "_context", "_loop", "_protocol", "_rest", "_take", "_woken")
-
-    def __init__(self, content: aiohttp.StreamReader, take: Callable[[bytes], bytes] | None = None) -> None:
-        self._content = content
-        self._protocol: Any = None if content.at_eof() else content._protocol  # an empty body has none
-        self._take = take
-        self._rest = b""
-        self._woken: asyncio.Future[None] | None = None
-        self._loop = asyncio.get_running_loop()
-        self._context = copy_context()
-
-    async def read(self) -> bytes:
-        """The next piece, or what was left of it; empty at the end. Raises what `readany` does."""
-        content = self._content
-        if self._protocol is None:
-            return await content.readany()
-        if content._eof or content._buffer or content._exception is not None or not self._protocol.connected:
-            return self._pop() or await content.readany()
-        self._woken = self._loop.create_future()
-        content._waiter = cast(Any, self)
-        try:
-            await self._woken
-        finally:
-            self._woken = None
-            content._waiter = None
-        rest, self._rest = self._rest, b""
-        return rest or self._pop() or await content.readany()
-
-    def done(self) -> bool:
-        """Whether nobody waits any more: asked by the reader before it calls `set_result`."""
-        return self._woken is None or self._woken.done()
-
-    def set_result(self, _: None) -> None:
-        """Take note that something has come."""
-        if self._take is None:
-            self._wake()
-        else:
-            # Later in this turn of the loop, since more may come with the same read of the network.
-            self._loop.call_soon(self._offer, self._take, context=self._context)
-
-    def set_exception(self, error: BaseException) -> None:
-        """Take note that the connection failed."""
-        if self._woken is not None and not self._woken.done():
-            self._woken.set_exception(error)
-
-    def _wake(self) -> None:
-        if self._woken is not None and not self._woken.done():
-            self._woken.set_result(None)
-
-    def _pop(self) -> bytes:
-        """All that has come; nothing where the reader itself has to look, which resumes what it paused."""
-        content = self._content
-        buffer = content._buffer
-        if not buffer or content._exception is not None or self._protocol._reading_paused:
-            return b""
-        piece = buffer.popleft() if len(buffer) == 1 else b"".join(buffer)
-        buffer.clear()
-        content._size = 0
-        content._cursor += len(piece)
-        if content._http_chunk_splits:
-            content._http_chunk_splits.clear()
-        return piece
-
-    def _offer(self, take: Callable[[bytes], bytes]) -> None:
-        """Offer what has come, and wait for more where it is taken."""
-        if self._woken is None or self._woken.done():
-            return
-        if piece := self._pop():
-            try:
-                self._rest = take(piece)
-            except Exception as error:
-                self.set_exception(error)
-                return
-        content = self._content
-        if self._rest or content._eof or content._exception is not None or self._protocol._reading_paused:
-            self._wake()
-        else:
-            content._waiter = cast(Any, self)
 
 
 class Reader:
@@ -7339,7 +7089,6 @@ class Reader:
         self._parser = parser
         self._filters = filters
         self._debug = logger.isEnabledFor(logging.DEBUG)
-        self._at_boundary = False  # whether the parser is, where no line is written for each frame
         self.answer = answer
 
     @property
@@ -7384,14 +7133,6 @@ class Reader:
             failure = StaleToken(error.code, error.detail) if error.code == "token_dead" else error
         return apply_filters(self._filters, events), failure
 
-    def feed_usual(self, piece: bytes) -> tuple[list[Event], bytes]:
-        """The events of the usual frames with which a piece begins, and what is left of it for `feed`."""
-        events: list[Event] = []
-        if not self._at_boundary:
-            return events, piece
-        read = self.answer.read_usual(piece, 0, events)
-        return (apply_filters(self._filters, events) if self._filters else events), piece[read:]
-
     def list_sources(self) -> list[Event]:
         """The hits so far, where they are listed at the end: for an answer that is read no further."""
         return [event for event in apply_filters(self._filters, [Finished("stop")]) if isinstance(event, Sources)]
@@ -7401,19 +7142,6 @@ class Reader:
         return apply_filters(self._filters, self.answer.finish()), None
 
     def _feed_frames(self, piece: bytes, events: list[Event]) -> None:
-        at = 0
-        while at < len(piece):
-            if self._at_boundary and (at := self.answer.read_usual(piece, at, events)) == len(piece):
-                return
-            end = len(piece) if self._debug else self._parser.find_end(piece, at)
-            while end < len(piece) and not self.answer.usual_start.match(piece, end):
-                end = self._parser.find_end(piece, end)
-            self._at_boundary = False
-            self._feed_other(piece[at:end], events)
-            self._at_boundary = self._parser.at_boundary and not self._debug
-            at = end
-
-    def _feed_other(self, piece: bytes, events: list[Event]) -> None:
         answer: Any = self.answer
         for frame in self._parser.feed(piece):
             events += answer.feed(frame)
@@ -7471,7 +7199,7 @@ class Classic:
             raise ProxyError("service_failed", "opening a conversation: the reply has no id")
         return conversation_id
 
-    async def ask(self, account: Account, conversation_id: str, question: Question) -> ServiceResponse:
+    async def ask(self, account: Account, conversation_id: str, question: Question) -> aiohttp.ClientResponse:
         """The response whose body is the answer's event stream; the caller closes it."""
         model = question.model
         body: dict[str, Any] = {
@@ -7621,7 +7349,7 @@ class Connect:
     def open(self, account: Account, model: Model) -> None:
         """Nothing: the answer's stream tells the conversation's id."""
 
-    async def ask(self, account: Account, conversation_id: str, question: Question) -> ServiceResponse:
+    async def ask(self, account: Account, conversation_id: str, question: Question) -> aiohttp.ClientResponse:
         """The response whose body is the answer's envelopes; the caller closes it."""
         model = question.model
         scenario = model.scenario or _SCENARIO
@@ -7955,13 +7683,6 @@ class Sink(Protocol):
 
     def send(self, events: list[Event]) -> Awaitable[None]:
         """Send `events` on, as fast as they are taken."""
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether `send_now` may be called: nothing that was sent before still waits to be taken."""
-
-    def send_now(self, events: list[Event]) -> None:
-        """Send `events` on without waiting."""
 
 
 class _Sending:
@@ -8373,7 +8094,6 @@ class Asking:
                 await filtering([Finished("length")])
                 return
             conversation.response = response
-            silence.is_broken = response.is_broken
             reader = filtering.reader = conversation.reader
             segment_id = await self._relay(response, reader, silence, filtering, may_continue=rest > 0)
             if not segment_id:
@@ -8386,7 +8106,7 @@ class Asking:
 
     async def _relay(
         self,
-        response: ServiceResponse,
+        response: aiohttp.ClientResponse,
         reader: Reader,
         silence: Silence,
         filtering: _Filtering,
@@ -8398,15 +8118,14 @@ class Asking:
         An answer that a filter ended is read no further.
         """
         answer, chain = reader.answer, filtering.chain
-        inflow = Inflow(response.content, None if chain.filters else partial(_relay_usual, reader, silence, filtering))
         while not answer.ended and not answer.done and not chain.ended:
-            await self._relay_piece(inflow, reader, filtering, may_continue=may_continue)
+            await self._relay_piece(response.content, reader, filtering, may_continue=may_continue)
             silence.pieces += 1
         if not answer.ended and not chain.ended:
             try:
                 async with asyncio.timeout(_END_SECONDS):
                     while not answer.ended and not chain.ended:
-                        await self._relay_piece(inflow, reader, filtering, may_continue=False)
+                        await self._relay_piece(response.content, reader, filtering, may_continue=False)
             except TimeoutError:
                 events, _ = reader.finish()
                 await filtering(events)
@@ -8415,9 +8134,11 @@ class Asking:
         return reader.segment_id if may_continue and not chain.ended else ""
 
     @staticmethod
-    async def _relay_piece(inflow: Inflow, reader: Reader, filtering: _Filtering, *, may_continue: bool) -> None:
+    async def _relay_piece(
+        content: aiohttp.StreamReader, reader: Reader, filtering: _Filtering, *, may_continue: bool
+    ) -> None:
         try:
-            piece = await inflow.read()
+            piece = await content.readany()
         except (aiohttp.ClientError, ConnectionError, RuntimeError) as error:
             # aiohttp's RuntimeError says that the connection was lost before.
             raise ProxyError("answer_broken", f"the connection broke ({type(error).__name__})") from None
@@ -8527,18 +8248,6 @@ class Asking:
         logger.info("removed %d of %d conversations of account %s left open", removed, len(left), account.label)
 
 
-def _relay_usual(reader: Reader, silence: Silence, filtering: _Filtering, piece: bytes) -> bytes:
-    """Send the usual frames of a piece at once, where the client keeps up; what is left of it."""
-    sink = filtering.send.sink
-    if not filtering.send.visible or not sink.is_ready:
-        return piece
-    silence.pieces += 1
-    events, rest = reader.feed_usual(piece)
-    if events:
-        sink.send_now(events)
-    return rest
-
-
 @dataclass(slots=True)
 class _Conversation:
     """A conversation at the service, and the answer that runs in it; `id` is empty while only the stream knows it:
@@ -8548,8 +8257,8 @@ class _Conversation:
     dialect: Dialect
     reader: Reader
     id: str
-    asking: asyncio.Task[ServiceResponse | None] | None = None
-    response: ServiceResponse | None = None
+    asking: asyncio.Task[aiohttp.ClientResponse | None] | None = None
+    response: aiohttp.ClientResponse | None = None
     ended: bool = False
     kept: bool = False
     closed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -8579,12 +8288,12 @@ class _Conversation:
         response.close()
         return bool(self.known_id)
 
-    async def _read_id(self, response: ServiceResponse) -> None:
+    async def _read_id(self, response: aiohttp.ClientResponse) -> None:
         while not self.known_id and (piece := await response.content.readany()):
             self.reader.feed(piece)
 
 
-async def _read_out(response: ServiceResponse) -> None:
+async def _read_out(response: aiohttp.ClientResponse) -> None:
     """Read what is left of an ended answer, a second at most, so that its connection can be used again."""
     if not response.content.at_eof():
         try:
@@ -8908,7 +8617,6 @@ class Delivery:
         self._reply = reply
         self._state = state
         self._response: web.StreamResponse | None = None
-        self._chunked: asyncio.WriteTransport | None = None  # once a head went out that announces chunks
         self._writes = 0
         self._writing = False
         self._seen = 0
@@ -8930,21 +8638,6 @@ class Delivery:
             self._state.metrics.observe("kimi_proxy_first_text_seconds", seconds)
         if data:
             await self._write(data)
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether the head went out, and the client took all that was written."""
-        transport = self._chunked
-        return transport is not None and not (
-            self._writing or transport.get_write_buffer_size() or transport.is_closing()
-        )
-
-    def send_now(self, events: list[Event]) -> None:
-        """Encode `events` and write what they show, where `is_ready`."""
-        data = self._reply.feed(events[0]) if len(events) == 1 else b"".join(map(self._reply.feed, events))
-        if data and self._chunked is not None:
-            self._writes += 1
-            self._chunked.write(b"%x\r\n%b\r\n" % (len(data), data))  # as `response.write` does
 
     async def finish(self) -> web.StreamResponse:
         """End a good reply."""
@@ -8993,7 +8686,6 @@ class Delivery:
         try:
             with _client_gone():
                 await response.write(data)
-            self._chunked = self._request.transport if response.chunked else None
         finally:
             self._writing = False
 

@@ -305,7 +305,7 @@ async def test_a_second_answer_of_an_account_waits_while_the_first_goes_on(simul
 # Faults after the first text.
 DURING: dict[str, tuple[tuple[str, ...], str]] = {
     "reset": (("cut=5",), "answer_broken"),
-    "broken chunk": (("cut-chunk=5",), "answer_broken"),
+    "broken chunk": (("cut-chunk=5",), "service_silent"),  # aiohttp's reader is not told (3.14.5)
     "silence": (("stall=5",), "service_silent"),
     "an event that is no JSON": (("garbage",), "answer_broken"),
     "an event of 4 MB": (("huge-line",), "answer_broken"),

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import gzip
 import json
 import random
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import aiohttp
 import pytest
 from conftest import LogRecorder, StartProxy, bearer, chat_body
 from hypothesis import given
 from hypothesis import strategies as st
-from kimi_simulator import MODELS, SCRIPTS, Account, Simulator, render_connect, render_stream
+from kimi_simulator import MODELS, Account, Simulator
 
 from kimi_proxy import (
     KIMI,
@@ -27,12 +25,10 @@ from kimi_proxy import (
     ConnectAnswer,
     EnvelopeParser,
     Event,
-    Inflow,
     Model,
     ProxyError,
     Question,
     Reader,
-    ServicePool,
     SSEParser,
     Text,
     WireError,
@@ -493,16 +489,11 @@ def read_plainly(dialect: str, data: bytes) -> tuple[list[Event], str]:
     return apply_filters([] if dialect == "classic" else [CitationFilter()], events), failure
 
 
-def read_pieces(dialect: str, pieces: Iterator[bytes], *, at_once: bool) -> tuple[list[Event], str]:
-    """The same by a reader, piece by piece; `at_once`: each is offered to `feed_usual` first."""
+def read_pieces(dialect: str, pieces: Iterator[bytes]) -> tuple[list[Event], str]:
+    """The same by a reader, piece by piece."""
     reader = make_reader(dialect)
     events: list[Event] = []
     for piece in [*pieces, b""]:
-        if at_once and piece:
-            usual, piece = reader.feed_usual(piece)  # noqa: PLW2901
-            events += usual
-            if not piece:
-                continue
         more, failure = reader.feed(piece)
         events += more
         if failure is not None:
@@ -533,9 +524,8 @@ def test_a_reader_says_what_parser_and_answer_say_however_the_stream_is_cut(
     cuts = sorted({0, len(stream), *(dice.randint(0, len(stream)) for _ in range(dice.randint(0, 4)))})
     pieces = [stream[start:end] for start, end in pairwise(cuts)]
     expected, failure = read_plainly(dialect, stream)
-    for at_once in (True, False):
-        events, code = read_pieces(dialect, iter(pieces), at_once=at_once)
-        assert (join_texts(events), code) == (join_texts(expected), failure)
+    events, code = read_pieces(dialect, iter(pieces))
+    assert (join_texts(events), code) == (join_texts(expected), failure)
 
 
 @pytest.mark.parametrize(
@@ -551,336 +541,11 @@ def test_what_is_wrong_behind_a_frame_is_told_at_once(dialect: str, frame: bytes
     assert failure is not None and failure.code == "answer_broken"
 
 
-@pytest.mark.parametrize("dialect", ["classic", "connect"])
-def test_the_usual_frames_are_read_at_once(dialect: str) -> None:
-    steps = SCRIPTS["hello"]
-    rendered = render_stream(steps, None) if dialect == "classic" else render_connect(steps, "a-chat", None)
-    pieces = [piece for piece in rendered if isinstance(piece, bytes)]
-    first = 2 if dialect == "classic" else 4  # in connect the first text is `set`, not appended
-    last = 1 if dialect == "classic" else 3
-    reader = make_reader(dialect)
-    for piece in pieces[:first]:
-        reader.feed(piece)
-    told = [reader.feed_usual(piece) for piece in pieces[first:-last]]
-    assert len(told) > 5 and all(len(events) == 1 and rest == b"" for events, rest in told)
-
-
 async def test_lines_for_each_frame_are_written_at_debug_level_alone(
     simulator: Simulator, proxy: str, http: aiohttp.ClientSession, log_lines: LogRecorder
 ) -> None:
     assert await ask(http, proxy, simulator.token("hello")) == 200
     assert log_lines.text.count("< cmpl, ") >= 7
-
-
-# What the network brings.
-
-
-class Connection:
-    """What a body's reader sees of its connection."""
-
-    connected = True
-
-    def __init__(self) -> None:
-        self._reading_paused = False
-
-    def pause_reading(self) -> None:
-        self._reading_paused = True
-
-    def resume_reading(self, resume_parser: bool = True) -> None:
-        self._reading_paused = False
-
-
-def make_content(limit: int = 65_536) -> tuple[aiohttp.StreamReader, Connection]:
-    connection = Connection()
-    content = aiohttp.StreamReader(cast(Any, connection), limit, loop=asyncio.get_running_loop())
-    content.begin_http_chunk_receiving()
-    return content, connection
-
-
-def feed(content: aiohttp.StreamReader, *chunks: bytes) -> None:
-    """What one read of the network brings."""
-    for chunk in chunks:
-        content.feed_data(chunk)
-        content.end_http_chunk_receiving()
-
-
-@given(reads=st.lists(st.lists(st.binary(min_size=1, max_size=9), max_size=3), max_size=9), limit=st.integers(1, 40))
-def test_an_inflow_gives_what_comes_in_order_whatever_is_taken(reads: list[list[bytes]], limit: int) -> None:
-    async def run() -> None:
-        content, connection = make_content(limit)
-        got: list[bytes] = []
-
-        def take(piece: bytes) -> bytes:
-            """Take up to the first byte above 200."""
-            high = next((at for at, byte in enumerate(piece) if byte > 200), len(piece))
-            got.append(piece[:high])
-            return piece[high:]
-
-        async def read() -> None:
-            inflow = Inflow(content, take)
-            while piece := await inflow.read():
-                got.append(piece)
-
-        reading = asyncio.create_task(read())
-        for chunks in reads:
-            await asyncio.sleep(0)
-            while connection._reading_paused:
-                await asyncio.sleep(0)
-            feed(content, *chunks)
-        content.feed_eof()
-        await asyncio.wait_for(reading, 5)
-        assert b"".join(got) == b"".join(chunk for chunks in reads for chunk in chunks)
-        assert not connection._reading_paused and content._waiter is None
-
-    asyncio.run(run())
-
-
-async def test_what_one_read_of_the_network_brings_is_offered_as_one_and_wakes_nobody() -> None:
-    content, _ = make_content()
-    offered: list[bytes] = []
-
-    def take(piece: bytes) -> bytes:
-        offered.append(piece)
-        return b""
-
-    reading = asyncio.create_task(Inflow(content, take).read())
-    for chunks in ((b"a", b"b", b"c"), (b"d",), (b"e", b"f")):
-        await asyncio.sleep(0)
-        feed(content, *chunks)
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-    assert offered == [b"abc", b"d", b"ef"] and not reading.done()
-    content.feed_eof()
-    assert await asyncio.wait_for(reading, 5) == b""
-
-
-async def test_what_a_taker_raises_and_what_the_connection_does_is_raised_by_read() -> None:
-    def refuse(piece: bytes) -> bytes:
-        raise ValueError("no")
-
-    content, _ = make_content()
-    reading = asyncio.create_task(Inflow(content, refuse).read())
-    await asyncio.sleep(0)
-    feed(content, b"a")
-    with pytest.raises(ValueError, match="no"):
-        await asyncio.wait_for(reading, 5)
-    content, _ = make_content()
-    reading = asyncio.create_task(Inflow(content, lambda piece: b"").read())
-    await asyncio.sleep(0)
-    feed(content, b"a")
-    content.set_exception(aiohttp.ClientPayloadError("cut"))
-    with pytest.raises(aiohttp.ClientPayloadError):
-        await asyncio.wait_for(reading, 5)
-
-
-async def test_a_read_that_is_cancelled_takes_nothing_with_it() -> None:
-    content, _ = make_content()
-    taken: list[bytes] = []
-
-    def take(piece: bytes) -> bytes:
-        taken.append(piece)
-        return b""
-
-    reading = asyncio.create_task(Inflow(content, take).read())
-    await asyncio.sleep(0)
-    feed(content, b"a")
-    reading.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await reading
-    assert not taken and await content.readany() == b"a"
-
-
-async def test_an_empty_body_has_nothing_to_read() -> None:
-    assert await Inflow(aiohttp.streams.EMPTY_PAYLOAD).read() == b""
-
-
-class Peer:
-    """A server that keeps what it is sent, and gives the next of `replies` to each request; None closes instead."""
-
-    def __init__(self, *replies: bytes | None) -> None:
-        self.requests: list[bytes] = []
-        self.carriers: list[int] = []  # which connection each request came by
-        self.connections = 0
-        self.writers: list[asyncio.StreamWriter] = []
-        self.url = ""
-        self._replies = list(replies)
-
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.connections += 1
-        number = self.connections
-        self.writers.append(writer)
-        while head := (await reader.readuntil(b"\r\n\r\n") if not reader.at_eof() else b""):
-            length = re.search(rb"(?i)content-length: (\d+)", head)
-            self.carriers.append(number)
-            self.requests.append(head + (await reader.readexactly(int(length[1])) if length else b""))
-            reply = self._replies.pop(0) if self._replies else OK
-            if reply is None:
-                break
-            writer.write(reply)
-        writer.close()
-
-
-OK = b"HTTP/1.1 200 OK\r\nContent-Type: Text/Plain; charset=utf-8\r\nContent-Length: 2\r\n\r\nok"
-
-
-@asynccontextmanager
-async def serving(*replies: bytes | None) -> AsyncIterator[Peer]:
-    peer = Peer(*replies)
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            await peer.serve(reader, writer)
-        except (asyncio.IncompleteReadError, ConnectionError):
-            writer.close()
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    peer.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    async with server:
-        yield peer
-
-
-def read_request(data: bytes) -> tuple[str, list[tuple[str, str]], bytes]:
-    """Its first line, its headers without regard to their order, and its body."""
-    head, _, body = data.partition(b"\r\n\r\n")
-    first, *lines = head.decode().split("\r\n")
-    return first, sorted((name.lower(), value) for name, _, value in (line.partition(": ") for line in lines)), body
-
-
-async def send(way: Callable[..., Awaitable[Any]], method: str, url: str, *rest: Any) -> tuple[int, str, bytes]:
-    async with await way(method, url, *rest) as response:
-        return response.status, response.content_type, await response.content.read()
-
-
-@given(
-    st.sampled_from(["GET", "POST", "DELETE", "PUT"]),
-    st.sampled_from(["/", "/api/chat/c1", "/a%20b?x=%2F"]),
-    st.dictionaries(
-        st.sampled_from(["Content-Type", "Origin", "x-traffic-id", "x-msh-platform"]),
-        st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1),
-    ),
-    st.binary(max_size=300),
-    st.text(st.characters(min_codepoint=33, max_codepoint=126)),
-)
-def test_a_short_call_is_sent_as_any_other(
-    method: str, path: str, headers: dict[str, str], body: bytes, token: str
-) -> None:
-    async def compare() -> None:
-        async with serving() as peer, open_service_session() as session:
-            pool = ServicePool(session)
-            seen = [
-                await send(way, method, peer.url + path, {"Content-Type": "a/b", **headers}, body, token)
-                for way in (pool.request, pool.request_any, pool.request)
-            ]
-            assert seen == [(200, "text/plain", b"ok")] * 3
-            short, general, again = map(read_request, peer.requests)
-            assert short == general == again
-            assert short[2] == body and len(dict(short[1])) == len(short[1])
-            assert dict(short[1]).get("authorization", "Bearer ") == f"Bearer {token}"
-            assert peer.connections == 1
-
-    asyncio.run(compare())
-
-
-async def test_a_line_break_in_a_header_is_sent_nowhere() -> None:
-    async with serving() as peer, open_service_session() as session:
-        for value in ("a\r\nX: b", "a\nb", "a\rb"):
-            with pytest.raises(ValueError, match="line break"):
-                await ServicePool(session).request("GET", f"{peer.url}/", {"Origin": value}, b"")
-            with pytest.raises(ValueError, match="line break"):
-                await ServicePool(session).request("GET", f"{peer.url}/", {}, b"", value)
-        assert not peer.requests
-
-
-@pytest.mark.parametrize("method", ["request", "request_any"])
-async def test_what_announces_a_response_is_none_and_what_is_not_http_is_an_error(method: str) -> None:
-    early = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: <a>\r\n\r\n"
-    switch = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n"
-    replies = (early + OK, b"SSH-2.0-x\r\n\r\n", switch, OK, None)
-    async with serving(*replies) as peer, open_service_session() as session:
-        way = getattr(ServicePool(session), method)
-        rest = ("POST", f"{peer.url}/", {"Origin": "x"}, b"")  # aiohttp asks again by itself where it is a GET
-        assert await send(way, *rest) == (200, "text/plain", b"ok")
-        with pytest.raises(aiohttp.ClientError):
-            await send(way, *rest)
-        assert (await send(way, *rest))[0] == 101
-        assert await send(way, *rest) == (200, "text/plain", b"ok")
-        with pytest.raises(aiohttp.ServerDisconnectedError):
-            await send(way, *rest)
-        assert peer.connections == 3
-        assert session.connector is not None and not cast(Any, session.connector)._acquired
-
-
-async def test_a_response_that_is_not_read_to_its_end_closes_its_connection() -> None:
-    half = b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf"
-    async with serving(half, OK) as peer, open_service_session() as session:
-        pool = ServicePool(session)
-        async with await pool.request("GET", f"{peer.url}/", {"Origin": "x"}, b"") as response:
-            assert response.content_type == "application/octet-stream" and not response.is_broken()
-        assert await send(pool.request, "GET", f"{peer.url}/", {"Origin": "x"}, b"") == (200, "text/plain", b"ok")
-        assert peer.connections == 2
-
-
-ZIPPED = gzip.compress(b"ok")
-REPLIES = {
-    OK: (200, b"ok"),
-    b"HTTP/1.1 204 No Content\r\n\r\n": (204, b""),
-    b"HTTP/1.1 304 Not Modified\r\n\r\n": (304, b""),
-    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\no\r\n1\r\nk\r\n0\r\n\r\n": (200, b"ok"),
-    b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n%b" % (len(ZIPPED), ZIPPED): (200, b"ok"),
-    b"HTTP/1.1 500 Failed\r\nContent-Length: 0\r\n\r\n": (500, b""),
-    b"HTTP/1.1 100 Continue\r\n\r\n" + OK: (200, b"ok"),
-}
-
-
-@given(st.lists(st.tuples(st.sampled_from(list(REPLIES)), st.sampled_from(["request", "request_any"])), max_size=12))
-def test_a_connection_is_good_for_the_next_call_after_any_reply(calls: list[tuple[bytes, str]]) -> None:
-    async def run() -> None:
-        async with serving(*(reply for reply, _ in calls)) as peer, open_service_session() as session:
-            pool = ServicePool(session)
-            for reply, way in calls:
-                status, _, body = await send(getattr(pool, way), "POST", f"{peer.url}/", {"Content-Type": "a/b"}, b"x")
-                assert (status, body) == REPLIES[reply]
-            assert peer.connections <= 1
-
-    asyncio.run(run())
-
-
-async def test_the_connection_used_last_is_used_next_so_that_a_rush_leaves_none_in_use() -> None:
-    async with serving() as peer, open_service_session() as session:
-        pool = ServicePool(session)
-
-        async def ask(place: str) -> None:
-            assert (await send(pool.request, "POST", f"{peer.url}/{place}", {}, b""))[0] == 200
-
-        await asyncio.gather(*(ask(f"rush{at}") for at in range(3)))
-        for at in range(4):
-            await ask(f"later{at}")
-        assert peer.connections == 3 and len(set(peer.carriers[:3])) == 3
-        assert len(set(peer.carriers[3:])) == 1
-
-
-async def test_what_comes_before_it_was_asked_for_is_nobodys_reply() -> None:
-    async with serving() as peer, open_service_session() as session:
-        pool, rest = ServicePool(session), ("POST", f"{peer.url}/", {"Origin": "x"}, b"")
-        assert (await send(pool.request, *rest))[0] == 200
-        ((protocol, _),) = next(iter(cast(Any, session.connector)._conns.values()))
-        peer.writers[0].write(OK.replace(b"200 OK", b"408 Request Timeout"))
-        async with asyncio.timeout(5):
-            while not protocol.should_close:
-                await asyncio.sleep(0)
-        with pytest.raises(aiohttp.ClientConnectionResetError):
-            await send(pool.request, *rest)
-        assert await send(pool.request, *rest) == (200, "text/plain", b"ok")
-        assert peer.connections == 2
-
-
-async def test_a_long_body_and_an_outgoing_proxy_go_the_general_way() -> None:
-    async with serving(OK, OK) as peer, open_service_session() as session, open_service_session(peer.url) as proxied:
-        assert (await send(ServicePool(session).request, "POST", f"{peer.url}/", {"Origin": "x"}, bytes(65_537)))[0]
-        assert read_request(peer.requests[0])[2] == bytes(65_537)
-        pool = ServicePool(proxied, peer.url)
-        assert (await send(pool.request, "GET", "http://kimi.invalid/a", {"Origin": "x"}, b""))[0] == 200
-        assert read_request(peer.requests[1])[0] == "GET http://kimi.invalid/a HTTP/1.1"
 
 
 async def test_ids_in_a_token_that_no_header_can_have_are_replaced(
