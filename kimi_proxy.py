@@ -252,7 +252,6 @@ class Settings:
         "",
         "requests that may wait for an account that answers one at a time",
     )
-    queue_seconds: float = _option("PROXY_QUEUE_SECONDS", 60.0, _SECONDS, "s", "how long one of them may wait")
     state_dir: str = _option(
         "PROXY_STATE_DIR",
         "default",
@@ -279,22 +278,6 @@ class Settings:
         "KIMI_SILENCE_SECONDS", 120.0, _SECONDS, "s", "an answer in which no byte came for so long has failed"
     )
     answer_seconds: float = _option("KIMI_ANSWER_SECONDS", 1800.0, _SECONDS, "s", "limit of one whole answer")
-    token_seconds: float = _option(
-        "KIMI_TOKEN_SECONDS", 300.0, _SECONDS, "s", "life of an access token that does not tell its own"
-    )
-    first_comment_seconds: float = _option(
-        "PROXY_FIRST_COMMENT_SECONDS", 20.0, _SECONDS, "s", "a stream silent for so long gets a comment line"
-    )
-    comment_seconds: float = _option("PROXY_COMMENT_SECONDS", 15.0, _SECONDS, "s", "and then one at this interval")
-    body_seconds: float = _option(
-        "PROXY_BODY_SECONDS", 60.0, _SECONDS, "s", "limit for the body of a request to arrive"
-    )
-    idle_seconds: float = _option(
-        "PROXY_IDLE_SECONDS", 75.0, _SECONDS, "s", "limit for a request's head to arrive, and of an idle connection"
-    )
-    send_seconds: float = _option(
-        "PROXY_SEND_SECONDS", 60.0, _SECONDS, "s", "a client that takes nothing for so long is dropped"
-    )
     drain_delay_seconds: float = _option(
         "PROXY_DRAIN_DELAY_SECONDS",
         0.0,
@@ -304,22 +287,6 @@ class Settings:
     )
     drain_seconds: float = _option(
         "PROXY_DRAIN_SECONDS", 30.0, _between(0, 3600), "s", "at the end, running requests may finish for so long"
-    )
-    removal_seconds: float = _option(
-        "PROXY_REMOVAL_SECONDS", 10.0, _between(0, 3600), "s", "at the end, pending removals may take so long"
-    )
-    file_seconds: float = _option(
-        "PROXY_FILE_SECONDS",
-        60.0,
-        _SECONDS,
-        "s",
-        "a file's origin, or the storage, that moves nothing for so long fails",
-    )
-    transfer_seconds: float = _option(
-        "PROXY_TRANSFER_SECONDS", 120.0, _SECONDS, "s", "limit of one file's way from its origin to the storage"
-    )
-    parse_seconds: float = _option(
-        "KIMI_PARSE_SECONDS", 120.0, _SECONDS, "s", "limit for Kimi to read a file that was uploaded"
     )
     max_file_mb: int = _option(
         "PROXY_MAX_FILE_MB", 100, _whole(1, 10_000), "MB", "largest file of a request (1 MB is 1,048,576 bytes)"
@@ -348,20 +315,6 @@ class Settings:
     max_requests: int = _option(
         "PROXY_MAX_REQUESTS", 256, _whole(1, 1_000_000), "", "requests at once; beyond it a 503 with Retry-After"
     )
-    max_connections: int = _option(
-        "PROXY_MAX_CONNECTIONS", 1024, _whole(1, 1_000_000), "", "connections of clients at once; beyond it a 503"
-    )
-    max_account_requests: int = _option(
-        "PROXY_MAX_ACCOUNT_REQUESTS", 64, _whole(1, 1_000_000), "", "answers of one account at once; beyond it a 429"
-    )
-    max_bodies_mb: int = _option(
-        "PROXY_MAX_BODIES_MB",
-        256,
-        _whole(1, 1_000_000),
-        "MB",
-        "bodies of all running requests together, but always room for one; beyond it a 503",
-    )
-    max_accounts: int = _option("PROXY_MAX_ACCOUNTS", 1000, _whole(1, 1_000_000), "", "accounts kept in memory")
 
     @property
     def max_body_bytes(self) -> int:
@@ -391,6 +344,12 @@ class Settings:
                 shown = "" if option.metadata["secret"] else f"={text[:80]!r}"
                 raise SettingsError(f"{source}{shown}: {reason}") from None
         return cls(**chosen)
+
+
+def unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    """Variables in `environ` that look like settings and are none, such as those that no longer exist."""
+    known = {option.metadata["variable"] for option in fields(Settings)}
+    return sorted(name for name in environ if name.startswith(("KIMI_", "PROXY_")) and name not in known)
 
 
 def option_flag(variable: str) -> str:
@@ -5174,6 +5133,11 @@ def is_connection_broken(connection: Connection | None) -> bool:
 # Each account's state is guarded by its own lock, which is never held across a call to the service. In the state
 # directory is what has to outlive the process: newest tokens, conversations that clients keep, and those that are open.
 
+QUEUE_SECONDS: Final = 60.0  # how long a request may wait for an account that answers one at a time
+TOKEN_SECONDS: Final = 300.0  # life of an access token that does not tell its own
+MAX_ACCOUNTS: Final = 1000  # kept in memory
+MAX_ACCOUNT_REQUESTS: Final = 64  # answers of one account at once
+
 _REFUSAL_SECONDS: Final = 10.0  # programs repeat a 401 many times; the service is asked once in this time
 
 
@@ -5275,7 +5239,7 @@ class Line:
             elif turn in self._waiting:
                 self._waiting.remove(turn)
             if isinstance(error, TimeoutError):
-                raise ProxyError("queue_full", f"waited {seconds:g} s; see PROXY_QUEUE_SECONDS") from None
+                raise ProxyError("queue_full", f"waited {seconds:g} s") from None
             raise
 
 
@@ -5843,7 +5807,7 @@ def _digest_of(token: str) -> bytes:
 class Accounts:
     """The token cache. `refresh` asks the service for a new pair, given an account; it raises `ProxyError`.
 
-    At most `max_accounts` are kept: the one longest unused is forgotten first; `store` keeps what must not be lost.
+    At most `MAX_ACCOUNTS` are kept: the one longest unused is forgotten first; `store` keeps what must not be lost.
     """
 
     def __init__(
@@ -5851,15 +5815,10 @@ class Accounts:
         refresh: Callable[[Account], Awaitable[TokenPair]],
         tasks: BackgroundTasks,
         store: TokenStore,
-        *,
-        token_seconds: float,
-        max_accounts: int,
     ) -> None:
         self._refresh = refresh
         self._tasks = tasks
         self._store = store
-        self._token_seconds = token_seconds
-        self._max_accounts = max_accounts
         self._accounts: dict[bytes, Account] = {}
         self._label_key = secrets.token_bytes(16)
 
@@ -5987,18 +5946,18 @@ class Accounts:
     def _life_seconds(self, claims: Mapping[str, Any]) -> float:
         """How long a new access token is used: `exp - iat` less a minute, counted from its receipt [2+].
 
-        The difference, since the clock of a small machine may be wrong; `token_seconds` where there is none.
+        The difference, since the clock of a small machine may be wrong; `TOKEN_SECONDS` where there is none.
         """
         issued, expires = claims.get("iat"), claims.get("exp")
         if not isinstance(issued, int | float) or not isinstance(expires, int | float) or expires <= issued:
-            return self._token_seconds
+            return TOKEN_SECONDS
         life = float(min(expires - issued, 30 * 86_400))
         return life - 60 if life > 120 else life / 2
 
     def _forget_idle(self) -> None:
         """Make room for one more. An account that is in use stays: a new token, or its line, would be lost."""
         for digest, account in list(self._accounts.items()):
-            if len(self._accounts) < self._max_accounts:
+            if len(self._accounts) < MAX_ACCOUNTS:
                 return
             if account.refreshing is None and account.line.is_free and not len(account.line):
                 del self._accounts[digest]
@@ -6010,6 +5969,9 @@ class Accounts:
 # unlinked temporary file where its length is not known before, or out of the request's base64. URLs come from
 # strangers: `AddressGuard.open_socket` is the one place where a connection to an origin begins, and it decides on the
 # very address that is connected to, whatever name, spelling or redirect led there. Nothing here knows of Kimi.
+
+FILE_SECONDS: Final = 60.0  # a file's origin, or the storage, that moves nothing for so long fails
+TRANSFER_SECONDS: Final = 120.0  # limit of one file's way from its origin to the storage
 
 PUBLIC: Final = "public"
 
@@ -6555,6 +6517,8 @@ async def _read_spool(spooled: IO[bytes]) -> AsyncIterator[bytes]:
 # The service's calls. `Calls` makes one call: token, limits, and what a reply means; it alone repeats a call, where the
 # access token was dead or a kept connection turned out closed. `Reader` makes
 # events of the bytes of an answer. `Classic` and `Connect` know the paths, headers and bodies of the two dialects.
+
+PARSE_SECONDS: Final = 120.0  # limit for Kimi to read a file that was uploaded
 
 _REPLY_LIMIT_BYTES: Final = 1_048_576
 _REGISTER_SECONDS: Final = 30.0  # [1]
@@ -7173,9 +7137,8 @@ class Classic:
     name = "classic"
     busy_code = "answer_running"  # [ref]
 
-    def __init__(self, calls: Calls, base_url: str, parse_seconds: float = 120.0) -> None:
+    def __init__(self, calls: Calls, base_url: str) -> None:
         self._calls = calls
-        self._parse_seconds = parse_seconds
         self.base_url = base_url or "https://kimi.moonshot.cn"
 
     async def refresh(self, account: Account) -> TokenPair:
@@ -7249,7 +7212,7 @@ class Classic:
             "having a file read",
             "/api/file/parse_process",
             {"ids": [file_id]},
-            seconds=self._parse_seconds,
+            seconds=PARSE_SECONDS,
             lenient=True,
         )
         return file_id
@@ -7323,9 +7286,8 @@ class Connect:
     name = "connect"
     busy_code = "rate_limited"  # it has no word of its own for it [2+]
 
-    def __init__(self, calls: Calls, base_url: str, auth_url: str, parse_seconds: float = 120.0) -> None:
+    def __init__(self, calls: Calls, base_url: str, auth_url: str) -> None:
         self._calls = calls
-        self._parse_seconds = parse_seconds
         self.base_url = base_url or "https://www.kimi.com"
         self._auth_url = auth_url
 
@@ -7398,7 +7360,7 @@ class Connect:
         url = self.base_url + _SERVICES["progress"]
         body = encode_json({"file_ids": [stored.file_id]}).encode()
         call = Call("having a file read", "POST", url, _headers_of(self.base_url), body, with_ids=True)
-        async for _ in _poll(self._parse_seconds):
+        async for _ in _poll(PARSE_SECONDS):
             reply = await self._calls.call(account, call)
             progresses = reply.get("progresses")
             first = progresses[0] if isinstance(progresses, list) and progresses else {}
@@ -7407,7 +7369,7 @@ class Connect:
                 return stored.file_id
             if status in ("PROCESS_STATUS_FAIL", "PROCESS_STATUS_FAILED"):
                 raise ProxyError("file_unreadable")
-        raise ProxyError("service_silent", f"having a file read: not within {self._parse_seconds:g} s")
+        raise ProxyError("service_silent", f"having a file read: not within {PARSE_SECONDS:g} s")
 
     def make_reader(self, *, continues: bool = False) -> Reader:
         """What reads the answer."""
@@ -7649,11 +7611,10 @@ class Uploads:
         opening: Callable[[Silence], AbstractAsyncContextManager[OpenFile]],
     ) -> StoredFile:
         """Have the file's bytes flow from where they are to the service."""
-        settings = self._settings
         watch = None
         try:
             async with asyncio.timeout(None) as timeout:
-                watch = Silence(timeout, settings.file_seconds, settings.transfer_seconds)
+                watch = Silence(timeout, FILE_SECONDS, TRANSFER_SECONDS)
                 watch.silent = watch.late = "storage_silent"
                 watch.broken = "file_broken"
                 watch.resting = True  # until the transfer begins: the calls before it have limits of their own
@@ -7744,8 +7705,8 @@ class Asking:
         self._ticker = ticker
         self._metrics = metrics
         self._settings = settings
-        self._classic: Dialect = Classic(calls, settings.base_url, settings.parse_seconds)
-        self._connect = Connect(calls, settings.base_url, settings.auth_url, settings.parse_seconds)
+        self._classic: Dialect = Classic(calls, settings.base_url)
+        self._connect = Connect(calls, settings.base_url, settings.auth_url)
         self._models: dict[str, tuple[float, tuple[Model, ...]]] = {}
         self._current: Dialect = self._connect if settings.protocol == "connect" else self._classic
 
@@ -7822,9 +7783,8 @@ class Asking:
             if account.line.is_narrow and not account.line.is_free:
                 busy.append(account)
                 return False
-            if account.line.running >= self._settings.max_account_requests:
-                most = self._settings.max_account_requests
-                raise ProxyError("queue_full", f"{most} answers of this account run; see PROXY_MAX_ACCOUNT_REQUESTS")
+            if account.line.running >= MAX_ACCOUNT_REQUESTS:
+                raise ProxyError("queue_full", f"{MAX_ACCOUNT_REQUESTS} answers of this account run")
             account.line.enter()
             try:
                 await self._run_for(account, question, sending, start_chain)
@@ -7841,7 +7801,7 @@ class Asking:
         if await self._try_accounts(accounts, ask, lambda: not sending.visible):
             return cast(Brought, sending.brought)
         account = min(busy, key=lambda one: len(one.line))
-        await account.line.wait(self._settings.queue_length, self._settings.queue_seconds)
+        await account.line.wait(self._settings.queue_length, QUEUE_SECONDS)
         try:
             await self._run_for(account, question, sending, start_chain)
         finally:
@@ -8552,6 +8512,12 @@ class Access:
 # errors in JSON, and the handlers. A `Delivery` is one reply on its way: its head goes out with the first visible
 # bytes, so that a failure before them still has its HTTP status.
 
+FIRST_KEEP_ALIVE_SECONDS: Final = 20.0  # a stream silent for this long gets a keep-alive
+KEEP_ALIVE_SECONDS: Final = 15.0  # and then one at this interval
+BODY_SECONDS: Final = 60.0  # limit for the body of a request to arrive
+MAX_BODIES_MB: Final = 256  # bodies of all running requests together, but always room for one
+REMOVAL_SECONDS: Final = 10.0  # how long pending removals may take on shutdown
+
 _CHAT_PATHS: Final = ("/v1/chat/completions", "/chat/completions")
 _MODELS_CREATED: Final = 1_704_067_200
 _PATHS: Final = (
@@ -8622,7 +8588,7 @@ class Delivery:
         self._seen = 0
         self._started = asyncio.get_running_loop().time()
         self._shown = False
-        self._next_comment = self._started + state.settings.first_comment_seconds
+        self._next_comment = self._started + FIRST_KEEP_ALIVE_SECONDS
 
     @property
     def begun(self) -> bool:
@@ -8651,12 +8617,12 @@ class Delivery:
         """Comment into a silent stream."""
         if self._writes != self._seen:
             self._seen = self._writes
-            self._next_comment = now + self._state.settings.first_comment_seconds
+            self._next_comment = now + FIRST_KEEP_ALIVE_SECONDS
         transport = self._request.transport
         if transport is None or transport.get_write_buffer_size() > 0 or self._writing:
             return
         if now >= self._next_comment:
-            self._next_comment = now + self._state.settings.comment_seconds
+            self._next_comment = now + KEEP_ALIVE_SECONDS
             if data := self._reply.alive():
                 self._state.tasks.start(self._comment(data), "comment")
 
@@ -8713,7 +8679,7 @@ async def read_body(request: web.Request, limit_bytes: int, seconds: float) -> b
     `body_broken`, and `too_busy` where there is no room beside the bodies of other requests.
     """
     state, outcome = request.app[STATE], request[OUTCOME]
-    room_bytes = max(state.settings.max_bodies_mb * MEGABYTE, limit_bytes)
+    room_bytes = max(MAX_BODIES_MB * MEGABYTE, limit_bytes)
     if (request.content_length or 0) > limit_bytes:
         raise _too_large(limit_bytes)
     body = bytearray()
@@ -8725,7 +8691,7 @@ async def read_body(request: web.Request, limit_bytes: int, seconds: float) -> b
         if len(body) > limit_bytes:
             raise _too_large(limit_bytes)
         if state.body_bytes > room_bytes:
-            raise ProxyError("too_busy", "no room for this body; see PROXY_MAX_BODIES_MB")
+            raise ProxyError("too_busy", "no room for another body of this size")
 
     try:
         if request.content.is_eof():  # it came with the head: there is nothing to wait for
@@ -8807,7 +8773,7 @@ def _make_question(request: web.Request, chat: ChatRequest, prompt: str) -> Ques
 
 async def _read_body(request: web.Request) -> bytearray:
     settings = request.app[STATE].settings
-    return await read_body(request, settings.max_body_bytes, settings.body_seconds)
+    return await read_body(request, settings.max_body_bytes, BODY_SECONDS)
 
 
 async def _read_chat(
@@ -9009,10 +8975,10 @@ async def _create_file(request: web.Request) -> web.StreamResponse:
         raise ProxyError("invalid_request", "the body must be a form (multipart/form-data) with the field `file`")
     async with AsyncExitStack() as stack:
         try:
-            async with asyncio.timeout(settings.transfer_seconds):
+            async with asyncio.timeout(TRANSFER_SECONDS):
                 spooled, purpose = await _receive_form(request, stack)
         except TimeoutError:
-            raise ProxyError("body_timeout", f"not within {settings.transfer_seconds:g} s") from None
+            raise ProxyError("body_timeout", f"not within {TRANSFER_SECONDS:g} s") from None
         except _FORM_ERRORS:
             raise ProxyError("body_broken", "the form cannot be read") from None
         uploaded = await state.asking.upload(accounts, spooled, purpose)
@@ -9076,7 +9042,7 @@ async def _check_token_live(request: web.Request) -> web.StreamResponse:
     """The reference's `POST /token/check`: whether Kimi takes a refresh token [ref]."""
     state = request.app[STATE]
     try:
-        value = parse_json(await read_body(request, 65_536, state.settings.body_seconds))
+        value = parse_json(await read_body(request, 65_536, BODY_SECONDS))
     except WireError as error:
         raise ProxyError("invalid_json", f"the body: {error}") from None
     token = value.get("token") if isinstance(value, dict) else None
@@ -9288,11 +9254,11 @@ async def _own_state(app: web.Application) -> AsyncIterator[None]:
     shortest = min(
         settings.silence_seconds,
         settings.answer_seconds,
-        settings.first_comment_seconds,
-        settings.file_seconds,
-        settings.transfer_seconds,
+        FIRST_KEEP_ALIVE_SECONDS,
+        FILE_SECONDS,
+        TRANSFER_SECONDS,
     )
-    ticker = Ticker(max(0.02, min(0.25, shortest / 4, settings.comment_seconds / 4)))
+    ticker = Ticker(max(0.02, min(0.25, shortest / 4, KEEP_ALIVE_SECONDS / 4)))
     session = open_service_session(settings.proxy_url)
     transfers = open_service_session(settings.proxy_url, reuse=False)
     files = Files(settings, metrics)
@@ -9307,9 +9273,9 @@ async def _own_state(app: web.Application) -> AsyncIterator[None]:
     deleted = await asyncio.to_thread(store.delete_unused, time.time())
     if deleted:
         logger.info("deleted the tokens of %d accounts that were unused for 100 days", deleted)
-    accounts = Accounts(refresh, tasks, store, token_seconds=settings.token_seconds, max_accounts=settings.max_accounts)
+    accounts = Accounts(refresh, tasks, store)
     calls = Calls(session, transfers, accounts, metrics, settings)
-    kept = KeptConversations(store, settings.max_accounts)
+    kept = KeptConversations(store, MAX_ACCOUNTS)
     uploads = Uploads(files, ticker, settings)
     flush_later = partial(asyncio.get_running_loop().call_later, _FLUSH_SECONDS)
     conversations = OpenConversations(state_dir, metrics, store.complain, flush_later)
@@ -9336,9 +9302,9 @@ async def _own_state(app: web.Application) -> AsyncIterator[None]:
         set(),
     )
     yield
-    late = await tasks.drain(settings.removal_seconds)
+    late = await tasks.drain(REMOVAL_SECONDS)
     if late:
-        logger.warning("! %d background tasks did not end in %g s", late, settings.removal_seconds)
+        logger.warning("! %d background tasks did not end in %g s", late, REMOVAL_SECONDS)
     conversations.release()
     await files.close()
     await transfers.close()
@@ -9440,20 +9406,10 @@ def make_app(settings: Settings, hosts: Sequence[str] = ()) -> web.Application:
 #
 # The program around the application: command line, listening, signals, systemd's protocol, and the terminal client.
 
-
-@dataclass(slots=True)
-class _Connections:
-    """How many connections there are, and may be, and how long one of them may take nothing."""
-
-    most: int
-    send_seconds: float
-    open: int = 0
+IDLE_SECONDS: Final = 75.0  # limit for a request's head to arrive, and of an idle connection
+SEND_SECONDS: Final = 60.0  # drop a client that reads nothing for this long
 
 
-_NO_ROOM: Final = (
-    "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nX-Request-Id: {}\r\nServer: kimi_proxy\r\n"
-    "Content-Length: 0\r\nConnection: close\r\n\r\n"
-)
 _SEND_BUFFER_BYTES: Final = 131_072  # the system would hold some megabytes for each client that reads slowly
 
 
@@ -9462,24 +9418,14 @@ class _Connected(web_protocol.RequestHandler):
     wait for ever for a client that takes nothing.
     """
 
-    __slots__ = ("_connections", "_counted", "_sending")
+    __slots__ = ("_sending",)
 
-    def __init__(self, connections: _Connections, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._connections = connections
-        self._counted = False
         self._sending: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin; one connection too many is told so, and closed."""
-        if self._connections.open >= self._connections.most:
-            request_id.set(make_request_id())
-            logger.info("a connection was refused: there are %d", self._connections.open)
-            cast(asyncio.Transport, transport).write(_NO_ROOM.format(request_id.get()).encode())
-            transport.close()
-            return
-        self._connections.open += 1
-        self._counted = True
+        """Begin."""
         with suppress(OSError):  # a connection that is lost already
             raw = transport.get_extra_info("socket")
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
@@ -9488,9 +9434,7 @@ class _Connected(web_protocol.RequestHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         """End."""
         self._stop_watching()
-        if self._counted:
-            self._connections.open -= 1
-            super().connection_lost(exc)
+        super().connection_lost(exc)
 
     def pause_writing(self) -> None:
         """More waits for the client than should: it has to take some of it in time."""
@@ -9504,12 +9448,11 @@ class _Connected(web_protocol.RequestHandler):
 
     def _watch_sending(self) -> None:
         waiting_bytes = self.transport.get_write_buffer_size() if self.transport is not None else 0
-        loop, seconds = asyncio.get_running_loop(), self._connections.send_seconds
-        self._sending = loop.call_later(seconds, self._check_sending, waiting_bytes)
+        self._sending = asyncio.get_running_loop().call_later(SEND_SECONDS, self._check_sending, waiting_bytes)
 
     def _check_sending(self, waiting_bytes: int) -> None:
         if self.transport is not None and self.transport.get_write_buffer_size() == waiting_bytes:
-            logger.warning("! the client took nothing for %g s, dropped", self._connections.send_seconds)
+            logger.warning("! the client took nothing for %g s, dropped", SEND_SECONDS)
             self.transport.abort()
         else:
             self._watch_sending()
@@ -9518,11 +9461,6 @@ class _Connected(web_protocol.RequestHandler):
         if self._sending is not None:
             self._sending.cancel()
             self._sending = None
-
-    def data_received(self, data: bytes) -> None:
-        """Take bytes, but of one connection too many."""
-        if self._counted:
-            super().data_received(data)
 
     def log_exception(self, *args: Any, **kwargs: Any) -> None:
         """Log what no handler caught, unless it is the client's broken body, which was answered."""
@@ -9559,16 +9497,14 @@ class _Runner(web.AppRunner):
         if server is None:
             return None
         options: dict[str, Any] = {
-            "keepalive_timeout": self._idle_seconds,  # a request's head must arrive within it, too
+            "keepalive_timeout": IDLE_SECONDS,  # a request's head must arrive within it, too
             "lingering_time": 1,
             "access_log": None,
         }
-        return partial(_Connected, self._connections, server, loop=asyncio.get_running_loop(), **options)
+        return partial(_Connected, server, loop=asyncio.get_running_loop(), **options)
 
-    def __init__(self, app: web.Application, settings: Settings) -> None:
+    def __init__(self, app: web.Application) -> None:
         super().__init__(app, handle_signals=False, handler_cancellation=True, access_log=None, shutdown_timeout=1)
-        self._idle_seconds = settings.idle_seconds
-        self._connections = _Connections(settings.max_connections, settings.send_seconds)
 
 
 class Notifier:
@@ -9614,7 +9550,7 @@ _FIRST_DESCRIPTOR: Final = 3
 async def _run_app(settings: Settings, sockets: Sequence[socket.socket]) -> AsyncIterator[tuple[str, web.Application]]:
     """A running application, on `sockets` or where the settings say: its first address, and the application itself."""
     app = make_app(settings, [str(one.getsockname()[0]) for one in sockets])
-    runner = _Runner(app, settings)
+    runner = _Runner(app)
     await runner.setup()
     servers: list[asyncio.Server] = []
     try:
@@ -9740,34 +9676,6 @@ def _listen_for_signals() -> asyncio.Event:
     return stop
 
 
-_OTHER_DESCRIPTORS: Final = 64  # that are no connections
-
-
-def _make_room(most: int) -> int:
-    """For how many of `most` connections there are descriptors: each may need a second one, to the service.
-
-    The process's own limit is raised as far as it may be (setrlimit(2)). Without any left, accepting would fail, and be
-    tried again and again, where now a client is told.
-    """
-    try:
-        import resource  # noqa: PLC0415  # POSIX only
-    except ImportError:
-        return most
-    limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * most + _OTHER_DESCRIPTORS
-    if resource.RLIM_INFINITY != limit < wanted:
-        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        with suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    room = most if limit == resource.RLIM_INFINITY else max(1, (limit - _OTHER_DESCRIPTORS) // 2)
-    if room < most:
-        logger.warning(
-            "! there are descriptors for %d connections, not %d: raise ulimit -n, or LimitNOFILE", room, most
-        )
-    return min(room, most)
-
-
 _SCARCE: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _SCARCE_SECONDS: Final = 10.0
 
@@ -9784,14 +9692,13 @@ def _make_loop_handler() -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]]
         elif loop.time() - told_at >= _SCARCE_SECONDS:
             told_at = loop.time()
             reason = os.strerror(error.errno)
-            logger.error("! new connections wait: %s (the process's limit, and PROXY_MAX_CONNECTIONS)", reason)
+            logger.error("! new connections wait: %s (the process's limit)", reason)
 
     return handle
 
 
 async def _serve(settings: Settings) -> None:
     """Serve until a signal asks to stop; then let go of clients and balancers in good order."""
-    settings = replace(settings, max_connections=_make_room(settings.max_connections))
     asyncio.get_running_loop().set_exception_handler(_make_loop_handler())
     notifier = Notifier(os.environ)
     stop = _listen_for_signals()
@@ -9803,7 +9710,7 @@ async def _serve(settings: Settings) -> None:
         beat.beat()
         await stop.wait()
         logger.info("shutting down")
-        seconds = settings.drain_delay_seconds + settings.drain_seconds + settings.removal_seconds + 10
+        seconds = settings.drain_delay_seconds + settings.drain_seconds + REMOVAL_SECONDS + 10
         notifier.tell(STOPPING="1", EXTEND_TIMEOUT_USEC=str(int(seconds * 1e6)))
         if app[STATE].requested_at or settings.drain_delay_seconds:  # else nobody can keep a connection
             await announce_end(app)
@@ -9820,6 +9727,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         settings = Settings.load(os.environ, argv)
         configure_logging(settings.log_level, settings.log_format)
+        if unknown := unknown_variables(os.environ):
+            logger.warning("! ignored, as there are no such settings: %s", ", ".join(unknown))
         asyncio.run(_serve(settings))
     except SettingsError as error:
         print(f"kimi_proxy: {error}", file=sys.stderr)
@@ -10031,7 +9940,7 @@ async def _check(settings: Settings, token: str, record: str | None) -> int:
                     path = Path(record).with_suffix(".sse" if name == "classic" else ".connect")
                     path.write_bytes(anonymize_stream(b"".join(check.pieces), name))
                     print(f"recorded: {path}")
-        await tasks.drain(settings.removal_seconds)
+        await tasks.drain(REMOVAL_SECONDS)
     good = [name for name, result in works.items() if result]
     print(f"A program in front would work: {'yes, with ' + ' and '.join(good) if good else 'no'}.")
     return 0 if good else 1
@@ -10055,7 +9964,7 @@ class _Check:
         async def refresh(account: Account) -> TokenPair:
             return await self._dialect.refresh(account)
 
-        self._accounts = Accounts(refresh, tasks, store, token_seconds=settings.token_seconds, max_accounts=1)
+        self._accounts = Accounts(refresh, tasks, store)
         calls = Calls(*sessions, self._accounts, Metrics(), settings)
         self._connect = Connect(calls, settings.base_url, settings.auth_url)
         self._dialect: Dialect = self._connect if name == "connect" else Classic(calls, settings.base_url)

@@ -90,10 +90,14 @@ class Holdings:
 
 
 class StartProxy:
-    """Starts proxies with settings by field; `close` ends them, as a signal would."""
+    """Starts proxies with settings by field, and constants of the module by name; `close` ends them, as a signal would.
 
-    def __init__(self, simulator: Simulator, dialect: str) -> None:
+    A constant stays changed until the end of the test.
+    """
+
+    def __init__(self, simulator: Simulator, dialect: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self._simulator = simulator
+        self._monkeypatch = monkeypatch
         self._dialect = dialect
         self._stack = AsyncExitStack()
         self.holdings = Holdings(simulator)
@@ -109,6 +113,8 @@ class StartProxy:
             "drain_seconds": 0.2,
             "state_dir": "",
         }
+        for name in [name for name in settings if name.isupper()]:
+            self._monkeypatch.setattr(kimi_proxy, name, settings.pop(name))
         settings = {**defaults, **settings}
         self.urls.append(await self._stack.enter_async_context(run_server(Settings(**settings))))
         return self.urls[-1]
@@ -126,9 +132,9 @@ def dialect() -> str:
 
 
 @pytest.fixture
-async def start_proxy(simulator: Simulator, dialect: str) -> AsyncIterator[StartProxy]:
+async def start_proxy(simulator: Simulator, dialect: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[StartProxy]:
     """Starts proxies, which end with the test and leave no task and no descriptor behind."""
-    start = StartProxy(simulator, dialect)
+    start = StartProxy(simulator, dialect, monkeypatch)
     yield start
     await start.close()
     await start.holdings.wait_until_nothing_is_left()

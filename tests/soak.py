@@ -30,7 +30,7 @@ from typing import IO, Any, Final
 import aiohttp
 from kimi_simulator import Simulator
 
-PROGRAM: Final = str(Path(__file__).parent.parent / "kimi_proxy.py")
+ROOT: Final = Path(__file__).parent.parent
 DIALECTS: Final = ("classic", "connect")
 CLIENTS: Final = 25  # of each proxy
 FAULTY: Final = 0.2
@@ -45,13 +45,12 @@ MOST_DESCRIPTORS: Final = 2
 CLOSING_SECONDS: Final = 75.0  # idle pooled connections are closed after 30 to 60 s
 
 SCHEMA: Final = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
-LIMITS: Final = {
-    "KIMI_CALL_SECONDS": "3",
-    "KIMI_SILENCE_SECONDS": "3",
-    "PROXY_FILE_SECONDS": "3",
-    "PROXY_TRANSFER_SECONDS": "6",
-    "PROXY_BODY_SECONDS": "1",
-}
+LIMITS: Final = {"KIMI_CALL_SECONDS": "3", "KIMI_SILENCE_SECONDS": "3"}
+PROGRAM: Final = """
+import sys, kimi_proxy
+kimi_proxy.FILE_SECONDS, kimi_proxy.TRANSFER_SECONDS, kimi_proxy.BODY_SECONDS = 3.0, 6.0, 1.0
+sys.exit(kimi_proxy.main([]))
+"""
 
 
 @dataclass(frozen=True)
@@ -91,6 +90,7 @@ async def run_proxy(simulator: Simulator, dialect: str) -> AsyncIterator[Target]
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith(("KIMI_", "PROXY_"))},
         **LIMITS,
+        "PYTHONPATH": str(ROOT),
         "KIMI_BASE_URL": simulator.url,
         "KIMI_AUTH_URL": simulator.url,
         "KIMI_PROTOCOL": dialect,
@@ -101,7 +101,7 @@ async def run_proxy(simulator: Simulator, dialect: str) -> AsyncIterator[Target]
     }
     with tempfile.TemporaryFile() as stderr:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, PROGRAM), stdout=asyncio.subprocess.PIPE, stderr=stderr, env=environment
+            *(sys.executable, "-c", PROGRAM), stdout=asyncio.subprocess.PIPE, stderr=stderr, env=environment
         )
         try:
             assert process.stdout is not None

@@ -60,11 +60,9 @@ def service() -> Service:
     return Service()
 
 
-def make_accounts(
-    service: Service, *, token_seconds: float = 300.0, max_accounts: int = 10, directory: Path | None = None
-) -> Accounts:
+def make_accounts(service: Service, *, directory: Path | None = None) -> Accounts:
     store = TokenStore(directory, Metrics(), lock_seconds=5.0)
-    return Accounts(service.refresh, BackgroundTasks(), store, token_seconds=token_seconds, max_accounts=max_accounts)
+    return Accounts(service.refresh, BackgroundTasks(), store)
 
 
 async def test_many_at_once_cause_one_refresh(service: Service) -> None:
@@ -78,8 +76,11 @@ async def test_many_at_once_cause_one_refresh(service: Service) -> None:
     assert service.asked == ["r"]
 
 
-async def test_a_token_is_used_for_its_life_and_the_newest_refresh_token_next(service: Service) -> None:
-    accounts = make_accounts(service, token_seconds=0.05)
+async def test_a_token_is_used_for_its_life_and_the_newest_refresh_token_next(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kimi_proxy, "TOKEN_SECONDS", 0.05)
+    accounts = make_accounts(service)
     account = accounts.get("r")
     service.open.set()
     assert await accounts.access_token(account) == "access-1"
@@ -144,8 +145,11 @@ async def test_a_dead_access_token_is_dropped_and_a_newer_one_stays(service: Ser
     assert await accounts.access_token(account) == new != old
 
 
-async def test_the_cache_forgets_the_idle_first_and_none_that_is_being_refreshed(service: Service) -> None:
-    accounts = make_accounts(service, max_accounts=3)
+async def test_the_cache_forgets_the_idle_first_and_none_that_is_being_refreshed(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kimi_proxy, "MAX_ACCOUNTS", 3)
+    accounts = make_accounts(service)
     busy = accounts.get("busy")
     waiter = asyncio.create_task(accounts.access_token(busy))
     await service.begun.wait()
@@ -304,7 +308,7 @@ async def refresh(account):
 
 async def main():
     store = TokenStore(Path(sys.argv[1]), Metrics(), 20.0)
-    accounts = Accounts(refresh, BackgroundTasks(), store, token_seconds=300.0, max_accounts=5)
+    accounts = Accounts(refresh, BackgroundTasks(), store)
     account = accounts.get("r")
     for _ in range(8):
         await accounts.drop(account, await accounts.access_token(account))

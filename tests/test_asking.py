@@ -236,7 +236,7 @@ async def test_the_line_is_known_where_auto_came_to_another_dialect(
 
 
 async def test_an_account_with_a_line_is_not_forgotten(simulator: Simulator, start_proxy: StartProxy) -> None:
-    proxy = await start_proxy(max_accounts=1)
+    proxy = await start_proxy(MAX_ACCOUNTS=1)
     token = simulator.token("quiet", "one-at-a-time")
     running = [asyncio.create_task(ask(proxy, token)) for _ in range(2)]
     await simulator.wait_until(lambda: simulator.account(token).count("ask") == 2)
@@ -246,7 +246,7 @@ async def test_an_account_with_a_line_is_not_forgotten(simulator: Simulator, sta
 
 
 async def test_a_full_line_and_a_long_wait_are_a_429(simulator: Simulator, start_proxy: StartProxy) -> None:
-    proxy = await start_proxy(queue_length=1, queue_seconds=0.3)
+    proxy = await start_proxy(queue_length=1, QUEUE_SECONDS=0.3)
     token = simulator.token("long", "one-at-a-time", "pace=0.05", "chunks=40")
     first = asyncio.create_task(ask(proxy, token))
     await simulator.wait_until(lambda: simulator.account(token).streams_open == 1)
@@ -289,7 +289,7 @@ async def test_where_no_account_is_free_a_refused_request_waits(simulator: Simul
 @pytest.fixture
 async def client_for(start_proxy: StartProxy, tmp_path: Path) -> AsyncIterator[Any]:
     """Makes SDK clients; afterwards the spool directory is empty."""
-    proxy = await start_proxy(spool_dir=str(tmp_path), max_file_mb=1, parse_seconds=0.5)
+    proxy = await start_proxy(spool_dir=str(tmp_path), max_file_mb=1, PARSE_SECONDS=0.5)
     clients: list[openai.AsyncOpenAI] = []
 
     def make(token: str) -> openai.AsyncOpenAI:
@@ -486,7 +486,7 @@ async def test_a_bad_form_is_told_and_leaves_nothing(
 async def test_an_upload_that_stops_in_the_middle_leaves_nothing(
     simulator: Simulator, start_proxy: StartProxy, tmp_path: Path, leaves: bool
 ) -> None:
-    proxy = await start_proxy(spool_dir=str(tmp_path), transfer_seconds=30.0 if leaves else 0.3)
+    proxy = await start_proxy(spool_dir=str(tmp_path), TRANSFER_SECONDS=30.0 if leaves else 0.3)
     token = simulator.token("read")
     reader, writer = await asyncio.open_connection("127.0.0.1", int(proxy.rpartition(":")[2]))
     writer.write(b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Length: 200000\r\n")
@@ -699,12 +699,12 @@ async def test_the_tokens_on_disk_remove_what_was_left_and_stay_good_where_they_
 ) -> None:
     token = simulator.token("hello", "rotate", "opaque")
     account = simulator.account(token)
-    proxy = await start_proxy(state_dir=str(tmp_path), token_seconds=1e-6)
+    proxy = await start_proxy(state_dir=str(tmp_path), TOKEN_SECONDS=1e-6)
     assert (await ask(proxy, token))[0] == 200
     await start_proxy.close()
     leave_orphans(simulator, tmp_path, token, dialect, 2)
     refreshes = account.count("refresh")
-    again = await start_proxy(state_dir=str(tmp_path), token_seconds=1e-6)
+    again = await start_proxy(state_dir=str(tmp_path), TOKEN_SECONDS=1e-6)
     await simulator.settle(token)
     assert account.count("refresh") > refreshes  # by a rotated token alone: the client's own is dead
     for _ in range(2):

@@ -18,7 +18,7 @@ import socket
 import ssl
 import struct
 import subprocess
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ import aiohttp
 import pytest
 from conftest import LogRecorder, StartProxy, bearer, chat_body
 from kimi_simulator import HELLO, Simulator
-from test_service import Running, receive, start
+from test_service import PROGRAM, Running, receive, start
 
 CHAT = "/v1/chat/completions"
 
@@ -330,7 +330,7 @@ async def test_a_failure_in_the_middle_ends_the_stream_with_an_error(
 
 
 async def test_a_silent_stream_has_comments_before_its_failure(simulator: Simulator, start_proxy: StartProxy) -> None:
-    proxy = await start_proxy(first_comment_seconds=0.1, comment_seconds=0.1, silence_seconds=2.0)
+    proxy = await start_proxy(FIRST_KEEP_ALIVE_SECONDS=0.1, KEEP_ALIVE_SECONDS=0.1, silence_seconds=2.0)
     seen = await send(proxy, simulator.token("hello", "stall=5"), True)
     text, _, rest = seen.text.partition("\n\n:")
     assert text.startswith("data: {") and rest.count("\n\n:") >= 1
@@ -531,7 +531,7 @@ def small_window(url: str, size_bytes: int) -> Iterator[socket.socket]:
 async def test_a_client_that_never_reads_is_dropped(
     simulator: Simulator, start_proxy: StartProxy, log_lines: LogRecorder, stream: bool
 ) -> None:
-    proxy = await start_proxy(send_seconds=0.4)
+    proxy = await start_proxy(SEND_SECONDS=0.4)
     token = simulator.token("broad", "endless")
     account = simulator.account(token)
     with small_window(proxy, 4096) as raw:
@@ -547,7 +547,7 @@ async def test_a_client_that_never_reads_is_dropped(
 async def test_a_slow_client_is_served_until_it_takes_nothing(
     simulator: Simulator, start_proxy: StartProxy, log_lines: LogRecorder
 ) -> None:
-    proxy = await start_proxy(send_seconds=1.5)
+    proxy = await start_proxy(SEND_SECONDS=1.5)
     account = simulator.account(token := simulator.token("broad", "endless"))
     loop = asyncio.get_running_loop()
     with small_window(proxy, 65_536) as raw:
@@ -573,7 +573,7 @@ async def read_to_the_end(url: str, data: bytes, seconds: float = 5.0) -> bytes:
 
 @one_dialect
 async def test_a_body_that_stalls_is_a_408_and_frees_its_place(start_proxy: StartProxy) -> None:
-    proxy = await start_proxy(body_seconds=1.0, max_requests=1)
+    proxy = await start_proxy(BODY_SECONDS=1.0, max_requests=1)
     answer = await read_to_the_end(proxy, chat_bytes("hello", True)[:-1])
     assert answer.startswith(b"HTTP/1.1 408 ") and b"body_timeout" in answer
 
@@ -581,7 +581,7 @@ async def test_a_body_that_stalls_is_a_408_and_frees_its_place(start_proxy: Star
 @one_dialect
 @pytest.mark.parametrize("head", [b"", b"POST / HT", b"POST / HTTP/1.1\r\nHost:", b"GET /ping HTTP/1.1\r\nA: b\r\n"])
 async def test_a_head_that_stalls_is_closed(start_proxy: StartProxy, head: bytes) -> None:
-    proxy = await start_proxy(idle_seconds=1.0)
+    proxy = await start_proxy(IDLE_SECONDS=1.0)
     assert b" 200 " not in await read_to_the_end(proxy, head)
     served = await read_to_the_end(proxy, b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\n" + head)  # on a kept connection too
     assert served.count(b"HTTP/1.1") == 1
@@ -762,10 +762,13 @@ class StartAlone:
         self._dialect = dialect
         self.started: list[Running] = []
 
-    async def __call__(self, *, listener: socket.socket | None = None, **environment: str) -> Running:
+    async def __call__(
+        self, *, listener: socket.socket | None = None, program: Sequence[str] = PROGRAM[1:], **environment: str
+    ) -> Running:
         """A proxy on a port of its own, or on the one that it is handed."""
         service = {"KIMI_AUTH_URL": self._simulator.url, "KIMI_PROTOCOL": self._dialect}
-        self.started.append(await start(self._simulator, listener=listener, **service, **environment))
+        started = await start(self._simulator, listener=listener, program=program, **service, **environment)
+        self.started.append(started)
         return self.started[-1]
 
 
@@ -822,7 +825,8 @@ async def repeat(piece: bytes, times: int) -> AsyncIterator[bytes]:
 
 
 async def test_memory_does_not_grow(simulator: Simulator, start_alone: StartAlone) -> None:
-    running = await start_alone(PROXY_SEND_SECONDS="1", PROXY_MAX_INLINE_MB="1")
+    impatient = "import sys, kimi_proxy; kimi_proxy.SEND_SECONDS = 1; sys.exit(kimi_proxy.main([]))"
+    running = await start_alone(program=["-c", impatient], PROXY_MAX_INLINE_MB="1")
     await works_again(simulator, running.url)
 
     async def ask(*faults: str) -> None:

@@ -345,7 +345,7 @@ async def open_proxy(start_proxy: StartProxy, nothing_is_left: None, tmp_path: P
     yield await start_proxy(
         allow_private_urls=True,
         spool_dir=str(tmp_path),
-        file_seconds=1.2,
+        FILE_SECONDS=1.2,
         call_seconds=2.0,
         max_file_mb=2,
         max_inline_mb=3,
@@ -617,7 +617,7 @@ async def test_what_an_origin_does_wrong_is_told_and_leaves_nothing(
 async def test_an_origin_that_never_rests_and_never_ends_meets_the_limit_of_the_whole(
     simulator: Simulator, start_proxy: StartProxy, tmp_path: Path, order: str
 ) -> None:
-    proxy = await start_proxy(allow_private_urls=True, spool_dir=str(tmp_path), file_seconds=30.0, transfer_seconds=0.5)
+    proxy = await start_proxy(allow_private_urls=True, spool_dir=str(tmp_path), FILE_SECONDS=30.0, TRANSFER_SECONDS=0.5)
     token = simulator.token("read")
     status, answer = await ask(proxy, token, file_part(f"{simulator.origin_url}/{order}/a.pdf"))
     assert (status, answer["error"]["code"], answer["code"]) == (504, "file_silent", -2003)
@@ -696,9 +696,9 @@ async def test_what_the_service_does_wrong_with_a_file_is_told_and_leaves_nothin
     proxy = await start_proxy(
         allow_private_urls=True,
         spool_dir=str(tmp_path),
-        file_seconds=2.0,
+        FILE_SECONDS=2.0,
         call_seconds=2.0,
-        parse_seconds=2.0,
+        PARSE_SECONDS=2.0,
         max_inline_mb=9,
     )
     size = 6_000_000  # more than the buffers of a connection hold
@@ -1025,7 +1025,7 @@ async def test_a_url_is_asked_for_as_it_is(simulator: Simulator, open_proxy: str
 
 
 async def test_a_slow_signing_is_no_silence_of_the_storage(simulator: Simulator, start_proxy: StartProxy) -> None:
-    proxy = await start_proxy(file_seconds=0.3, call_seconds=5.0)
+    proxy = await start_proxy(FILE_SECONDS=0.3, call_seconds=5.0)
     token = simulator.token("read", "slow=sign:0.8")
     assert (await ask(proxy, token, file_part(data_url(CONTENT))))[0] == 200
 

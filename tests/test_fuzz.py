@@ -25,6 +25,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from kimi_simulator import HELLO, Simulator
 
+import kimi_proxy
 from kimi_proxy import Settings, logger, run_server
 
 MARK: Final = "zqWhisper"  # in every text that a request holds, and so in no line of the log
@@ -120,6 +121,9 @@ async def exchange(url: str, pieces: list[bytes | float]) -> bytes:
 # The proxies, one for each dialect, on a loop that runs while a request does.
 
 
+SHORT = {"IDLE_SECONDS": 4.0, "BODY_SECONDS": 2.0, "FILE_SECONDS": 2.0, "TRANSFER_SECONDS": 3.0}
+
+
 class Rig:
     """A simulator and a proxy for each dialect, all on one event loop that the caller turns."""
 
@@ -137,6 +141,9 @@ class Rig:
 
     async def start(self) -> None:
         """Start them, with limits that are short, though not for a machine with other work, and small ones."""
+        patch = self._stack.enter_context(pytest.MonkeyPatch.context())
+        for name, seconds in SHORT.items():
+            patch.setattr(kimi_proxy, name, seconds)
         await self._stack.enter_async_context(self.simulator)
         for dialect in DIALECTS:
             settings = Settings(
@@ -146,10 +153,6 @@ class Rig:
                 port=0,
                 state_dir="",
                 drain_seconds=0.2,
-                idle_seconds=4.0,
-                body_seconds=2.0,
-                file_seconds=2.0,
-                transfer_seconds=3.0,
                 max_file_mb=1,
                 max_inline_mb=1,
                 allow_private_urls=True,

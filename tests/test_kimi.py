@@ -69,7 +69,7 @@ async def test_the_protocol_is_kept_to_the_letter_and_cookies_are_not(
 async def test_any_access_token_and_rotated_refresh_tokens_will_do(
     simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession, faults: tuple[str, ...]
 ) -> None:
-    proxy = await start_proxy(token_seconds=1e-6)
+    proxy = await start_proxy(TOKEN_SECONDS=1e-6)
     token = simulator.token("hello", *faults)
     for _ in range(3):
         assert await ask(http, proxy, token) == 200

@@ -756,26 +756,3 @@ async def test_what_a_killed_process_left_open_is_removed_by_the_next_one(
     status, log = await heir.stop()
     assert status == 0 and "left open by a process that ended" in log and token not in log
     assert list((tmp_path / "conversations").iterdir()) == []
-
-
-LIMITED = """
-import resource, runpy, sys
-resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-async def test_with_few_descriptors_further_clients_are_told(simulator: Simulator) -> None:
-    running = await start(simulator, program=["-c", LIMITED, PROGRAM[-1]])
-    address = running.url.removeprefix("http://").split(":")
-    clients = [await asyncio.open_connection(address[0], int(address[1])) for _ in range(60)]
-    told = await asyncio.wait_for(clients[-1][0].read(), 5)
-    assert told.startswith(b"HTTP/1.1 503 ") and b"Retry-After" in told
-    for _, writer in clients:
-        writer.close()
-    async with asyncio.timeout(5):
-        while await ask_health(running.url) != 200:
-            await asyncio.sleep(0.05)
-    status, log = await running.stop()
-    assert status == 0 and "Traceback" not in log and "descriptors for 18 connections" in log

@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import pytest
 
-from kimi_proxy import Settings, SettingsError, make_option_parser, option_flag, render_default
+from kimi_proxy import Settings, SettingsError, make_option_parser, option_flag, render_default, unknown_variables
 
 VARIABLES = [option.metadata["variable"] for option in fields(Settings)]
 
@@ -17,15 +17,8 @@ def test_defaults_are_those_that_are_promised() -> None:
     assert (settings.protocol, settings.use_search, settings.cors_origins) == ("auto", True, ("*",))
     assert (settings.auth_url, settings.sources, settings.state_dir) == ("https://auth.kimi.com", "text", "default")
     assert (settings.call_seconds, settings.silence_seconds, settings.answer_seconds) == (15, 120, 1800)
-    assert (settings.token_seconds, settings.first_comment_seconds, settings.comment_seconds) == (300, 20, 15)
     assert (settings.max_file_mb, settings.max_inline_mb, settings.allow_private_urls) == (100, 32, False)
-    assert (settings.max_requests, settings.max_connections, settings.max_account_requests) == (256, 1024, 64)
-    assert (settings.body_seconds, settings.idle_seconds, settings.send_seconds, settings.max_bodies_mb) == (
-        60,
-        75,
-        60,
-        256,
-    )
+    assert (settings.drain_seconds, settings.drain_delay_seconds, settings.max_requests) == (30, 0, 256)
     assert settings.max_body_bytes == 32 * 1_048_576 * 4 // 3 + 1_048_576
 
 
@@ -65,12 +58,8 @@ GOOD = {
     "PROXY_QUEUE_LENGTH": ("0", 0),
     "PROXY_LOG_FORMAT": ("JSON", "json"),
     "PROXY_MAX_REQUESTS": ("1", 1),
-    "PROXY_MAX_CONNECTIONS": ("1", 1),
-    "PROXY_MAX_ACCOUNT_REQUESTS": ("1", 1),
-    "PROXY_MAX_BODIES_MB": ("1", 1),
     "KIMI_PROXY_URL": ("http://u:p@127.0.0.1:3128", "http://u:p@127.0.0.1:3128"),
     "PROXY_ALLOW_PRIVATE_URLS": ("1", True),
-    "PROXY_MAX_ACCOUNTS": ("5", 5),
 } | {variable: ("2.5", 2.5) for variable in VARIABLES if variable.endswith("_SECONDS")}
 BAD = {
     "PROXY_PORT": ["x", "-1", "65536", "", "8000.5"],
@@ -85,13 +74,9 @@ BAD = {
     "PROXY_QUEUE_LENGTH": ["-1", "many"],
     "PROXY_LOG_FORMAT": ["xml"],
     "PROXY_MAX_REQUESTS": ["0"],
-    "PROXY_MAX_CONNECTIONS": ["0"],
-    "PROXY_MAX_ACCOUNT_REQUESTS": ["0"],
-    "PROXY_MAX_BODIES_MB": ["0"],
     "KIMI_PROXY_URL": ["socks5://127.0.0.1:1", "x"],
     "PROXY_SPOOL_DIR": ["/no/such/directory", __file__],
     "PROXY_ALLOW_PRIVATE_URLS": ["10.0.0.0/8"],
-    "PROXY_MAX_ACCOUNTS": ["0"],
 } | {variable: ["x", "nan", "inf", "-1"] for variable in VARIABLES if variable.endswith("_SECONDS")}
 
 
@@ -129,3 +114,14 @@ def test_help_shows_every_flag_with_its_default_and_variable() -> None:
         assert option_flag(option.metadata["variable"]) in text
         assert option.metadata["variable"] in text
         assert f"(default {render_default(option.default)}" in text.replace("- ", "-")
+
+
+def test_variables_that_look_like_settings_and_are_none_are_found() -> None:
+    environ = {
+        "PROXY_SEND_SECONDS": "1",
+        "PROXY_PORT": "1",
+        "KIMI_PROTOCOL": "auto",
+        "KIMI_PARSE_SECONDS": "",
+        "A": "b",
+    }
+    assert unknown_variables(environ) == ["KIMI_PARSE_SECONDS", "PROXY_SEND_SECONDS"]
