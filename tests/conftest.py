@@ -16,6 +16,7 @@ import aiohttp
 import pytest
 from kimi_simulator import Simulator
 
+import kimi_proxy
 from kimi_proxy import RedactingFormatter, Settings, logger, run_server
 
 
