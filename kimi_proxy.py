@@ -66,14 +66,27 @@ from collections.abc import (
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from functools import cache, cached_property, lru_cache, partial
 from itertools import accumulate, cycle
 from json.encoder import encode_basestring
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any, Final, Generic, Literal, NoReturn, Protocol, TypeVar, cast
+from typing import (
+    IO,
+    Any,
+    Final,
+    Generic,
+    Literal,
+    NoReturn,
+    Protocol,
+    TypeVar,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 from urllib.parse import unquote, urljoin
 
 import aiohttp
@@ -87,234 +100,76 @@ __version__: Final = "1.7.0"
 
 # ==== 2. Settings ===========================================================
 #
-# One row an option: its field's metadata gives the environment variable, the flag, `--help` and the README's table.
-# A flag wins over the variable, the variable over the default. Secrets have no flag: flags show in `ps`.
+# One row per setting: default and help. The variable follows from its name, the check from its type, the unit from the
+# end of its name. A flag wins over the variable, the variable over the default. Secrets have no flag: `ps` shows flags.
 
-TOKEN_SHAPE: Final = re.compile(r"[!-+\--~]{1,8192}")  # of a token or a key: no blank, and no comma
+MEGABYTE: Final = 1_048_576
+TOKEN_SHAPE: Final = re.compile(r"[!-+\--~]{1,8192}")  # of a token or a key: no whitespace, no comma
+_BOOLEANS: Final = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
 
 
 class SettingsError(ValueError):
     """A setting is not usable. The text is one line for the person who starts the program."""
 
 
-def _text(value: str) -> str:
-    return value.strip()
-
-
-def _one_of(*words: str) -> Callable[[str], str]:
-    def check(value: str) -> str:
-        word = value.strip().lower()
-        if word not in words:
-            raise ValueError(f"must be one of {', '.join(words)}")
-        return word
-
-    return check
-
-
-def _yes_or_no(value: str) -> bool:
-    word = value.strip().lower()
-    if word not in _YES_OR_NO:
-        raise ValueError("must be true or false")
-    return _YES_OR_NO[word]
-
-
-_YES_OR_NO: Final = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False} | {
-    "off": False
-}
-
-
-def _between(low: float, high: float) -> Callable[[str], float]:
-    def check(value: str) -> float:
-        number = float(value)
-        if not low <= number <= high:
-            raise ValueError(f"must be a number from {low:g} to {high:g}")
-        return number
-
-    return check
-
-
-def _whole(low: int, high: int) -> Callable[[str], int]:
-    def check(value: str) -> int:
-        number = int(value)
-        if not low <= number <= high:
-            raise ValueError(f"must be a whole number from {low} to {high}")
-        return number
-
-    return check
-
-
-def _web_address(value: str) -> str:
-    text = value.strip().rstrip("/")
-    address = URL(text)
-    if text and (address.scheme not in ("http", "https") or not address.host or address.query or address.fragment):
-        raise ValueError("must look like https://host or http://host:port")
-    return str(address)  # encoded as it has to be: what is appended to it needs no more
-
-
-def _directory(value: str) -> str:
-    text = value.strip()
-    if text and not os.path.isdir(text):
-        raise ValueError("must be a directory that exists")
-    return text
-
-
-def _words(value: str) -> tuple[str, ...]:
-    return tuple(word for word in re.split(r"[,\s]+", value) if word)
-
-
-def _option(
-    variable: str, default: Any, check: Callable[[str], Any], unit: str, help_text: str, *, secret: bool = False
-) -> Any:
-    known = {"variable": variable, "check": check, "unit": unit, "help": help_text, "secret": secret}
+def _kimi(default: Any, text: str, prefix: str = "KIMI_", *, secret: bool = False, **limits: int) -> Any:
+    known = {"help": text, "prefix": prefix, "secret": secret, **limits}
     return field(default=default, metadata=known, repr=not secret)
 
 
-_SECONDS: Final = _between(0.01, 86_400)
-MEGABYTE: Final = 1_048_576
+_proxy: Final = partial(_kimi, prefix="PROXY_")
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """Everything that can be set, with its default."""
 
-    host: str = _option("PROXY_HOST", "127.0.0.1", _text, "", "address to listen on")
-    port: int = _option("PROXY_PORT", 8000, _whole(0, 65_535), "", "port to listen on; 0 takes a free one")
-    base_url: str = _option(
-        "KIMI_BASE_URL",
-        "",
-        _web_address,
-        "",
-        "base URL of the service; empty: https://kimi.moonshot.cn for classic, https://www.kimi.com for connect",
+    host: str = _proxy("127.0.0.1", "address to listen on")
+    port: int = _proxy(8000, "port to listen on; 0 takes a free one", low=0, high=65_535)
+    base_url: str = _kimi(
+        "", "base URL of Kimi; empty: https://kimi.moonshot.cn for classic, https://www.kimi.com for connect"
     )
-    auth_url: str = _option(
-        "KIMI_AUTH_URL", "https://auth.kimi.com", _web_address, "", "base URL of the newer token refresh"
+    auth_url: str = _kimi("https://auth.kimi.com", "base URL of the newer token refresh")
+    protocol: Literal["auto", "classic", "connect"] = _kimi(
+        "auto", "auto, classic or connect; auto starts with classic and moves on when that is retired"
     )
-    protocol: str = _option(
-        "KIMI_PROTOCOL",
-        "auto",
-        _one_of("auto", "classic", "connect"),
-        "",
-        "auto, classic or connect; auto starts with classic and moves on when that is retired",
+    use_search: bool = _kimi(True, "search the web where neither request nor model says")
+    sources: Literal["text", "annotations", "none"] = _kimi(
+        "text", "how search hits are shown: text (in the answer, and as annotations), annotations, or none"
     )
-    use_search: bool = _option(
-        "KIMI_USE_SEARCH", True, _yes_or_no, "", "search the web where neither request nor model says"
+    refresh_token: str = _kimi("", "comma-separated refresh tokens of accounts that the proxy holds", secret=True)
+    refresh_token_file: str = _kimi(
+        "", "a file with them; a relative name is looked up in $CREDENTIALS_DIRECTORY first"
     )
-    sources: str = _option(
-        "KIMI_SOURCES",
-        "text",
-        _one_of("text", "annotations", "none"),
-        "",
-        "how search hits are shown: text (in the answer, and as annotations), annotations, or none",
+    api_keys: str = _proxy("", "comma-separated keys (key or name:key), one of which clients must send", secret=True)
+    api_keys_file: str = _proxy("", "a file with them, comma-separated or one per line")
+    allowed_hosts: tuple[str, ...] = _proxy((), "comma-separated names of a proxy that holds an account")
+    proxy_url: str = _kimi(
+        "", "HTTP proxy for Kimi and its storage, http://user:password@host:port; never for file URLs", secret=True
     )
-    refresh_token: str = _option(
-        "KIMI_REFRESH_TOKEN",
-        "",
-        _text,
-        "",
-        "an account that the proxy holds, by its refresh token; several by comma. Clients then need none",
-        secret=True,
-    )
-    refresh_token_file: str = _option(
-        "KIMI_REFRESH_TOKEN_FILE",
-        "",
-        _text,
-        "",
-        "a file with it, read again when it changes; a relative name is looked up in $CREDENTIALS_DIRECTORY first",
-    )
-    api_keys: str = _option(
-        "PROXY_API_KEYS",
-        "",
-        _text,
-        "",
-        "the proxy's own keys, of which clients must send one; by comma, each key or name:key",
-        secret=True,
-    )
-    api_keys_file: str = _option("PROXY_API_KEYS_FILE", "", _text, "", "a file with them, by comma or line")
-    allowed_hosts: tuple[str, ...] = _option(
-        "PROXY_ALLOWED_HOSTS",
-        (),
-        _words,
-        "",
-        "names by which the proxy may be called while it holds an account, by comma",
-    )
-    proxy_url: str = _option(
-        "KIMI_PROXY_URL",
-        "",
-        _web_address,
-        "",
-        "outgoing HTTP proxy for Kimi and its storage, http://user:password@host:port; never for file URLs",
-        secret=True,
-    )
-    queue_length: int = _option(
-        "PROXY_QUEUE_LENGTH",
-        16,
-        _whole(0, 10_000),
-        "",
-        "requests that may wait for an account that answers one at a time",
-    )
-    state_dir: str = _option(
-        "PROXY_STATE_DIR",
+    queue_length: int = _proxy(16, "requests that may wait for an account that answers one at a time", low=0)
+    state_dir: str = _proxy(
         "default",
-        _text,
-        "",
         "where rotated tokens, and a list of open conversations, are kept; "
         "default: $STATE_DIRECTORY, else the user's state directory; empty: memory only",
     )
-    cors_origins: tuple[str, ...] = _option(
-        "PROXY_CORS_ORIGINS", ("*",), _words, "", "web origins whose pages may call, by comma; * is any"
+    cors_origins: tuple[str, ...] = _proxy(("*",), "comma-separated web origins whose pages may call; * is any")
+    log_level: Literal["debug", "info", "warning", "error"] = _proxy(
+        "info", "debug, info, warning or error; debug adds kind and size of each upstream event"
     )
-    log_level: str = _option(
-        "PROXY_LOG_LEVEL",
-        "info",
-        _one_of("debug", "info", "warning", "error"),
-        "",
-        "debug, info, warning or error; debug adds kind and size of each upstream event",
+    log_format: Literal["text", "json"] = _proxy("text", "text, or json: one JSON object per line")
+    call_seconds: float = _kimi(15.0, "limit of one ordinary call to Kimi")
+    silence_seconds: float = _kimi(120.0, "an answer that is silent for this long has failed")
+    answer_seconds: float = _kimi(1800.0, "limit of one whole answer")
+    drain_delay_seconds: float = _proxy(
+        0.0, "on shutdown, /health says 503 for this long before anything else changes; 2 behind a balancer", low=0
     )
-    log_format: str = _option(
-        "PROXY_LOG_FORMAT", "text", _one_of("text", "json"), "", "text, or json: one JSON object a line"
-    )
-    call_seconds: float = _option("KIMI_CALL_SECONDS", 15.0, _SECONDS, "s", "limit of one ordinary call to the service")
-    silence_seconds: float = _option(
-        "KIMI_SILENCE_SECONDS", 120.0, _SECONDS, "s", "an answer in which no byte came for so long has failed"
-    )
-    answer_seconds: float = _option("KIMI_ANSWER_SECONDS", 1800.0, _SECONDS, "s", "limit of one whole answer")
-    drain_delay_seconds: float = _option(
-        "PROXY_DRAIN_DELAY_SECONDS",
-        0.0,
-        _between(0, 3600),
-        "s",
-        "at the end, /health says 503 for so long before anything else changes; 2 behind a balancer",
-    )
-    drain_seconds: float = _option(
-        "PROXY_DRAIN_SECONDS", 30.0, _between(0, 3600), "s", "at the end, running requests may finish for so long"
-    )
-    max_file_mb: int = _option(
-        "PROXY_MAX_FILE_MB", 100, _whole(1, 10_000), "MB", "largest file of a request (1 MB is 1,048,576 bytes)"
-    )
-    max_inline_mb: int = _option(
-        "PROXY_MAX_INLINE_MB",
-        32,
-        _whole(1, 1024),
-        "MB",
-        "files inside a request, decoded, all together; the largest body is 4/3 of it and 1 MB",
-    )
-    spool_dir: str = _option(
-        "PROXY_SPOOL_DIR",
-        "",
-        _directory,
-        "",
-        "where a file of unknown length waits; empty: the system's temporary files",
-    )
-    allow_private_urls: bool = _option(
-        "PROXY_ALLOW_PRIVATE_URLS",
-        False,
-        _yes_or_no,
-        "",
-        "file URLs may lead into private networks and to this machine",
-    )
-    max_requests: int = _option(
-        "PROXY_MAX_REQUESTS", 256, _whole(1, 1_000_000), "", "requests at once; beyond it a 503 with Retry-After"
-    )
+    drain_seconds: float = _proxy(30.0, "on shutdown, running requests may finish for this long", low=0)
+    max_file_mb: int = _proxy(100, "largest file of a request (1 MB is 1,048,576 bytes)")
+    max_inline_mb: int = _proxy(32, "files inside a request, decoded, together; a body may have 4/3 of it and 1 MB")
+    spool_dir: str = _proxy("", "where a file of unknown length waits; empty: the system's temporary files")
+    allow_private_urls: bool = _proxy(False, "file URLs may lead into private networks and to this machine")
+    max_requests: int = _proxy(256, "requests at once; beyond it a 503 with Retry-After")
 
     @property
     def max_body_bytes(self) -> int:
@@ -325,36 +180,85 @@ class Settings:
     def load(cls, environ: Mapping[str, str], argv: Sequence[str] = ()) -> Settings:
         """The settings that `environ` and the flags in `argv` ask for.
 
-        Raises `SettingsError` for a value that is not usable; `--help`, `--version` and an unknown flag end the
-        program as argparse does.
+        Raises `SettingsError`; `--help`, `--version` and an unknown flag end the program as argparse does.
         """
-        flags = vars(make_option_parser().parse_args(list(argv)))
+        flags: dict[str, str | None] = vars(make_option_parser().parse_args(list(argv))) if argv else {}
         chosen: dict[str, Any] = {}
         for option in fields(cls):
-            variable = option.metadata["variable"]
-            text, source = flags.get(option.name), option_flag(variable)
+            source, text = option_flag(option), flags.get(option.name)
             if text is None:
-                text, source = environ.get(variable), variable
+                source = option_variable(option)
+                text = environ.get(source)
             if text is None:
                 continue
             try:
-                chosen[option.name] = option.metadata["check"](text)
-            except (ValueError, OverflowError) as error:
-                reason = str(error) if str(error).startswith("must") else "is not a number"
+                chosen[option.name] = _parse_setting(option, text.strip())
+            except ValueError as error:
                 shown = "" if option.metadata["secret"] else f"={text[:80]!r}"
-                raise SettingsError(f"{source}{shown}: {reason}") from None
+                raise SettingsError(f"{source}{shown}: {error}") from None
         return cls(**chosen)
+
+
+def _parse_setting(option: Field[Any], text: str) -> Any:
+    """The value of `text`; raises `ValueError`, which says what it must be and quotes none of it."""
+    kind = get_type_hints(Settings)[option.name]
+    if kind in (int, float):
+        low, high = (1, 1_000_000) if kind is int else (0.01, 86_400)
+        return _parse_number(kind, text, option.metadata.get("low", low), option.metadata.get("high", high))
+    if kind is bool or get_origin(kind) is Literal:
+        choices = _BOOLEANS if kind is bool else {word: word for word in get_args(kind)}
+        if text.lower() not in choices:
+            raise ValueError("must be true or false" if kind is bool else f"must be one of {', '.join(choices)}")
+        return choices[text.lower()]
+    if option.name.endswith("_url"):
+        return _check_url(text.rstrip("/"))
+    if option.name == "spool_dir" and text and not os.path.isdir(text):
+        raise ValueError("must be a directory that exists")
+    return text if kind is str else tuple(text.replace(",", " ").split())
+
+
+def _parse_number(kind: type[float], text: str, low: float, high: float) -> float:
+    try:
+        number = kind(text)
+    except ValueError:
+        number = nan
+    if not low <= number <= high:
+        raise ValueError(f"must be a {'whole ' if kind is int else ''}number from {low} to {high}")
+    return number
+
+
+def _check_url(text: str) -> str:
+    try:
+        url = URL(text)
+    except ValueError as error:  # its text may quote a password
+        raise ValueError("the port is not valid" if "port" in str(error).lower() else "is not a valid URL") from None
+    if text and (url.scheme not in ("http", "https") or not url.host or url.query or url.fragment):
+        raise ValueError("must look like https://host or http://host:port")
+    return str(url)  # encoded as needed: paths are appended to it
+
+
+def option_variable(option: Field[Any]) -> str:
+    """The environment variable of a setting: `PROXY_LOG_LEVEL`, `KIMI_PROTOCOL`."""
+    return f"{option.metadata['prefix']}{option.name.upper()}"
+
+
+def option_flag(option: Field[Any]) -> str:
+    """The flag of a setting: `--log-level` of `PROXY_LOG_LEVEL`, `--kimi-protocol` of `KIMI_PROTOCOL`."""
+    return "--" + option_variable(option).removeprefix("PROXY_").lower().replace("_", "-")
 
 
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:
     """Variables in `environ` that look like settings and are none, such as those that no longer exist."""
-    known = {option.metadata["variable"] for option in fields(Settings)}
+    known = set(map(option_variable, fields(Settings)))
     return sorted(name for name in environ if name.startswith(("KIMI_", "PROXY_")) and name not in known)
 
 
-def option_flag(variable: str) -> str:
-    """The flag of an environment variable: `--log-level` of `PROXY_LOG_LEVEL`, `--kimi-protocol` of `KIMI_PROTOCOL`."""
-    return "--" + variable.removeprefix("PROXY_").lower().replace("_", "-")
+def render_default(option: Field[Any]) -> str:
+    """A default as in the README: `true`, `15` s, `*`, `(empty)`."""
+    unit = {"seconds": " s", "mb": " MB"}.get(option.name.rpartition("_")[2], "")
+    value = ",".join(option.default) if isinstance(option.default, tuple) else option.default
+    text = str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+    return f"`{text or '(empty)'}`{unit}"
 
 
 def make_option_parser() -> argparse.ArgumentParser:
@@ -362,32 +266,15 @@ def make_option_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kimi_proxy.py",
         description="An OpenAI-compatible gateway in front of the Kimi web service.",
-        epilog='`kimi_proxy.py ask "question"` asks a running proxy; `kimi_proxy.py check` tries every step of the '
-        "service with your token. Each has its own --help.",
+        epilog='`kimi_proxy.py ask "question"` asks a running proxy, `kimi_proxy.py check` tries every step of Kimi.',
         allow_abbrev=False,  # an abbreviated flag may be that of a secret, which has none
     )
     parser.add_argument("--version", action="version", version=f"kimi_proxy {__version__}")
     for option in fields(Settings):
-        if option.metadata["secret"]:
-            continue
-        variable, unit = option.metadata["variable"], option.metadata["unit"]
-        shown = f"{render_default(option.default)} {unit}".strip()
-        parser.add_argument(
-            option_flag(variable),
-            dest=option.name,
-            metavar=(unit or option.name).upper(),
-            help=f"{option.metadata['help']} (default {shown}; {variable})".replace("%", "%%"),
-        )
+        if not option.metadata["secret"]:
+            text = f"{option.metadata['help']} (default {render_default(option)}; {option_variable(option)})"
+            parser.add_argument(option_flag(option), dest=option.name, metavar="X", help=text.replace("%", "%%"))
     return parser
-
-
-def render_default(value: object) -> str:
-    """A default as a person would write it: `true`, `15`, `*`, `(empty)`."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return ",".join(value) or "(empty)"
-    return f"{value:g}" if isinstance(value, float) else str(value) or "(empty)"
 
 
 # ==== 3. Errors =============================================================

@@ -15,7 +15,7 @@ from conftest import StartProxy
 from kimi_simulator import HELLO, Simulator
 from toc import MODULE
 
-from kimi_proxy import FAILURES, Settings, __version__, render_default
+from kimi_proxy import FAILURES, Settings, __version__, option_variable, render_default
 
 README = (MODULE.parent / "README.md").read_text("utf-8")
 
@@ -23,8 +23,7 @@ README = (MODULE.parent / "README.md").read_text("utf-8")
 def render_settings() -> list[str]:
     """The rows of the table of settings."""
     return [
-        f"| `{option.metadata['variable']}` | `{render_default(option.default)}`"
-        f"{' ' + option.metadata['unit'] if option.metadata['unit'] else ''} | {option.metadata['help']} |"
+        f"| `{option_variable(option)}` | {render_default(option)} | {option.metadata['help']} |"
         for option in fields(Settings)
     ]
 

@@ -6,9 +6,17 @@ from dataclasses import fields
 
 import pytest
 
-from kimi_proxy import Settings, SettingsError, make_option_parser, option_flag, render_default, unknown_variables
+from kimi_proxy import (
+    Settings,
+    SettingsError,
+    make_option_parser,
+    option_flag,
+    option_variable,
+    render_default,
+    unknown_variables,
+)
 
-VARIABLES = [option.metadata["variable"] for option in fields(Settings)]
+OPTIONS = {option_variable(option): option for option in fields(Settings)}
 
 
 def test_defaults_are_those_that_are_promised() -> None:
@@ -22,7 +30,7 @@ def test_defaults_are_those_that_are_promised() -> None:
     assert settings.max_body_bytes == 32 * 1_048_576 * 4 // 3 + 1_048_576
 
 
-SECRETS = {option.metadata["variable"] for option in fields(Settings) if option.metadata["secret"]}
+SECRETS = {variable for variable, option in OPTIONS.items() if option.metadata["secret"]}
 
 
 def test_secrets_have_no_flag_and_show_nowhere() -> None:
@@ -60,38 +68,45 @@ GOOD = {
     "PROXY_MAX_REQUESTS": ("1", 1),
     "KIMI_PROXY_URL": ("http://u:p@127.0.0.1:3128", "http://u:p@127.0.0.1:3128"),
     "PROXY_ALLOW_PRIVATE_URLS": ("1", True),
-} | {variable: ("2.5", 2.5) for variable in VARIABLES if variable.endswith("_SECONDS")}
+} | {variable: ("2.5", 2.5) for variable in OPTIONS if variable.endswith("_SECONDS")}
 BAD = {
     "PROXY_PORT": ["x", "-1", "65536", "", "8000.5"],
-    "KIMI_BASE_URL": ["kimi.com", "ftp://kimi.com", "https://", "https://kimi.com?x=1", "https://kimi.com#x"],
+    "KIMI_BASE_URL": [
+        "kimi.com",
+        "ftp://kimi.com",
+        "https://",
+        "https://kimi.com?x=1",
+        "https://kimi.com#x",
+        "http://[::1",
+    ],
     "KIMI_AUTH_URL": ["x"],
     "KIMI_SOURCES": ["all"],
     "KIMI_PROTOCOL": ["grpc"],
     "KIMI_USE_SEARCH": ["maybe", ""],
     "PROXY_LOG_LEVEL": ["loud"],
     "PROXY_MAX_FILE_MB": ["0", "1e9"],
-    "PROXY_MAX_INLINE_MB": ["0", "1025"],
+    "PROXY_MAX_INLINE_MB": ["0", "1e3"],
     "PROXY_QUEUE_LENGTH": ["-1", "many"],
     "PROXY_LOG_FORMAT": ["xml"],
     "PROXY_MAX_REQUESTS": ["0"],
     "KIMI_PROXY_URL": ["socks5://127.0.0.1:1", "x"],
     "PROXY_SPOOL_DIR": ["/no/such/directory", __file__],
     "PROXY_ALLOW_PRIVATE_URLS": ["10.0.0.0/8"],
-} | {variable: ["x", "nan", "inf", "-1"] for variable in VARIABLES if variable.endswith("_SECONDS")}
+} | {variable: ["x", "nan", "inf", "-1"] for variable in OPTIONS if variable.endswith("_SECONDS")}
 
 
 def test_every_setting_has_a_case_here() -> None:
-    assert set(GOOD) == set(VARIABLES)
+    assert set(GOOD) == set(OPTIONS)
 
 
 @pytest.mark.parametrize("variable", GOOD)
 def test_a_setting_by_variable_by_flag_and_the_flag_wins(variable: str) -> None:
     text, value = GOOD[variable]
-    (name,) = [option.name for option in fields(Settings) if option.metadata["variable"] == variable]
-    assert getattr(Settings.load({variable: text}), name) == value
+    option = OPTIONS[variable]
+    assert getattr(Settings.load({variable: text}), option.name) == value
     if variable in SECRETS:
         return
-    assert getattr(Settings.load({variable: "nonsense"}, [f"{option_flag(variable)}={text}"]), name) == value
+    assert getattr(Settings.load({variable: "nonsense"}, [f"{option_flag(option)}={text}"]), option.name) == value
 
 
 @pytest.mark.parametrize(("variable", "text"), [(variable, text) for variable, texts in BAD.items() for text in texts])
@@ -101,19 +116,23 @@ def test_a_bad_value_is_one_line_that_names_it(variable: str, text: str) -> None
     assert str(caught.value).startswith(variable) and "\n" not in str(caught.value)
     if variable in SECRETS:
         return
-    with pytest.raises(SettingsError, match=option_flag(variable)):
-        Settings.load({}, [f"{option_flag(variable)}={text}"])
+    flag = option_flag(OPTIONS[variable])
+    with pytest.raises(SettingsError, match=flag):
+        Settings.load({}, [f"{flag}={text}"])
+
+
+@pytest.mark.parametrize("text", ["http://host:99999", "http://host:x", "http://host:-1"])
+def test_a_port_of_a_url_that_is_not_valid_is_named(text: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        Settings.load({"KIMI_BASE_URL": text})
+    assert str(caught.value) == f"KIMI_BASE_URL={text!r}: the port is not valid"
 
 
 def test_help_shows_every_flag_with_its_default_and_variable() -> None:
     text = " ".join(make_option_parser().format_help().split())
-    for option in fields(Settings):
-        if option.metadata["secret"]:
-            assert f"{option_flag(option.metadata['variable'])} " not in text
-            continue
-        assert option_flag(option.metadata["variable"]) in text
-        assert option.metadata["variable"] in text
-        assert f"(default {render_default(option.default)}" in text.replace("- ", "-")
+    for variable, option in OPTIONS.items():
+        assert (f"{option_flag(option)} " in text and variable in text) is not option.metadata["secret"]
+        assert option.metadata["secret"] or f"(default {render_default(option)}; {variable})" in text.replace("- ", "-")
 
 
 def test_variables_that_look_like_settings_and_are_none_are_found() -> None:

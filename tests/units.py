@@ -12,9 +12,10 @@ import stat
 import subprocess
 import sys
 import tempfile
+from dataclasses import fields
 from pathlib import Path
 
-from kimi_proxy import Settings, __version__
+from kimi_proxy import Settings, __version__, option_variable
 
 ROOT = Path(__file__).parent.parent
 UNITS = ("kimi-proxy.service", "kimi-proxy@.service", "kimi-proxy.socket")
@@ -246,7 +247,7 @@ def test_the_units_agree_with_each_other_and_the_settings(place: Place, units: P
     pairs = re.findall(r"(?m)^#(\w+)=(\S+)$", example)
     loose = [line for line in example.splitlines() if re.match(r"#\S", line) and not re.fullmatch(r"#\w+=\S+", line)]
     claim(len(pairs) > 5 and not loose, f"kimi-proxy.env: {loose}")
-    known = {option.metadata["variable"] for option in Settings.__dataclass_fields__.values()}
+    known = set(map(option_variable, fields(Settings)))
     unknown = {*dict(pairs), *environ} - known
     claim(not unknown, f"there are no settings {sorted(unknown)}")
     Settings.load({**environ, **dict(pairs)})

@@ -21,10 +21,9 @@ SCRIPTS = {
 async def run(protocol: str) -> int:
     """Run the tests once; the exit status of node."""
     async with Simulator() as simulator:
-        settings = Settings(
-            base_url=simulator.url, auth_url=simulator.url, protocol=protocol, port=0, state_dir="", drain_seconds=0.2
-        )
-        async with run_server(settings) as address:
+        service = {"KIMI_BASE_URL": simulator.url, "KIMI_AUTH_URL": simulator.url, "KIMI_PROTOCOL": protocol}
+        environ = {**service, "PROXY_PORT": "0", "PROXY_STATE_DIR": "", "PROXY_DRAIN_SECONDS": "0.2"}
+        async with run_server(Settings.load(environ)) as address:
             tokens = {name: simulator.token(*order.split("+")) for name, order in SCRIPTS.items()}
             environment = {"PROXY_URL": address, "PROTOCOL": protocol, "TOKENS": json.dumps(tokens), "HELLO": HELLO}
             node = await asyncio.create_subprocess_exec(
