@@ -30,6 +30,7 @@ import argparse
 import asyncio
 import base64
 import binascii
+import codecs
 import errno
 import gc
 import hashlib
@@ -371,7 +372,8 @@ FAILURES: Final[Mapping[str, Failure]] = {
         5,
     ),
     "rate_limited": Failure(429, _LIMIT, -2001, "Kimi limits this account for now", 60),
-    "quota_used_up": Failure(429, _LIMIT, -2001, "this account's research quota is used up", 3600),
+    "service_busy": Failure(429, _LIMIT, -2001, "Kimi is at its limit and serves paying users first; try again", 30),
+    "quota_used_up": Failure(429, _LIMIT, -2001, "this account's quota is used up for now", 3600),
     "internal_error": Failure(500, _SERVICE, -2001, "the proxy itself failed; its log has the traceback"),
     "service_refused": Failure(502, _SERVICE, -2000, "Kimi did not accept a call"),
     "service_failed": Failure(502, _SERVICE, -2001, "Kimi failed"),
@@ -619,313 +621,141 @@ def _render_labels(labels: Sequence[tuple[str, str]]) -> str:
 
 # ==== 5. Wire formats =======================================================
 #
-# Bytes to values and back, without I/O. A parser's `feed` takes the bytes as the network cut them and returns what
-# became complete; any split gives the same values, in linear time. A limit is checked before more is kept.
+# Bytes to values and back, without I/O. A parser's `feed` is a generator: it yields what became complete, and then
+# raises `WireError` where the bytes break the format or a limit. Any split of the bytes gives the same values, in
+# linear time. A limit is checked before more is kept.
 
 
 class WireError(ValueError):
-    """The bytes break the format, or exceed the parser's limit. The text names no content."""
+    """The bytes break the format or exceed a limit. The text quotes no content."""
 
 
+@dataclass(slots=True)
 class ServerSentEvent:
-    """One event of an event stream: its `event` type, its `data` and the stream's last event `id`."""
+    """One event of an event stream: its type, its data and the last event id of the stream."""
 
-    __slots__ = ("data", "event", "id")
-
-    def __init__(self, event: str, data: str, id: str = "") -> None:
-        self.event = event
-        self.data = data
-        self.id = id
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, ServerSentEvent):
-            return NotImplemented
-        return (self.event, self.data, self.id) == (other.event, other.data, other.id)
-
-    def __hash__(self) -> int:
-        return hash((self.event, self.data, self.id))
-
-    def __repr__(self) -> str:
-        return f"ServerSentEvent({self.event}, {len(self.data)} characters)"
+    event: str
+    data: str = field(repr=False)
+    id: str = ""
 
 
 class SSEParser:
     """Parser of `text/event-stream` (WHATWG HTML, section 9.2.6 "Interpreting an event stream").
 
-    `limit_bytes` bounds one event, the line under way included; beyond it `feed` raises `WireError`, after the events
-    before it were returned, and the parser is of no further use. `retry_milliseconds` is the last `retry` field's.
+    `limit_bytes` bounds one event, including its unfinished line. The `retry` field is ignored: nobody reconnects.
     """
 
     def __init__(self, limit_bytes: int = 1_048_576) -> None:
-        self.limit_bytes = limit_bytes
-        self.retry_milliseconds: int | None = None
-        self._line: list[bytes] = []
-        self._line_bytes = 0
-        self._data: list[str] = []
-        self._data_bytes = 0
-        self._event = ""
-        self._id = ""
-        self._bom = b"\xef\xbb\xbf"
+        self._limit_bytes = limit_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
         self._after_cr = False
-        self.error: WireError | None = None
+        self._line: list[str] = []  # the pieces of the unfinished line
+        self._size = 0  # of the unfinished event, in bytes
+        self._event = ""
+        self._data: list[str] = []
+        self._id = ""
 
-    def feed(self, data: bytes) -> list[ServerSentEvent]:
-        """The events that `data` completed, in order. Raises `WireError` beyond the limit."""
-        if self.error is not None:
-            raise self.error
-        if self._bom and not (data := self._skip_bom(data)):
-            return []
-        if self._after_cr and data:
+    def feed(self, data: bytes) -> Iterator[ServerSentEvent]:
+        """Yield the events that `data` completes. Raises `WireError` beyond the limit."""
+        text = self._decoder.decode(data)
+        if self._after_cr and text:
+            text = text.removeprefix("\n")
             self._after_cr = False
-            if data[0] == 0x0A:
-                data = data[1:]
-        if b"\n" not in data and b"\r" not in data:
-            return self._keep(data, [])
-        if self._line:
-            self._line.append(data)
-            data = b"".join(self._line)
-            self._line.clear()
-        lines = data.splitlines()  # of bytes: at CR, LF and CRLF alone, as the standard has it
-        last = data[-1]
-        self._after_cr = last == 0x0D
-        unfinished = b"" if last in (0x0A, 0x0D) else lines.pop()
-        events: list[ServerSentEvent] = []
+        if "\r" in text:
+            self._after_cr = text[-1] == "\r"
+            text = text.replace("\r\n", "\n").replace("\r", "\n")
+        *lines, rest = text.split("\n")
         for line in lines:
-            if not line:
-                if self._data:
-                    events.append(ServerSentEvent(self._event or "message", "\n".join(self._data), self._id))
-                    self._data.clear()
-                self._data_bytes = 0
-                self._event = ""
-            elif len(line) + self._data_bytes > self.limit_bytes:
-                return self._overflow(events)
-            else:
-                self._take_field(line)
-        self._line_bytes = 0
-        return self._keep(unfinished, events)
-
-    @property
-    def at_boundary(self) -> bool:
-        """Whether nothing of an event, nor of a line, is kept: what comes next begins an event."""
-        return not (self._line or self._data or self._event or self._after_cr or self._bom or self.error)
-
-    def find_end(self, data: bytes, at: int) -> int:
-        """Where the event under way at `at` ends, as far as that is plain; else where `data` does."""
-        end = data.find(b"\n\n", at)
-        return end + 2 if end >= 0 else len(data)
+            self._keep(line)
+            if self._line:
+                self._read_field("".join(self._line))
+                self._line.clear()
+                continue
+            if self._data:
+                yield ServerSentEvent(self._event or "message", "\n".join(self._data), self._id)
+            self._reset()
+        self._keep(rest)
 
     def finish(self) -> None:
-        """Say that the input ended: an event without its blank line is dropped. Raises what `feed` had yet to raise."""
-        if self.error is not None:
-            raise self.error
+        """Drop an event without its blank line: the input ended."""
         self._line.clear()
-        self._data.clear()
+        self._reset()
 
-    def _skip_bom(self, data: bytes) -> bytes:
-        """`data` without the byte order mark that may open the stream, nothing while that is undecided."""
-        data = b"".join([*self._line, data])
-        if len(data) < len(self._bom) and self._bom.startswith(data):
-            self._line = [data]
-            return b""
-        self._line = []
-        data = data.removeprefix(self._bom)
-        self._bom = b""
-        return data
+    def _reset(self) -> None:
+        self._size, self._event, self._data = 0, "", []
 
-    def _keep(self, unfinished: bytes, events: list[ServerSentEvent]) -> list[ServerSentEvent]:
-        """`events`, with the line under way kept for the next bytes."""
-        if unfinished:
-            self._line_bytes += len(unfinished)
-            if self._line_bytes + self._data_bytes > self.limit_bytes:
-                return self._overflow(events)
-            self._line.append(unfinished)
-        return events
+    def _keep(self, piece: str) -> None:
+        if not piece:
+            return
+        self._size += len(piece if piece.isascii() else piece.encode())
+        if self._size > self._limit_bytes:
+            raise WireError(f"an event of more than {self._limit_bytes} bytes")
+        self._line.append(piece)
 
-    def _overflow(self, events: list[ServerSentEvent]) -> list[ServerSentEvent]:
-        self.error = WireError(f"an event of more than {self.limit_bytes} bytes")
-        self._line.clear()
-        self._data.clear()
-        if not events:
-            raise self.error
-        return events
-
-    def _take_field(self, line: bytes) -> None:
-        name, _, value = line.partition(b":")
-        if value[:1] == b" ":
-            value = value[1:]
-        if name == b"data":
-            self._data.append(value.decode("utf-8", "replace"))
-            self._data_bytes += len(value) + 1
-        elif name == b"event":
-            self._event = value.decode("utf-8", "replace")
-        elif name == b"id":
-            if b"\0" not in value:
-                self._id = value.decode("utf-8", "replace")
-        elif name == b"retry" and value.isdigit() and len(value) < 20:
-            self.retry_milliseconds = int(value)
+    def _read_field(self, line: str) -> None:
+        name, _, value = line.partition(":")
+        value = value.removeprefix(" ")
+        if name == "data":
+            self._data.append(value)
+        elif name == "event":
+            self._event = value
+        elif name == "id" and "\0" not in value:
+            self._id = value
 
 
 def encode_sse(data: str, event: str = "") -> bytes:
     """One event as bytes; each line of `data` becomes a `data:` line."""
     head = f"event: {event}\n" if event else ""
-    lines = "".join(f"data: {line}\n" for line in re.split(r"\r\n|\r|\n", data))
-    return f"{head}{lines}\n".encode()
+    if "\n" in data or "\r" in data:
+        data = "\ndata: ".join(re.split(r"\r\n|\r|\n", data))
+    return f"{head}data: {data}\n\n".encode()
 
 
+@dataclass(slots=True)
 class Envelope:
-    """One message of a Connect stream: its `flags` byte and its `payload`, already inflated."""
+    """One message of a Connect stream: its `flags` byte and its decompressed `payload`."""
 
-    __slots__ = ("flags", "payload")
-
-    def __init__(self, flags: int, payload: bytes) -> None:
-        self.flags = flags
-        self.payload = payload
+    flags: int
+    payload: bytes = field(repr=False)
 
     @property
     def end_stream(self) -> bool:
         """Whether this is the last envelope: flag 0x02 [2+]; some saw 0x80 [open]."""
         return bool(self.flags & 0x82)
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Envelope) and (self.flags, self.payload) == (other.flags, other.payload)
-
-    def __hash__(self) -> int:
-        return hash((self.flags, self.payload))
-
-    def __repr__(self) -> str:
-        return f"Envelope({self.flags:#04x}, {len(self.payload)} bytes)"
-
 
 class EnvelopeParser:
-    """Parser of Connect's stream envelopes (Connect protocol, "Streaming RPCs"): 1 byte flags, 4 bytes big-endian
-    length, payload.
+    """Parser of Connect's envelopes (Connect protocol, "Streaming RPCs"): flags, 4 bytes big-endian length, payload.
 
-    A compressed payload (flag 0x01) is inflated as gzip. `limit_bytes` bounds a payload, announced or inflated;
-    beyond it `feed` raises `WireError`, after the envelopes before it were returned.
+    A compressed payload (flag 0x01) is gzip. `limit_bytes` bounds a payload, compressed or not.
     """
 
     def __init__(self, limit_bytes: int = 4_194_304) -> None:
-        self.limit_bytes = limit_bytes
+        self._limit_bytes = limit_bytes
         self._buffer = bytearray()
-        self.error: WireError | None = None
 
-    def feed(self, data: bytes) -> list[Envelope]:
-        """The envelopes that `data` completed, in order. Raises `WireError` for what cannot be one."""
-        if self.error is not None:
-            raise self.error
-        buffer: bytes | bytearray = data
-        if self._buffer:
-            self._buffer += data
-            buffer = self._buffer
-        envelopes: list[Envelope] = []
+    def feed(self, data: bytes) -> Iterator[Envelope]:
+        """Yield the envelopes that `data` completes. Raises `WireError` for what cannot be one."""
+        buffer = self._buffer
+        buffer += data
         start, size = 0, len(buffer)
-        try:
-            while size - start >= 5:
-                end = start + 5 + int.from_bytes(buffer[start + 1 : start + 5], "big")
-                if end - start - 5 > self.limit_bytes:
-                    raise WireError(f"an envelope of more than {self.limit_bytes} bytes")
-                if end > size:
-                    break
-                envelopes.append(self._open(buffer[start], bytes(buffer[start + 5 : end])))
-                start = end
-        except WireError as error:
-            self.error = error
-            if not envelopes:
-                raise
-            return envelopes
-        if buffer is self._buffer:
-            del self._buffer[:start]
-        elif start < size:
-            self._buffer += data[start:]
-        return envelopes
-
-    @property
-    def at_boundary(self) -> bool:
-        """Whether nothing of an envelope is kept: what comes next begins one."""
-        return not (self._buffer or self.error)
-
-    def find_end(self, data: bytes, at: int) -> int:
-        """Where the envelope that begins at `at` ends, or `data` does."""
-        return len(data) if self._buffer else min(len(data), at + 5 + int.from_bytes(data[at + 1 : at + 5], "big"))
+        while size - start >= 5:
+            end = start + 5 + int.from_bytes(buffer[start + 1 : start + 5], "big")
+            if end - start - 5 > self._limit_bytes:
+                raise WireError(f"an envelope of more than {self._limit_bytes} bytes")
+            if end > size:
+                break
+            flags, payload = buffer[start], bytes(buffer[start + 5 : end])
+            start = end
+            if flags & 0x01 and payload:
+                payload = decompress_gzip(payload, self._limit_bytes)
+            yield Envelope(flags, payload)
+        del buffer[:start]
 
     def finish(self) -> None:
-        """Say that the input ended. Raises `WireError` in the middle of an envelope, and what `feed` had yet to."""
-        if self.error is not None:
-            raise self.error
+        """Raise `WireError` where the input ended in the middle of an envelope."""
         if self._buffer:
             raise WireError("the stream ended in the middle of an envelope")
-
-    def _open(self, flags: int, payload: bytes) -> Envelope:
-        if flags & 0x01 and payload:
-            payload = inflate_gzip(payload, self.limit_bytes)
-        return Envelope(flags, payload)
-
-
-def inflate_gzip(data: bytes, limit_bytes: int) -> bytes:
-    """What gzip `data` inflates to. Raises `WireError` when it is not gzip, or becomes longer than `limit_bytes`."""
-    inflater = zlib.decompressobj(wbits=31)
-    try:
-        inflated = inflater.decompress(data, limit_bytes + 1)
-    except zlib.error:
-        raise WireError("a compressed envelope that is not gzip") from None
-    if len(inflated) > limit_bytes or not inflater.eof:
-        raise WireError("a compressed envelope that is cut or too large")
-    return inflated
-
-
-class Inflater:
-    """Decoder of a body that is gzip or deflate (RFC 9110, section 8.4.1; deflate with or without its zlib header)."""
-
-    _MOST_MEMBERS = 100  # of one gzip body: each empty one costs work, and shows nothing
-
-    def __init__(self) -> None:
-        self._inflater: Any = None
-        self._head = b""
-        self._members = 0
-        self._is_gzip = False
-
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        """What `data` becomes, in pieces of 64 KiB at most. Raises `WireError` for what is neither."""
-        piece = b""
-        while data or len(piece) == 65_536:  # a full piece may have left more inside
-            if self._inflater is None and not (data := self._begin(data)):
-                return
-            try:
-                piece = self._inflater.decompress(data, 65_536)
-            except zlib.error:
-                raise WireError("not the encoding that is announced") from None
-            if piece:
-                yield piece
-            data = self._inflater.unconsumed_tail
-            if self._inflater.eof:
-                data, self._inflater, piece = self._inflater.unused_data, None, b""
-
-    def finish(self) -> None:
-        """Say that the input ended. Raises `WireError` where it was cut."""
-        if self._inflater is not None or self._head or not self._members:
-            raise WireError("an encoded body that is cut")
-
-    def _begin(self, data: bytes) -> bytes:
-        """Begin a member with `data`; nothing is given back while its beginning is not there yet."""
-        if self._members:
-            data = data.lstrip(b"\0") if not self._head else data
-        data = self._head + data
-        self._head = data if len(data) < 2 else b""
-        if len(data) < 2:
-            return b""
-        self._members += 1
-        if self._members > (self._MOST_MEMBERS if self._is_gzip else 1):
-            raise WireError("more behind the end of an encoded body")
-        self._is_gzip = data[0] == 0x1F
-        self._inflater = zlib.decompressobj(_window_bits(data))
-        return data
-
-
-def _window_bits(head: bytes) -> int:
-    """What zlib has to expect: gzip, deflate with a header (RFC 1950, section 2.2), or without."""
-    if head[0] == 0x1F:
-        return 31
-    return 15 if head[0] & 0x0F == 8 and (head[0] << 8 | head[1]) % 31 == 0 else -15
 
 
 def encode_envelope(payload: bytes, flags: int = 0) -> bytes:
@@ -933,21 +763,36 @@ def encode_envelope(payload: bytes, flags: int = 0) -> bytes:
     return bytes((flags,)) + len(payload).to_bytes(4, "big") + payload
 
 
+def decompress_gzip(data: bytes, limit_bytes: int) -> bytes:
+    """Decompress gzip. Raises `WireError` when it is not gzip, is cut, or becomes longer than `limit_bytes`."""
+    decompressor = zlib.decompressobj(wbits=31)
+    try:
+        decompressed = decompressor.decompress(data, limit_bytes + 1)
+    except zlib.error:
+        raise WireError("a compressed envelope that is not gzip") from None
+    if len(decompressed) > limit_bytes or not decompressor.eof:
+        raise WireError("a compressed envelope that is cut or too large")
+    return decompressed
+
+
 def _refuse_constant(name: str) -> NoReturn:
-    raise WireError(f"{name} is no JSON")
+    raise WireError(f"{name} is not JSON")
 
 
 _DECODER: Final = json.JSONDecoder(parse_constant=_refuse_constant)
-_scan: Callable[[str, int], tuple[Any, int]] = _DECODER.scan_once  # type: ignore[attr-defined]
+_ENCODER: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+_HALF_PAIR: Final = re.compile(  # up to the first escaped surrogate without its other half
+    rb"(?:[^\\]++|\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(?!u[dD][89a-fA-F]).))*+\\", re.DOTALL
+)
 
 
 def parse_json(data: bytes | bytearray, *, surrogates: bool = False) -> Any:
     """The JSON value of `data` (RFC 8259: UTF-8, no NaN). Raises `WireError` for anything else, however deep or long.
 
-    A lone surrogate escape is an error too, unless `surrogates`: the service may cut a pair in two.
+    Half of an escaped surrogate pair is an error too, unless `surrogates`: the service may cut a pair in two.
     """
     try:
-        value = _decode_json(data.decode("utf-8"))
+        value = _DECODER.decode(data.decode())
     except UnicodeDecodeError:
         raise WireError("not UTF-8") from None
     except json.JSONDecodeError as error:
@@ -958,48 +803,28 @@ def parse_json(data: bytes | bytearray, *, surrogates: bool = False) -> Any:
         raise
     except ValueError:
         raise WireError("a number with too many digits") from None
-    if not surrogates and (b"\\ud" in data or b"\\uD" in data) and _has_surrogate(value):
+    if not surrogates and (b"\\ud" in data or b"\\uD" in data) and _HALF_PAIR.match(data):
         raise WireError("half of a surrogate pair")
     return value
 
 
-def _decode_json(text: str) -> Any:
-    try:
-        value, end = _scan(text, 0)
-        if end == len(text) or not text[end:].strip(" \t\r\n"):
-            return value
-    except StopIteration:
-        pass
-    return _DECODER.decode(text)  # passes over white space before it, or tells what is wrong
+def encode_json(value: object) -> str:
+    """`value` as compact JSON on one line; characters beyond ASCII are kept, lone surrogates replaced."""
+    text = _ENCODER.encode(value)
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
-def _has_surrogate(value: object) -> bool:
-    """Whether half of a surrogate pair stands in any string of a JSON value; nothing is copied to find out."""
-    waiting = [value]
-    while waiting:
-        one = waiting.pop()
-        if isinstance(one, str):
-            if not one.isascii() and SURROGATE.search(one):
-                return True
-        elif isinstance(one, dict):
-            waiting += one.keys()
-            waiting += one.values()
-        elif isinstance(one, list):
-            waiting += one
-    return False
-
-
-SURROGATE: Final = re.compile("[\ud800-\udfff]")
+_BASE64_ALPHABET: Final = {ord("-"): "+", ord("_"): "/", **{ord(space): None for space in " \t\r\n"}}
 
 
 def decode_base64(text: str, start: int = 0) -> Iterator[bytes]:
-    """The bytes of the base64 (RFC 4648, either alphabet) in `text` from `start` on, in pieces of 48 KiB.
+    """Yield the bytes of the base64 (RFC 4648, either alphabet) in `text` from `start` on, in pieces of 48 KiB.
 
     White space may stand anywhere, the padding may be missing. Raises `WireError` for anything else.
     """
     rest, padded = "", False
     for at in range(start, len(text), 65_536):
-        part = rest + text[at : at + 65_536].translate(_BASE64_SPELLING)
+        part = rest + text[at : at + 65_536].translate(_BASE64_ALPHABET)
         if padded and part:
             raise WireError("not base64")
         whole = len(part) & ~3
@@ -1020,30 +845,11 @@ def _decode_quads(text: str) -> bytes:
         raise WireError("not base64") from None
 
 
-_BASE64_SPELLING: Final = {ord("-"): "+", ord("_"): "/", **{ord(space): None for space in " \t\r\n"}}
-
-
-_ENCODER: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
-# `_ENCODER.encode` makes this anew for each value, which costs more than a small one does.
-_make_encoder: Any = getattr(json.encoder, "c_make_encoder", None)
-_encode: Callable[[object, int], Iterable[str]] = (
-    _make_encoder(None, _ENCODER.default, encode_basestring, None, ":", ",", False, False, True)
-    if _make_encoder is not None
-    else lambda value, _: _ENCODER.iterencode(value)
-)
-
-
-def encode_json(value: object) -> str:
-    """`value` as compact JSON on one line, characters beyond ASCII kept, lone surrogates replaced."""
-    text = "".join(_encode(value, 0))
-    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
-
-
 # ==== 6. Events =============================================================
 #
-# Whatever Kimi says, in either dialect, becomes one small closed set of values. Nothing after this point asks which
-# dialect spoke; `Opened.hits_inline` alone tells how its search hits are shown. The commonest are plain slotted
-# classes, which are cheaper to make than frozen dataclasses.
+# Whatever Kimi says, in either protocol, becomes one small closed set of values. Nothing after this point knows which
+# protocol spoke; `Opened.hits_inline` alone tells how search hits are shown. `Text` and `Thinking`, the most common,
+# are not frozen: that makes them cheaper to create.
 
 FinishReason = Literal["stop", "length", "content_filter", "tool_calls"]
 
@@ -1059,40 +865,25 @@ class Opened:
     hits_inline: bool
 
 
+@dataclass(slots=True)
 class Text:
-    """A piece of the answer's own text, never empty."""
+    """A piece of the answer's text, never empty."""
 
-    __slots__ = ("text",)
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and other.text == self.text
-
-    def __hash__(self) -> int:
-        return hash((type(self), self.text))
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({len(self.text)} characters)"
+    text: str = field(repr=False)
 
 
+@dataclass(slots=True)
 class Thinking(Text):
     """A piece of what the model thought before it answered, never empty."""
 
-    __slots__ = ()
 
-
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(frozen=True, slots=True)
 class SearchHit:
-    """A page that the service's search found. `key` is the service's name for it (`web_search:1#2`), or empty."""
+    """A page that the service's search found. `key` is the name by which the text may cite it, or empty."""
 
-    title: str
-    url: str
-    key: str = ""
-
-    def __repr__(self) -> str:
-        return f"SearchHit({len(self.title)} characters)"
+    title: str = field(repr=False)
+    url: str = field(repr=False)
+    key: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -1110,27 +901,21 @@ class Sources:
     hits: tuple[SearchHit, ...]
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(frozen=True, slots=True)
 class ToolCall:
     """A call that the model makes of a client's function; `arguments` is a JSON object as text."""
 
     id: str
-    name: str
-    arguments: str
-
-    def __repr__(self) -> str:
-        return f"ToolCall({len(self.arguments)} characters)"
+    name: str = field(repr=False)
+    arguments: str = field(repr=False)
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The answer is over: always the last event. `stop_sequence` is the client's that ended it, or empty."""
 
     reason: FinishReason
-    stop_sequence: str = ""
-
-    def __repr__(self) -> str:
-        return f"Finished({self.reason})"
+    stop_sequence: str = field(default="", repr=False)
 
 
 Event = Opened | Text | Thinking | SearchHit | Citation | Sources | ToolCall | Finished
@@ -1138,46 +923,33 @@ Event = Opened | Text | Thinking | SearchHit | Citation | Sources | ToolCall | F
 
 # ==== 7. Answers ============================================================
 #
-# Frames in, events out, one object per answer: all that is known of what Kimi streams stands here. What is not known is
-# passed over, never a failure. An answer is judged when it ends: without any text it is an error, not an empty success.
-#
-# Nearly all frames are pieces of plain text in one form. `read_usual` knows that form, by one regular expression on the
-# bytes, and leaves all else to the parser of frames and `feed`, which say the same of it, at ten times the cost.
-
-_NUMBER_OF_FRAME: Final = rb"(?:0|[1-9][0-9]{0,14})"
-_TEXT_OF_FRAME: Final = rb'"((?:[^"\\\x00-\x1f]++|\\[nrt"\\/bf])++)"'
-_OTHER_FIELD: Final = rb'"(?!(?:event|text|error_type)")[\w.]*+": ?(?:"[^"\\\x00-\x1f]*+"|%b)' % _NUMBER_OF_FRAME
-_USUAL_EVENT: Final = re.compile(
-    rb'data: ?\{"event": ?"cmpl",(?: ?%b,)*+ ?"text": ?%b(?:, ?%b)*+\}\n\n'
-    % (_OTHER_FIELD, _TEXT_OF_FRAME, _OTHER_FIELD)
-)
-_USUAL_OBJECT: Final = re.compile(
-    rb'\{"op": ?"append", ?"mask": ?"[\w.]*+",(?: ?"eventOffset": ?%b,)?+'
-    rb' ?"block": ?\{"id": ?"([^"\\\x00-\x1f]*+)", ?"text": ?\{"content": ?%b\}\}\}'
-    % (_NUMBER_OF_FRAME, _TEXT_OF_FRAME)
-)
+# Frames in, events out, one object per answer: everything known about Kimi's streams stands here. What is unknown is
+# ignored, never a failure. An answer is judged when it ends: without any text it is an error, not an empty success.
 
 
 class TextJoiner:
     """Joins surrogate pairs that the service cut between two pieces of text [open]."""
 
     def __init__(self) -> None:
-        self.held = ""  # a high half that waits for the next text
+        self._half = ""  # a high half that waits for the next text
 
     def feed(self, text: object) -> str:
-        """What of `text` can be shown; a high half at its end waits for the next text. Empty for what is no text."""
+        """What of `text` can be shown; a high half at its end waits. Empty for what is not text."""
         if not isinstance(text, str) or not text:
             return ""
-        text = self.held + text
-        self.held = ""
+        text = self._half + text
+        self._half = ""
         if "\ud800" <= text[-1] <= "\udbff":
-            self.held, text = text[-1], text[:-1]
+            self._half, text = text[-1], text[:-1]
         return join_surrogates(text)
 
     def finish(self) -> str:
         """U+FFFD for a half that stayed alone."""
-        rest, self.held = self.held, ""
+        rest, self._half = self._half, ""
         return "\ufffd" if rest else ""
+
+
+SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 
 def join_surrogates(text: str) -> str:
@@ -1187,103 +959,7 @@ def join_surrogates(text: str) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-class ClassicAnswer:
-    """The events of one classic answer, from its server-sent events [ref].
-
-    `ended` tells that the service said the end: what still comes is of no interest. `kind` is the last frame's, for a
-    debug line. The conversation is known before, so that `Opened` is not among the events. `cut_short` tells of the
-    length limit, after which the service can continue from `segment_id` [2+]; `continues`: this is such a continuation.
-    """
-
-    usual_start = re.compile(rb'data: ?\{"event": ?"cmpl"')  # how a frame begins that `read_usual` may know
-    done = False
-    oddities: Sequence[tuple[str, str]] = ()
-
-    def __init__(self, *, continues: bool = False) -> None:
-        self.ended = False
-        self.cut_short = False
-        self.segment_id = ""
-        self.kind = ""
-        self._has_text = continues
-        self._joiner = TextJoiner()
-        self._hits: set[str] = set()
-
-    def feed(self, frame: ServerSentEvent) -> list[Event]:
-        """What one frame says. Raises `ProxyError`: `answer_broken` for what is no JSON object, `answer_empty`, or what
-        an `error_type` in it says.
-        """
-        if self.ended:
-            return []
-        try:
-            value = parse_json(frame.data.encode("utf-8", "replace"), surrogates=True)
-        except WireError as error:
-            raise ProxyError("answer_broken", f"an event of Kimi's stream is no JSON: {error}") from None
-        if not isinstance(value, dict):
-            raise ProxyError("answer_broken", "an event of Kimi's stream is no JSON object")
-        if isinstance(value.get("error_type"), str):
-            raise error_of_reply(200, value, "asking")
-        kind = self.kind = str(value.get("event"))[:40]
-        if kind == "cmpl":
-            return self._take_text(value.get("text"))
-        if kind == "search_plus":
-            return self._take_hit(value.get("msg"))
-        if kind == "req" and isinstance(value.get("id"), str):
-            self.segment_id = value["id"]
-        elif kind == "length":
-            self.cut_short = True
-        elif kind == "all_done":
-            return self._end("length" if self.cut_short else "stop")
-        elif kind == "error":
-            return self._end("content_filter")
-        return []
-
-    def read_usual(self, data: bytes, at: int, events: list[Event]) -> int:
-        """Append the texts of the usual frames that stand in `data` from `at` on, and return up to where they go.
-
-        For bytes that begin a frame; what `feed` says of the same frames is the same.
-        """
-        if self.ended or self._joiner.held:
-            return at
-        try:
-            while found := _USUAL_EVENT.match(data, at):
-                text = found[1].decode()
-                events.append(Text(text if "\\" not in text else json.loads(f'"{text}"')))
-                self._has_text = True
-                at = found.end()
-                if at == len(data):
-                    break
-        except UnicodeDecodeError:
-            pass  # the parser replaces what is no UTF-8
-        return at
-
-    def finish(self) -> list[Event]:
-        """What the end of the stream means: nothing after `ended`, else an answer that was cut short [ref]."""
-        return [] if self.ended else self._end("length")
-
-    def _take_text(self, value: object) -> list[Event]:
-        text = self._joiner.feed(value)
-        if not text:
-            return []
-        self._has_text = True
-        return [Text(text)]
-
-    def _end(self, reason: FinishReason) -> list[Event]:
-        self.ended = True
-        rest = self._joiner.finish()
-        if not rest and not self._has_text and reason != "content_filter":
-            raise ProxyError("answer_empty")
-        return [*([Text(rest)] if rest else []), Finished(reason)]
-
-    def _take_hit(self, message: object) -> list[Event]:
-        """A search hit, once, from the `msg` of a `search_plus` event; other types of it show nothing [ref]."""
-        hit = make_hit(message) if isinstance(message, dict) and message.get("type") == "get_res" else None
-        if hit is None or hit.url in self._hits:
-            return []
-        self._hits.add(hit.url)
-        return [hit]
-
-
-def make_hit(value: dict[str, Any], key: object = "") -> SearchHit | None:
+def make_hit(value: Mapping[str, Any], key: object = "") -> SearchHit | None:
     """The hit that an object with `title` and `url` describes; None without a URL."""
     title, url = value.get("title"), value.get("url")
     if not isinstance(url, str) or not url:
@@ -1292,198 +968,357 @@ def make_hit(value: dict[str, Any], key: object = "") -> SearchHit | None:
     return SearchHit(join_surrogates(title), join_surrogates(url), key if isinstance(key, str) else "")
 
 
-class ConnectAnswer:
-    """The events of one connect answer, from its envelopes [2+].
+def _parse_frame(data: bytes) -> dict[str, Any]:
+    try:
+        value = parse_json(data, surrogates=True)
+    except WireError as error:
+        raise ProxyError("answer_broken", f"a frame of Kimi's stream is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ProxyError("answer_broken", "a frame of Kimi's stream is not a JSON object")
+    return value
 
-    `conversation_id` and the answer's `message_id` are known once the stream told them; `done` tells that `done` came,
-    after which only an error may follow, and `ended` that the end envelope did. What is not known is passed over, and
-    named in `oddities`. `opened` is told the conversation's id, once.
+
+class Answer:
+    """What is known of one answer so far; the subclass of a protocol reads its frames.
+
+    `ended`: the service said the end, and later frames are ignored. `done`: the text is over, though an error may
+    follow. `kind`: of the last frame, for the debug log. `progress`: how many frames were more than a heartbeat.
+    `segment_id`: where an answer that ended at its length limit can be continued, else empty. `degraded`: the
+    service's words when a weaker model answers. `unknown_fields`: what was ignored, as (where, name).
     """
 
-    usual_start = re.compile(rb'(?s:.{5})\{"op": ?"append"')  # how a frame begins that `read_usual` may know
+    _MAX_UNKNOWN_FIELDS = 50
 
-    def __init__(self) -> None:
-        self.opened: Callable[[str], None] = lambda _: None
-        self.conversation_id = ""
-        self.message_id = ""
-        self.done = False
+    def __init__(self, conversation_id: str = "") -> None:
         self.ended = False
+        self.done = False
         self.kind = ""
-        self.oddities: list[tuple[str, str]] = []
+        self.progress = 0
+        self.conversation_id = conversation_id
+        self.message_id = ""
+        self.segment_id = ""
+        self.degraded = ""
+        self.unknown_fields: list[tuple[str, str]] = []
         self._has_text = False
-        self._moderated = False
-        self._thinks = False
-        self._sent: dict[tuple[str, str], list[str]] = {}
         self._joiners: dict[type[Text], TextJoiner] = {Text: TextJoiner(), Thinking: TextJoiner()}
+
+    def _say(self, kind: type[Text], content: object) -> list[Event]:
+        """The event for a piece of text; none while nothing of it can be shown."""
+        text = self._joiners[kind].feed(content)
+        if not text:
+            return []
+        if kind is Text:
+            self._has_text = True
+        return [kind(text)]
+
+    def _end(self, reason: FinishReason) -> list[Event]:
+        """The last events. Raises `ProxyError` `answer_empty` when there was no text."""
+        self.ended = True
+        events: list[Event] = [kind(rest) for kind, joiner in self._joiners.items() if (rest := joiner.finish())]
+        has_text = self._has_text or any(type(event) is Text for event in events)
+        if not has_text and reason != "content_filter":
+            raise ProxyError("answer_empty")
+        return [*events, Finished(reason)]
+
+    def _note_unknown(self, where: str, name: str) -> None:
+        if len(self.unknown_fields) < self._MAX_UNKNOWN_FIELDS and (where, name) not in self.unknown_fields:
+            self.unknown_fields.append((where, name))
+
+
+class ClassicAnswer(Answer):
+    """The events of one classic answer, from its server-sent events [ref].
+
+    The conversation is known before, so that `Opened` is not among the events. `continues`: this is the continuation
+    of an answer that met its length limit [2+], and need not have text of its own.
+    """
+
+    def __init__(self, *, continues: bool = False) -> None:
+        super().__init__()
+        self._has_text = continues
+        self._segment_id = ""
+        self._cut_short = False
+        self._urls: set[str] = set()
+
+    def feed(self, frame: ServerSentEvent) -> list[Event]:
+        """What one frame says. Raises `ProxyError`: `answer_broken`, `answer_empty`, or what an `error_type` says."""
+        if self.ended:
+            return []
+        value = _parse_frame(frame.data.encode("utf-8", "replace"))
+        if isinstance(value.get("error_type"), str):
+            raise error_of_reply(200, value, "asking")
+        self.progress += 1
+        kind = self.kind = str(value.get("event"))[:40]
+        if kind == "cmpl":
+            return self._say(Text, value.get("text"))
+        if kind == "search_plus":
+            return self._read_hit(value.get("msg"))
+        if kind == "req" and isinstance(value.get("id"), str):
+            self._segment_id = value["id"]
+        elif kind == "length":
+            self._cut_short = True
+        elif kind == "all_done":
+            self.segment_id = self._segment_id if self._cut_short else ""
+            return self._end("length" if self._cut_short else "stop")
+        elif kind == "error":
+            return self._end("content_filter")
+        return []
+
+    def finish(self) -> list[Event]:
+        """What the end of the stream means: nothing after `ended`, else an answer that was cut short [ref]."""
+        return [] if self.ended else self._end("length")
+
+    def _read_hit(self, message: object) -> list[Event]:
+        """A search hit, once, from the `msg` of a `search_plus` event; other types of it show nothing [ref]."""
+        hit = make_hit(message) if isinstance(message, dict) and message.get("type") == "get_res" else None
+        if hit is None or hit.url in self._urls:
+            return []
+        self._urls.add(hit.url)
+        return [hit]
+
+
+@dataclass(slots=True)
+class _BlockText:
+    """The text of one block: the pieces that were sent on, and the service's, where it replaced what was sent."""
+
+    sent: list[str] = field(default_factory=list)
+    replaced: list[str] | None = None
+
+    def append(self, content: str) -> str:
+        """Add a piece, and return what to send."""
+        self.sent.append(content)
+        if self.replaced is not None:
+            self.replaced.append(content)
+        return content
+
+    def set(self, content: str) -> str:
+        """Replace the text, and return what to send: what was sent cannot be taken back, only extended."""
+        sent, replaced = "".join(self.sent), "".join(self.replaced or ())
+        if content.startswith(sent):
+            self.replaced = None
+            added = content[len(sent) :]
+        else:
+            self.replaced = [content]
+            added = content[len(replaced) :] if replaced and content.startswith(replaced) else ""
+        self.sent.append(added)
+        return added
+
+
+@dataclass(slots=True)
+class _ToolBlock:
+    """One of the service's own tools at work: its name, the id of its call, and how many contents it gave."""
+
+    name: str = ""
+    call_id: str = ""
+    size: int = 0
+
+
+class ConnectAnswer(Answer):
+    """The events of one connect answer, from its envelopes [2+].
+
+    `Opened` is emitted once the stream tells the conversation's id, unless `conversation_id` was given.
+    """
+
+    def __init__(self, conversation_id: str = "") -> None:
+        super().__init__(conversation_id)
+        self._moderated = False
+        self._asks_user = False
+        self._thinks = False  # whether text carries thinking
+        self._has_think_blocks = False
+        self._other_messages: set[str] = set()  # the ids of messages that are not the model's
+        self._texts: dict[tuple[str, type[Text]], _BlockText] = {}
+        self._tools: dict[str, _ToolBlock] = {}
         self._hits: set[tuple[str, str]] = set()
 
     def feed(self, envelope: Envelope) -> list[Event]:
-        """What one envelope says. Raises `ProxyError`: what an error in it says, `answer_empty`, or `answer_broken`."""
+        """What one envelope says. Raises `ProxyError`: `answer_broken`, `answer_empty`, or what an error in it says."""
         if self.ended:
             return []
-        try:
-            value = parse_json(envelope.payload, surrogates=True) if envelope.payload else {}
-        except WireError as error:
-            raise ProxyError("answer_broken", f"a message of Kimi's stream is no JSON: {error}") from None
-        if not isinstance(value, dict):
-            raise ProxyError("answer_broken", "a message of Kimi's stream is no JSON object")
+        value = _parse_frame(envelope.payload) if envelope.payload else {}
         if isinstance(value.get("error"), dict):
             raise error_of_connect(200, value["error"], "asking")
         if envelope.end_stream:
             self.kind = "end"
             return self._end("stop")
         self.kind = str(value.get("mask") or next(iter(value), ""))[:40]
-        return self._take_object(value)
-
-    def read_usual(self, data: bytes, at: int, events: list[Event]) -> int:
-        """Append the texts of the usual frames that stand in `data` from `at` on, and return up to where they go.
-
-        For bytes that begin an envelope; what `feed` says of the same frames is the same.
-        """
-        if self.ended or self._thinks or self._joiners[Text].held:
-            return at
-        try:
-            while len(data) - at > 5 and not data[at]:
-                end = at + 5 + int.from_bytes(data[at + 1 : at + 5], "big")
-                found = _USUAL_OBJECT.fullmatch(data, at + 5, end) if end <= len(data) else None
-                if found is None:
-                    break
-                identifier, text = found[1].decode(), found[2].decode()
-                text = text if "\\" not in text else json.loads(f'"{text}"')
-                self._sent.setdefault((identifier, "Text"), []).append(text)
-                self._has_text = True
-                events.append(Text(text))
-                at = end
-        except UnicodeDecodeError:
-            pass  # `feed` tells what is wrong
-        return at
+        if value and "heartbeat" not in value:
+            self.progress += 1
+        events = self._read_object(value)
+        return events + self._end("stop") if self._asks_user else events
 
     def finish(self) -> list[Event]:
         """What the end of the stream means without its end envelope: after `done` an end, before it a cut."""
         return [] if self.ended else self._end("stop" if self.done else "length")
 
     def _end(self, reason: FinishReason) -> list[Event]:
-        self.ended = True
-        events: list[Event] = [kind(rest) for kind, joiner in self._joiners.items() if (rest := joiner.finish())]
-        if self._moderated:
-            reason = "content_filter"
-        if not self._has_text and Text not in map(type, events) and reason != "content_filter":
-            raise ProxyError("answer_empty")
-        return [*events, Finished(reason)]
+        return super()._end("content_filter" if self._moderated else reason)
 
-    def _take_object(self, value: dict[str, Any]) -> list[Event]:
+    def _read_object(self, value: dict[str, Any]) -> list[Event]:
         events: list[Event] = []
-        operation = value.get("op", "set")
+        operation = str(value.get("op", "set")).lower()
+        if operation not in ("set", "append"):
+            self._note_unknown("operation", operation)
+        self._read_status(value)
         for key, part in value.items():
-            if key == "chat":
-                events += self._take_chat(part)
-            elif key == "message":
-                events += self._take_message(part)
-            elif key == "block":
-                events += self._take_block(part, str(operation).lower() == "append")
-            elif key == "done":
+            if key in _IGNORED_KEYS:
+                continue
+            if key == "done":
                 self.done = True
-            elif key == "op":
-                if operation not in ("set", "append"):
-                    self.oddities.append(("operation", str(operation)))
-            elif key not in _IGNORED_KEYS:
-                self.oddities.append(("message", key))
+            elif key not in _OBJECT_KEYS:
+                self._note_unknown("message", key)
+            elif isinstance(part, dict) and not self._is_of_other(value) and not self._is_of_other(part):
+                events += self._read_part(key, part, append=operation == "append")
         return events
 
-    def _take_chat(self, chat: object) -> list[Event]:
-        identifier = chat.get("id") if isinstance(chat, dict) else None
+    def _read_part(self, key: str, part: dict[str, Any], *, append: bool) -> list[Event]:
+        if key == "block":
+            return self._read_block(part, append)
+        if key == "chat":
+            return self._read_chat(part)
+        if key == "message":
+            return self._read_message(part)
+        if key == "ref":
+            return self._read_hits([part.get("search")])
+        if "DEGRADE" in str(part.get("type")).upper():
+            self.degraded = quote_words(str(part.get("message") or part.get("type")))
+        return []
+
+    def _is_of_other(self, value: Mapping[str, Any]) -> bool:
+        """Whether a frame or block belongs to a message of somebody else, such as the echo of the user's own."""
+        return str(value.get("messageId") or value.get("message_id")) in self._other_messages
+
+    def _read_status(self, value: Mapping[str, Any]) -> None:
+        """Note where the model waits for the user: the answer ends there, the stream does not [1]."""
+        if str(value.get("status", "")).upper().endswith("ASK_USER_QUESTION"):
+            self._asks_user = True
+
+    def _read_chat(self, chat: dict[str, Any]) -> list[Event]:
+        identifier = chat.get("id")
         if self.conversation_id or not isinstance(identifier, str) or not IDENTIFIER.fullmatch(identifier):
             return []
         self.conversation_id = identifier
-        self.opened(identifier)
         return [Opened(identifier, hits_inline=False)]
 
-    def _take_message(self, message: object) -> list[Event]:
-        if not isinstance(message, dict):
-            return []
-        if message.get("role") == "assistant" and isinstance(message.get("id"), str):
-            self.message_id = message["id"]
+    def _read_message(self, message: dict[str, Any]) -> list[Event]:
+        identifier, role = message.get("id"), message.get("role")
+        if isinstance(identifier, str) and isinstance(role, str):
+            if role.lower() != "assistant":
+                self._other_messages.add(identifier)
+                return []
+            self.message_id = identifier
+        self._read_status(message)
         references = message.get("refs")
         if not isinstance(references, dict):
             return []
-        return self._take_hits(references.get("searchChunks")) + self._take_hits(references.get("usedSearchChunks"))
+        return self._read_hits(references.get("searchChunks")) + self._read_hits(references.get("usedSearchChunks"))
 
-    def _take_block(self, block: object, append: bool) -> list[Event]:
+    def _read_block(self, block: dict[str, Any], append: bool) -> list[Event]:
         events: list[Event] = []
-        if not isinstance(block, dict):
-            return events
         identifier = str(block.get("id", ""))
+        self._read_status(block)
         for key, part in block.items():
+            if key in _IGNORED_BLOCK_KEYS:
+                continue
             if key == "text":
-                events += self._take_text(Thinking if self._thinks else Text, identifier, part, append)
+                thinks = self._thinks and not self._has_think_blocks
+                events += self._read_text(Thinking if thinks else Text, identifier, part, append)
             elif key == "think":
-                events += self._take_text(Thinking, identifier, part, append)
-            elif key == "multiStage":
-                self._take_stage(part)
+                self._has_think_blocks = True
+                events += self._read_text(Thinking, identifier, part, append)
             elif key == "tool":
-                events += self._take_hits(part.get("contents") if isinstance(part, dict) else None)
+                events += self._read_tool(identifier, part, append)
             elif key == "search":
-                events += self._take_hits(part.get("webPages") if isinstance(part, dict) else None)
-            elif key == "exception":
-                self._take_exception(part)
-            elif key not in _IGNORED_BLOCK_KEYS:
-                self.oddities.append(("block", key))
+                events += self._read_hits(part.get("webPages") if isinstance(part, dict) else None)
+            elif key == "multiStage":
+                self._read_stage(part)
+            elif key in ("exception", "error"):
+                self._read_exception(part)
+            else:
+                self._note_unknown("block", key)
         return events
 
-    def _take_text(self, kind: type[Text], identifier: str, part: object, append: bool) -> list[Event]:
+    def _read_text(self, kind: type[Text], identifier: str, part: object, append: bool) -> list[Event]:
         content = part.get("content") if isinstance(part, dict) else part
-        if not isinstance(content, str) or not content:
+        tool = self._tools.get(identifier)
+        if not isinstance(content, str) or (tool is not None and _SANDBOX.search(tool.name)):
             return []
-        sent = self._sent.setdefault((identifier, kind.__name__), [])
-        if not append and sent:
-            before = "".join(sent)
-            if not content.startswith(before):
-                self.oddities.append(("block", "text set anew, the first kept"))
-                return []
-            content = content[len(before) :]
-        sent.append(content)
-        text = self._joiners[kind].feed(content)
-        if not text:
-            return []
-        self._has_text = self._has_text or kind is Text
-        return [kind(text)]
+        text = self._texts.setdefault((identifier, kind), _BlockText())
+        return self._say(kind, text.append(content) if append else text.set(content))
 
-    def _take_stage(self, part: object) -> None:
+    def _read_stage(self, part: object) -> None:
         """The phase in which text carries thinking: from its stage's start to its end."""
         stages = part.get("stages") if isinstance(part, dict) else None
         first = stages[0] if isinstance(stages, list) and stages and isinstance(stages[0], dict) else {}
         if str(first.get("name")).upper() == "STAGE_NAME_THINKING":
-            self._thinks = not str(first.get("status")).upper().endswith(("DONE", "END", "FINISHED", "COMPLETED"))
+            ends = ("DONE", "END", "FINISHED", "COMPLETED", "CANCELLED")
+            self._thinks = not str(first.get("status")).upper().endswith(ends)
 
-    def _take_exception(self, part: object) -> None:
-        error = part.get("error") if isinstance(part, dict) else None
-        error = error if isinstance(error, dict) else {}
-        reason = str(error.get("reason"))
-        if any(word in reason.upper() for word in _MODERATION_WORDS):
-            self._moderated = True
-            return
-        code = "resource_exhausted" if "OVERLOAD" in reason.upper() else "internal"
-        raise error_of_connect(200, {"code": code, "message": reason, **error}, "asking")
-
-    def _take_hits(self, values: object) -> list[Event]:
-        events: list[Event] = []
-        for value in values if isinstance(values, list) else []:
-            wrapped = value.get("searchResult", value) if isinstance(value, dict) else None
-            if not isinstance(wrapped, dict):
+    def _read_exception(self, part: object) -> None:
+        """Raise the failure that `exception` or `error` of a block tells, an object or a list; note moderation."""
+        while isinstance(part, dict) and isinstance(part.get("error"), dict | list):
+            part = part["error"]
+        for error in part if isinstance(part, list) else [part]:
+            if not isinstance(error, dict) or not error:
                 continue
-            base = wrapped.get("base", wrapped)
-            key = wrapped.get("refIndex") or value.get("refIndex") or ""
-            hit = make_hit(base, key) if isinstance(base, dict) else None
-            if hit is not None and (hit.url, hit.key) not in self._hits:
-                self._hits.add((hit.url, hit.key))
-                events.append(hit)
+            reason = str(error.get("reason")).upper()
+            if not any(word in reason for word in _MODERATION_WORDS):
+                raise error_of_connect(200, {"code": "internal", **error}, "asking")
+            self._moderated = True
+
+    def _read_tool(self, identifier: str, part: object, append: bool) -> list[Event]:
+        """The hits of one of the service's own tools; what its sandbox does is nobody's business."""
+        if not isinstance(part, dict):
+            return []
+        self._read_status(part)
+        tool = self._tools.setdefault(identifier, _ToolBlock())
+        tool.name = str(part.get("name") or tool.name)
+        tool.call_id = str(part.get("toolCallId") or tool.call_id)
+        contents = part.get("contents")
+        if not isinstance(contents, list) or _SANDBOX.search(tool.name):
+            return []
+        start = tool.size if append else 0
+        tool.size = start + len(contents)
+        return self._read_hits(contents, tool.call_id, start)
+
+    def _read_hits(self, values: object, call_id: str = "", start: int = 0) -> list[Event]:
+        """The hits in a list that were not emitted yet; `start` is the first one's position in its tool's contents."""
+        events: list[Event] = []
+        for position, value in enumerate(values if isinstance(values, list) else [], start):
+            page = value.get("searchResult") or value.get("webOpenUrl") or value if isinstance(value, dict) else None
+            base = page.get("base", page) if isinstance(page, dict) else None
+            if not isinstance(page, dict) or not isinstance(base, dict):
+                continue
+            for key in _list_keys(value, page, call_id, position):
+                hit = make_hit(base, key)
+                if hit is not None and (hit.url, hit.key) not in self._hits:
+                    self._hits |= {(hit.url, hit.key), (hit.url, "")}
+                    events.append(hit)
         return events
 
 
+def _list_keys(value: Mapping[str, Any], page: Mapping[str, Any], call_id: str, position: int) -> list[str]:
+    """The keys by which a text may cite a hit: `tools://CALL#N` [2+] and the older `refIndex`; else one empty key.
+
+    N counts from 0. A search result is number `id` - 1, an opened page is where it stands in the contents.
+    """
+    keys = []
+    if call_id:
+        number = page.get("id")
+        counted = "webOpenUrl" not in value and str(number).isdecimal() and len(str(number)) < 10
+        keys.append(f"tools://{call_id}#{int(str(number)) - 1 if counted else position}")
+    index = page.get("refIndex") or value.get("refIndex")
+    if isinstance(index, str) and index:
+        keys.append(index)
+    return keys or [""]
+
+
 IDENTIFIER: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")  # an id of the service that may stand in a path as it is
-_IGNORED_KEYS: Final = frozenset({"mask", "eventOffset", "heartbeat", "messageId", "status", "timestamp"})
-_IGNORED_BLOCK_KEYS: Final = frozenset({"id", "messageId", "parentId", "status", "createTime", "updateTime"})
-_MODERATION_WORDS: Final = ("MODERAT", "SENSITIVE", "SAFETY", "CENSOR", "CONTENT_FILTER")  # none was ever told [open]
+_SANDBOX: Final = re.compile(r"python|shell|bash|sandbox", re.IGNORECASE)  # names of the model's own tools [2+]
+_OBJECT_KEYS: Final = frozenset({"block", "chat", "message", "notification", "ref"})
+_IGNORED_KEYS: Final = frozenset({"op", "mask", "eventOffset", "heartbeat", "messageId", "status", "timestamp"})
+_IGNORED_BLOCK_KEYS: Final = frozenset(
+    {"id", "messageId", "message_id", "parentId", "status", "stage", "createTime", "updateTime"}
+)
+_MODERATION_WORDS: Final = ("MODERAT", "SENSITIVE", "SAFETY", "CENSOR", "CONTENT_FILTER")  # none is documented [open]
 
 
 def error_of_reply(
@@ -1492,29 +1327,68 @@ def error_of_reply(
     """The failure that a reply of the service means, by its HTTP `status` and JSON `value`, at `step` [ref].
 
     A string `error_type` is a failure whatever the status. `words` stand in where `value` has none. An object of the
-    connect dialect, which has `code` instead, means what `error_of_connect` says.
+    connect protocol, which has `code` instead, means what `error_of_connect` says.
     """
-    if isinstance(value, dict) and isinstance(value.get("error", value), dict):
-        error = value.get("error", value)
-        if isinstance(error.get("code"), str) and "error_type" not in value:
-            return error_of_connect(status, error, step, retry_after_seconds=retry_after_seconds)
-    kind = value.get("error_type") if isinstance(value, dict) else None
-    message = value.get("message") if isinstance(value, dict) else None
-    said = quote_words(message) if isinstance(message, str) and message else quote_words(words)
-    name = quote_words(kind) if isinstance(kind, str) else ""
-    detail = f"{step}: HTTP {status}" + (f", {name}" if name else "") + (f": {said}" if said else "")
-    if status == 401 or name == "auth.token.invalid":
-        code = "token_dead"
-    elif name == "chat.user_stream_pushing":
-        code = "answer_running"
-    elif status == 429:
-        code = "rate_limited"
-    else:
-        code = "service_refused" if 400 <= status < 500 else "service_failed"
-    wait = retry_after_seconds if code in ("answer_running", "rate_limited") else None
-    return ProxyError(code, detail, retry_after_seconds=wait, upstream_status=status)
+    reply: dict[str, Any] = value if isinstance(value, dict) else {}
+    error = reply.get("error", reply)
+    if isinstance(error, dict) and isinstance(error.get("code"), str) and "error_type" not in reply:
+        return error_of_connect(status, error, step, retry_after_seconds=retry_after_seconds)
+    kind, message = reply.get("error_type"), reply.get("message")
+    name = kind if isinstance(kind, str) else ""
+    code = _CLASSIC_CODES.get(name) or _code_of_status(status)
+    return _make_error(code, step, status, name, message if isinstance(message, str) else words, retry_after_seconds)
 
 
+def error_of_connect(
+    status: int, error: Mapping[str, Any], step: str, *, retry_after_seconds: int | None = None
+) -> ProxyError:
+    """The failure that a Connect error object means: `{code, message, details}` [2+].
+
+    A known reason decides, else the code; where both say nothing, the HTTP `status` does.
+    """
+    name = str(error.get("code", "unknown"))
+    reasons, words = [error.get("reason")], [error.get("message")]
+    details = error.get("details")
+    for detail in [error, *(details if isinstance(details, list) else [])]:
+        debug = detail.get("debug") if isinstance(detail, dict) else None
+        if isinstance(debug, dict):
+            localized = debug.get("localizedMessage")
+            reasons.append(debug.get("reason"))
+            words.append(localized.get("message") if isinstance(localized, dict) else None)
+    said = [word for word in (*words, *reasons) if isinstance(word, str) and word]
+    reason = " ".join(map(str, reasons)).upper()
+    code = next((code for word, code in _REASON_CODES.items() if word in reason), "")
+    code = code or _CONNECT_CODES.get(name) or _code_of_status(status)
+    if "CAPTCHA" in reason:
+        said.append("open Kimi in a browser once, and solve its captcha")
+    return _make_error(code, step, status, name, ", ".join(dict.fromkeys(said)), retry_after_seconds)
+
+
+def _make_error(code: str, step: str, status: int, name: str, said: str, retry_after: int | None) -> ProxyError:
+    detail = ", ".join(filter(None, (f"{step}: HTTP {status}", quote_words(name))))
+    said = quote_words(said)
+    if FAILURES[code].status != 429 and status != 503:
+        retry_after = None
+    if code == "quota_used_up":
+        retry_after = max(retry_after or 0, _QUOTA_SECONDS)
+    return ProxyError(
+        code, f"{detail}: {said}" if said else detail, retry_after_seconds=retry_after, upstream_status=status
+    )
+
+
+def _code_of_status(status: int) -> str:
+    if status in (401, 429):
+        return "token_dead" if status == 401 else "rate_limited"
+    return "service_refused" if 400 <= status < 500 else "service_failed"
+
+
+_QUOTA_SECONDS: Final = 1800
+_CLASSIC_CODES: Final[Mapping[str, str]] = {
+    "auth.token.invalid": "token_dead",
+    "auth.account_abnormal": "service_refused",
+    "chat.user_stream_pushing": "answer_running",
+    "chat.anonymous_usage_exceeded": "quota_used_up",
+}
 _CONNECT_CODES: Final[Mapping[str, str]] = {
     "unauthenticated": "token_dead",
     "resource_exhausted": "rate_limited",
@@ -1524,27 +1398,15 @@ _CONNECT_CODES: Final[Mapping[str, str]] = {
     "not_found": "service_refused",
     "unavailable": "service_failed",
     "internal": "service_failed",
-    "unknown": "service_failed",
 }
-
-
-def error_of_connect(
-    status: int, error: Mapping[str, Any], step: str, *, retry_after_seconds: int | None = None
-) -> ProxyError:
-    """The failure that a Connect error object means: `{code, message, details}` [2+]."""
-    name = str(error.get("code", "unknown"))
-    code = _CONNECT_CODES.get(name, "service_failed")
-    words = [error.get("message"), error.get("reason")]
-    details = error.get("details")
-    for detail in details if isinstance(details, list) else []:
-        debug = detail.get("debug") if isinstance(detail, dict) else None
-        if isinstance(debug, dict):
-            localized = debug.get("localizedMessage")
-            words += [debug.get("reason"), localized.get("message") if isinstance(localized, dict) else None]
-    said = quote_words(", ".join(dict.fromkeys(word for word in words if isinstance(word, str) and word)))
-    detail_text = f"{step}: HTTP {status}, {quote_words(name)}" + (f": {said}" if said else "")
-    wait = retry_after_seconds if code == "rate_limited" else None
-    return ProxyError(code, detail_text, retry_after_seconds=wait, upstream_status=status)
+_REASON_CODES: Final[Mapping[str, str]] = {  # by a word of the reason [2+], [1]
+    "OVERLOAD": "service_busy",
+    "QUOTA": "quota_used_up",
+    "INVALID_AUTH_TOKEN": "token_dead",
+    "FILE_PARSE": "file_unreadable",
+    "FILE_MODERATION": "file_unreadable",
+    "CAPTCHA": "service_refused",
+}
 
 
 # ==== 8. Tools ==============================================================
@@ -6149,6 +6011,61 @@ class Identity:
     size_bytes: int = 0
 
 
+class Inflater:
+    """Decoder of a body that is gzip or deflate (RFC 9110, section 8.4.1; deflate with or without its zlib header)."""
+
+    _MOST_MEMBERS = 100  # of one gzip body: each empty one costs work, and shows nothing
+
+    def __init__(self) -> None:
+        self._inflater: Any = None
+        self._head = b""
+        self._members = 0
+        self._is_gzip = False
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """What `data` becomes, in pieces of 64 KiB at most. Raises `WireError` for what is neither."""
+        piece = b""
+        while data or len(piece) == 65_536:  # a full piece may have left more inside
+            if self._inflater is None and not (data := self._begin(data)):
+                return
+            try:
+                piece = self._inflater.decompress(data, 65_536)
+            except zlib.error:
+                raise WireError("not the encoding that is announced") from None
+            if piece:
+                yield piece
+            data = self._inflater.unconsumed_tail
+            if self._inflater.eof:
+                data, self._inflater, piece = self._inflater.unused_data, None, b""
+
+    def finish(self) -> None:
+        """Say that the input ended. Raises `WireError` where it was cut."""
+        if self._inflater is not None or self._head or not self._members:
+            raise WireError("an encoded body that is cut")
+
+    def _begin(self, data: bytes) -> bytes:
+        """Begin a member with `data`; nothing is given back while its beginning is not there yet."""
+        if self._members:
+            data = data.lstrip(b"\0") if not self._head else data
+        data = self._head + data
+        self._head = data if len(data) < 2 else b""
+        if len(data) < 2:
+            return b""
+        self._members += 1
+        if self._members > (self._MOST_MEMBERS if self._is_gzip else 1):
+            raise WireError("more behind the end of an encoded body")
+        self._is_gzip = data[0] == 0x1F
+        self._inflater = zlib.decompressobj(_window_bits(data))
+        return data
+
+
+def _window_bits(head: bytes) -> int:
+    """What zlib has to expect: gzip, deflate with a header (RFC 1950, section 2.2), or without."""
+    if head[0] == 0x1F:
+        return 31
+    return 15 if head[0] & 0x0F == 8 and (head[0] << 8 | head[1]) % 31 == 0 else -15
+
+
 class Files:
     """Opens what clients attach. Owns the connections to origins, which see no header but the most ordinary ones."""
 
@@ -6940,6 +6857,7 @@ class Reader:
         self._parser = parser
         self._filters = filters
         self._debug = logger.isEnabledFor(logging.DEBUG)
+        self._tell: Callable[[str], None] | None = None
         self.answer = answer
 
     @property
@@ -6960,13 +6878,12 @@ class Reader:
     def when_opened(self, tell: Callable[[str], None]) -> None:
         """Have `tell` called with the conversation's id where the stream tells it."""
         if isinstance(self.answer, ConnectAnswer):
-            self.answer.opened = tell
+            self._tell = tell
 
     @property
     def segment_id(self) -> str:
         """Where an answer that ended at its length limit can be continued from; empty for every other."""
-        answer = self.answer
-        return answer.segment_id if isinstance(answer, ClassicAnswer) and answer.ended and answer.cut_short else ""
+        return self.answer.segment_id
 
     def feed(self, piece: bytes) -> tuple[list[Event], ProxyError | None]:
         """The events in one network read, and the failure that came after them; empty bytes are the stream's end."""
@@ -6982,6 +6899,9 @@ class Reader:
             failure = ProxyError("answer_broken", f"Kimi's stream cannot be read: {error}")
         except ProxyError as error:
             failure = StaleToken(error.code, error.detail) if error.code == "token_dead" else error
+        if self._tell is not None and self.conversation_id:
+            self._tell(self.conversation_id)
+            self._tell = None
         return apply_filters(self._filters, events), failure
 
     def list_sources(self) -> list[Event]:
@@ -6999,8 +6919,6 @@ class Reader:
             if self._debug:
                 size = len(frame.data) if isinstance(frame, ServerSentEvent) else len(frame.payload)
                 logger.debug("< %s, %d characters", quote_words(answer.kind), size)
-        if self._parser.error is not None:  # behind these frames: nothing more may come that would raise it
-            raise self._parser.error
 
 
 def _headers_of(base_url: str, place: str = "") -> dict[str, str]:
@@ -7976,7 +7894,7 @@ class Asking:
             except TimeoutError:
                 events, _ = reader.finish()
                 await filtering(events)
-        for what, name in answer.oddities:
+        for what, name in answer.unknown_fields:
             self._metrics.tell_once(what, name)
         return reader.segment_id if may_continue and not chain.ended else ""
 
@@ -9979,13 +9897,19 @@ def _mask(text: str) -> str:
 def anonymize_stream(data: bytes, dialect: str) -> bytes:
     """A recorded answer without tokens, ids and texts, in the form of `tests/wire/`."""
     if dialect == "classic":
-        frames = SSEParser().feed(data)
+        frames = _read_frames(SSEParser(), data)
         return b"".join(encode_sse(encode_json(anonymize(_json_or_text(frame.data.encode())))) for frame in frames)
-    envelopes = EnvelopeParser().feed(data)
+    envelopes = _read_frames(EnvelopeParser(), data)
     return b"".join(
         encode_envelope(encode_json(anonymize(_json_or_text(envelope.payload))).encode(), envelope.flags & 0xFE)
         for envelope in envelopes
     )
+
+
+def _read_frames(parser: Any, data: bytes) -> Iterator[Any]:
+    """The frames of a recorded stream, up to what breaks it."""
+    with suppress(WireError):
+        yield from parser.feed(data)
 
 
 def _json_or_text(data: bytes) -> Any:

@@ -124,10 +124,12 @@ def test_text_cut_between_the_halves_of_pairs_comes_out_whole(whole: str, draw: 
 def test_a_continuation_needs_no_text_of_its_own_and_an_answer_tells_where_to_go_on() -> None:
     continuation = ClassicAnswer(continues=True)
     assert continuation.feed(ServerSentEvent("message", json.dumps(DONE))) == [Finished("stop")]
-    cut = ClassicAnswer()
-    for value in ({"event": "req", "id": "s1"}, text("a"), {"event": "length"}, DONE):
-        cut.feed(ServerSentEvent("message", json.dumps(value)))
-    assert (cut.cut_short, cut.segment_id, cut.ended) == (True, "s1", True)
+    for frames, segment_id in (([{"event": "length"}, DONE], "s1"), ([DONE], "")):
+        cut = ClassicAnswer()
+        for value in ({"event": "req", "id": "s1"}, text("a"), *frames):
+            assert cut.segment_id == ""
+            cut.feed(ServerSentEvent("message", json.dumps(value)))
+        assert (cut.segment_id, cut.ended) == (segment_id, True)
 
 
 def test_joining_leaves_whole_text_alone() -> None:
@@ -205,6 +207,23 @@ def stage(status: str) -> dict[str, Any]:
     return {"op": "set", "block": {"multiStage": {"stages": [{"name": "STAGE_NAME_THINKING", "status": status}]}}}
 
 
+def message(role: str, identifier: str, **more: Any) -> dict[str, Any]:
+    return {"op": "set", "mask": "message", "message": {"id": identifier, "role": role, **more}}
+
+
+def tool(contents: list[Any], op: str = "set", name: str = "web_search", call: str = "web_search:3") -> dict[str, Any]:
+    part = {"name": name, "toolCallId": call, "status": "STATUS_DONE", "contents": contents}
+    return {"op": op, "mask": "block.tool", "block": {"id": "t", "tool": part}}
+
+
+def page(number: Any, url: str = "https://ab.cd", **more: Any) -> dict[str, Any]:
+    return {"searchResult": {"id": number, "base": {"title": "T", "url": url}, **more}}
+
+
+def hit(key: str, url: str = "https://ab.cd", title: str = "T") -> SearchHit:
+    return SearchHit(title, url, key)
+
+
 RAW = {"base": {"title": "T", "url": "https://ab.cd"}, "refIndex": "web_search:1#1"}
 HIT_1 = SearchHit("T", "https://ab.cd", "web_search:1#1")
 DONE_1: dict[str, Any] = {"done": {}}
@@ -234,6 +253,26 @@ CONNECT_ANSWERS: dict[str, tuple[list[Any], list[Event]]] = {
     "set again, contradicting": (
         [CHAT, block("text", "ab", "set"), block("text", "xy", "set"), block("text", "c"), DONE_1],
         [OPENED, Text("ab"), Text("c"), Finished("stop")],
+    ),
+    "set again, contradicting, then extended": (
+        [
+            CHAT,
+            block("text", "ab", "set"),
+            block("text", "xy", "set"),
+            block("text", "c"),
+            block("text", "xycd", "SET"),
+            block("text", "xycde", "set"),
+            DONE_1,
+        ],
+        [OPENED, Text("ab"), Text("c"), Text("d"), Text("e"), Finished("stop")],
+    ),
+    "set again after appends": (
+        [CHAT, block("text", "a", "set"), block("text", "b"), block("text", "abc", "set"), block("text", "d"), DONE_1],
+        [OPENED, Text("a"), Text("b"), Text("c"), Text("d"), Finished("stop")],
+    ),
+    "set again, shorter, then back": (
+        [CHAT, block("text", "abc", "set"), block("text", "a", "set"), block("text", "abcd", "set"), DONE_1],
+        [OPENED, Text("abc"), Text("d"), Finished("stop")],
     ),
     "two blocks": (
         [CHAT, block("text", "a", "set", "1"), block("text", "b", "set", "2"), DONE_1],
@@ -277,7 +316,131 @@ CONNECT_ANSWERS: dict[str, tuple[list[Any], list[Event]]] = {
         [CHAT, block("text", "a"), {"block": {"exception": {"error": {"reason": "REASON_CONTENT_MODERATED"}}}}],
         [OPENED, Text("a"), Finished("content_filter")],
     ),
+    "moderated, in a list": (
+        [CHAT, block("text", "a"), {"block": {"exception": [None, {"reason": "reason_content_moderated"}]}}],
+        [OPENED, Text("a"), Finished("content_filter")],
+    ),
+    "exceptions that say nothing": (
+        [CHAT, {"block": {"exception": None, "error": {}}}, {"block": {"exception": []}}, block("text", "a"), DONE_1],
+        [OPENED, Text("a"), Finished("stop")],
+    ),
+    "hits of a search, by the call's id and refIndex": (
+        [CHAT, tool([page(1), page("2", "https://2.cd", refIndex="web_search:1#1")]), block("text", "a"), DONE_1],
+        [
+            OPENED,
+            hit("tools://web_search:3#0"),
+            hit("tools://web_search:3#1", "https://2.cd"),
+            hit("web_search:1#1", "https://2.cd"),
+            Text("a"),
+            Finished("stop"),
+        ],
+    ),
+    "hits of a search by append": (
+        [CHAT, tool([page(None)]), tool([page(None, "https://2.cd")], "append"), block("text", "a"), DONE_1],
+        [
+            OPENED,
+            hit("tools://web_search:3#0"),
+            hit("tools://web_search:3#1", "https://2.cd"),
+            Text("a"),
+            Finished("stop"),
+        ],
+    ),
+    "opened pages, by their position": (
+        [
+            CHAT,
+            tool(
+                [{"text": "x"}, {"webOpenUrl": {"url": "https://ab.cd", "id": 9}}, {"webOpenUrl": 1}],
+                name="fetch_urls",
+                call="fetch_urls:0",
+            ),
+            block("text", "a"),
+            DONE_1,
+        ],
+        [OPENED, hit("tools://fetch_urls:0#1", title="https://ab.cd"), Text("a"), Finished("stop")],
+    ),
+    "hits of a ref": (
+        [
+            CHAT,
+            {"op": "append", "mask": "ref", "ref": {"message_id": "m", "search": {"id": "1", **RAW}}},
+            {"ref": {"message_id": "m", "search": {"searchResult": {"base": {"title": "B", "url": "https://b.cd"}}}}},
+            {"ref": {"search": None}},
+            {"message": {"refs": {"searchChunks": [RAW]}}},
+            block("text", "a"),
+            DONE_1,
+        ],
+        [OPENED, HIT_1, SearchHit("B", "https://b.cd"), Text("a"), Finished("stop")],
+    ),
+    "a hit once more without a key": (
+        [CHAT, tool([page(1)]), {"block": {"search": {"webPages": [{"title": "T", "url": "https://ab.cd"}]}}}]
+        + [block("text", "a"), DONE_1],
+        [OPENED, hit("tools://web_search:3#0"), Text("a"), Finished("stop")],
+    ),
+    "masks in a list": (
+        [CHAT, {"op": "append", "mask": ["block.text.content", "block.status"], "block": {"id": "1", "text": "a"}}]
+        + [{"op": "append", "mask": {"paths": ["block.text"]}, "block": {"id": "1", "text": "b"}}, DONE_1],
+        [OPENED, Text("a"), Text("b"), Finished("stop")],
+    ),
+    "the model's own sandbox": (
+        [
+            CHAT,
+            {"block": {"id": "5", "tool": {"name": "ipython", "toolCallId": "ipython:0", "contents": [page(1)]}}},
+            block("text", "Out[1]: 42", "set", "5"),
+            block("tool", {"contents": [page(1)]}, "append", "5"),
+            block("text", "a"),
+            DONE_1,
+        ],
+        [OPENED, Text("a"), Finished("stop")],
+    ),
+    "the user's own words": (
+        [
+            CHAT,
+            message("user", "u1", blocks=[{"text": {"content": "my words"}}]),
+            {"op": "set", "block": {"id": "0", "messageId": "u1", "text": {"content": "my words"}}},
+            {"op": "set", "messageId": "u1", "block": {"id": "0", "text": {"content": "my words"}}},
+            message("assistant", "m1"),
+            {"op": "set", "block": {"id": "1", "messageId": "m1", "text": {"content": "a"}}},
+            DONE_1,
+        ],
+        [OPENED, Text("a"), Finished("stop")],
+    ),
+    "thinking in blocks within its stage, and text before the stage ends": (
+        [CHAT, stage("STAGE_STATUS_START"), block("think", "hm", identifier="2"), block("text", "a"), DONE_1],
+        [OPENED, Thinking("hm"), Text("a"), Finished("stop")],
+    ),
 }
+
+QUESTIONS_BACK: list[dict[str, Any]] = [
+    {"op": "set", "mask": "message.status", "message": {"id": "m", "status": "MESSAGE_STATUS_ASK_USER_QUESTION"}},
+    {"op": "set", "block": {"id": "3", "status": "ask_user_question", "tool": {}}},
+    {"op": "set", "block": {"id": "3", "tool": {"name": "ask", "status": "STATUS_ASK_USER_QUESTION"}}},
+    {"op": "set", "status": "STATUS_ASK_USER_QUESTION"},
+]
+
+
+@pytest.mark.parametrize("question", QUESTIONS_BACK)
+def test_a_question_back_ends_the_answer_with_what_is_there(question: dict[str, Any]) -> None:
+    events = connect(CHAT, block("text", "Which one?"), question, block("text", "late"), end=False)
+    assert events == [OPENED, Text("Which one?"), Finished("stop")]
+    with pytest.raises(ProxyError) as caught:
+        connect(CHAT, question, end=False)
+    assert caught.value.code == "answer_empty"
+
+
+def test_heartbeats_are_no_progress_and_a_weaker_model_is_told() -> None:
+    answering = ConnectAnswer("c1")
+    values: list[tuple[dict[str, Any], int]] = [
+        ({"heartbeat": {}}, 0),
+        ({}, 0),
+        (CHAT, 1),
+        ({"heartbeat": {}, "eventOffset": 3}, 1),
+        ({"notification": {"type": "TYPE_OTHER", "message": "x"}}, 2),
+    ]
+    for value, progress in values:
+        assert answering.feed(Envelope(0, json.dumps(value).encode())) == []
+        assert (answering.progress, answering.degraded) == (progress, "")
+    notice = {"type": "TYPE_MODEL_DEGRADE", "message": "K2.6 answers instead of K3"}
+    answering.feed(Envelope(0, json.dumps({"notification": notice}).encode()))
+    assert answering.degraded == "K2.6 answers instead of K3" and not answering.unknown_fields
 
 
 @pytest.mark.parametrize("name", CONNECT_ANSWERS)
@@ -312,18 +475,71 @@ def test_an_error_can_follow_done() -> None:
     assert (caught.value.code, caught.value.status) == ("rate_limited", 429) and "slow down" in caught.value.message
 
 
-def test_an_overload_in_the_stream_is_a_429() -> None:
+REASONS = {
+    "REASON_COMPLETION_OVERLOADED": ("service_busy", 30),
+    "REASON_SERVER_OVERLOADED_FOR_FREE_USER": ("service_busy", 30),
+    "QUOTA_EXCEEDED_WINDOW_5H": ("quota_used_up", 1800),
+    "quota_exceeded_window_7d": ("quota_used_up", 1800),
+    "REASON_INVALID_AUTH_TOKEN": ("token_dead", 0),
+    "REASON_KIMI_FILE_PARSE_JOB_FAIL": ("file_unreadable", 0),
+    "REASON_KIMI_FILE_MODERATION_FAIL": ("file_unreadable", 0),
+    "REASON_CAPTCHA_REQUIRED": ("service_refused", 0),
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_a_reason_tells_the_failure_wherever_it_stands(reason: str) -> None:
+    debug = {"reason": reason, "localizedMessage": {"message": "请稍后"}}
+    for error in (
+        error_of_connect(429, {"code": "resource_exhausted", "details": [{"debug": debug}]}, "asking"),
+        error_of_connect(200, {"code": "resource_exhausted", "debug": debug}, "asking"),
+    ):
+        assert (error.code, error.retry_after_seconds) == REASONS[reason]
+        assert "请稍后" in error.message and ("captcha" in error.message) is ("CAPTCHA" in reason)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"exception": {"error": {"reason": "REASON_COMPLETION_OVERLOADED"}}},
+        {"exception": [{"reason": "REASON_COMPLETION_OVERLOADED"}]},
+        {"exception": {"error": [{"reason": "REASON_COMPLETION_OVERLOADED"}]}},
+        {"error": {"reason": "REASON_COMPLETION_OVERLOADED"}},
+        {"error": {"code": "resource_exhausted", "debug": {"reason": "REASON_COMPLETION_OVERLOADED"}}},
+    ],
+)
+def test_exceptions_and_errors_of_blocks_are_failures(part: dict[str, Any]) -> None:
     with pytest.raises(ProxyError) as caught:
-        connect(CHAT, {"block": {"exception": {"error": {"reason": "REASON_COMPLETION_OVERLOADED"}}}})
-    assert caught.value.code == "rate_limited" and "OVERLOADED" in caught.value.message
+        connect(CHAT, {"block": {"id": "9", **part}})
+    assert caught.value.code == "service_busy" and "OVERLOADED" in caught.value.message
+
+
+def test_a_quota_waits_as_long_as_the_service_says_and_half_an_hour_at_least() -> None:
+    error = {"code": "resource_exhausted", "reason": "QUOTA_EXCEEDED_WINDOW_5H"}
+    for said, wait in ((None, 1800), (60, 1800), (7200, 7200)):
+        assert error_of_connect(429, error, "asking", retry_after_seconds=said).retry_after_seconds == wait
+
+
+@pytest.mark.parametrize("error", [{"code": "unknown", "message": "m"}, {"message": "m"}, {"code": "tomorrow"}])
+@pytest.mark.parametrize(
+    ("status", "code", "wait"),
+    [(401, "token_dead", 0), (429, "rate_limited", 7), (503, "service_failed", 7), (500, "service_failed", 0)],
+)
+def test_where_the_code_says_nothing_the_status_does(error: dict[str, Any], status: int, code: str, wait: int) -> None:
+    for failure in (
+        error_of_connect(status, error, "asking", retry_after_seconds=7),
+        error_of_reply(status, {"error": error}, "asking", retry_after_seconds=7),
+        error_of_reply(status, error, "asking", retry_after_seconds=7),
+    ):
+        assert (failure.code, failure.retry_after_seconds) == (code, wait)
 
 
 def test_what_is_not_known_is_named() -> None:
     answering = ConnectAnswer()
     values: list[Any] = [{"op": "merge", "tomorrow": 1}, {"block": {"new": {}}}]
-    for value in values:
+    for value in values * 2:
         answering.feed(Envelope(0, json.dumps(value).encode()))
-    assert answering.oddities == [("operation", "merge"), ("message", "tomorrow"), ("block", "new")]
+    assert answering.unknown_fields == [("operation", "merge"), ("message", "tomorrow"), ("block", "new")]
 
 
 CODES = {
@@ -334,7 +550,7 @@ CODES = {
     "not_found": "service_refused",
     "unavailable": "service_failed",
     "internal": "service_failed",
-    "tomorrow": "service_failed",
+    "tomorrow": "service_refused",
 }
 
 
@@ -342,7 +558,7 @@ CODES = {
 def test_every_connect_code_is_a_failure_with_the_services_words(code: str) -> None:
     debug = {"reason": "REASON_X", "localizedMessage": {"message": "出错了"}}
     value = {"code": code, "message": "said", "details": [{"debug": debug}, None, {"debug": 1}]}
-    for error in (error_of_connect(200, value, "asking"), error_of_reply(400, {"error": value}, "asking")):
+    for error in (error_of_connect(400, value, "asking"), error_of_reply(400, {"error": value}, "asking")):
         assert error.code == CODES[code]
         assert all(word in error.message for word in ("asking", "said", "REASON_X", "出错了", code))
     assert error_of_reply(403, value, "asking").code == CODES[code]
@@ -379,6 +595,15 @@ JSON = st.recursive(
                     "done",
                     "url",
                     "searchResult",
+                    "webOpenUrl",
+                    "ref",
+                    "search",
+                    "status",
+                    "toolCallId",
+                    "messageId",
+                    "role",
+                    "notification",
+                    "type",
                 ]
             ),
             inner,
@@ -394,7 +619,7 @@ def test_any_json_in_connect_is_events_or_a_clear_failure(values: list[Any]) -> 
     try:
         events = connect(*values)
     except ProxyError as error:
-        assert error.status in (401, 429, 502)
+        assert error.status in (400, 401, 429, 502)
     else:
         assert isinstance(events[-1], Finished)
 

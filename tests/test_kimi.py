@@ -231,7 +231,7 @@ ENDS = {
     "no-end": (200, "length"),
     "half-an-event": (502, "answer_broken"),
     "error-after-done": (502, "service_failed"),
-    "overloaded": (429, "rate_limited"),
+    "overloaded": (429, "service_busy"),
 }
 
 

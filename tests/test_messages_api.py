@@ -604,7 +604,7 @@ def make_reply(*, stream: bool, sources: str = "text", **fields: Any) -> Message
 
 def read_stream(reply: MessagesReply, events: list[Event]) -> list[Any]:
     """The events of a streamed answer; each says its type twice."""
-    frames = SSEParser().feed(b"".join(map(reply.feed, events)) + reply.finish())
+    frames = list(SSEParser().feed(b"".join(map(reply.feed, events)) + reply.finish()))
     values = [json.loads(frame.data) for frame in frames]
     assert [frame.event for frame in frames] == [value["type"] for value in values]
     return values
