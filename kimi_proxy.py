@@ -69,7 +69,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from contextvars import ContextVar
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from functools import cache, cached_property, lru_cache, partial
-from itertools import accumulate, cycle
+from itertools import accumulate, cycle, groupby
 from json.encoder import encode_basestring
 from math import isfinite, nan
 from pathlib import Path
@@ -2642,62 +2642,100 @@ _KINDS_WITH_TWO_TRIES: Final = (LengthFilter, StopFilter, *_KINDS_THAT_ASK)
 
 # ==== 10. Requests ==========================================================
 #
-# What a client sent, checked and made neutral: from here on nobody looks at its JSON again. Unknown fields are ignored,
-# since clients send many; a wrong type in a known one is an error that names the field.
+# What a client sent, checked and made neutral: from here on nobody looks at its JSON again. All APIs share one reader
+# of messages, parts, calls and tools, which takes every API's spelling, since programs mix them. Unknown fields are
+# ignored, since clients send many; a wrong type in a known one is an error that names the field.
 
-MOST_ATTACHMENTS: Final = 20
+MAX_ATTACHMENTS: Final = 20
+MAX_STOPS: Final = 16
+MAX_STOP_LENGTH: Final = 1000
+MAX_DEPTH: Final = 100  # levels of JSON in a schema or in the arguments of a call
+MAX_PART_DEPTH: Final = 3  # of parts within parts
 NEW_CONVERSATION: Final = "new"
+RESULT_ROLES: Final = ("tool", "function")
 _ROLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,31}")
+_FUNCTION_NAME: Final = re.compile(r"[^\s\x00-\x1f<>\"{}]{1,128}")
 _URL: Final = re.compile(
     r"https?://(?:www\.)?[-a-zA-Z0-9@:%._+~#=]{2,256}\.[a-z]{2,6}\b[-a-zA-Z0-9@:%_+.~#?&/=]*", re.IGNORECASE | re.ASCII
 )
 
+AttachmentKind = Literal["file", "image"]
+FindItem = Callable[[str], Mapping[str, Any] | None]
 
-@dataclass(frozen=True, slots=True, repr=False)
+
+@dataclass(frozen=True, slots=True)
 class Attachment:
     """A file or picture in a message: at a `url`, uploaded before as `file_id`, or inline, as the base64 in `data` from
     `start` on.
 
-    `place` names it for an error. `name` and `content_type` are the client's; empty where it gave none. One of an
-    earlier answer was `brought` to the service already: whose it is, by which dialect, and the service's id.
+    `path` names it in an error. `name` and `content_type` are the client's; empty where it gave none. `uploaded` is set
+    where an earlier answer already brought it to the service: the account's digest, the protocol, and the service's id.
     """
 
-    kind: Literal["file", "image"]
-    place: str
-    url: str = ""
-    data: str = ""
-    start: int = 0
-    name: str = ""
-    content_type: str = ""
-    file_id: str = ""
-    brought: tuple[bytes, str, str] | None = None
+    kind: AttachmentKind
+    path: str
+    url: str = field(default="", repr=False)
+    data: str = field(default="", repr=False)
+    start: int = field(default=0, repr=False)
+    name: str = field(default="", repr=False)
+    content_type: str = field(default="", repr=False)
+    file_id: str = field(default="", repr=False)
+    uploaded: tuple[bytes, str, str] | None = field(default=None, repr=False)
 
     @property
     def inline_bytes(self) -> int:
         """At least how many bytes are inline: base64 has 4 characters for 3, and up to a tenth may be line ends."""
         return (len(self.data) - self.start) * 27 // 40
 
-    def __repr__(self) -> str:
-        return f"Attachment({self.kind} at {self.place})"
+
+@dataclass(frozen=True, slots=True)
+class FunctionCall:
+    """A call that the model made earlier; `arguments` is JSON, or what the client has in its place."""
+
+    id: str = field(repr=False)
+    name: str = field(repr=False)
+    arguments: str = field(repr=False)
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(frozen=True, slots=True)
 class Message:
-    """One message of the conversation: its text parts joined, and what is attached to it."""
+    """One message of the conversation: its text parts, one a line, what is attached to it, and the calls it makes.
+
+    A message whose role is `tool` or `function` is the result of the call `tool_call_id`; `tool_name` is the client's
+    own word for that call's function.
+    """
 
     role: str
-    text: str
+    text: str = field(repr=False)
     attachments: tuple[Attachment, ...] = ()
+    calls: tuple[FunctionCall, ...] = ()
+    tool_call_id: str = field(default="", repr=False)
+    tool_name: str = field(default="", repr=False)
 
-    def __repr__(self) -> str:
-        return f"Message({self.role[:32]}, {len(self.text)} characters, {len(self.attachments)} attachments)"
+    @property
+    def size(self) -> int:
+        """About how many characters of memory it takes, without what is attached."""
+        return 200 + len(self.text) + sum(200 + len(call.arguments) for call in self.calls)
+
+
+@dataclass(frozen=True, slots=True)
+class ResponsesOptions:
+    """What the Responses API has beside a chat. `store`: whether the answer may be kept, to be continued by its id.
+
+    `echo` is what the response object repeats of the request, with OpenAI's defaults.
+    """
+
+    previous_response_id: str
+    store: bool
+    echo: Mapping[str, Any] = field(repr=False)
+    instructions: str = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """A chat that a client asks for. `use_search` is None where neither the request nor its model says.
+    """A chat that a client asks for, by any API. `use_search` is None where neither the request nor its model says.
 
-    `conversation_id`: `new` opens a conversation that is kept, an id goes on with one; else empty. `max_tokens` is None
+    `conversation_id`: `new` opens a conversation that is kept, an id continues one; else empty. `max_tokens` is None
     where there is no limit. `left_out`: names of the tools that nobody here can run, for the log.
     """
 
@@ -2714,6 +2752,7 @@ class ChatRequest:
     stop: tuple[str, ...] = ()
     max_tokens: int | None = None
     left_out: tuple[str, ...] = ()
+    responses: ResponsesOptions | None = None
 
     @property
     def attachments(self) -> list[Attachment]:
@@ -2735,63 +2774,13 @@ class ChatRequest:
         """Whether it is asked in a conversation that exists."""
         return self.conversation_id not in ("", NEW_CONVERSATION)
 
-
-def _parse_object(body: bytes | bytearray) -> dict[str, Any]:
-    """The JSON object in a body. Raises `ProxyError` `invalid_json`."""
-    try:
-        value = parse_json(body)
-    except WireError as error:
-        raise ProxyError("invalid_json", f"the body: {error}") from None
-    if not isinstance(value, dict):
-        raise ProxyError("invalid_json", "the body must be a JSON object")
-    return value
+    @property
+    def own_messages(self) -> tuple[Message, ...]:
+        """The messages that a later turn is given again: all but `instructions`, which are for one answer."""
+        return self.messages[1:] if self.responses is not None and self.responses.instructions else self.messages
 
 
-def _parse_model(value: dict[str, Any]) -> tuple[str, bool | None]:
-    """The model's name, and whether to search, where the request or that name says."""
-    model = _take(value, "model", str, "kimi").strip() or "kimi"
-    search = _take(value, "use_search", bool, None)
-    return model, True if search is None and "search" in model.split("-")[1:] else search
-
-
-def parse_chat_request(body: bytes | bytearray) -> ChatRequest:
-    """The request in the body of `POST /v1/chat/completions` (OpenAI API reference, "Create chat completion").
-
-    Raises `ProxyError`: `invalid_json`, or `invalid_request` with the field's name as `param`.
-    """
-    value = _parse_object(body)
-    model, search = _parse_model(value)
-    messages = _take(value, "messages", list, None)
-    if not messages:
-        raise _refuse("messages", "must be a list with at least one message")
-    if _take(value, "n", int, 1) != 1:
-        raise _refuse("n", "only 1 answer at a time")
-    options = _take(value, "stream_options", dict, None)
-    choice, tools, left_out, searches = _parse_offer(value)
-    names: dict[str, str] = {}
-    parsed = tuple(_parse_message(message, f"messages[{index}]", names) for index, message in enumerate(messages))
-    if sum(len(message.attachments) for message in parsed) > MOST_ATTACHMENTS:
-        raise _refuse("messages", f"at most {MOST_ATTACHMENTS} files and pictures in a request")
-    return ChatRequest(
-        model=model,
-        messages=parsed,
-        stream=_take(value, "stream", bool, False),
-        include_usage=None if options is None else _take(options, "include_usage", bool, False, "stream_options."),
-        use_search=True if search is None and searches else search,
-        conversation_id=_take(value, "conversation_id", str, ""),
-        tools=tools,
-        tool_choice=choice,
-        parallel_tool_calls=_take(value, "parallel_tool_calls", bool, True),
-        response_format=_parse_response_format(_take(value, "response_format", dict, {})),
-        stop=_parse_stop(value.get("stop")),
-        max_tokens=_parse_max_tokens(value),
-        left_out=left_out,
-    )
-
-
-def _refuse(param: str, reason: str) -> ProxyError:
-    return ProxyError("invalid_request", f"{param}: {reason}", param=param)
-
+# -- Reading JSON by its path
 
 _KINDS: Final[Mapping[type, str]] = {
     str: "a string",
@@ -2802,168 +2791,310 @@ _KINDS: Final[Mapping[type, str]] = {
 }
 
 
-def _take(value: dict[str, Any], name: str, kind: type, default: Any, prefix: str = "") -> Any:
-    """The field `name` of `value`, or `default` where it is missing or null. Raises `ProxyError` for another type."""
-    found = value.get(name)
-    if found is None:
-        return default
-    if not isinstance(found, kind) or (kind is int and isinstance(found, bool)):
-        raise _refuse(f"{prefix}{name}", f"must be {_KINDS[kind]}")
-    return found
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A JSON value in a request and the path that names it in an error."""
+
+    value: Any = field(repr=False)
+    path: str
+
+    def invalid_param(self, reason: str) -> ProxyError:
+        """The error of a client whose value here is wrong."""
+        return ProxyError("invalid_request", f"{self.path}: {reason}", param=self.path)
+
+    def __getitem__(self, name: str) -> Node:
+        return Node(self.value.get(name), f"{self.path}.{name}" if self.path else name)
+
+    def has(self, name: str) -> bool:
+        """Whether the object has this field, and not as null."""
+        return self.value.get(name) is not None
+
+    def get_field(self, name: str, kind: type, default: Any = None) -> Any:
+        """The value of a field, or `default` where it is missing or null. Raises `ProxyError` for another type."""
+        found = self.value.get(name)
+        if found is None:
+            return default
+        if not isinstance(found, kind) or (kind is int and isinstance(found, bool)):
+            raise self[name].invalid_param(f"must be {_KINDS[kind]}")
+        return found
+
+    def get_object(self, name: str) -> Node:
+        """The object in a field, an empty one where it is missing."""
+        return Node(self.get_field(name, dict, {}), self[name].path)
+
+    def get_items(self, name: str) -> list[Node]:
+        """The objects of the list in a field."""
+        self.get_field(name, list)
+        items = self[name].split()
+        for item in items:
+            if not isinstance(item.value, dict):
+                raise item.invalid_param("must be an object")
+        return items
+
+    def split(self) -> list[Node]:
+        """The items of a list."""
+        return [Node(item, f"{self.path}[{index}]") for index, item in enumerate(self.value or ())]
+
+    def check_json(self) -> Any:
+        """The value, which can be written out again. Raises `ProxyError` for too deep a value or an infinite number."""
+        level = [self.value]
+        for _ in range(MAX_DEPTH):
+            if any(isinstance(one, float) and not isfinite(one) for one in level):
+                raise self.invalid_param("holds a number that is too large")
+            inner = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
+            level = [child for children in inner for child in children]
+            if not level:
+                return self.value
+        raise self.invalid_param("is nested too deep")
 
 
-def _parse_message(value: object, place: str, names: dict[str, str]) -> Message:
-    """One message; `names` are those of the calls before it, by their ids, and gets what it calls."""
+def _parse_body(body: bytes | bytearray) -> Node:
+    """The JSON object in a body. Raises `ProxyError` `invalid_json`."""
+    try:
+        value = parse_json(body)
+    except WireError as error:
+        raise ProxyError("invalid_json", f"the body: {error}") from None
     if not isinstance(value, dict):
-        raise _refuse(place, "must be an object")
-    role = _take(value, "role", str, "user", f"{place}.") or "user"
-    if not _ROLE.fullmatch(role):
-        raise _refuse(f"{place}.role", "must be a short word such as user")
-    text, attachments = _parse_content(value.get("content"), f"{place}.content")
-    text += _take(value, "refusal", str, "", f"{place}.")
-    called = _take(value, "tool_call_id", str, "", f"{place}.")
-    if called or role in ("tool", "function"):
-        role = "tool" if called else role
-        text = render_tool_response(names.get(called) or _take(value, "name", str, "", f"{place}."), text)
-    calls = _take(value, "tool_calls", list, [], f"{place}.")
-    lines = [_parse_call(call, f"{place}.tool_calls[{index}]", names) for index, call in enumerate(calls)]
-    return Message(role, "\n".join([text, *lines] if text else lines), attachments)
+        raise ProxyError("invalid_json", "the body must be a JSON object")
+    return Node(value, "")
 
 
-def _parse_content(content: object, place: str) -> tuple[str, tuple[Attachment, ...]]:
-    """Text and attachments of a message's content: a string, a list of parts, or null."""
-    if content is None or isinstance(content, str):
-        return content or "", ()
-    if not isinstance(content, list):
-        raise _refuse(place, "must be a string, a list of parts, or null")
-    parts = [_parse_part(part, f"{place}[{index}]") for index, part in enumerate(content)]
-    text = "".join(part for part in parts if isinstance(part, str))
-    return text, tuple(part for part in parts if isinstance(part, Attachment))
+# -- The four APIs
 
 
-def _parse_call(value: object, place: str, names: dict[str, str]) -> str:
-    """A call that the model made before, as text; its name is noted for the result that follows."""
-    if not isinstance(value, dict):
-        raise _refuse(place, "must be an object")
-    kind, argument = ("custom", "input") if value.get("type") == "custom" else ("function", "arguments")
-    function = _take(value, kind, dict, {}, f"{place}.")
-    name = _take(function, "name", str, "", f"{place}.{kind}.")
-    names[_take(value, "id", str, "", f"{place}.")] = name
-    return render_tool_call(name, _take(function, argument, str, "", f"{place}.{kind}."))
+def parse_chat_request(body: bytes | bytearray) -> ChatRequest:
+    """The request in the body of `POST /v1/chat/completions` (OpenAI API reference, "Create chat completion").
 
-
-_FUNCTION_NAME: Final = re.compile(r"[^\s\x00-\x1f<>\"{}]{1,128}")
-
-
-def _parse_offer(value: dict[str, Any]) -> tuple[ToolChoice, tuple[Tool, ...], tuple[str, ...], bool]:
-    """What `tools` and `tool_choice` of a chat mean: the choice, and then as `_parse_tools` gives it."""
-    if value.get("tools") is None and value.get("tool_choice") is None:
-        return _FREE_CHOICE, (), (), False
-    offered, left_out, searches = _parse_tools(_take(value, "tools", list, []), _parse_nested_tool)
-    choice, tools = _parse_tool_choice(value.get("tool_choice"), offered, _name_foreign(left_out, searches=searches))
-    return choice, tools, left_out, searches
-
-
-_FREE_CHOICE: Final = ToolChoice()
-
-
-def _parse_tools(
-    values: list[Any], parse: Callable[[dict[str, Any], str], Tool]
-) -> tuple[tuple[Tool, ...], tuple[str, ...], bool]:
-    """The functions among OpenAI's `tools`, each name once, as `parse` reads them; the names of what is left out; and
-    whether a web search is among them.
+    Raises `ProxyError`: `invalid_json`, or `invalid_request` with the field's name as `param`.
     """
+    root = _parse_body(body)
+    _check_answers(root)
+    return _make_request(
+        root,
+        _parse_messages(root),
+        conversation_id=root.get_field("conversation_id", str, ""),
+        response_format=_parse_format(root.get_object("response_format")),
+        stop=_parse_stop(root["stop"]),
+        max_tokens=_parse_limit(root, "max_completion_tokens", "max_tokens"),
+    )
+
+
+def parse_completion_request(body: bytes | bytearray) -> ChatRequest:
+    """The request in the body of the older `POST /v1/completions` (OpenAI API reference, "Create completion").
+
+    Its one prompt is a user's message. Raises `ProxyError`: `invalid_json`, or `invalid_request` with its `param`.
+    """
+    root = _parse_body(body)
+    prompt = root.value.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1:
+        prompt = prompt[0]
+    if not isinstance(prompt, str) or not prompt:
+        raise root["prompt"].invalid_param("must be one text; several, and numbers of tokens, are not known here")
+    _check_answers(root)
+    stop, limit = _parse_stop(root["stop"]), _parse_limit(root, "max_tokens")
+    return _make_request(root, [Message("user", prompt)], stop=stop, max_tokens=limit)
+
+
+def parse_messages_request(body: bytes | bytearray) -> ChatRequest:
+    """The request in the body of `POST /v1/messages` (Anthropic API reference, "Create a Message") or of its
+    `/count_tokens`, which has no `max_tokens`.
+
+    A tool's result is a message of role `tool` that stands before the other words of its message. Raises `ProxyError`:
+    `invalid_json`, or `invalid_request` with the field's name as `param`.
+    """
+    root = _parse_body(body)
+    system = _make_message("system", _parse_content(root["system"]))
+    return _make_request(
+        root,
+        [*([system] if system.text or system.attachments else []), *_parse_messages(root)],
+        response_format=_parse_format(root.get_object("output_config").get_object("format")),
+        stop=_parse_stop(root["stop_sequences"]),
+        max_tokens=_parse_limit(root, "max_tokens"),
+    )
+
+
+def parse_responses_request(body: bytes | bytearray, find_item: FindItem = lambda item_id: None) -> ChatRequest:
+    """The request in the body of `POST /v1/responses` (OpenAI API reference, "Create a model response").
+
+    `find_item` gives the item of an earlier answer that one of the input refers to by its id, or None.
+
+    Raises `ProxyError`: `invalid_json`, or `invalid_request` with the field's name as `param`.
+    """
+    root = _parse_body(body)
+    previous = root.get_field("previous_response_id", str, "")
+    instructions = root.get_field("instructions", str, "")
+    messages = _parse_input(root, find_item)
+    if not messages and not previous:
+        raise root["input"].invalid_param("must be a text, or a list with at least one message")
+    text = root.get_object("text")
+    request = _make_request(
+        root,
+        [Message("system", instructions), *messages] if instructions else messages,
+        param="input",
+        response_format=_parse_format(text.get_object("format")),
+        max_tokens=_parse_limit(root, "max_output_tokens"),
+    )
+    store = root.get_field("store", bool, True)
+    return replace(request, responses=ResponsesOptions(previous, store, _make_echo(root, request), instructions))
+
+
+def _check_answers(root: Node) -> None:
+    if root.get_field("n", int, 1) != 1:
+        raise root["n"].invalid_param("only 1 answer at a time")
+
+
+def _make_request(root: Node, messages: Sequence[Message], *, param: str = "messages", **fields: Any) -> ChatRequest:
+    """A request from the fields that all APIs have; `param` is the name of the one with its messages."""
+    model = root.get_field("model", str, "kimi").strip() or "kimi"
+    options = root.get_object("stream_options") if root.has("stream_options") else None
+    tools, left_out, searches = _parse_tools(root.get_items("tools"))
+    foreign = (*left_out, "web_search") if searches else left_out
+    choice, tools = _parse_tool_choice(root["tool_choice"], tools, foreign)
+    use_search = root.get_field("use_search", bool)
+    if use_search is None and (searches or "search" in model.split("-")[1:]):
+        use_search = True
+    _check_attachments(messages, param)
+    return ChatRequest(
+        model=model,
+        messages=tuple(messages),
+        stream=root.get_field("stream", bool, False),
+        include_usage=options.get_field("include_usage", bool, False) if options is not None else None,
+        use_search=use_search,
+        tools=tools,
+        tool_choice=choice,
+        parallel_tool_calls=_parse_parallel(root),
+        left_out=left_out,
+        **fields,
+    )
+
+
+def _parse_format(form: Node) -> ResponseFormat | None:
+    """What `response_format`, `text.format` or `output_config.format` asks for; chat nests the schema once more."""
+    kind = form.get_field("type", str, "text")
+    if kind not in ("text", "json_object", "json_schema"):
+        raise form["type"].invalid_param("must be text, json_object or json_schema")
+    if kind != "json_schema":
+        return ResponseFormat("json_object") if kind == "json_object" else None
+    own = form.get_object("json_schema") if form.has("json_schema") else form
+    if not own.has("schema"):
+        raise own["schema"].invalid_param("is missing")
+    return ResponseFormat("json_schema", _parse_schema(own["schema"]), own.get_field("name", str, ""))
+
+
+def _parse_schema(schema: Node) -> Any:
+    """A JSON Schema; none means an object of any kind."""
+    if schema.value is None:
+        return {"type": "object", "properties": {}}
+    if not isinstance(schema.value, dict | bool):
+        raise schema.invalid_param("must be a JSON Schema")
+    return schema.check_json()
+
+
+def _parse_stop(node: Node) -> tuple[str, ...]:
+    stops = [node.value] if isinstance(node.value, str) else node.value or []
+    if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(stop, str) for stop in stops):
+        raise node.invalid_param(f"must be a string, or a list of up to {MAX_STOPS}")
+    if any(len(stop) > MAX_STOP_LENGTH for stop in stops):
+        raise node.invalid_param(f"may have {MAX_STOP_LENGTH} characters")
+    return tuple(stop for stop in dict.fromkeys(stops) if stop)
+
+
+def _parse_limit(root: Node, *names: str) -> int | None:
+    """The limit of the answer, by the first of its `names` that the request has."""
+    for name in names:
+        if (limit := root.get_field(name, int)) is not None:
+            if limit < 1:
+                raise root[name].invalid_param("must be at least 1")
+            return int(limit)
+    return None
+
+
+# -- Tools
+
+
+def _parse_tools(nodes: Sequence[Node]) -> tuple[tuple[Tool, ...], tuple[str, ...], bool]:
+    """The functions among tools, each name once; the names of what is left out; whether a web search is among them."""
     tools: dict[str, Tool] = {}
     left_out: list[str] = []
     searches = False
-    for index, value in enumerate(values):
-        place = f"tools[{index}]"
-        if not isinstance(value, dict):
-            raise _refuse(place, "must be an object")
-        kind = _take(value, "type", str, "function", f"{place}.")
-        if kind.startswith("web_search") or _read_function_name(value) == "$web_search":
+    for node in nodes:
+        kind = node.get_field("type", str, "function")
+        if kind.startswith("web_search") or _read_function_name(node.value) == "$web_search":
             searches = True
-        elif kind == "function":
-            tool = parse(value, place)
+        elif kind == "function" or (kind == "custom" and node.has("input_schema")):
+            tool = _parse_tool(node.get_object("function") if node.has("function") else node)
             tools.setdefault(tool.name, tool)
         else:
-            left_out += _read_foreign_names(value, kind)
+            left_out += _read_foreign_names(node.value, kind)
     return tuple(tools.values()), tuple(dict.fromkeys(left_out)), searches
 
 
-def _parse_nested_tool(value: dict[str, Any], place: str) -> Tool:
-    """A function as chat completions have it: within `function`."""
-    return _parse_tool(_take(value, "function", dict, {}, f"{place}."), f"{place}.function")
-
-
-def _parse_tool(value: dict[str, Any], place: str, schema: str = "parameters") -> Tool:
-    """A function from its `name`, `description` and the field that is called `schema`."""
-    name = _take(value, "name", str, "", f"{place}.")
+def _parse_tool(node: Node) -> Tool:
+    """A function from its name, description and schema."""
+    name = node.get_field("name", str, "")
     if not _FUNCTION_NAME.fullmatch(name):
-        raise _refuse(f"{place}.name", "must be a name without blanks, 128 characters at most")
-    description = _take(value, "description", str, "", f"{place}.")
-    return Tool(name, description, _check_depth(value.get(schema), f"{place}.{schema}"))
+        raise node["name"].invalid_param("must be a name without whitespace, 128 characters at most")
+    schema = node["input_schema"] if node.has("input_schema") else node["parameters"]
+    return Tool(name, node.get_field("description", str, ""), _parse_schema(schema))
 
 
 def _read_foreign_names(value: dict[str, Any], kind: str) -> list[str]:
-    """What a tool of another kind is called, or else its kind; of a `namespace` its tools too. Only what is a name."""
+    """What a tool of another kind is called, or else its kind, and its own tools. For the log: only what is a name."""
     own = value.get(kind)
     own = own if isinstance(own, dict) else value  # chat completions have it within a field of the kind's name
     nested = own.get("tools")
     inner = [tool.get("name") for tool in nested if isinstance(tool, dict)] if isinstance(nested, list) else []
-    names = [own.get("name") or own.get("server_label") or kind, *inner]
-    return [name for name in names if isinstance(name, str) and _FUNCTION_NAME.fullmatch(name)]
+    first, rest = (
+        [name for name in names if isinstance(name, str) and _FUNCTION_NAME.fullmatch(name)]
+        for names in ((own.get("name"), own.get("server_label"), kind), inner)
+    )
+    return [*(first[:1] or ["(other)"]), *rest]
 
 
-def _name_foreign(left_out: Sequence[str], *, searches: bool) -> Sequence[str]:
-    """The names of all tools that the model cannot call."""
-    return (*left_out, "web_search") if searches else left_out
-
-
-def _check_depth(schema: object, place: str) -> Any:
-    """A JSON Schema that can be written out again; none means an object of any kind."""
-    if schema is None:
-        return {"type": "object", "properties": {}}
-    if not isinstance(schema, dict | bool):
-        raise _refuse(place, "must be a JSON Schema")
-    try:
-        encode_json(schema)
-    except RecursionError:
-        raise _refuse(place, "is nested too deep") from None
-    return schema
+def _parse_parallel(root: Node) -> bool:
+    choice = root["tool_choice"]
+    is_serial = isinstance(choice.value, dict) and choice.get_field("disable_parallel_tool_use", bool, False)
+    return bool(root.get_field("parallel_tool_calls", bool, True) and not is_serial)
 
 
 def _parse_tool_choice(
-    value: object, tools: tuple[Tool, ...], foreign: Collection[str]
+    node: Node, tools: tuple[Tool, ...], foreign: Collection[str]
 ) -> tuple[ToolChoice, tuple[Tool, ...]]:
-    """What OpenAI's `tool_choice` means for `tools`, and those that it allows; `auto` where it wants `foreign` ones."""
-    if not isinstance(value, dict) or value.get("type", "function") == "function":
-        return _choose_tool(value, tools, foreign), tools
-    if value["type"] != "allowed_tools":
-        return ToolChoice(), tools
-    own = value.get("allowed_tools")
-    own = own if isinstance(own, dict) else value  # chat completions have it within, the Responses API has it not
-    listed = own.get("tools")
-    names = [_read_function_name(tool) for tool in listed] if isinstance(listed, list) else []
-    allowed = tuple(tool for tool in tools if tool.name in names)
-    return (_choose_tool(own.get("mode"), allowed, foreign), allowed) if allowed else (ToolChoice("none"), tools)
+    """What `tool_choice` means for `tools`, and those that it allows; `auto` where it wants `foreign` ones."""
+    value = node.value
+    kind = value
+    if isinstance(value, dict):
+        kind = value.get("type") or ("auto" if _read_function_name(value) is None else "function")
+    if kind == "allowed_tools":
+        own = value.get(kind)
+        own = own if isinstance(own, dict) else value  # chat completions have it within, the Responses API has it not
+        listed = own.get("tools")
+        names = [_read_function_name(tool) for tool in listed] if isinstance(listed, list) else []
+        allowed = tuple(tool for tool in tools if tool.name in names)
+        if not allowed:
+            return ToolChoice("none"), tools
+        return _choose_tool(Node(own.get("mode"), node.path), allowed, foreign), allowed
+    is_word = kind in ("auto", "none", "any", "required")
+    if kind in ("function", "tool") or is_word or not isinstance(value, dict):
+        return _choose_tool(Node(kind, node.path) if is_word else node, tools, foreign), tools
+    return ToolChoice(), tools  # another kind of tool
 
 
-def _choose_tool(value: object, tools: Sequence[Tool], foreign: Collection[str]) -> ToolChoice:
+def _choose_tool(node: Node, tools: Sequence[Tool], foreign: Collection[str]) -> ToolChoice:
     """What a choice means: a word, or a function by name."""
-    if value is None or value in ("auto", "none"):
-        return ToolChoice("none") if value == "none" else ToolChoice()
-    if value == "required":
+    if node.value is None or node.value in ("auto", "none"):
+        return ToolChoice("none") if node.value == "none" else ToolChoice()
+    if node.value in ("required", "any"):
         if not tools and not foreign:
-            raise _refuse("tool_choice", "there are no functions in tools")
+            raise node.invalid_param("there are no functions in tools")
         return ToolChoice("required") if tools else ToolChoice()
-    name = _read_function_name(value)
+    name = _read_function_name(node.value)
     if not isinstance(name, str):
-        raise _refuse("tool_choice", 'must be auto, none, required, or {"type": "function", "function": {"name"}}')
+        raise node.invalid_param('must be auto, none, required, or {"type": "function", "function": {"name"}}')
     if name in [tool.name for tool in tools]:
         return ToolChoice("named", name)
     if name not in foreign:
-        raise _refuse("tool_choice", "names a function that is not in tools")
+        raise node.invalid_param("names a function that is not in tools")
     return ToolChoice()
 
 
@@ -2973,92 +3104,181 @@ def _read_function_name(value: object) -> Any:
     return function.get("name") if isinstance(function, dict) else None
 
 
-def _parse_response_format(value: dict[str, Any]) -> ResponseFormat | None:
-    kind = _take(value, "type", str, "text", "response_format.")
-    if kind == "text":
-        return None
-    if kind == "json_object":
-        return ResponseFormat("json_object")
-    if kind != "json_schema":
-        raise _refuse("response_format.type", "must be text, json_object or json_schema")
-    form = _take(value, "json_schema", dict, {}, "response_format.")
-    place = "response_format.json_schema"
-    if "schema" not in form:
-        raise _refuse(f"{place}.schema", "is missing")
-    return ResponseFormat("json_schema", _check_depth(form["schema"], f"{place}.schema"), str(form.get("name", "")))
+# -- Messages and their parts
+
+_Piece = str | Attachment | FunctionCall | Message  # what one part may be; a Message is the result of a call
+# What comes back of the model's thinking was for the client, and a server tool's work is that of another service.
+_DROPPED_PARTS: Final = ("thinking", "redacted_thinking", "reasoning")
+_DROPPED_ENDS: Final = ("_tool_use", "_tool_result")  # of server_tool_use, mcp_tool_use, web_search_tool_result …
 
 
-_MOST_STOPS: Final = 4
-_LONGEST_STOP: Final = 1000
+def _parse_messages(root: Node) -> list[Message]:
+    nodes = root["messages"]
+    if not nodes.value or not isinstance(nodes.value, list):
+        raise nodes.invalid_param("must be a list with at least one message")
+    return [message for node in root.get_items("messages") for message in _parse_message(node)]
 
 
-def _parse_stop(value: object) -> tuple[str, ...]:
-    stops = [value] if isinstance(value, str) else value
-    if stops is None:
-        return ()
-    if not isinstance(stops, list) or len(stops) > _MOST_STOPS or not all(isinstance(stop, str) for stop in stops):
-        raise _refuse("stop", f"must be a string, or a list of up to {_MOST_STOPS}")
-    if any(len(stop) > _LONGEST_STOP for stop in stops):
-        raise _refuse("stop", f"may have {_LONGEST_STOP} characters")
-    return tuple(stop for stop in dict.fromkeys(stops) if stop)
+def _parse_message(node: Node) -> list[Message]:
+    """The message in a `{"role", "content"}` of any API, behind the results of tools that are among its parts."""
+    role = node.get_field("role", str, "") or "user"
+    if not _ROLE.fullmatch(role):
+        raise node["role"].invalid_param("must be a short word such as user")
+    called = node.get_field("tool_call_id", str, "")
+    pieces = [*_parse_content(node["content"]), node.get_field("refusal", str, "")]
+    pieces += map(_parse_call, node.get_items("tool_calls"))
+    if called or role in RESULT_ROLES:
+        name = node.get_field("name", str, "")
+        return [_make_message("tool" if called else role, pieces, tool_call_id=called, tool_name=name)]
+    results = [piece for piece in pieces if isinstance(piece, Message)]
+    message = _make_message(role, pieces)
+    return [*results, message] if message.text or message.attachments or message.calls or not results else results
 
 
-def _parse_max_tokens(value: dict[str, Any]) -> int | None:
-    """The limit of the answer, by its newer name or by its older one."""
-    for name in ("max_completion_tokens", "max_tokens"):
-        if (limit := _take(value, name, int, None)) is not None:
-            if limit < 1:
-                raise _refuse(name, "must be at least 1")
-            return int(limit)
-    return None
+def _make_message(role: str, pieces: Sequence[_Piece], **fields: str) -> Message:
+    """The texts, attachments and calls among `pieces` as one message; each text begins on a line of its own."""
+    return Message(
+        role,
+        "\n".join(piece for piece in pieces if isinstance(piece, str) and piece),
+        tuple(piece for piece in pieces if isinstance(piece, Attachment)),
+        tuple(piece for piece in pieces if isinstance(piece, FunctionCall)),
+        **fields,
+    )
 
 
-def _parse_part(value: object, place: str) -> str | Attachment:
-    """The text or the attachment in one part of a message's content."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, dict):
-        raise _refuse(place, "must be an object")
-    kind = _take(value, "type", str, "", f"{place}.")
+def _parse_content(content: Node, depth: int = 0) -> list[_Piece]:
+    """The parts of a content: a string, a list of parts, or null."""
+    if content.value is None or isinstance(content.value, str):
+        return [content.value or ""]
+    if not isinstance(content.value, list):
+        raise content.invalid_param("must be a string, a list of parts, or null")
+    return [piece for part in content.split() for piece in _parse_part(part, depth)]
+
+
+def _parse_part(part: Node, depth: int) -> list[_Piece]:
+    """What one part of a content says, in any API's spelling; `depth` counts the parts around it."""
+    if isinstance(part.value, str):
+        return [part.value]
+    if not isinstance(part.value, dict):
+        raise part.invalid_param("must be an object")
+    kind = part.get_field("type", str, "")
     match kind:
-        case "text" | "refusal":
-            return str(_take(value, kind, str, "", f"{place}."))
+        case "text" | "input_text" | "output_text":
+            return [part.get_field("text", str, "")]
+        case "refusal":
+            return [part.get_field("refusal", str, "")]
+        case "image_url" | "input_image":
+            return [_parse_attachment("image", part)]
+        case "file" | "input_file":
+            return [_parse_attachment("file", part)]
+        case "image" | "document":
+            return _parse_source("image" if kind == "image" else "file", part)
+        case "tool_use" if not depth:
+            return [_parse_call(part)]
+        case "tool_result" if not depth:
+            return [_parse_result(part, "tool_use_id", "content")]
+        case _ if kind in _DROPPED_PARTS or kind.endswith(_DROPPED_ENDS):
+            return []
         case "input_audio":
-            raise _refuse(f"{place}.type", "input_audio: Kimi's web service takes no sound")
-        case "image_url":
-            return _parse_url("image", value.get("image_url"), f"{place}.image_url")
-        case "file" if value.get("file_url") is not None:
-            return _parse_url("file", value["file_url"], f"{place}.file_url")
-        case "file":
-            return _parse_file(_take(value, "file", dict, {}, f"{place}."), f"{place}.file")
+            raise part["type"].invalid_param("input_audio: Kimi's web service takes no sound")
         case _:
-            known = "text, image_url, file"
+            known = "text, image_url, file, image, document, tool_use, tool_result, thinking"
             name = quote_words(kind)[:40] or "(none)"
-            raise _refuse(f"{place}.type", f"unknown kind of part: {name}; known: {known}")
+            raise part["type"].invalid_param(f"unknown kind of part: {name}; known: {known}")
 
 
-def _parse_url(kind: Literal["file", "image"], value: object, place: str) -> Attachment:
-    """The attachment at `{"url"}`, which may be a `data:` URL; some clients give the bare string."""
-    if isinstance(value, dict):
-        value, place = value.get("url"), f"{place}.url"
-    if not isinstance(value, str) or not value:
-        raise _refuse(place, "must be a URL")
-    return _parse_data(kind, value, place) if value[:5].lower() == "data:" else Attachment(kind, place, url=value)
+def _parse_call(node: Node) -> FunctionCall:
+    """A call that the model made earlier: one of `tool_calls`, a `tool_use` part, or an item of the Responses API."""
+    kind = next((kind for kind in ("function", "custom") if node.has(kind)), "")
+    own = node.get_object(kind) if kind else node
+    call_id = node.get_field("call_id", str, "") or node.get_field("id", str, "")
+    arguments = next((own[name] for name in ("arguments", "input") if own.has(name)), Node("", ""))
+    return FunctionCall(call_id, own.get_field("name", str, ""), _render_json(arguments))
 
 
-def _parse_file(value: dict[str, Any], place: str) -> Attachment:
-    """The attachment in OpenAI's `{"file_data", "filename"}`: a `data:` URL, or the base64 alone."""
-    if file_id := _take(value, "file_id", str, "", f"{place}."):
-        return Attachment("file", f"{place}.file_id", file_id=file_id)
-    data = _take(value, "file_data", str, "", f"{place}.")
+def _parse_result(node: Node, id_field: str, content_field: str) -> Message:
+    """What a tool gave back, with the pictures and files in it."""
+    pieces = _parse_content(node[content_field], 1)
+    error = "Error: " if node.get_field("is_error", bool, False) else ""
+    message = _make_message("tool", pieces, tool_call_id=node.get_field(id_field, str, ""))
+    return replace(message, text=error + message.text)
+
+
+def _render_json(node: Node) -> str:
+    """A string as it is, an object or a list written out."""
+    if isinstance(node.value, dict | list):
+        return encode_json(node.check_json())
+    if not isinstance(node.value, str):
+        raise node.invalid_param("must be a string or an object")
+    return node.value
+
+
+# -- Attachments
+
+
+def _parse_attachment(kind: AttachmentKind, part: Node) -> Attachment:
+    """The attachment in OpenAI's parts: `image_url`, `file_url`, or `file_data` and `file_id`, which chat nests."""
+    own = part.get_object("file") if part.has("file") else part
+    name = own.get_field("filename", str, "")
+    for field_name in ("image_url", "file_url"):
+        if own.has(field_name):
+            return _name_attachment(_parse_url(kind, own[field_name]), name)
+    if file_id := own.get_field("file_id", str, ""):
+        return Attachment(kind, own["file_id"].path, file_id=file_id)
+    if kind == "image":
+        raise own["image_url"].invalid_param("must be a URL")
+    data = own.get_field("file_data", str, "")
     if not data:
-        raise _refuse(f"{place}.file_data", "must be a data URL, or base64; else give file_id")
-    name = _take(value, "filename", str, "", f"{place}.")
-    place = f"{place}.file_data"
+        raise own["file_data"].invalid_param("must be a data URL, or base64; else give file_id")
     if data[:5].lower() == "data:":
-        attachment = _parse_data("file", data, place)
-        return replace(attachment, name=name or attachment.name)
-    return Attachment("file", place, data=data, name=name)
+        return _name_attachment(_parse_data(kind, own["file_data"]), name)
+    return Attachment(kind, own["file_data"].path, data=data, name=name)
+
+
+def _parse_source(kind: AttachmentKind, part: Node) -> list[_Piece]:
+    """The attachment in Anthropic's `{"source": {"type": …}, "title"}`; a document that is plain text is the text."""
+    source, title = part.get_object("source"), part.get_field("title", str, "")
+    form = source.get_field("type", str, "")
+    if form == "url":
+        return [_name_attachment(_parse_url(kind, source["url"]), title)]
+    if form not in ("base64", "text") or (form == "text" and kind == "image"):
+        raise source["type"].invalid_param("must be base64 or url, or text in a document")
+    data = source.get_field("data", str, "")
+    if form == "text":
+        return [title, data]
+    if not data:
+        raise source["data"].invalid_param("must be base64")
+    content_type = source.get_field("media_type", str, "").strip().lower()
+    return [Attachment(kind, source["data"].path, data=data, name=title, content_type=content_type)]
+
+
+def _name_attachment(attachment: Attachment, name: str) -> Attachment:
+    return replace(attachment, name=name) if name else attachment
+
+
+def _parse_url(kind: AttachmentKind, node: Node) -> Attachment:
+    """The attachment at `{"url"}`, which may be a `data:` URL; some clients give the bare string."""
+    if isinstance(node.value, dict):
+        node = node["url"]
+    if not isinstance(node.value, str) or not node.value:
+        raise node.invalid_param("must be a URL")
+    if node.value[:5].lower() == "data:":
+        return _parse_data(kind, node)
+    return Attachment(kind, node.path, url=node.value)
+
+
+def _parse_data(kind: AttachmentKind, node: Node) -> Attachment:
+    """The attachment in a `data:` URL (RFC 2397), in base64; what stands behind its comma is not copied."""
+    url: str = node.value
+    head, comma, _ = url[:1024].partition(",")
+    content_type, *parameters = head[5:].split(";")
+    if not comma or not parameters or parameters[-1].strip().lower() != "base64":
+        raise node.invalid_param("a data URL must look like data:TYPE;base64,…")
+    named = dict(parameter.strip().partition("=")[::2] for parameter in parameters)
+    name = unquote(named.get("name") or named.get("filename") or "")
+    if url.find("%", len(head) + 1) >= 0:
+        url = head + comma + _undo_percent(url[len(head) + 1 :])
+    return Attachment(kind, node.path, "", url, len(head) + 1, name, content_type.strip().lower())
 
 
 def _undo_percent(text: str) -> str:
@@ -3069,28 +3289,176 @@ def _undo_percent(text: str) -> str:
     return text
 
 
-def _parse_data(kind: Literal["file", "image"], url: str, place: str) -> Attachment:
-    """The attachment in a `data:` URL (RFC 2397), in base64; what stands behind its comma is not copied."""
-    head, comma, _ = url[:1024].partition(",")
-    content_type, *parameters = head[5:].split(";")
-    if not comma or not parameters or parameters[-1].strip().lower() != "base64":
-        raise _refuse(place, "a data URL must look like data:TYPE;base64,…")
-    named = dict(parameter.strip().partition("=")[::2] for parameter in parameters)
-    name = unquote(named.get("name") or named.get("filename") or "")
-    if url.find("%", len(head) + 1) >= 0:
-        url = head + comma + _undo_percent(url[len(head) + 1 :])
-    return Attachment(kind, place, "", url, len(head) + 1, name, content_type.strip().lower())
+def _check_attachments(messages: Sequence[Message], param: str) -> None:
+    if sum(len(message.attachments) for message in messages) > MAX_ATTACHMENTS:
+        raise Node(None, param).invalid_param(f"at most {MAX_ATTACHMENTS} files and pictures in a request")
 
 
-def merge_messages(messages: Sequence[Message]) -> str:
-    """All messages as the one text that the service takes: `role:text` and a line end each, in order [ref].
+# -- The Responses API
 
-    A URL in a user's message is wrapped so that the service reads the page [ref], in the user's alone [2+].
+
+def _parse_input(root: Node, find_item: FindItem) -> list[Message]:
+    """The messages of `input`. A call is told in the message of the words before it.
+
+    Left out are the model's thinking and items of the service's own tools, which Kimi's web service has not.
     """
-    return "".join(
-        f"{message.role}:{wrap_urls(message.text) if message.role == 'user' else message.text}\n"
-        for message in messages
-    )
+    node = root["input"]
+    if node.value is None or isinstance(node.value, str):
+        return [Message("user", node.value)] if node.value else []
+    if not isinstance(node.value, list):
+        raise node.invalid_param("must be a string or a list of items")
+    items = _resolve_references(root.get_items("input"), find_item)
+    return _join_calls(message for item in items for message in _parse_item(item))
+
+
+def _resolve_references(items: Iterable[Node], find_item: FindItem) -> Iterator[Node]:
+    """The items, references replaced. Each item can be referred to once: many references would be an unbounded text."""
+    seen: set[str] = set()
+    for item in items:
+        is_reference = "id" in item.value and "role" not in item.value and "content" not in item.value
+        if item.get_field("type", str, "item_reference" if is_reference else "message") != "item_reference":
+            yield item
+            continue
+        item_id = item.get_field("id", str, "")
+        if item_id in seen:
+            raise item.invalid_param("refers to an item a second time")
+        seen.add(item_id)
+        found = find_item(item_id)
+        if found is None:
+            raise item.invalid_param("names no item that is kept for this account: send the item itself")
+        yield Node(found, item.path)
+
+
+def _parse_item(item: Node) -> list[Message]:
+    """The messages that one item of `input` is."""
+    match item.get_field("type", str, "message"):
+        case "message":
+            return _parse_message(item)
+        case "function_call":
+            return [Message("assistant", "", calls=(_parse_call(item),))]
+        case "function_call_output":
+            return [_parse_result(item, "call_id", "output")]
+        case _:
+            return []
+
+
+def _join_calls(messages: Iterable[Message]) -> list[Message]:
+    """Each run of messages that are calls alone, told in the assistant's message before it."""
+    joined: list[Message] = []
+    for is_call, run in groupby(messages, key=lambda message: bool(message.calls and not message.text)):
+        if not is_call:
+            joined += run
+            continue
+        words = joined.pop() if joined and joined[-1].role == "assistant" else Message("assistant", "")
+        joined.append(replace(words, calls=(*words.calls, *(call for message in run for call in message.calls))))
+    return joined
+
+
+_ECHO_CONSTANTS: Final[Mapping[str, Any]] = {
+    "background": False,
+    "max_tool_calls": None,
+    "prompt_cache_key": None,
+    "safety_identifier": None,
+    "service_tier": "default",
+    "temperature": 1.0,
+    "top_logprobs": 0,
+    "top_p": 1.0,
+    "truncation": "disabled",
+    "user": None,
+}
+
+
+def _make_echo(root: Node, request: ChatRequest) -> dict[str, Any]:
+    """What a response object repeats of its request (OpenAI API reference, "The response object"); fields without an
+    effect are constants, and a wrong type in one is no error.
+    """
+    metadata, reasoning = (found if isinstance(found := root[name].value, dict) else {} for name in _ECHO_OBJECTS)
+    return {
+        **_ECHO_CONSTANTS,
+        "instructions": root.value.get("instructions") or None,
+        "max_output_tokens": request.max_tokens,
+        "metadata": {name: word for name, word in metadata.items() if isinstance(word, str)},
+        "parallel_tool_calls": request.parallel_tool_calls,
+        "previous_response_id": root.value.get("previous_response_id") or None,
+        "reasoning": {name: _echo_word(reasoning.get(name)) for name in ("effort", "summary")},
+        "store": root.get_field("store", bool, True),
+        "text": _echo_text(root.get_object("text"), request.response_format),
+        "tool_choice": root["tool_choice"].check_json() or "auto",
+        "tools": [_echo_tool(tool.check_json()) for tool in root.get_items("tools")],
+    }
+
+
+_ECHO_OBJECTS: Final = ("metadata", "reasoning")
+
+
+def _echo_word(value: object) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _echo_text(text: Node, form: ResponseFormat | None) -> dict[str, Any]:
+    """`text` with the form of the answer."""
+    shown: dict[str, Any] = {"type": form.kind if form is not None else "text"}
+    if form is not None and form.kind == "json_schema":
+        strict = text.get_object("format").value.get("strict") is True
+        shown |= {"name": form.name, "schema": form.schema, "strict": strict, "description": None}
+    verbosity = text.value.get("verbosity")
+    return {"format": shown, "verbosity": verbosity if verbosity in ("low", "medium", "high") else "medium"}
+
+
+def _echo_tool(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool with the fields that the API's own object always has."""
+    if tool.get("type", "function") != "function":
+        return tool
+    return {"type": "function", "description": None, "parameters": None, "strict": None, **tool}
+
+
+def extend_request(request: ChatRequest, before: Sequence[Message]) -> ChatRequest:
+    """The request after the messages of the turns `before` it, its own instructions still first.
+
+    The result's `own_messages` are those of all turns. Raises `ProxyError` `invalid_request` for too many attachments.
+    """
+    first = len(request.messages) - len(request.own_messages)
+    messages = (*request.messages[:first], *before, *request.messages[first:])
+    _check_attachments(messages, "input")
+    return replace(request, messages=messages)
+
+
+def answer_message(response: Mapping[str, Any]) -> Message:
+    """The assistant's message that an answer becomes in the next turn: its text and its calls, without its thinking.
+
+    `response` is a response object as an encoder of section 11 makes it.
+    """
+    texts = [part["text"] for item in response["output"] if item["type"] == "message" for part in item["content"]]
+    calls = (_parse_call(Node(item, "output")) for item in response["output"] if item["type"] == "function_call")
+    return Message("assistant", "\n".join(filter(None, texts)), calls=tuple(calls))
+
+
+# -- The prompt
+
+
+def merge_messages(messages: Sequence[Message], start: int = 0) -> str:
+    """The messages from `start` on as the one text that the service takes: `role:text` and a line end each [ref].
+
+    The result of a call is told by the name of the latest call before it that had its id. A URL in a user's message is
+    wrapped so that the service reads the page [ref], in the user's alone [2+].
+    """
+    names: dict[str, str] = {}
+    lines: list[str] = []
+    for message in messages:
+        names.update((call.id, call.name) for call in message.calls)
+        lines.append(f"{message.role}:{_render_message(message, names)}\n")
+    return "".join(lines[start:])
+
+
+def _render_message(message: Message, names: Mapping[str, str]) -> str:
+    """The text of a message, with its calls and its result in the form of the model."""
+    text = message.text
+    if message.role in RESULT_ROLES:
+        text = render_tool_response(names.get(message.tool_call_id) or message.tool_name, text)
+    elif message.role == "user":
+        text = wrap_urls(text)
+    calls = [render_tool_call(call.name, call.arguments) for call in message.calls]
+    return "\n".join([text, *calls] if text else calls)
 
 
 def render_prompt(request: ChatRequest) -> str:
@@ -3100,11 +3468,19 @@ def render_prompt(request: ChatRequest) -> str:
     """
     tools = describe_tools(request.tools, request.tool_choice, parallel=request.parallel_tool_calls)
     form = describe_format(request.response_format) if request.response_format is not None else ""
-    messages = request.sent_messages
-    if request.goes_on and not tools and not form and len(messages) == 1:
-        return wrap_urls(messages[0].text) if messages[0].role == "user" else messages[0].text
+    sent = len(request.sent_messages)
+    merged = merge_messages(request.messages, len(request.messages) - sent)
+    if request.goes_on and not tools and not form and sent == 1:
+        return merged.partition(":")[2].removesuffix("\n")
     before, after = (f"system:{words}\n" if words else "" for words in (tools, form))
-    return f"{before}{merge_messages(messages)}{after}"
+    return f"{before}{merged}{after}"
+
+
+def wrap_urls(text: str) -> str:
+    """`text` with each URL in the tag by which Kimi's own page marks it [ref]."""
+    if "://" not in text:
+        return text
+    return _URL.sub(r'<url id="" type="url" status="" title="" wc="">\g<0></url>', text)
 
 
 def make_chain(request: ChatRequest, make_id: Callable[[], str]) -> Chain:
@@ -3120,569 +3496,6 @@ def make_chain(request: ChatRequest, make_id: Callable[[], str]) -> Chain:
     if request.response_format is not None:
         filters.append(StructureFilter(request.response_format))
     return Chain(filters)
-
-
-def wrap_urls(text: str) -> str:
-    """`text` with each URL in the tag by which Kimi's own page marks it [ref]."""
-    if "://" not in text:
-        return text
-    return _URL.sub(r'<url id="" type="url" status="" title="" wc="">\g<0></url>', text)
-
-
-_Block = str | Attachment | Message
-_MOST_STOP_SEQUENCES: Final = 16
-# What comes back of the model's thinking was for the client, and a server tool's work is that of another service.
-_DROPPED_BLOCKS: Final = ("thinking", "redacted_thinking")
-_DROPPED_ENDS: Final = ("_tool_use", "_tool_result")  # of server_tool_use, mcp_tool_use, web_search_tool_result …
-
-
-def parse_messages_request(body: bytes | bytearray) -> ChatRequest:
-    """The request in the body of `POST /v1/messages` (Anthropic API reference, "Create a Message") or of its
-    `/count_tokens`, which has no `max_tokens`.
-
-    A tool's result is a message of role `tool` that stands before the other words of its message. Tools that are
-    neither functions nor a web search are `left_out`. Raises `ProxyError`: `invalid_json`, or `invalid_request` with
-    the field's name as `param`.
-    """
-    value = _parse_object(body)
-    model = _take(value, "model", str, "kimi").strip() or "kimi"
-    tools, others = _parse_messages_tools(_take(value, "tools", list, []))
-    searches = any(kind.startswith("web_search") for kind in others.values())
-    choice = _take(value, "tool_choice", dict, {})
-    is_serial = _take(choice, "disable_parallel_tool_use", bool, False, "tool_choice.")
-    return ChatRequest(
-        model=model,
-        messages=_parse_turns(value),
-        stream=_take(value, "stream", bool, False),
-        include_usage=None,
-        use_search=True if searches or "search" in model.split("-")[1:] else None,
-        tools=tools,
-        tool_choice=_parse_messages_choice(choice, tools, others),
-        parallel_tool_calls=not is_serial,
-        response_format=_parse_output_format(_take(value, "output_config", dict, {})),
-        stop=_parse_stop_sequences(_take(value, "stop_sequences", list, [])),
-        max_tokens=_parse_max_tokens({"max_tokens": value.get("max_tokens")}),
-        left_out=tuple(name for name, kind in others.items() if not kind.startswith("web_search")),
-    )
-
-
-def count_messages_tokens(request: ChatRequest) -> int:
-    """What `/count_tokens` answers: the same number as `input_tokens` of the answer to `request`."""
-    return estimate_tokens(render_prompt(request))
-
-
-def _parse_turns(value: dict[str, Any]) -> tuple[Message, ...]:
-    """`system` and `messages` as one list; a message of role `system` stays in its place."""
-    turns = _take(value, "messages", list, None)
-    if not turns:
-        raise _refuse("messages", "must be a list with at least one message")
-    system = _parse_system(value.get("system"))
-    messages = [system] if system.text else []
-    names: dict[str, str] = {}
-    for index, turn in enumerate(turns):
-        messages += _parse_turn(turn, f"messages[{index}]", names)
-    if sum(len(message.attachments) for message in messages) > MOST_ATTACHMENTS:
-        raise _refuse("messages", f"at most {MOST_ATTACHMENTS} files and pictures in a request")
-    return tuple(messages)
-
-
-def _parse_system(value: object) -> Message:
-    blocks = _parse_blocks(value, "system", _parse_plain_block)
-    for index, block in enumerate(blocks):
-        if isinstance(block, Attachment):
-            raise _refuse(f"system[{index}].type", "must be text")
-    return _join_blocks("system", blocks)
-
-
-def _parse_turn(value: object, place: str, names: dict[str, str]) -> list[Message]:
-    """The results of tools in one message, then what else it says; `names` as in `_parse_message`."""
-    if not isinstance(value, dict):
-        raise _refuse(place, "must be an object")
-    role = _take(value, "role", str, "user", f"{place}.") or "user"
-    if not _ROLE.fullmatch(role):
-        raise _refuse(f"{place}.role", "must be a short word such as user")
-    blocks = _parse_blocks(value.get("content"), f"{place}.content", partial(_parse_block, names=names))
-    results = [block for block in blocks if isinstance(block, Message)]
-    rest = _join_blocks(role, blocks)
-    return [*results, rest] if rest.text or rest.attachments or not results else results
-
-
-def _parse_blocks(content: object, place: str, parse: Callable[[object, str], _Block]) -> list[_Block]:
-    """What `parse` makes of each block of a content: a string, a list of blocks, or null."""
-    if content is None or isinstance(content, str):
-        return [content or ""]
-    if not isinstance(content, list):
-        raise _refuse(place, "must be a string or a list of blocks")
-    return [parse(block, f"{place}[{index}]") for index, block in enumerate(content)]
-
-
-def _join_blocks(role: str, blocks: Sequence[_Block]) -> Message:
-    """The texts and attachments of `blocks` as one message; each text begins on a line of its own."""
-    text = "\n".join(block for block in blocks if isinstance(block, str) and block)
-    return Message(role, text, tuple(block for block in blocks if isinstance(block, Attachment)))
-
-
-def _parse_block(value: object, place: str, names: dict[str, str]) -> _Block:
-    """One block of a message; an empty text for what is dropped."""
-    kind = value.get("type") if isinstance(value, dict) else None
-    if isinstance(value, dict) and kind == "tool_use":
-        return _parse_tool_use(value, place, names)
-    if isinstance(value, dict) and kind == "tool_result":
-        return _parse_tool_result(value, place, names)
-    return _parse_plain_block(value, place)
-
-
-def _parse_tool_use(value: dict[str, Any], place: str, names: dict[str, str]) -> str:
-    """A call that the model made before, as text; its name is noted for the result that follows."""
-    name = _take(value, "name", str, "", f"{place}.")
-    names[_take(value, "id", str, "", f"{place}.")] = name
-    arguments = _take(value, "input", dict, {}, f"{place}.")
-    try:
-        return render_tool_call(name, encode_json(arguments))
-    except RecursionError:
-        raise _refuse(f"{place}.input", "is nested too deep") from None
-
-
-def _parse_tool_result(value: dict[str, Any], place: str, names: dict[str, str]) -> Message:
-    """What a tool gave back, with the pictures and files in it; no result stands within another."""
-    name = names.get(_take(value, "tool_use_id", str, "", f"{place}."), "")
-    result = _join_blocks("tool", _parse_blocks(value.get("content"), f"{place}.content", _parse_plain_block))
-    error = "Error: " if _take(value, "is_error", bool, False, f"{place}.") else ""
-    return replace(result, text=render_tool_response(name, error + result.text))
-
-
-def _parse_plain_block(value: object, place: str) -> str | Attachment:
-    """A block that is neither a call nor a result of one."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, dict):
-        raise _refuse(place, "must be an object")
-    kind = _take(value, "type", str, "", f"{place}.")
-    if kind == "text":
-        return str(_take(value, "text", str, "", f"{place}."))
-    if kind == "image":
-        return _parse_source("image", value, place)
-    if kind == "document":
-        return _parse_source("file", value, place)
-    if kind in _DROPPED_BLOCKS or kind.endswith(_DROPPED_ENDS):
-        return ""
-    name = quote_words(kind)[:40] or "(none)"
-    known = "text, image, document, tool_use, tool_result, thinking"
-    raise _refuse(f"{place}.type", f"unknown kind of block, or not known here: {name}; known: {known}")
-
-
-def _parse_source(kind: Literal["file", "image"], value: dict[str, Any], place: str) -> str | Attachment:
-    """The attachment in a block's `{"source": {"type": …}, "title"}`; a document that is plain text is the text."""
-    source = _take(value, "source", dict, {}, f"{place}.")
-    title = _take(value, "title", str, "", f"{place}.")
-    place = f"{place}.source"
-    form = _take(source, "type", str, "", f"{place}.")
-    if form == "url":
-        attachment = _parse_url(kind, source.get("url"), f"{place}.url")
-        return replace(attachment, name=title or attachment.name)
-    if form not in ("base64", "text") or (form == "text" and kind == "image"):
-        raise _refuse(f"{place}.type", "must be base64 or url, or text in a document")
-    data = _take(source, "data", str, "", f"{place}.")
-    if form == "text":
-        return f"{title}\n{data}" if title else str(data)
-    if not data:
-        raise _refuse(f"{place}.data", "must be base64")
-    content_type = _take(source, "media_type", str, "", f"{place}.").strip().lower()
-    return Attachment(kind, f"{place}.data", data=data, name=title, content_type=content_type)
-
-
-def _parse_messages_tools(values: list[Any]) -> tuple[tuple[Tool, ...], dict[str, str]]:
-    """The functions among `tools`, each name once, and the types of the others by their names."""
-    tools: dict[str, Tool] = {}
-    others: dict[str, str] = {}
-    for index, value in enumerate(values):
-        place = f"tools[{index}]"
-        if not isinstance(value, dict):
-            raise _refuse(place, "must be an object")
-        kind = _take(value, "type", str, "custom", f"{place}.")
-        name = _take(value, "name", str, "", f"{place}.")
-        if kind != "custom":
-            # Names go into the log: words of another kind do not.
-            shown = next((word for word in (name, kind) if _FUNCTION_NAME.fullmatch(word)), "(other)")
-            others.setdefault(quote_words(shown)[:60], kind)
-            continue
-        tools.setdefault(name, _parse_tool(value, place, "input_schema"))
-    return tuple(tools.values()), others
-
-
-def _parse_messages_choice(value: dict[str, Any], tools: Sequence[Tool], others: Mapping[str, str]) -> ToolChoice:
-    """What `tool_choice` means; where it wants one of the `others`, which the model cannot call, it means nothing."""
-    kind = _take(value, "type", str, "auto", "tool_choice.")
-    name = _take(value, "name", str, "", "tool_choice.")
-    if kind not in ("auto", "any", "tool", "none"):
-        raise _refuse("tool_choice.type", "must be auto, any, tool or none")
-    if kind == "tool":
-        return _choose_tool({"name": name}, tools, others)
-    return _choose_tool("required" if kind == "any" else kind, tools, others)
-
-
-def _parse_output_format(config: dict[str, Any]) -> ResponseFormat | None:
-    form = _take(config, "format", dict, None, "output_config.")
-    if form is None:
-        return None
-    place = "output_config.format"
-    if _take(form, "type", str, "", f"{place}.") != "json_schema":
-        raise _refuse(f"{place}.type", "must be json_schema")
-    if form.get("schema") is None:
-        raise _refuse(f"{place}.schema", "is missing")
-    return ResponseFormat("json_schema", _check_depth(form["schema"], f"{place}.schema"))
-
-
-def _parse_stop_sequences(stops: list[Any]) -> tuple[str, ...]:
-    if len(stops) > _MOST_STOP_SEQUENCES or not all(isinstance(stop, str) for stop in stops):
-        raise _refuse("stop_sequences", f"must be a list of up to {_MOST_STOP_SEQUENCES} strings")
-    if any(len(stop) > _LONGEST_STOP for stop in stops):
-        raise _refuse("stop_sequences", f"may have {_LONGEST_STOP} characters")
-    return tuple(stop for stop in dict.fromkeys(stops) if stop)
-
-
-@dataclass(frozen=True, slots=True)
-class ResponsesRequest:
-    """What a client asks for by `POST /v1/responses`: the `chat`, and what that API has beside it.
-
-    `store`: whether the answer may be kept, to be gone on from by its id. `echo` is what the response object repeats of
-    the request, with OpenAI's defaults. `unnamed_results` are the results of calls that are not in this request: at the
-    place in `chat.messages`, the call's id and what it gave back. `names` are those of the calls that are, by id.
-    """
-
-    chat: ChatRequest
-    previous_response_id: str
-    store: bool
-    echo: Mapping[str, Any] = field(repr=False)
-    unnamed_results: Mapping[int, tuple[str, str]] = field(repr=False, default_factory=dict)
-    names: Mapping[str, str] = field(repr=False, default_factory=dict)
-
-    @property
-    def own_messages(self) -> tuple[Message, ...]:
-        """The messages that a later turn is given again: all but `instructions`, which are for one answer."""
-        return self.chat.messages[1:] if self.echo["instructions"] else self.chat.messages
-
-
-FindItem = Callable[[str], Mapping[str, Any] | None]
-
-
-def parse_responses_request(body: bytes | bytearray, find_item: FindItem = lambda item_id: None) -> ResponsesRequest:
-    """The request in the body of `POST /v1/responses` (OpenAI API reference, "Create a model response").
-
-    `find_item` gives the item of an earlier answer that one of the input refers to by its id, or None.
-
-    Raises `ProxyError`: `invalid_json`, or `invalid_request` with the field's name as `param`.
-    """
-    value = _parse_object(body)
-    model, search = _parse_model(value)
-    previous = _take(value, "previous_response_id", str, "")
-    instructions = _take(value, "instructions", str, "")
-    reader = _InputReader([Message("system", instructions)] if instructions else [], find_item)
-    reader.feed(value.get("input"), is_optional=bool(previous))
-    offered, left_out, searches = _parse_tools(_take(value, "tools", list, []), _parse_tool)
-    choice, tools = _parse_tool_choice(value.get("tool_choice"), offered, _name_foreign(left_out, searches=searches))
-    form, form_echo = _parse_text_format(_take(value, "text", dict, {}))
-    chat = ChatRequest(
-        model=model,
-        messages=tuple(reader.messages),
-        stream=_take(value, "stream", bool, False),
-        include_usage=None,
-        use_search=True if search is None and searches else search,
-        tools=tools,
-        tool_choice=choice,
-        parallel_tool_calls=_take(value, "parallel_tool_calls", bool, True),
-        response_format=form,
-        max_tokens=_parse_limit(value, "max_output_tokens"),
-        left_out=left_out,
-    )
-    store = _take(value, "store", bool, True)
-    own = {"text": form_echo, "parallel_tool_calls": chat.parallel_tool_calls, "max_output_tokens": chat.max_tokens}
-    echo = {**_echo_fields(value), **own, "instructions": instructions or None, "store": store}
-    return ResponsesRequest(chat, previous, store, echo, reader.unnamed_results, reader.names)
-
-
-def extend_request(
-    request: ResponsesRequest, before: Sequence[Message], names: Mapping[str, str] | None = None
-) -> ChatRequest:
-    """The chat of `request` after the messages of the turns `before` it, its own instructions still first.
-
-    `names` are those of the calls in these turns, by their ids, as `call_names` gives them. With the result as `chat`,
-    the request's `own_messages` are those of all turns. Raises `ProxyError` `invalid_request` for too many attachments.
-    """
-    own = list(request.chat.messages)
-    for index, (call_id, text) in request.unnamed_results.items():
-        own[index] = replace(own[index], text=render_tool_response((names or {}).get(call_id, ""), text))
-    first = len(own) - len(request.own_messages)
-    messages = (*own[:first], *before, *own[first:])
-    _count_attachments(messages, "input")
-    return replace(request.chat, messages=messages)
-
-
-def answer_message(response: Mapping[str, Any]) -> Message:
-    """The assistant's message that an answer becomes in the next turn: its text and its calls, without its thinking.
-
-    `response` is a response object as a reply of section 11 makes it.
-    """
-    lines: list[str] = []
-    for item in response["output"]:
-        if item["type"] == "message":
-            lines += [part["text"] for part in item["content"]]
-        elif item["type"] == "function_call":
-            lines.append(render_tool_call(item["name"], item["arguments"]))
-    return Message("assistant", "\n".join(filter(None, lines)))
-
-
-def call_names(response: Mapping[str, Any]) -> dict[str, str]:
-    """The names of the functions that a `response` object calls, by the ids of the calls."""
-    return {item["call_id"]: item["name"] for item in response["output"] if item["type"] == "function_call"}
-
-
-def _parse_limit(value: dict[str, Any], name: str) -> int | None:
-    limit: int | None = _take(value, name, int, None)
-    if limit is not None and limit < 1:
-        raise _refuse(name, "must be at least 1")
-    return limit
-
-
-def _count_attachments(messages: Sequence[Message], param: str) -> None:
-    if sum(len(message.attachments) for message in messages) > MOST_ATTACHMENTS:
-        raise _refuse(param, f"at most {MOST_ATTACHMENTS} files and pictures in a request")
-
-
-class _InputReader:
-    """Makes messages of the Responses API's `input`. A call is told in the message of the words before it.
-
-    Left out are the model's thinking and items of the service's own tools, which Kimi's web service has not.
-    """
-
-    def __init__(self, messages: list[Message], find_item: FindItem) -> None:
-        self.messages = messages
-        self._find_item = find_item
-        self._referred: set[str] = set()
-        self.unnamed_results: dict[int, tuple[str, str]] = {}
-        self.names: dict[str, str] = {}
-        self._calls: list[str] = []
-
-    def feed(self, value: object, *, is_optional: bool) -> None:
-        """Read all of `input`. Raises `ProxyError` where it is wrong, or says nothing and is not optional."""
-        begun = len(self.messages)
-        if isinstance(value, str):
-            self.messages += [Message("user", value)] if value else []
-        elif isinstance(value, list):
-            for index, item in enumerate(value):
-                self._take_item(item, f"input[{index}]")
-            self._end_calls()
-        elif value is not None:
-            raise _refuse("input", "must be a string or a list of items")
-        if len(self.messages) == begun and not is_optional:
-            raise _refuse("input", "must be a text, or a list with at least one message")
-        _count_attachments(self.messages, "input")
-
-    def _take_item(self, item: object, place: str) -> None:
-        if not isinstance(item, dict):
-            raise _refuse(place, "must be an object")
-        is_reference = "id" in item and "role" not in item and "content" not in item
-        match _take(item, "type", str, "item_reference" if is_reference else "message", f"{place}."):
-            case "message":
-                self._take_message(item, place)
-            case "function_call":
-                self._take_call(item, place)
-            case "function_call_output":
-                self._take_result(item, place)
-            case "item_reference":
-                self._take_item(self._resolve(_take(item, "id", str, "", f"{place}."), place), place)
-            case _:
-                pass
-
-    def _resolve(self, item_id: str, place: str) -> Mapping[str, Any]:
-        if item_id in self._referred:  # many references to a long item would be a text without bounds
-            raise _refuse(place, "refers to an item a second time")
-        self._referred.add(item_id)
-        found = self._find_item(item_id)
-        if found is None:
-            raise _refuse(place, "refers to an item of no answer that is kept for this account: send the item itself")
-        return found
-
-    def _take_message(self, item: dict[str, Any], place: str) -> None:
-        role = _take(item, "role", str, "user", f"{place}.") or "user"
-        if not _ROLE.fullmatch(role):
-            raise _refuse(f"{place}.role", "must be a short word such as user")
-        text, attachments = _parse_input_content(item.get("content"), f"{place}.content")
-        self._end_calls()
-        self.messages.append(Message(role, text, attachments))
-
-    def _take_call(self, item: dict[str, Any], place: str) -> None:
-        name = _take(item, "name", str, "", f"{place}.")
-        self.names[_take(item, "call_id", str, "", f"{place}.")] = name
-        self._calls.append(render_tool_call(name, _take(item, "arguments", str, "", f"{place}.")))
-
-    def _take_result(self, item: dict[str, Any], place: str) -> None:
-        called = _take(item, "call_id", str, "", f"{place}.")
-        text, attachments = _parse_input_content(item.get("output"), f"{place}.output")
-        self._end_calls()
-        if called not in self.names:
-            self.unnamed_results[len(self.messages)] = (called, text)
-        self.messages.append(Message("tool", render_tool_response(self.names.get(called, ""), text), attachments))
-
-    def _end_calls(self) -> None:
-        """Tell the calls since the last message in that message, if it is the assistant's, else in one of their own."""
-        if not self._calls:
-            return
-        if not self.messages or self.messages[-1].role != "assistant":
-            self.messages.append(Message("assistant", ""))
-        last = self.messages.pop()
-        self.messages.append(replace(last, text="\n".join([last.text, *self._calls] if last.text else self._calls)))
-        self._calls = []
-
-
-def _parse_input_content(content: object, place: str) -> tuple[str, tuple[Attachment, ...]]:
-    """Text and attachments of an item's content or output: a string, a list of parts, or null."""
-    if content is None or isinstance(content, str):
-        return content or "", ()
-    if not isinstance(content, list):
-        raise _refuse(place, "must be a string, a list of parts, or null")
-    parts = [_parse_input_part(part, f"{place}[{index}]") for index, part in enumerate(content)]
-    text = "".join(part for part in parts if isinstance(part, str))
-    return text, tuple(part for part in parts if isinstance(part, Attachment))
-
-
-def _parse_input_part(value: object, place: str) -> str | Attachment:
-    """The text or the attachment in one part of an item's content."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, dict):
-        raise _refuse(place, "must be an object")
-    kind = _take(value, "type", str, "", f"{place}.")
-    match kind:
-        case "input_text" | "output_text" | "text":
-            return str(_take(value, "text", str, "", f"{place}."))
-        case "refusal":
-            return str(_take(value, "refusal", str, "", f"{place}."))
-        case "input_audio":
-            raise _refuse(f"{place}.type", "input_audio: Kimi's web service takes no sound")
-        case "input_image" if value.get("image_url") is not None:
-            return _parse_url("image", value["image_url"], f"{place}.image_url")
-        case "input_file" if value.get("file_url") is not None:
-            named = _take(value, "filename", str, "", f"{place}.")
-            attachment = _parse_url("file", value["file_url"], f"{place}.file_url")
-            return replace(attachment, name=named or attachment.name)
-        case "input_image" | "input_file" if value.get("file_id") is not None:
-            file_id = _take(value, "file_id", str, "", f"{place}.")
-            return Attachment("image" if kind == "input_image" else "file", f"{place}.file_id", file_id=file_id)
-        case "input_image":
-            raise _refuse(f"{place}.image_url", "must be a URL")
-        case "input_file":
-            return _parse_file(value, place)
-        case _:
-            known = "input_text, input_image, input_file"
-            name = quote_words(kind)[:40] or "(none)"
-            raise _refuse(f"{place}.type", f"unknown kind of part: {name}; known: {known}")
-
-
-def _parse_text_format(text: dict[str, Any]) -> tuple[ResponseFormat | None, dict[str, Any]]:
-    """The form that `text.format` asks for, and `text` as the response object repeats it."""
-    form = _take(text, "format", dict, {}, "text.")
-    kind = _take(form, "type", str, "text", "text.format.")
-    verbosity = text.get("verbosity")
-    rest = {"verbosity": verbosity if verbosity in ("low", "medium", "high") else "medium"}
-    if kind == "text":
-        return None, {"format": {"type": "text"}, **rest}
-    if kind == "json_object":
-        return ResponseFormat("json_object"), {"format": {"type": "json_object"}, **rest}
-    if kind != "json_schema":
-        raise _refuse("text.format.type", "must be text, json_object or json_schema")
-    if "schema" not in form:
-        raise _refuse("text.format.schema", "is missing")
-    schema = _repeat(_check_depth(form["schema"], "text.format.schema"), "text.format.schema")
-    name = _take(form, "name", str, "", "text.format.")
-    shown = {"type": kind, "name": name, "schema": schema, "strict": form.get("strict") is True, "description": None}
-    return ResponseFormat("json_schema", schema, name), {"format": shown, **rest}
-
-
-_ROOM: Final = 50  # levels of JSON that a response object and its making may add to what it repeats
-
-
-def _repeat(value: Any, param: str) -> Any:
-    """`value`, which can be written out again within a response object. Raises `ProxyError` for any other."""
-    inner = value
-    for _ in range(_ROOM):
-        inner = [inner]
-    try:
-        json.dumps(inner, allow_nan=False)
-    except RecursionError:
-        raise _refuse(param, "is nested too deep") from None
-    except ValueError:
-        raise _refuse(param, "holds a number that is too large") from None
-    return value
-
-
-_OBJECTS: Final = ("metadata", "reasoning")
-_EFFORTS: Final = ("effort", "summary")
-_WORDS_REPEATED: Final = ("previous_response_id", "prompt_cache_key", "safety_identifier", "user")
-
-
-def _echo_fields(value: dict[str, Any]) -> dict[str, Any]:
-    """What a response object repeats of fields that have no effect, or one that is already read, with the defaults.
-
-    A wrong type in what has no effect is no error, and not repeated (OpenAI API reference, "The response object").
-    """
-    metadata, reasoning = (found if isinstance(found := value.get(name), dict) else {} for name in _OBJECTS)
-    tools = [_echo_tool(tool) for tool in value.get("tools") or []]
-    return {
-        "background": False,
-        "max_tool_calls": None,
-        "metadata": {name: word for name, word in metadata.items() if isinstance(word, str)},
-        **_echo_words(value, _WORDS_REPEATED),
-        "reasoning": _echo_words(reasoning, _EFFORTS),
-        "service_tier": "default",
-        "temperature": _echo_number(value.get("temperature"), 2),
-        "tool_choice": _repeat(value.get("tool_choice") or "auto", "tool_choice"),
-        "tools": _repeat(tools, "tools"),
-        "top_logprobs": 0,
-        "top_p": _echo_number(value.get("top_p"), 1),
-        "truncation": "disabled",
-    }
-
-
-def _echo_words(value: dict[str, Any], names: Sequence[str]) -> dict[str, str | None]:
-    return {name: found if isinstance(found := value.get(name), str) and found else None for name in names}
-
-
-def _echo_number(value: object, most: int) -> float:
-    return value if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most else 1.0
-
-
-def _echo_tool(tool: dict[str, Any]) -> dict[str, Any]:
-    """A tool with the fields that the API's own object always has."""
-    if tool.get("type", "function") != "function":
-        return tool
-    return {"type": "function", "description": None, "parameters": None, "strict": None, **tool}
-
-
-def parse_completion_request(body: bytes | bytearray) -> ChatRequest:
-    """The request in the body of the older `POST /v1/completions` (OpenAI API reference, "Create completion").
-
-    Its one prompt is a user's message. Raises `ProxyError`: `invalid_json`, or `invalid_request` with its `param`.
-    """
-    value = _parse_object(body)
-    model, search = _parse_model(value)
-    prompt = value.get("prompt")
-    if isinstance(prompt, list) and len(prompt) == 1:
-        prompt = prompt[0]
-    if not isinstance(prompt, str) or not prompt:
-        raise _refuse("prompt", "must be one text; several, and numbers of tokens, are not known here")
-    if _take(value, "n", int, 1) != 1:
-        raise _refuse("n", "only 1 answer at a time")
-    options = _take(value, "stream_options", dict, None)
-    return ChatRequest(
-        model=model,
-        messages=(Message("user", prompt),),
-        stream=_take(value, "stream", bool, False),
-        include_usage=None if options is None else _take(options, "include_usage", bool, False, "stream_options."),
-        use_search=search,
-        stop=_parse_stop(value.get("stop")),
-        max_tokens=_parse_limit(value, "max_tokens"),
-    )
 
 
 # ==== 11. Replies ===========================================================
@@ -4615,24 +4428,23 @@ class ResponsesWholeReply:
 
 
 def make_responses_reply(
-    request: ResponsesRequest, created: int, sources: str, prompt: str, response_id: str
+    request: ChatRequest, created: int, sources: str, prompt: str, response_id: str
 ) -> ResponsesStreamReply | ResponsesWholeReply:
     """The encoder that `request` asks for; the arguments as `make_chat_reply` has them, and the id `resp_…`.
 
     Hits stand in a list at the text's end, streamed as whole, so that both are the same object.
     """
-    chat = request.chat
     head = {
         "id": response_id,
         "object": "response",
         "created_at": created,
         "status": "in_progress",
-        "model": chat.model,
-        **request.echo,
+        "model": request.model,
+        **(request.responses.echo if request.responses is not None else {}),
     }
-    sentence = chat.response_format is None
-    shown = ShownText(_choose_sources(chat, sources), streamed=False, sentence=sentence)
-    return (ResponsesStreamReply if chat.stream else ResponsesWholeReply)(head, shown, Usage(prompt))
+    sentence = request.response_format is None
+    shown = ShownText(_choose_sources(request, sources), streamed=False, sentence=sentence)
+    return (ResponsesStreamReply if request.stream else ResponsesWholeReply)(head, shown, Usage(prompt))
 
 
 class CompletionStreamReply(ChatStreamReply):
@@ -6104,11 +5916,11 @@ class Files:
         try:
             identity = await asyncio.to_thread(_measure_inline, attachment)
         except WireError as error:
-            raise ProxyError("invalid_request", f"{attachment.place}: {error}") from None
+            raise ProxyError("invalid_request", f"{attachment.path}: {error}") from None
         if identity.size_bytes > self._limit_bytes:
             raise self._too_large()
         if not identity.size_bytes:
-            raise ProxyError("invalid_request", f"{attachment.place}: the file is empty")
+            raise ProxyError("invalid_request", f"{attachment.path}: the file is empty")
         return identity
 
     @asynccontextmanager
@@ -7257,7 +7069,7 @@ def keep_messages(messages: Sequence[Message], brought: Brought) -> tuple[Messag
     owner = brought.account.digest
 
     def keep(attachment: Attachment) -> Attachment:
-        return Attachment(attachment.kind, attachment.place, brought=(owner, brought.dialect, next(ids)))
+        return Attachment(attachment.kind, attachment.path, uploaded=(owner, brought.dialect, next(ids)))
 
     return tuple(
         replace(message, attachments=tuple(map(keep, message.attachments))) if message.attachments else message
@@ -7309,13 +7121,13 @@ class Uploads:
 
     async def _find(self, gate: asyncio.Semaphore, account: Account, dialect: Dialect, attachment: Attachment) -> str:
         """The id of one file: the one that is remembered, else a new one."""
-        if attachment.brought is not None:
-            owner, name, kimi_id = attachment.brought
+        if attachment.uploaded is not None:
+            owner, name, kimi_id = attachment.uploaded
             if (owner, name) != (account.digest, dialect.name):
                 raise ProxyError("previous_response_not_found", "its files were brought in another protocol of Kimi")
             return kimi_id
         if attachment.file_id:
-            return self.find(attachment.file_id, [account], attachment.place).id_for(dialect, attachment.place)
+            return self.find(attachment.file_id, [account], attachment.path).id_for(dialect, attachment.path)
         async with gate:
             try:
                 identity = await self._files.identify(attachment)
@@ -7329,7 +7141,7 @@ class Uploads:
                     return file_id
                 return await self._upload_and_keep(key, account, dialect, attachment, identity)
             except ProxyError as error:
-                error.param = error.param or attachment.place
+                error.param = error.param or attachment.path
                 raise
 
     async def _upload_and_keep(
@@ -7693,7 +7505,7 @@ class Asking:
             owners.append(keepers[0])
         for attachment in question.attachments:
             if attachment.file_id:
-                self._uploads.find(attachment.file_id, accounts, attachment.place)
+                self._uploads.find(attachment.file_id, accounts, attachment.path)
                 owners += [one for one in accounts if self._uploads.owns(one, attachment.file_id)]
         if len(set(owners)) > 1:
             raise ProxyError("invalid_request", "its files and its conversation belong to two accounts")
@@ -8072,7 +7884,7 @@ async def _read_out(response: aiohttp.ClientResponse) -> None:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class KeptResponse:
-    """One answer of the Responses API that can be gone on from: its object, what was said, and the calls' names.
+    """One answer of the Responses API that can be continued: its object, and what was said.
 
     `size` is about how many characters of memory that holds.
     """
@@ -8080,7 +7892,6 @@ class KeptResponse:
     owner: bytes
     response: Mapping[str, Any]
     messages: tuple[Message, ...]
-    names: Mapping[str, str]
     size: int
 
     def __repr__(self) -> str:
@@ -8627,39 +8438,36 @@ async def _messages(request: web.Request) -> web.StreamResponse:
 
 async def _count_tokens(request: web.Request) -> web.StreamResponse:
     find_accounts(request)
-    return _json({"input_tokens": count_messages_tokens(parse_messages_request(await _read_body(request)))})
+    return _json({"input_tokens": estimate_tokens(render_prompt(parse_messages_request(await _read_body(request))))})
 
 
 async def _responses(request: web.Request) -> web.StreamResponse:
     state = request.app[STATE]
     accounts = find_accounts(request)
     find_item = partial(state.responses.find_item, accounts=accounts)
-    asked = parse_responses_request(await _read_body(request), find_item)
-    names: Mapping[str, str] = {}
-    if asked.previous_response_id:
-        before = state.responses.find(asked.previous_response_id, accounts)
+    chat = parse_responses_request(await _read_body(request), find_item)
+    options = cast(ResponsesOptions, chat.responses)
+    if options.previous_response_id:
+        before = state.responses.find(options.previous_response_id, accounts)
         if before is None:
             raise ProxyError("previous_response_not_found", param="previous_response_id")
-        names = before.names
-        asked = replace(asked, chat=extend_request(asked, before.messages, names))
+        chat = extend_request(chat, before.messages)
         accounts = [account for account in accounts if account.digest == before.owner]
     response_id = f"resp_{secrets.token_hex(24)}"
-    prompt = render_prompt(asked.chat)
-    reply = make_responses_reply(asked, int(time.time()), state.settings.sources, prompt, response_id)
-    start_chain = _start_chains(asked.chat, "call")
-    messages = asked.own_messages if asked.store else ()
-    question = _make_question(request, asked.chat, prompt)
+    prompt = render_prompt(chat)
+    reply = make_responses_reply(chat, int(time.time()), state.settings.sources, prompt, response_id)
+    start_chain = _start_chains(chat, "call")
+    messages = chat.own_messages if options.store else ()
+    question = _make_question(request, chat, prompt)
 
     def keep(brought: Brought) -> None:
         if reply.response is None:
             return
         said = (*keep_messages(messages, brought), answer_message(reply.response))
-        known = {**names, **asked.names, **call_names(reply.response)}
-        size = len(encode_json(reply.response)) + sum(len(message.text) + 200 for message in said) + 100 * len(known)
-        kept = KeptResponse(brought.account.digest, reply.response, said, known, size)
-        state.responses.keep(response_id, kept)
+        size = len(encode_json(reply.response)) + sum(message.size for message in said)
+        state.responses.keep(response_id, KeptResponse(brought.account.digest, reply.response, said, size))
 
-    return await _deliver(request, accounts, question, reply, start_chain, keep if asked.store else None)
+    return await _deliver(request, accounts, question, reply, start_chain, keep if options.store else None)
 
 
 async def _response(request: web.Request) -> web.StreamResponse:

@@ -607,12 +607,12 @@ async def test_an_outgoing_proxy_that_refuses_is_named(
 def test_kept_responses_are_bounded_by_number_and_by_size() -> None:
     kept = KeptResponses()
     for number in range(1100):
-        kept.keep(f"resp_{number}", KeptResponse(b"", {}, (), {}, 10))
+        kept.keep(f"resp_{number}", KeptResponse(b"", {}, (), 10))
     assert len(kept._kept) == 1000 and "resp_100" in kept._kept
     for number in range(20):
-        kept.keep(f"large_{number}", KeptResponse(b"", {}, (), {}, 10_000_000))
+        kept.keep(f"large_{number}", KeptResponse(b"", {}, (), 10_000_000))
     assert len(kept._kept) == 5 and kept._characters == 50_000_000
-    kept.keep("too large", KeptResponse(b"", {}, (), {}, 60_000_000))
+    kept.keep("too large", KeptResponse(b"", {}, (), 60_000_000))
     assert "too large" not in kept._kept and len(kept._kept) == 5
 
 

@@ -19,6 +19,7 @@ from kimi_proxy import (
     Event,
     Finished,
     FinishReason,
+    FunctionCall,
     Message,
     MessagesReply,
     MessagesStreamReply,
@@ -34,7 +35,7 @@ from kimi_proxy import (
     Tool,
     ToolCall,
     ToolChoice,
-    count_messages_tokens,
+    estimate_tokens,
     make_chain,
     make_messages_reply,
     merge_messages,
@@ -59,9 +60,8 @@ def blocks(*content: Any, role: str = "user") -> tuple[Message, ...]:
     return parse({"role": role, "content": list(content)}).messages
 
 
-def response(name: str, content: str) -> str:
-    value = json.dumps({"name": name, "content": content}, ensure_ascii=False, separators=(",", ":"))
-    return f"<tool_response>\n{value}\n</tool_response>"
+def result(call_id: str, text: str) -> Message:
+    return Message("tool", text, tool_call_id=call_id)
 
 
 # Requests
@@ -213,16 +213,13 @@ def test_calls_are_told_as_the_model_made_them_and_results_by_their_names() -> N
         },
         tools=[FUNCTION],
     )
-    call, other = '{"name":"get_weather","arguments":{"q":"P"}}', '{"name":"other","arguments":{}}'
+    calls = (FunctionCall("t1", "get_weather", '{"q":"P"}'), FunctionCall("t2", "other", ""))
     assert request.messages == (
         Message("user", "Weather?"),
-        Message(
-            "assistant",
-            f"Let me see.\n<tool_call>\n{call}\n</tool_call>\n<tool_call>\n{other}\n</tool_call>",
-        ),
-        Message("tool", response("get_weather", "sunny")),
-        Message("tool", response("other", "Error: no")),
-        Message("tool", response("", "")),
+        Message("assistant", "Let me see.", calls=calls),
+        result("t1", "sunny"),
+        result("t2", "Error: no"),
+        result("t9", ""),
         Message("user", "And?\nGo on."),
     )
 
@@ -242,16 +239,16 @@ def test_calls_and_results_are_rendered_as_by_chat_completions() -> None:
 
 def test_a_message_of_results_alone_adds_no_empty_words() -> None:
     (message,) = blocks({"type": "tool_result", "tool_use_id": "1", "content": [{"type": "text", "text": "a"}]})
-    assert message == Message("tool", response("", "a"))
+    assert message == result("1", "a")
 
 
 def test_a_result_carries_its_pictures_and_its_urls_are_not_wrapped() -> None:
     image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "QUJD"}}
-    result = {"type": "tool_result", "tool_use_id": "1", "content": [image, {"type": "text", "text": "https://a.bc/d"}]}
-    first, second = blocks(result, image)
-    assert (first.role, first.text) == ("tool", response("", "https://a.bc/d"))
-    assert [one.place for one in first.attachments] == ["messages[0].content[0].content[0].source.data"]
-    assert [one.place for one in second.attachments] == ["messages[0].content[1].source.data"]
+    seen = {"type": "tool_result", "tool_use_id": "1", "content": [image, {"type": "text", "text": "https://a.bc/d"}]}
+    first, second = blocks(seen, image)
+    assert (first.role, first.text) == ("tool", "https://a.bc/d")
+    assert [one.path for one in first.attachments] == ["messages[0].content[0].content[0].source.data"]
+    assert [one.path for one in second.attachments] == ["messages[0].content[1].source.data"]
     assert "<url" not in merge_messages([first])
 
 
@@ -342,7 +339,6 @@ def test_what_has_no_effect() -> None:
         betas=["x"],
         service_tier="auto",
         response_format=7,
-        use_search=True,
         conversation_id="c",
         n=2,
         whatever=[1],
@@ -370,7 +366,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     (content({}), f"{BLOCK}.type"),
     (content({"type": 1}), f"{BLOCK}.type"),
     (content({"type": "hologram"}), f"{BLOCK}.type"),
-    (content({"type": "image_url", "image_url": {"url": "https://h/x"}}), f"{BLOCK}.type"),
+    (content({"type": "image_url", "image_url": {}}), f"{BLOCK}.image_url.url"),
     (content({"type": "text", "text": 1}), f"{BLOCK}.text"),
     (content({"type": "image"}), f"{BLOCK}.source.type"),
     (content({"type": "image", "source": "x"}), f"{BLOCK}.source"),
@@ -388,7 +384,6 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     (content({"type": "document", "source": {"type": "text", "data": 1}}), f"{BLOCK}.source.data"),
     (content({"type": "tool_use", "name": 1}), f"{BLOCK}.name"),
     (content({"type": "tool_use", "id": 1}), f"{BLOCK}.id"),
-    (content({"type": "tool_use", "input": "x"}), f"{BLOCK}.input"),
     (content({"type": "tool_result", "tool_use_id": 1}), f"{BLOCK}.tool_use_id"),
     (content({"type": "tool_result", "is_error": 1}), f"{BLOCK}.is_error"),
     (content({"type": "tool_result", "content": 1}), f"{BLOCK}.content"),
@@ -399,14 +394,11 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"system": 1}, "system"),
     ({"system": {"type": "text"}}, "system"),
     ({"system": [1]}, "system[0]"),
-    ({"system": ["a", {"type": "image", "source": {"type": "url", "url": "https://h/x"}}]}, "system[1].type"),
-    ({"system": [{"type": "tool_result"}]}, "system[0].type"),
     ({"model": 1}, "model"),
     ({"stream": "yes"}, "stream"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": "5"}, "max_tokens"),
     ({"max_tokens": True}, "max_tokens"),
-    ({"stop_sequences": "a"}, "stop_sequences"),
     ({"stop_sequences": ["a", 5]}, "stop_sequences"),
     ({"stop_sequences": ["a"] * 17}, "stop_sequences"),
     ({"tools": {}}, "tools"),
@@ -418,16 +410,13 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"tools": [{"name": "a", "type": 1}]}, "tools[0].type"),
     ({"tools": [{"name": "a", "description": 1}]}, "tools[0].description"),
     ({"tools": [FUNCTION, {"name": "a", "input_schema": []}]}, "tools[1].input_schema"),
-    ({"tool_choice": "auto"}, "tool_choice"),
-    ({"tool_choice": {"type": "required"}}, "tool_choice.type"),
     ({"tool_choice": {"type": "any"}}, "tool_choice"),
     ({"tool_choice": {"type": "tool"}, "tools": [FUNCTION]}, "tool_choice"),
     ({"tool_choice": {"type": "tool", "name": "x"}, "tools": [FUNCTION]}, "tool_choice"),
-    ({"tool_choice": {"type": "tool", "name": 1}}, "tool_choice.name"),
+    ({"tool_choice": {"type": "tool", "name": 1}}, "tool_choice"),
     ({"tool_choice": {"disable_parallel_tool_use": 1}}, "tool_choice.disable_parallel_tool_use"),
     ({"output_config": "x"}, "output_config"),
     ({"output_config": {"format": "json"}}, "output_config.format"),
-    ({"output_config": {"format": {"type": "json_object"}}}, "output_config.format.type"),
     ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format.schema"),
     ({"output_config": {"format": {"type": "json_schema", "schema": "x"}}}, "output_config.format.schema"),
 ]
@@ -580,7 +569,7 @@ def test_claude_codes_task_is_understood() -> None:
     assert (request.left_out, request.tool_choice, request.response_format) == ((), ToolChoice(), None)
     assert [message.role for message in request.messages] == ["system", "user", "system", "assistant", "tool", "tool"]
     assert request.messages[1].text == "<system-reminder>\nToday is …\n</system-reminder>\nRead a.txt"
-    assert '"Error: <error>none</error>"' in request.messages[4].text and '"name":"Tool3"' in request.messages[4].text
+    assert request.messages[4].text == "Error: <error>none</error>"
     assert [one.kind for one in request.attachments] == ["image"]
     prompt = render_prompt(request)
     assert "<url" not in prompt and "I read it." not in prompt and "ephemeral" not in prompt
@@ -911,9 +900,9 @@ def test_the_count_is_the_starts() -> None:
     request = parse_messages_request(body)
     reply = make_messages_reply(request, 7, "text", render_prompt(request))
     values = read_stream(reply, [Opened("c1", hits_inline=True), Text("a"), Finished("stop")])
-    assert values[0]["message"]["usage"]["input_tokens"] == count_messages_tokens(request)
+    assert values[0]["message"]["usage"]["input_tokens"] == estimate_tokens(render_prompt(request))
     without = parse_messages_request(json.dumps({**make_agents_body(), "tools": []}).encode())
-    assert count_messages_tokens(request) > count_messages_tokens(without) + 25 * 50
+    assert estimate_tokens(render_prompt(request)) > estimate_tokens(render_prompt(without)) + 25 * 50
 
 
 def test_usage_counts_thinking_and_calls() -> None:
@@ -981,7 +970,7 @@ def test_an_answer_through_the_filters_of_its_request() -> None:
         {"type": "tool_use", "id": "call_1", "name": "get_weather", "input": {"q": 1}},
     ]
     again = parse({"role": "assistant", "content": message["content"]})
-    assert again.messages[0].text.startswith("See.\n<tool_call>\n")
+    assert merge_messages(again.messages).startswith("assistant:See.\n<tool_call>\n")
 
 
 def test_stop_sequences_are_bounded_and_foreign_tools_are_named_by_words_alone() -> None:
@@ -991,7 +980,6 @@ def test_stop_sequences_are_bounded_and_foreign_tools_are_named_by_words_alone()
     assert caught.value.param == "stop_sequences"
     tools = [
         {"type": "web_search_20250305", "name": "web_search"},
-        {"type": "web_fetch_20250910", "name": "web_search"},
         {"type": "custom2", "name": "a secret of a person\nin two lines"},
         {"type": "of two words", "name": "a secret"},
     ]

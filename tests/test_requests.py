@@ -63,8 +63,8 @@ CONTENTS: dict[str, tuple[Any, str]] = {
     "string": ("a b", "a b"),
     "null": (None, ""),
     "empty": ("", ""),
-    "parts are joined without a separator": ([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "ab"),
-    "bare strings as parts": (["a", "b"], "ab"),
+    "each part is a line": ([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "a\nb"),
+    "bare strings as parts": (["a", "b"], "a\nb"),
     "no parts": ([], ""),
 }
 
@@ -197,7 +197,7 @@ def test_attachments_stand_beside_the_text_in_their_order() -> None:
         ]
     )
     first, second = request.messages
-    assert (first.text, second.text) == ("ab", "")
+    assert (first.text, second.text) == ("a\nb", "")
     assert [one.url for one in first.attachments] == ["https://h/x"]
     assert second.attachments == (Attachment("image", "messages[1].content[0].image_url.url", url="http://h/y"),)
 
@@ -325,7 +325,7 @@ def test_tools_of_other_kinds_are_left_out_and_named() -> None:
     others = [CUSTOM, {"type": "mcp", "server_label": "docs"}, {"type": "mcp"}, {"type": "a b"}, CUSTOM]
     request = parse(tools=[*others, FUNCTION])
     assert [tool.name for tool in request.tools] == ["get_weather"]
-    assert request.left_out == ("apply_patch", "docs", "mcp") and request.use_search is None
+    assert request.left_out == ("apply_patch", "docs", "mcp", "(other)") and request.use_search is None
     assert "apply_patch" not in render_prompt(request)
 
 
@@ -391,7 +391,7 @@ def deep(depth: int) -> Any:
 BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"tools": [1]}, "tools[0]"),
     ({"tools": [{"type": 5}]}, "tools[0].type"),
-    ({"tools": [{"type": "function"}]}, "tools[0].function.name"),
+    ({"tools": [{"type": "function"}]}, "tools[0].name"),
     ({"tools": [{"function": {"name": "a b"}}]}, "tools[0].function.name"),
     ({"tools": [{"function": {"name": "<tool_call>"}}]}, "tools[0].function.name"),
     ({"tools": [{"function": {"name": "a", "description": 1}}]}, "tools[0].function.description"),
@@ -403,14 +403,14 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"parallel_tool_calls": 1}, "parallel_tool_calls"),
     ({"response_format": "json"}, "response_format"),
     ({"response_format": {"type": "xml"}}, "response_format.type"),
-    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.schema"),
     (
         {"response_format": {"type": "json_schema", "json_schema": {"schema": "x"}}},
         "response_format.json_schema.schema",
     ),
     ({"stop": 5}, "stop"),
     ({"stop": ["a", 5]}, "stop"),
-    ({"stop": list("abcde")}, "stop"),
+    ({"stop": list("abcdefghijklmnopq")}, "stop"),
     ({"stop": "x" * 1001}, "stop"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_completion_tokens": -1}, "max_completion_tokens"),
@@ -457,4 +457,4 @@ def test_arguments_that_are_nested_too_deep_are_told_as_they_are() -> None:
     for depth in (900, 930, 940, 950, 2000):
         arguments = deep_arguments.replace("[" * 950, "[" * depth).replace("]" * 950, "]" * depth)
         call = {"id": "1", "function": {"name": "f", "arguments": arguments}}
-        assert "<tool_call>" in parse(messages=[{"role": "assistant", "tool_calls": [call]}]).messages[0].text
+        assert "<tool_call>" in render_prompt(parse(messages=[{"role": "assistant", "tool_calls": [call]}]))

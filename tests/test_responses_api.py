@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from itertools import groupby
 from typing import Any, cast
 
@@ -16,7 +15,6 @@ from hypothesis import strategies as st
 from openai.types.completion import Completion
 from openai.types.responses import Response, ResponseStreamEvent
 
-import kimi_proxy
 from kimi_proxy import (
     FAILURES,
     MODERATED_SENTENCE,
@@ -24,6 +22,7 @@ from kimi_proxy import (
     Citation,
     Event,
     Finished,
+    FunctionCall,
     Message,
     Opened,
     ProxyError,
@@ -39,7 +38,6 @@ from kimi_proxy import (
     ToolCall,
     ToolChoice,
     answer_message,
-    call_names,
     extend_request,
     make_completion_reply,
     make_responses_reply,
@@ -58,7 +56,7 @@ def parse(**fields: Any) -> Any:
 
 
 def messages(*items: Any, **fields: Any) -> tuple[Message, ...]:
-    return tuple(parse(input=list(items), **fields).chat.messages)
+    return tuple(parse(input=list(items), **fields).messages)
 
 
 # Requests
@@ -66,12 +64,16 @@ def messages(*items: Any, **fields: Any) -> tuple[Message, ...]:
 
 def test_defaults() -> None:
     request = parse()
-    chat = request.chat
-    assert (chat.model, chat.stream, chat.include_usage, chat.use_search) == ("kimi", False, None, None)
-    assert chat.messages == (Message("user", "hi"),)
-    assert (chat.tools, chat.tool_choice, chat.parallel_tool_calls, chat.left_out) == ((), ToolChoice(), True, ())
-    assert (chat.response_format, chat.max_tokens, chat.stop, chat.conversation_id) == (None, None, (), "")
-    assert (request.previous_response_id, request.store) == ("", True)
+    assert (request.model, request.stream, request.include_usage, request.use_search) == ("kimi", False, None, None)
+    assert request.messages == (Message("user", "hi"),)
+    assert (request.tools, request.tool_choice, request.parallel_tool_calls, request.left_out) == (
+        (),
+        ToolChoice(),
+        True,
+        (),
+    )
+    assert (request.response_format, request.max_tokens, request.stop, request.conversation_id) == (None, None, (), "")
+    assert (request.responses.previous_response_id, request.responses.store) == ("", True)
 
 
 def test_every_field_with_an_effect() -> None:
@@ -83,41 +85,37 @@ def test_every_field_with_an_effect() -> None:
         parallel_tool_calls=False,
         max_output_tokens=7,
     )
-    chat = request.chat
-    assert (chat.model, chat.stream, chat.use_search) == ("kimi-search", True, True)
-    assert (chat.parallel_tool_calls, chat.max_tokens) == (False, 7)
-    assert (request.previous_response_id, request.store) == ("resp_1", False)
+    assert (request.model, request.stream, request.use_search) == ("kimi-search", True, True)
+    assert (request.parallel_tool_calls, request.max_tokens) == (False, 7)
+    assert (request.responses.previous_response_id, request.responses.store) == ("resp_1", False)
 
 
 def test_fields_that_cannot_be_honoured_are_accepted_and_the_right_ones_repeated() -> None:
     odd: dict[str, Any] = {
         name: [{}] for name in ("reasoning", "include", "metadata", "temperature", "top_p", "user", "whatever")
     }
-    echo = parse(**odd).echo
+    echo = parse(**odd).responses.echo
     assert (echo["temperature"], echo["top_p"], echo["metadata"], echo["user"]) == (1.0, 1.0, {}, None)
-    good = parse(temperature=0.5, metadata={"a": "b", "c": 1}, reasoning={"effort": "low"}, prompt_cache_key="k").echo
-    assert (good["temperature"], good["metadata"], good["prompt_cache_key"]) == (0.5, {"a": "b"}, "k")
-    assert good["reasoning"] == {"effort": "low", "summary": None}
-    huge = parse_responses_request(b'{"input":"hi","temperature":1e999}').echo
-    assert huge["temperature"] == 1.0
+    good = parse(metadata={"a": "b", "c": 1}, reasoning={"effort": "low"}).responses.echo
+    assert (good["metadata"], good["reasoning"]) == ({"a": "b"}, {"effort": "low", "summary": None})
 
 
 def test_instructions_are_the_first_message_and_no_own_one() -> None:
     request = parse(instructions="Be brief.")
-    assert request.chat.messages == (Message("system", "Be brief."), Message("user", "hi"))
+    assert request.messages == (Message("system", "Be brief."), Message("user", "hi"))
     assert request.own_messages == (Message("user", "hi"),)
     assert parse().own_messages == (Message("user", "hi"),)
-    assert (request.echo["instructions"], parse().echo["instructions"]) == ("Be brief.", None)
+    assert (request.responses.echo["instructions"], parse().responses.echo["instructions"]) == ("Be brief.", None)
 
 
 CONTENTS: dict[str, tuple[Any, str]] = {
     "string": ("a b", "a b"),
     "null": (None, ""),
-    "input_text": ([{"type": "input_text", "text": "a"}, {"type": "input_text", "text": "b"}], "ab"),
+    "input_text": ([{"type": "input_text", "text": "a"}, {"type": "input_text", "text": "b"}], "a\nb"),
     "output_text": ([{"type": "output_text", "text": "a", "annotations": [], "logprobs": []}], "a"),
     "text": ([{"type": "text", "text": "a"}], "a"),
     "refusal": ([{"type": "refusal", "refusal": "No."}], "No."),
-    "bare strings": (["a", "b"], "ab"),
+    "bare strings": (["a", "b"], "a\nb"),
     "no parts": ([], ""),
 }
 
@@ -176,7 +174,7 @@ def test_files_and_pictures(name: str) -> None:
 
 CALL = {"type": "function_call", "id": "fc_1", "call_id": "call_1", "name": "read", "arguments": '{"path":"a"}'}
 RESULT = {"type": "function_call_output", "call_id": "call_1", "output": "text of a"}
-CALL_TEXT = render_tool_call("read", '{"path":"a"}')
+CALL_MADE = FunctionCall("call_1", "read", '{"path":"a"}')
 
 
 def test_calls_are_told_with_the_words_before_them_and_results_by_their_names() -> None:
@@ -184,18 +182,18 @@ def test_calls_are_told_with_the_words_before_them_and_results_by_their_names() 
     second = {**CALL, "call_id": "call_2", "name": "list", "arguments": ""}
     reasoning = {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "hm"}]}
     assert messages(say, reasoning, CALL, second, RESULT, {**RESULT, "call_id": "call_2", "output": None}, CALL) == (
-        Message("assistant", f"Let me see.\n{CALL_TEXT}\n{render_tool_call('list', '')}"),
-        Message("tool", render_tool_response("read", "text of a")),
-        Message("tool", render_tool_response("list", "")),
-        Message("assistant", CALL_TEXT),
+        Message("assistant", "Let me see.", calls=(CALL_MADE, FunctionCall("call_2", "list", ""))),
+        Message("tool", "text of a", tool_call_id="call_1"),
+        Message("tool", "", tool_call_id="call_2"),
+        Message("assistant", "", calls=(CALL_MADE,)),
     )
 
 
 def test_a_picture_in_a_result_is_attached() -> None:
     output = [{"type": "input_text", "text": "seen"}, {"type": "input_image", "image_url": "data:image/png;base64,QQ"}]
     _, result = messages(CALL, {**RESULT, "output": output})
-    assert result.text == render_tool_response("read", "seen")
-    assert [one.place for one in result.attachments] == ["input[1].output[1].image_url"]
+    assert result.text == "seen"
+    assert [one.path for one in result.attachments] == ["input[1].output[1].image_url"]
 
 
 @pytest.mark.parametrize(
@@ -210,7 +208,7 @@ def test_items_of_other_kinds_are_left_out(kind: str) -> None:
 def test_many_calls_are_read_in_linear_time() -> None:
     calls = [{**CALL, "call_id": f"call_{number}"} for number in range(20_000)]
     (message,) = messages(*calls)
-    assert message.text.count("<tool_call>") == 20_000
+    assert len(message.calls) == 20_000
 
 
 FUNCTION = {
@@ -232,18 +230,19 @@ def test_functions_are_taken_and_other_kinds_named() -> None:
         {"type": "local_shell"},
         {"type": "custom", "name": "a b\n"},
     ]
-    chat = parse(tools=[FUNCTION, NAMESPACE, *others, {"name": "bare"}, FUNCTION]).chat
+    request = parse(tools=[FUNCTION, NAMESPACE, *others, {"name": "bare"}, FUNCTION])
     empty = {"type": "object", "properties": {}}
-    assert chat.tools == (Tool("read", "Reads", {"type": "object"}), Tool("bare", "", empty))
-    assert chat.left_out == ("agents", "spawn", "computer_use_preview", "apply_patch", "docs", "local_shell")
-    assert chat.use_search is None
+    assert request.tools == (Tool("read", "Reads", {"type": "object"}), Tool("bare", "", empty))
+    names = ("agents", "spawn", "computer_use_preview", "apply_patch", "docs", "local_shell", "custom")
+    assert request.left_out == names
+    assert request.use_search is None
 
 
 @pytest.mark.parametrize("tool", [{"type": "web_search", "external_web_access": False}, {"type": "web_search_preview"}])
 def test_a_web_search_tool_asks_for_search(tool: dict[str, Any]) -> None:
-    chat = parse(tools=[tool, FUNCTION]).chat
-    assert (chat.use_search, chat.left_out, len(chat.tools)) == (True, (), 1)
-    assert parse(tools=[tool], use_search=False).chat.use_search is False
+    request = parse(tools=[tool, FUNCTION])
+    assert (request.use_search, request.left_out, len(request.tools)) == (True, (), 1)
+    assert parse(tools=[tool], use_search=False).use_search is False
 
 
 ALLOWED = {"type": "allowed_tools", "tools": [{"type": "function", "name": "read"}]}
@@ -266,21 +265,21 @@ CHOICES: list[tuple[Any, ToolChoice]] = [
 @pytest.mark.parametrize("number", range(len(CHOICES)))
 def test_tool_choice(number: int) -> None:
     value, choice = CHOICES[number]
-    assert parse(tools=[FUNCTION, NAMESPACE], tool_choice=value).chat.tool_choice == choice
+    assert parse(tools=[FUNCTION, NAMESPACE], tool_choice=value).tool_choice == choice
 
 
 def test_only_allowed_tools_are_offered_and_all_are_repeated() -> None:
     second = {**FUNCTION, "name": "write"}
     choice = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "write"}]}
     request = parse(tools=[FUNCTION, second], tool_choice=choice)
-    assert [tool.name for tool in request.chat.tools] == ["write"]
-    assert '"read"' not in render_prompt(request.chat)
-    assert len(request.echo["tools"]) == 2 and request.echo["tool_choice"] == choice
+    assert [tool.name for tool in request.tools] == ["write"]
+    assert '"read"' not in render_prompt(request)
+    assert len(request.responses.echo["tools"]) == 2 and request.responses.echo["tool_choice"] == choice
 
 
 @pytest.mark.parametrize("tool", [NAMESPACE, {"type": "web_search"}])
 def test_nothing_is_required_where_only_other_kinds_are_offered(tool: dict[str, Any]) -> None:
-    assert parse(tools=[tool], tool_choice="required").chat.tool_choice == ToolChoice()
+    assert parse(tools=[tool], tool_choice="required").tool_choice == ToolChoice()
 
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}}
@@ -289,11 +288,11 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}}
 def test_the_form_of_the_answer() -> None:
     form = {"type": "json_schema", "name": "n", "schema": SCHEMA, "strict": True}
     request = parse(text={"format": form, "verbosity": "low"})
-    assert request.chat.response_format == ResponseFormat("json_schema", SCHEMA, "n")
-    assert request.echo["text"] == {"format": {**form, "description": None}, "verbosity": "low"}
-    assert parse(text={"format": {"type": "json_object"}}).chat.response_format == ResponseFormat("json_object")
-    assert parse(text={"format": {"type": "text"}}).chat.response_format is None
-    assert parse(text={}).echo["text"] == {"format": {"type": "text"}, "verbosity": "medium"}
+    assert request.response_format == ResponseFormat("json_schema", SCHEMA, "n")
+    assert request.responses.echo["text"] == {"format": {**form, "description": None}, "verbosity": "low"}
+    assert parse(text={"format": {"type": "json_object"}}).response_format == ResponseFormat("json_object")
+    assert parse(text={"format": {"type": "text"}}).response_format is None
+    assert parse(text={}).responses.echo["text"] == {"format": {"type": "text"}, "verbosity": "medium"}
 
 
 def content(part: Any) -> dict[str, Any]:
@@ -335,9 +334,9 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"input": [{"type": "message", "content": [{"type": "input_image", "image_url": "https://h/x"}] * 21}]}, "input"),
     ({"input": [{**CALL, "name": 5}]}, "input[0].name"),
     ({"input": [{**CALL, "call_id": 5}]}, "input[0].call_id"),
-    ({"input": [{**CALL, "arguments": {}}]}, "input[0].arguments"),
+    ({"input": [{**CALL, "arguments": 5}]}, "input[0].arguments"),
     ({"input": [{**RESULT, "call_id": 5}]}, "input[0].call_id"),
-    ({"input": [{**RESULT, "output": {}}]}, "input[0].output"),
+    ({"input": [{**RESULT, "output": 5}]}, "input[0].output"),
     ({"input": [{**RESULT, "output": [{"type": "x"}]}]}, "input[0].output[0].type"),
     ({"model": 5}, "model"),
     ({"instructions": ["x"]}, "instructions"),
@@ -428,8 +427,8 @@ def test_any_json_is_a_request_or_a_clear_refusal(value: object, tools: object, 
     except ProxyError as error:
         assert error.status == 400
     else:
-        assert render_prompt(request.chat)
-        json.dumps(dict(request.echo), allow_nan=False)
+        assert render_prompt(request)
+        json.dumps(cast(Any, request.responses).echo, allow_nan=False)
 
 
 def test_reprs_show_no_content() -> None:
@@ -478,8 +477,7 @@ CODEX: dict[str, Any] = {
 
 def test_a_request_of_codex() -> None:
     request = parse(**CODEX)
-    chat = request.chat
-    assert [message.role for message in chat.messages] == [
+    assert [message.role for message in request.messages] == [
         "developer",
         "user",
         "assistant",
@@ -487,14 +485,14 @@ def test_a_request_of_codex() -> None:
         "assistant",
         "tool",
     ]
-    assert [tool.name for tool in chat.tools] == ["exec_command", "view_image"]
-    assert (chat.use_search, chat.left_out, chat.stream) == (True, ("agents", "spawn"), True)
-    assert (request.store, request.previous_response_id, request.unnamed_results) == (False, "", {})
-    assert len(chat.attachments) == 1
-    prompt = render_prompt(chat)
+    assert [tool.name for tool in request.tools] == ["exec_command", "view_image"]
+    assert (request.use_search, request.left_out, request.stream) == (True, ("agents", "spawn"), True)
+    assert (request.responses.store, request.responses.previous_response_id) == (False, "")
+    assert len(request.attachments) == 1
+    prompt = render_prompt(request)
     call = render_tool_call("exec_command", '{"path":"a"}')
     assert f"assistant:I look.\n{call}\ntool:{render_tool_response('exec_command', 'text of a')}\n" in prompt
-    json.dumps(dict(request.echo))
+    json.dumps(dict(request.responses.echo))
 
 
 # A next turn
@@ -503,16 +501,16 @@ def test_a_request_of_codex() -> None:
 def test_a_next_turn_stands_behind_the_turns_before_it_and_its_own_instructions() -> None:
     first = parse(instructions="old rules")
     second = parse(instructions="new rules", input="more", previous_response_id="resp_1")
-    chat = extend_request(second, [*first.own_messages, Message("assistant", "hello")])
-    assert chat.messages == (
+    request = extend_request(second, [*first.own_messages, Message("assistant", "hello")])
+    assert request.messages == (
         Message("system", "new rules"),
         Message("user", "hi"),
         Message("assistant", "hello"),
         Message("user", "more"),
     )
     assert extend_request(parse(), [Message("user", "a")]).messages == (Message("user", "a"), Message("user", "hi"))
-    assert replace(second, chat=chat).own_messages == chat.messages[1:]
-    assert chat.model == second.chat.model and extend_request(second, []).messages == second.chat.messages
+    assert request.own_messages == request.messages[1:]
+    assert request.model == second.model and extend_request(second, []).messages == second.messages
 
 
 def test_a_result_gets_the_name_of_a_call_in_the_turn_before() -> None:
@@ -520,22 +518,21 @@ def test_a_result_gets_the_name_of_a_call_in_the_turn_before() -> None:
     response = final(*events)
     request = parse(input=[RESULT], previous_response_id=response["id"])
     answer = answer_message(response)
-    assert answer == Message("assistant", f"Wait.\n{CALL_TEXT}")
-    chat = extend_request(request, [Message("user", "hi"), answer], call_names(response))
-    assert chat.messages == (Message("user", "hi"), answer, Message("tool", render_tool_response("read", "text of a")))
-    nameless = extend_request(request, [answer]).messages[-1]
-    assert nameless == Message("tool", render_tool_response("", "text of a"))
+    assert answer == Message("assistant", "Wait.", calls=(CALL_MADE,))
+    prompt = render_prompt(extend_request(request, [Message("user", "hi"), answer]))
+    assert prompt.endswith(f"tool:{render_tool_response('read', 'text of a')}\n")
+    nameless = render_prompt(extend_request(request, [Message("user", "hi")]))
+    assert nameless.endswith(f"tool:{render_tool_response('', 'text of a')}\n")
 
 
 def test_an_answer_is_remembered_without_its_thinking() -> None:
     events: list[Event] = [Thinking("hm"), Text("a"), Thinking("so"), Text("b"), Finished("stop")]
     assert answer_message(final(*events)) == Message("assistant", "a\nb")
-    assert call_names(final(*events)) == {}
 
 
 def test_a_previous_answer_can_be_gone_on_from_without_a_word() -> None:
     request = parse(input=[], previous_response_id="resp_1")
-    assert request.chat.messages == () and extend_request(request, [Message("user", "a")]).messages
+    assert request.messages == () and extend_request(request, [Message("user", "a")]).messages
 
 
 def test_attachments_of_all_turns_are_counted() -> None:
@@ -1052,7 +1049,3 @@ def test_a_failed_completion() -> None:
         text = next(SSEParser().feed(data)).data if stream_it else data
         assert json.loads(text)["error"]["code"] == "answer_broken"
     assert make_completion_reply(parse_completion(stream=True), 7, "text", "").alive().startswith(b":")
-
-
-def test_left_out_is_the_last_field_of_a_chat() -> None:
-    assert list(kimi_proxy.ChatRequest.__dataclass_fields__)[-1] == "left_out"

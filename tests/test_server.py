@@ -114,13 +114,13 @@ async def test_the_merged_text_reaches_the_service(
     messages = [
         {"role": "system", "content": "see https://ab.cd"},
         {"role": "developer", "content": [{"type": "text", "text": "short"}]},
-        {"role": "user", "content": [{"type": "text", "text": "你好 "}, {"type": "text", "text": "https://ab.cd/d"}]},
+        {"role": "user", "content": [{"type": "text", "text": "你好"}, {"type": "text", "text": "https://ab.cd/d"}]},
         {"role": "assistant", "content": None},
         {"role": "critic", "content": "42"},
     ]
     _, answer, _ = await ask(http, proxy, token, messages=messages)
     wrapped = '<url id="" type="url" status="" title="" wc="">https://ab.cd/d</url>'
-    expected = f"system:see https://ab.cd\ndeveloper:short\nuser:你好 {wrapped}\nassistant:\ncritic:42\n"
+    expected = f"system:see https://ab.cd\ndeveloper:short\nuser:你好\n{wrapped}\nassistant:\ncritic:42\n"
     assert answer["choices"][0]["message"]["content"] == expected
 
 
