@@ -458,7 +458,9 @@ class RetirementSign(ProxyError):
 
 
 class StaleToken(ProxyError):
-    """The service said within an answer that the access token is dead."""
+    """The service said within an answer that the access token that was used is dead."""
+
+    access_token = ""
 
 
 def render_error(error: ProxyError) -> dict[str, Any]:
@@ -4589,6 +4591,32 @@ class Errand(Generic[Result]):
         return result
 
 
+class Watchdog:
+    """Calls `check` when it is due, with one timer that is armed again only after it went off.
+
+    `check` is given the loop's time, does what is due by then, and returns the time of its next look. The first is
+    after `seconds`. So what is watched only stores a time when it moves.
+    """
+
+    __slots__ = ("_check", "_loop", "_timer")
+
+    def __init__(self, check: Callable[[float], float], seconds: float) -> None:
+        self._check = check
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = self._loop.call_later(seconds, self._look)
+
+    def stop(self) -> None:
+        """Look no more; may be called twice, and by `check`."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _look(self) -> None:
+        due = self._check(self._loop.time())
+        if self._timer is not None:
+            self._timer = self._loop.call_at(due, self._look)
+
+
 class Watched(Protocol):
     """Something that the ticker looks at."""
 
@@ -6131,8 +6159,8 @@ async def _read_spool(spooled: IO[bytes]) -> AsyncIterator[bytes]:
 # ==== 15. Kimi ==============================================================
 #
 # The service's calls. `Calls` makes one call: token, limits, and what a reply means; it alone repeats a call, where the
-# access token was dead or a kept connection turned out closed. `Reader` makes
-# events of the bytes of an answer. `Classic` and `Connect` know the paths, headers and bodies of the two dialects.
+# access token was dead or a kept connection turned out closed. `AnswerStream`
+# reads an answer. `Classic` and `Connect` know the paths, headers and bodies of the two dialects.
 
 PARSE_SECONDS: Final = 120.0  # limit for Kimi to read a file that was uploaded
 
@@ -6384,6 +6412,7 @@ class Calls:
         self._proxy_headers = _render_proxy_headers(settings.proxy_url)
         self._accounts = accounts
         self._call_seconds = settings.call_seconds
+        self.silence_seconds = settings.silence_seconds
 
     async def call(self, account: Account, call: Call) -> dict[str, Any]:
         """The JSON object that the service replies. Raises `ProxyError` for every other outcome.
@@ -6404,18 +6433,28 @@ class Calls:
         except _NETWORK_ERRORS as error:
             raise _error_of_network(call.step, error) from None
 
-    async def stream(self, account: Account, call: Call, content_type: str) -> aiohttp.ClientResponse:
-        """The response to an answering call, its body unread; the caller closes it. Time is the caller's to watch.
+    async def stream(
+        self, account: Account, call: Call, content_type: str, deadline: float
+    ) -> tuple[aiohttp.ClientResponse, str]:
+        """The response to an answering call, its body unread, and the access token; the caller closes it.
 
-        Raises `ProxyError` for a reply that is not of `content_type`.
+        Raises `ProxyError`, also for a reply that is not of `content_type`, and where none comes within
+        `silence_seconds`, or by `deadline` (loop time).
         """
-        return await self._with_token(account, call, partial(self._stream_once, content_type))
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout_at(min(loop.time() + self.silence_seconds, deadline)):
+                return await self._with_token(account, call, partial(self._stream_once, content_type))
+        except TimeoutError:
+            raise ProxyError("answer_too_long" if loop.time() >= deadline else "service_silent", call.step) from None
 
-    async def _stream_once(self, content_type: str, account: Account, call: Call, token: str) -> aiohttp.ClientResponse:
+    async def _stream_once(
+        self, content_type: str, account: Account, call: Call, token: str
+    ) -> tuple[aiohttp.ClientResponse, str]:
         try:
             response = await self._request_again(call, token, account)
             if response.status == 200 and response.content_type == content_type:
-                return response
+                return response, token
             async with response:
                 await self._parse(response, call.step)
         except _NETWORK_ERRORS as error:
@@ -6470,7 +6509,7 @@ class Calls:
             if error.code != "token_dead":
                 raise
             await self._accounts.drop(account, token)
-            raise StaleToken(error.code, error.detail) from None
+            raise _make_stale(error, token) from None
 
     @asynccontextmanager
     async def _sending(
@@ -6647,60 +6686,115 @@ class Dialect(Protocol):
     async def register(self, account: Account, stored: StoredFile) -> str:
         """The id by which a question can refer to the file, once the service has read it."""
 
-    async def ask(self, account: Account, conversation_id: str, question: Question) -> aiohttp.ClientResponse:
-        """The response whose body is the answer; the caller closes it."""
-
-    def make_reader(self, *, continues: bool = False) -> Reader:
-        """What reads that body; `continues`: it goes on with an answer that was cut short."""
+    async def ask(self, account: Account, conversation_id: str, question: Question, deadline: float) -> AnswerStream:
+        """The answer, which fails at `deadline` (loop time); the caller drains or closes it."""
 
     async def remove(self, account: Account, conversation_id: str) -> None:
         """Remove the conversation, so that it does not show in the user's history."""
 
 
-class Reader:
-    """Turns the bytes of one answer into events: a parser of frames, and what the frames mean."""
+def _make_stale(error: ProxyError, access_token: str) -> StaleToken:
+    stale = StaleToken(error.code, error.detail)
+    stale.access_token = access_token
+    return stale
+
+
+END_SECONDS: Final = 1.0  # after `done`, the end of the stream is awaited for so long
+
+
+class AnswerStream:
+    """The events of one answer, read from the `response` that carries it.
+
+    `answer` tells what is known of it by now. The answer fails when nothing of it comes for `silence_seconds` while it
+    is read, and at `deadline` (loop time). `raw`, where it is a list, gets the bytes as they came.
+    """
 
     def __init__(
         self,
+        response: aiohttp.ClientResponse,
         parser: SSEParser | EnvelopeParser,
         answer: ClassicAnswer | ConnectAnswer,
-        filters: Sequence[Filter] = (),
+        access_token: str,
+        silence_seconds: float,
+        deadline: float,
     ) -> None:
-        self._parser = parser
-        self._filters = filters
-        self._debug = logger.isEnabledFor(logging.DEBUG)
-        self._tell: Callable[[str], None] | None = None
         self.answer = answer
+        self.raw: list[bytes] | None = None
+        self._response = response
+        self._parser = parser
+        self._access_token = access_token
+        self._silence_seconds = silence_seconds
+        self._deadline = deadline
+        self._debug = logger.isEnabledFor(logging.DEBUG)
+        self._loop = asyncio.get_running_loop()
+        self._failure: ProxyError | None = None  # raised by the next read
+        self._waits = False
+        self._progress = -1  # of `answer`, when silence began
+        self._silent_since = now = self._loop.time()
+        self._end_at = 0.0
+        self._watchdog = Watchdog(self._check, min(silence_seconds, deadline - now))
 
-    @property
-    def conversation_id(self) -> str:
-        """The conversation's id, once the stream told it."""
-        return self.answer.conversation_id if isinstance(self.answer, ConnectAnswer) else ""
+    async def read(self) -> list[Event] | None:
+        """The events of one network read, perhaps none; None once the answer is over.
 
-    @property
-    def message_id(self) -> str:
-        """The service's id of the answer, to go on from; empty in classic, which needs none."""
-        return self.answer.message_id if isinstance(self.answer, ConnectAnswer) else ""
+        Raises `ProxyError`, after the events that came before the failure were returned: `StaleToken` where the access
+        token died meanwhile.
+        """
+        if self._failure is not None:
+            raise self._failure
+        if self.answer.ended:
+            return None
+        if self.answer.done:
+            return await self._read_end()
+        if self.answer.progress != self._progress:  # heartbeats alone are silence
+            self._progress = self.answer.progress
+            self._silent_since = self._loop.time()
+        return self._feed(await self._read_bytes())
 
-    def expect(self, conversation_id: str) -> None:
-        """Say that the conversation is known, so that the stream need not tell it."""
-        if isinstance(self.answer, ConnectAnswer):
-            self.answer.conversation_id = conversation_id
+    async def drain(self, seconds: float) -> None:
+        """Read what is left, for so long at most, so that the connection can be used again; else close it."""
+        self._watchdog.stop()
+        try:
+            async with asyncio.timeout(seconds):
+                while await self._response.content.readany():
+                    pass
+        except (*_NETWORK_ERRORS, RuntimeError) as error:
+            logger.debug("! reading out an answer: %s", type(error).__name__)
+        finally:
+            self.close()  # has no effect on a connection that went back to the pool
 
-    def when_opened(self, tell: Callable[[str], None]) -> None:
-        """Have `tell` called with the conversation's id where the stream tells it."""
-        if isinstance(self.answer, ConnectAnswer):
-            self._tell = tell
+    def close(self) -> None:
+        """Close the connection, unless the response was read to its end. A read that waits fails."""
+        self._watchdog.stop()
+        self._response.close()
 
-    @property
-    def segment_id(self) -> str:
-        """Where an answer that ended at its length limit can be continued from; empty for every other."""
-        return self.answer.segment_id
+    async def _read_bytes(self) -> bytes:
+        self._waits = True
+        try:
+            return await self._response.content.readany()
+        except (aiohttp.ClientError, ConnectionError, RuntimeError) as error:
+            # aiohttp's RuntimeError says that the connection was lost before.
+            self._watchdog.stop()
+            if self._failure is None:
+                self._failure = ProxyError("answer_broken", f"the connection broke ({type(error).__name__})")
+            raise self._failure from None
+        finally:
+            self._waits = False
 
-    def feed(self, piece: bytes) -> tuple[list[Event], ProxyError | None]:
-        """The events in one network read, and the failure that came after them; empty bytes are the stream's end."""
+    async def _read_end(self) -> list[Event]:
+        """The events after `done`: in good order only the end, or an error in its place [2+]."""
+        self._end_at = self._end_at or self._loop.time() + END_SECONDS
+        try:
+            async with asyncio.timeout_at(self._end_at):
+                return self._feed(await self._read_bytes())
+        except TimeoutError:
+            self._watchdog.stop()
+            return self.answer.finish()
+
+    def _feed(self, piece: bytes) -> list[Event]:
         events: list[Event] = []
-        failure = None
+        if self.raw is not None:
+            self.raw.append(piece)
         try:
             if piece:
                 self._feed_frames(piece, events)
@@ -6708,21 +6802,14 @@ class Reader:
                 self._parser.finish()
                 events += self.answer.finish()
         except WireError as error:
-            failure = ProxyError("answer_broken", f"Kimi's stream cannot be read: {error}")
+            self._failure = ProxyError("answer_broken", f"Kimi's stream cannot be read: {error}")
         except ProxyError as error:
-            failure = StaleToken(error.code, error.detail) if error.code == "token_dead" else error
-        if self._tell is not None and self.conversation_id:
-            self._tell(self.conversation_id)
-            self._tell = None
-        return apply_filters(self._filters, events), failure
-
-    def list_sources(self) -> list[Event]:
-        """The hits so far, where they are listed at the end: for an answer that is read no further."""
-        return [event for event in apply_filters(self._filters, [Finished("stop")]) if isinstance(event, Sources)]
-
-    def finish(self) -> tuple[list[Event], ProxyError | None]:
-        """The events of an answer that is held to be over, though its stream is not."""
-        return apply_filters(self._filters, self.answer.finish()), None
+            self._failure = error if error.code != "token_dead" else _make_stale(error, self._access_token)
+        if self._failure is not None or self.answer.ended:
+            self._watchdog.stop()
+        if self._failure is not None and not events:
+            raise self._failure
+        return events
 
     def _feed_frames(self, piece: bytes, events: list[Event]) -> None:
         answer: Any = self.answer
@@ -6731,6 +6818,15 @@ class Reader:
             if self._debug:
                 size = len(frame.data) if isinstance(frame, ServerSentEvent) else len(frame.payload)
                 logger.debug("< %s, %d characters", quote_words(answer.kind), size)
+
+    def _check(self, now: float) -> float:
+        """End the answer where its time is over; else when that will be."""
+        silent_at = self._silence_seconds + (self._silent_since if self._waits else now)
+        due = min(silent_at, self._deadline)
+        if now >= due and self._failure is None:
+            self._failure = ProxyError("answer_too_long" if now >= self._deadline else "service_silent", "asking")
+            self.close()
+        return due
 
 
 def _headers_of(base_url: str, place: str = "") -> dict[str, str]:
@@ -6779,8 +6875,8 @@ class Classic:
             raise ProxyError("service_failed", "opening a conversation: the reply has no id")
         return conversation_id
 
-    async def ask(self, account: Account, conversation_id: str, question: Question) -> aiohttp.ClientResponse:
-        """The response whose body is the answer's event stream; the caller closes it."""
+    async def ask(self, account: Account, conversation_id: str, question: Question, deadline: float) -> AnswerStream:
+        """The answer, which fails at `deadline` (loop time); the caller drains or closes it."""
         model = question.model
         body: dict[str, Any] = {
             "messages": [{"role": "user", "content": " " if question.segment_id else question.text}],
@@ -6794,7 +6890,9 @@ class Classic:
         url = f"{self.base_url}/api/chat/{conversation_id}/completion/stream"
         headers = _headers_of(self.base_url, f"/chat/{conversation_id}")
         call = Call("asking", "POST", url, headers, encode_json(body).encode())
-        return await self._calls.stream(account, call, "text/event-stream")
+        response, token = await self._calls.stream(account, call, "text/event-stream", deadline)
+        answer = ClassicAnswer(continues=bool(question.segment_id))
+        return AnswerStream(response, SSEParser(), answer, token, self._calls.silence_seconds, deadline)
 
     async def store(self, account: Account, file: OpenFile) -> StoredFile:
         """Have a URL signed, and put the bytes there. Pictures are `image` in later versions, `file` before [2+]."""
@@ -6864,10 +6962,6 @@ class Classic:
         if usage.get("remain") == 0:
             raise ProxyError("quota_used_up", f"{usage.get('used')} of {usage.get('total')} used")
 
-    def make_reader(self, *, continues: bool = False) -> Reader:
-        """What reads the answer."""
-        return Reader(SSEParser(), ClassicAnswer(continues=continues))
-
     async def remove(self, account: Account, conversation_id: str) -> None:
         """Remove the conversation, so that it does not show in the user's history."""
         url = f"{self.base_url}/api/chat/{conversation_id}"
@@ -6928,8 +7022,8 @@ class Connect:
     def open(self, account: Account, model: Model) -> None:
         """Nothing: the answer's stream tells the conversation's id."""
 
-    async def ask(self, account: Account, conversation_id: str, question: Question) -> aiohttp.ClientResponse:
-        """The response whose body is the answer's envelopes; the caller closes it."""
+    async def ask(self, account: Account, conversation_id: str, question: Question, deadline: float) -> AnswerStream:
+        """The answer, which fails at `deadline` (loop time); the caller drains or closes it."""
         model = question.model
         scenario = model.scenario or _SCENARIO
         body: dict[str, Any] = {
@@ -6960,7 +7054,9 @@ class Connect:
         }
         data = encode_envelope(encode_json(body).encode())
         call = Call("asking", "POST", self.base_url + _SERVICES["ask"], headers, data, with_ids=True)
-        return await self._calls.stream(account, call, "application/connect+json")
+        response, token = await self._calls.stream(account, call, "application/connect+json", deadline)
+        answer = ConnectAnswer(conversation_id)
+        return AnswerStream(response, EnvelopeParser(), answer, token, self._calls.silence_seconds, deadline)
 
     async def store(self, account: Account, file: OpenFile) -> StoredFile:
         """Send the bytes, as a form."""
@@ -6987,10 +7083,6 @@ class Connect:
             if status in ("PROCESS_STATUS_FAIL", "PROCESS_STATUS_FAILED"):
                 raise ProxyError("file_unreadable")
         raise ProxyError("service_silent", f"having a file read: not within {PARSE_SECONDS:g} s")
-
-    def make_reader(self, *, continues: bool = False) -> Reader:
-        """What reads the answer."""
-        return Reader(EnvelopeParser(), ConnectAnswer(), [CitationFilter()])
 
     async def models(self, account: Account) -> tuple[Model, ...]:
         """The models that the account may ask. Raises `ProxyError`."""
@@ -7280,18 +7372,20 @@ class _Sending:
 
 
 class _Filtering:
-    """The way of one answer's events through its filters; `reader` is where they come from."""
+    """The way of one answer's events through its filters."""
 
     def __init__(self, chain: Chain, send: _Sending) -> None:
         self.chain = chain
         self.send = send
-        self.reader: Reader | None = None
+        self.citations: list[Filter] = []
 
     async def __call__(self, events: list[Event]) -> None:
         """Send what the filters leave of `events`. Raises `ProxyError` as they do."""
-        shown = self.chain.feed(events)
-        if self.chain.ended and self.reader is not None and shown and isinstance(shown[-1], Finished):
-            shown[-1:-1] = self.reader.list_sources()
+        had_ended = self.chain.ended
+        shown = self.chain.feed(apply_filters(self.citations, events))
+        if self.chain.ended and not had_ended and shown and isinstance(shown[-1], Finished):
+            rest = apply_filters(self.citations, [Finished("stop")])
+            shown[-1:-1] = [event for event in rest if isinstance(event, Sources)]
         if shown:
             await self.send(shown)
 
@@ -7525,10 +7619,10 @@ class Asking:
             return await self._go_on(account, question, sending, start_chain())
         try:
             await self._ask(account, dialect, question, sending, start_chain())
-        except StaleToken:
+        except StaleToken as stale:
             if sending.visible:
                 raise
-            await self._accounts.drop(account, await self._accounts.access_token(account))
+            await self._accounts.drop(account, stale.access_token)
             await self._ask(account, dialect, question, sending, start_chain())
         except RetirementSign as sign:
             if sending.visible or not self._may_change(dialect):
@@ -7594,8 +7688,8 @@ class Asking:
         chain = filtering.chain
         words = describe_failure(chain.again, "" if question.conversation_id else chain.previous)
         if question.conversation_id:
-            parent_id = conversation.reader.message_id
-            second = replace(question, text=words, conversation_id=conversation.known_id, parent_id=parent_id)
+            parent_id = conversation.message_id
+            second = replace(question, text=words, conversation_id=conversation.id, parent_id=parent_id)
         else:
             second = replace(question, text=f"{question.text}system:{words}")
         chain.begin_second_try()
@@ -7612,80 +7706,65 @@ class Asking:
     async def _keep(self, account: Account, dialect: Dialect, question: Question, conversation: _Conversation) -> None:
         """Remember the conversation, where the client wants that."""
         if question.conversation_id:
-            message_id = conversation.reader.message_id
-            self._conversations.keep(conversation.known_id)  # first: better left than removed, once it is kept
-            await self._kept.keep(account, conversation.known_id, dialect.name, message_id)
+            message_id = conversation.message_id
+            self._conversations.keep(conversation.id)  # first: better left than removed, once it is kept
+            await self._kept.keep(account, conversation.id, dialect.name, message_id)
 
     async def _converse(
         self, account: Account, dialect: Dialect, question: Question, filtering: _Filtering
     ) -> _Conversation:
         """One question and its answer; the conversation, which is let go of, and stays where the client keeps it."""
         conversation = await self._begin(account, dialect, question)
-        silence = None
+        filtering.citations = [CitationFilter()] if dialect is self._connect else []
         try:
-            async with asyncio.timeout(None) as timeout:
-                if conversation.id:
-                    await filtering([Opened(conversation.id, hits_inline=dialect is self._classic)])
-                silence = Silence(timeout, self._settings.silence_seconds, self._settings.answer_seconds)
-                self._ticker.add(silence)
-                try:
-                    await self._answer(account, conversation, question, silence, filtering)
-                except ProxyError as failure:
-                    failure.is_busy = failure.code == dialect.busy_code and account.line.has_others
-                    raise
-                conversation.ended = not filtering.chain.ended or conversation.reader.answer.ended
-                conversation.kept = bool(question.conversation_id)
-                return conversation
-        except TimeoutError:
-            if silence is None or not silence.code:
+            if conversation.id:
+                await filtering([Opened(conversation.id, hits_inline=dialect is self._classic)])
+            try:
+                await self._answer(account, conversation, question, filtering)
+            except ProxyError as failure:
+                failure.is_busy = failure.code == dialect.busy_code and account.line.has_others
                 raise
-            raise ProxyError(silence.code, "asking") from None
+            conversation.ended = not filtering.chain.ended or conversation.stream_ended
+            conversation.kept = bool(question.conversation_id)
+            return conversation
         finally:
-            if silence is not None:
-                self._ticker.discard(silence)
             account.line.close_later()
             self._tasks.start(self._let_go(account, conversation, account.line.closed), "remove")
 
     async def _answer(
-        self,
-        account: Account,
-        conversation: _Conversation,
-        question: Question,
-        silence: Silence,
-        filtering: _Filtering,
+        self, account: Account, conversation: _Conversation, question: Question, filtering: _Filtering
     ) -> None:
         """Ask, and relay the answer; where it meets classic's length limit, ask it to go on, a few times."""
         rest = _CONTINUATIONS
+        deadline = asyncio.get_running_loop().time() + self._settings.answer_seconds
         while True:
-            asks = conversation.dialect.ask(account, conversation.id, question)
+            asks = conversation.dialect.ask(account, conversation.id, question, deadline)
             try:
-                if conversation.known_id:
-                    response = await asks
+                if conversation.id:
+                    stream = await asks
                 else:  # should the client leave, the id has still to be read
                     errand = Errand(self._tasks, asks, "ask")
                     conversation.asking = errand.task
-                    response = await errand
+                    stream = await errand
             except ProxyError:
                 if not question.segment_id:
                     raise
                 await filtering([Finished("length")])
                 return
-            conversation.response = response
-            reader = filtering.reader = conversation.reader
-            segment_id = await self._relay(response, reader, silence, filtering, may_continue=rest > 0)
+            conversation.stream = stream
+            segment_id = await self._relay(account, conversation, stream, filtering, may_continue=rest > 0)
             if not segment_id:
                 return
             rest -= 1
-            conversation.response = None
-            self._tasks.start(_read_out(response), "read out")
+            conversation.stream = None
+            self._tasks.start(stream.drain(_END_SECONDS), "read out")
             question = replace(question, segment_id=segment_id)
-            conversation.reader = conversation.dialect.make_reader(continues=True)
 
     async def _relay(
         self,
-        response: aiohttp.ClientResponse,
-        reader: Reader,
-        silence: Silence,
+        account: Account,
+        conversation: _Conversation,
+        stream: AnswerStream,
         filtering: _Filtering,
         *,
         may_continue: bool,
@@ -7694,38 +7773,23 @@ class Asking:
 
         An answer that a filter ended is read no further.
         """
-        answer, chain = reader.answer, filtering.chain
-        while not answer.ended and not answer.done and not chain.ended:
-            await self._relay_piece(response.content, reader, filtering, may_continue=may_continue)
-            silence.pieces += 1
-        if not answer.ended and not chain.ended:
-            try:
-                async with asyncio.timeout(_END_SECONDS):
-                    while not answer.ended and not chain.ended:
-                        await self._relay_piece(response.content, reader, filtering, may_continue=False)
-            except TimeoutError:
-                events, _ = reader.finish()
+        chain = filtering.chain
+        while not chain.ended and (events := await stream.read()) is not None:
+            self._note_id(account, conversation, stream)
+            if may_continue and stream.answer.segment_id and events and isinstance(events[-1], Finished):
+                events.pop()
+            if events:
                 await filtering(events)
-        for what, name in answer.unknown_fields:
+        for what, name in stream.answer.unknown_fields:
             self._metrics.tell_once(what, name)
-        return reader.segment_id if may_continue and not chain.ended else ""
+        return stream.answer.segment_id if may_continue and not chain.ended else ""
 
-    @staticmethod
-    async def _relay_piece(
-        content: aiohttp.StreamReader, reader: Reader, filtering: _Filtering, *, may_continue: bool
-    ) -> None:
-        try:
-            piece = await content.readany()
-        except (aiohttp.ClientError, ConnectionError, RuntimeError) as error:
-            # aiohttp's RuntimeError says that the connection was lost before.
-            raise ProxyError("answer_broken", f"the connection broke ({type(error).__name__})") from None
-        events, failure = reader.feed(piece)
-        if may_continue and reader.segment_id and events and isinstance(events[-1], Finished):
-            events.pop()
-        if events:
-            await filtering(events)
-        if failure is not None and not filtering.chain.ended:
-            raise failure
+    def _note_id(self, account: Account, conversation: _Conversation, stream: AnswerStream) -> None:
+        """Note what the stream tells of the conversation."""
+        conversation.message_id = stream.answer.message_id
+        if not conversation.id and stream.answer.conversation_id:
+            conversation.id = stream.answer.conversation_id
+            self._conversations.add(account.digest, conversation.dialect.name, conversation.id)
 
     async def _begin(self, account: Account, dialect: Dialect, question: Question) -> _Conversation:
         """The conversation to ask in, opened where it has to be."""
@@ -7735,13 +7799,8 @@ class Asking:
         if not self._accounts.live_token(account):
             await self._accounts.access_token(account)
         if question.goes_on:
-            conversation = _Conversation(dialect, dialect.make_reader(), question.conversation_id, kept=True)
-            conversation.reader.expect(question.conversation_id)
-            return conversation
-        opened = await self._open(account, dialect, question.model)
-        conversation = _Conversation(dialect, dialect.make_reader(), opened)
-        conversation.reader.when_opened(partial(self._conversations.add, account.digest, dialect.name))
-        return conversation
+            return _Conversation(dialect, question.conversation_id, kept=True)
+        return _Conversation(dialect, await self._open(account, dialect, question.model))
 
     async def _open(self, account: Account, dialect: Dialect, model: Model) -> str:
         opens = dialect.open(account, model)
@@ -7762,7 +7821,7 @@ class Asking:
 
     def _let_go_late(self, account: Account, dialect: Dialect, opening: asyncio.Task[str | None]) -> None:
         if not opening.cancelled() and opening.exception() is None and (opened := opening.result()):
-            conversation = _Conversation(dialect, dialect.make_reader(), opened)
+            conversation = _Conversation(dialect, opened)
             self._tasks.start(self._let_go(account, conversation), "remove")
 
     async def _let_go(
@@ -7773,15 +7832,37 @@ class Asking:
         A failure is logged, never the client's. Where the id is still in the stream, that is read on for it [2+].
         """
         try:
-            is_known = await conversation.close()
+            is_known = await self._close(account, conversation)
         finally:
             conversation.closed.set()
             closed()
         if not is_known:
             self._metrics.count("kimi_proxy_removals_failed_total")
             logger.warning("! a conversation of account %s may be left: its id was not read", account.label)
-        if not conversation.kept and conversation.known_id:
-            await self._remove(account, conversation.dialect, conversation.known_id)
+        if not conversation.kept and conversation.id:
+            await self._remove(account, conversation.dialect, conversation.id)
+
+    async def _close(self, account: Account, conversation: _Conversation) -> bool:
+        """Let go of the answer. False where a conversation may be left whose id could not be read."""
+        if conversation.stream is None and conversation.asking is not None:
+            asking = conversation.asking
+            await asyncio.wait({asking}, timeout=_END_SECONDS)
+            if not asking.done() or asking.cancelled() or asking.exception() is not None:
+                asking.cancel()
+                return bool(conversation.id)
+            conversation.stream = asking.result()
+        stream = conversation.stream
+        if stream is None:
+            return True
+        if conversation.ended:
+            await stream.drain(_END_SECONDS)
+            return True
+        with suppress(ProxyError, TimeoutError):
+            async with asyncio.timeout(_END_SECONDS):
+                while not conversation.id and await stream.read() is not None:
+                    self._note_id(account, conversation, stream)
+        stream.close()
+        return bool(conversation.id)
 
     async def _remove(
         self, account: Account, dialect: Dialect, conversation_id: str, *, may_be_gone: bool = False
@@ -7828,58 +7909,22 @@ class Asking:
 @dataclass(slots=True)
 class _Conversation:
     """A conversation at the service, and the answer that runs in it; `id` is empty while only the stream knows it:
-    then `asking` is what brings the `response`.
+    then `asking` is what brings the `stream`.
     """
 
     dialect: Dialect
-    reader: Reader
     id: str
-    asking: asyncio.Task[aiohttp.ClientResponse | None] | None = None
-    response: aiohttp.ClientResponse | None = None
+    message_id: str = ""
+    asking: asyncio.Task[AnswerStream | None] | None = None
+    stream: AnswerStream | None = None
     ended: bool = False
     kept: bool = False
     closed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
-    def known_id(self) -> str:
-        """The id, as far as it is known by now."""
-        return self.id or self.reader.conversation_id
-
-    async def close(self) -> bool:
-        """Let go of the response. False where a conversation may be left whose id could not be read."""
-        if self.response is None and self.asking is not None:
-            await asyncio.wait({self.asking}, timeout=_END_SECONDS)
-            if not self.asking.done() or self.asking.cancelled() or self.asking.exception() is not None:
-                self.asking.cancel()
-                return bool(self.known_id)
-            self.response = self.asking.result()
-        response, self.response, self.asking = self.response, None, None
-        if response is None:
-            return True
-        if self.ended:
-            await _read_out(response)
-            return True
-        with suppress(aiohttp.ClientError, ConnectionError, TimeoutError):
-            async with asyncio.timeout(_END_SECONDS):
-                await self._read_id(response)
-        response.close()
-        return bool(self.known_id)
-
-    async def _read_id(self, response: aiohttp.ClientResponse) -> None:
-        while not self.known_id and (piece := await response.content.readany()):
-            self.reader.feed(piece)
-
-
-async def _read_out(response: aiohttp.ClientResponse) -> None:
-    """Read what is left of an ended answer, a second at most, so that its connection can be used again."""
-    if not response.content.at_eof():
-        try:
-            async with asyncio.timeout(_END_SECONDS):
-                while await response.content.readany():
-                    pass
-        except (aiohttp.ClientError, ConnectionError, TimeoutError):
-            response.close()
-    response.release()
+    def stream_ended(self) -> bool:
+        """Whether the service said the answer's end."""
+        return self.stream is not None and bool(self.stream.answer.ended)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -9571,6 +9616,7 @@ class _Check:
         name: str,
     ) -> None:
         self.pieces: list[bytes] = []
+        self._stream: AnswerStream | None = None
         self._settings = settings
         self._name = name
 
@@ -9595,11 +9641,11 @@ class _Check:
                 question.model = choose_model("kimi", models)[0]
             opens = self._dialect.open(account, question.model)
             conversation_id = await self._step("open", opens) if opens is not None else ""
-            reader = self._dialect.make_reader()
             try:
-                await self._step("answer", self._answer(account, conversation_id, question, reader))
+                await self._step("answer", self._answer(account, conversation_id, question))
             finally:
-                if known_id := conversation_id or reader.conversation_id:
+                known_id = conversation_id or (self._stream.answer.conversation_id if self._stream else "")
+                if known_id:
                     await self._step("remove", self._dialect.remove(account, known_id))
         except ProxyError:
             return False
@@ -9649,23 +9695,16 @@ class _Check:
         with suppress(OSError):
             await writer.wait_closed()
 
-    async def _answer(self, account: Account, conversation_id: str, question: Question, reader: Reader) -> list[Event]:
+    async def _answer(self, account: Account, conversation_id: str, question: Question) -> list[Event]:
         events: list[Event] = []
+        deadline = asyncio.get_running_loop().time() + self._settings.silence_seconds
+        stream = self._stream = await self._dialect.ask(account, conversation_id, question, deadline)
+        stream.raw = self.pieces
         try:
-            async with asyncio.timeout(self._settings.silence_seconds):
-                response = await self._dialect.ask(account, conversation_id, question)
-                async with response:
-                    while not reader.answer.ended:
-                        piece = await response.content.readany()
-                        self.pieces.append(piece)
-                        more, failure = reader.feed(piece)
-                        events += more
-                        if failure is not None:
-                            raise failure
-        except TimeoutError:
-            raise ProxyError("service_silent", "asking") from None
-        except (aiohttp.ClientError, ConnectionError) as error:
-            raise ProxyError("answer_broken", f"the connection broke ({type(error).__name__})") from None
+            while (more := await stream.read()) is not None:
+                events += more
+        finally:
+            await stream.drain(END_SECONDS)
         return events
 
 

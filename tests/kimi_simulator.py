@@ -594,6 +594,7 @@ FAULTS: Final[dict[str, str]] = {
     "cut": "the answer's connection reset after N pieces",
     "cut-chunk": "the answer's transfer coding broken after N pieces",
     "stall": "silence for ever after N pieces",
+    "heartbeats": "connect: nothing but heartbeats for ever after N pieces",
     "linger": "the connection stays open after the last event",
     "endless": "the first text again and again, for ever",
     "pace": "SECONDS between two events",
@@ -770,6 +771,7 @@ def read_claims(token: str) -> dict[str, Any]:
 #
 # The service on a socket. What the proxy must not do is a violation, and fails the test at its end.
 
+_BREAKS: Final = ("cut", "cut-chunk", "stall", "heartbeats")
 _BROWSER: Final = re.compile(r"Mozilla/5\.0 .* Chrome/(\d+)\.0\.0\.0 Safari/537\.36")
 _HTML: Final = b"<!doctype html><title>502</title>" + b"<p>the page of some machine in between</p>" * 250
 
@@ -1326,12 +1328,14 @@ class Simulator:
         pace = float(order.value("pace", "0"))
         loop = asyncio.get_running_loop()
         due = loop.time()
-        limits = {name: int(order.value(name, "0")) for name in ("cut", "cut-chunk", "stall") if order.has(name)}
+        limits = {name: int(order.value(name, "0")) for name in _BREAKS if order.has(name)}
         if order.has("again-cut") and sum(map(len, (one.asked for one in account.conversations.values()))) > 1:
             limits["again-cut"] = int(order.value("again-cut"))
         number, written = 0, b""
         for piece in self._pieces(account, _part(steps, account.round), chat_id):
-            if number in limits.values():
+            if number == limits.get("heartbeats"):
+                await self._beat_for_ever(response)
+            elif number in limits.values():
                 await self._break(request, account)
             if isinstance(piece, Wait):
                 await (asyncio.sleep(piece.seconds) if piece.seconds is not None else asyncio.Event().wait())
@@ -1355,6 +1359,12 @@ class Simulator:
         return response
 
     @staticmethod
+    async def _beat_for_ever(response: web.StreamResponse) -> None:
+        while True:
+            await response.write(make_envelope({"heartbeat": {}}))
+            await asyncio.sleep(0.02)
+
+    @staticmethod
     async def _write_for_ever(response: web.StreamResponse, first: tuple[Step, ...], chat_id: str) -> None:
         again = render_connect(first * 2, chat_id, None)[4] if chat_id else render_stream(first, None)[2]
         while isinstance(again, bytes):
@@ -1367,7 +1377,7 @@ class Simulator:
         dice = None if steady else account.dice
         if order.has("endless"):
             steps = steps[:1]
-        if any(order.has(fault) for fault in ("cut", "cut-chunk", "stall", "endless", "again-cut")):
+        if any(order.has(fault) for fault in (*_BREAKS, "endless", "again-cut")):
             dice = None  # pieces are counted: one is one event, the first two or three before the text
         if chat_id:
             rendered = render_connect(steps, chat_id, dice, stages=order.has("stages"))

@@ -5,34 +5,28 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import random
 import re
-from collections.abc import Iterator
-from itertools import pairwise
-from typing import Any
+from typing import Any, cast
+from unittest.mock import AsyncMock
 
 import aiohttp
 import pytest
 from conftest import LogRecorder, StartProxy, bearer, chat_body
-from hypothesis import given
-from hypothesis import strategies as st
-from kimi_simulator import MODELS, Account, Simulator
+from kimi_simulator import MODELS, Account, Simulator, connect_error, make_envelope
 
 from kimi_proxy import (
     KIMI,
-    CitationFilter,
+    AnswerStream,
     ClassicAnswer,
     ConnectAnswer,
     EnvelopeParser,
-    Event,
     Model,
+    Opened,
     ProxyError,
     Question,
-    Reader,
     SSEParser,
+    StaleToken,
     Text,
-    WireError,
-    apply_filters,
     choose_model,
     encode_envelope,
     open_service_session,
@@ -419,126 +413,97 @@ async def test_a_continuation_that_fails_ends_the_answer_as_cut(
     await simulator.settle(token)
 
 
-# The usual frames have a way of their own through the reader: it must say the same as the parser and the answer do.
-
-TEXTS = st.text(st.characters() | st.sampled_from('"\\\\/\\n\\r\\t\\b\\x7f[]^{}\ue3a0\ue3a8\u2028好👍'), max_size=8)
-VALUES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXTS | st.lists(TEXTS, max_size=2)
-KEYS = st.sampled_from(["view", "idx_s", "text", "event", "error_type", "a b", "é"])
-STYLES = st.sampled_from([(", ", ": "), (",", ":"), (" ,", " : ")])
+# The stream of an answer.
 
 
-@st.composite
-def json_bytes(draw: st.DrawFn, value: Any) -> bytes:
-    """A JSON object in some style, now and then broken."""
-    data = json.dumps(value, ensure_ascii=draw(st.booleans()), separators=draw(STYLES)).encode("utf-8", "surrogatepass")
-    if draw(st.integers(0, 9)) == 0:
-        at = draw(st.integers(0, len(data)))
-        data = data[:at] + draw(st.sampled_from([b"\xff", b'"', b"\\", b"\x01", b"0", b"\\ud83d"])) + data[at:]
-    return data
+class Body:
+    """A response with the body that `pieces` are, and then its end, or silence."""
+
+    def __init__(self, pieces: list[bytes], *, silent: bool = False) -> None:
+        self.content = self
+        self.closed = asyncio.Event()
+        self._pieces = pieces
+        self._silent = silent
+
+    async def readany(self) -> bytes:
+        if not self._pieces and self._silent:
+            await self.closed.wait()
+            raise aiohttp.ClientConnectionError("Connection closed")
+        return self._pieces.pop(0) if self._pieces else b""
+
+    def close(self) -> None:
+        self.closed.set()
 
 
-@st.composite
-def classic_frames(draw: st.DrawFn) -> bytes:
-    event = draw(st.sampled_from(["cmpl"] * 6 + ["ping", "all_done", "length"]))
-    others = draw(st.lists(st.tuples(KEYS, VALUES), max_size=2))
-    fields = [("event", event), *others, ("text", draw(TEXTS | VALUES)), ("view", "cmpl")]
-    if draw(st.integers(0, 3)) == 0:
-        fields = draw(st.permutations(fields))
-    space = draw(st.sampled_from([b" ", b"", b"  "]))
-    end = draw(st.sampled_from([b"\n\n"] * 6 + [b"\r\n\r\n", b"\r\r", b"\n", b"\nid: 1\n\n", b"\n\n\n"]))
-    head = draw(st.sampled_from([b""] * 6 + [b": comment\n", b"event: x\n", b"data: \n"]))
-    return head + b"data:" + space + draw(json_bytes(dict(fields))) + end
-
-
-@st.composite
-def connect_frames(draw: st.DrawFn) -> bytes:
-    block: dict[str, Any] = {"id": draw(st.sampled_from(["2", "2", "3", "é"])), "text": {"content": draw(TEXTS)}}
-    if draw(st.integers(0, 5)) == 0:
-        block = draw(st.dictionaries(st.sampled_from(["id", "text", "think", "status"]), VALUES))
-    value: dict[str, Any] = {"op": draw(st.sampled_from(["append"] * 5 + ["set"])), "mask": "block.text.content"}
-    value |= {"eventOffset": draw(st.integers(-1, 9) | VALUES), "block": block}
-    value = draw(st.sampled_from([value] * 6 + [{"heartbeat": {}}, {"done": {}}, _stage("RUNNING"), _stage("DONE")]))
-    return encode_envelope(draw(json_bytes(value)), draw(st.sampled_from([0] * 9 + [2])))
-
-
-def _stage(status: str) -> dict[str, Any]:
-    return {"op": "set", "block": {"multiStage": {"stages": [{"name": "STAGE_NAME_THINKING", "status": status}]}}}
-
-
-def make_reader(dialect: str) -> Reader:
-    if dialect == "classic":
-        return Reader(SSEParser(), ClassicAnswer())
-    return Reader(EnvelopeParser(), ConnectAnswer(), [CitationFilter()])
-
-
-def read_plainly(dialect: str, data: bytes) -> tuple[list[Event], str]:
-    """The events of a whole stream by parser, answer and filters alone, and the failure after them."""
-    parser: Any = SSEParser() if dialect == "classic" else EnvelopeParser()
-    answer: Any = ClassicAnswer() if dialect == "classic" else ConnectAnswer()
-    events: list[Event] = []
-    failure = ""
-    try:
-        for frame in parser.feed(data):
-            events += answer.feed(frame)
-        parser.finish()
-        events += answer.finish()
-    except WireError:
-        failure = "answer_broken"
-    except ProxyError as error:
-        failure = error.code
-    return apply_filters([] if dialect == "classic" else [CitationFilter()], events), failure
-
-
-def read_pieces(dialect: str, pieces: Iterator[bytes]) -> tuple[list[Event], str]:
-    """The same by a reader, piece by piece."""
-    reader = make_reader(dialect)
-    events: list[Event] = []
-    for piece in [*pieces, b""]:
-        more, failure = reader.feed(piece)
-        events += more
-        if failure is not None:
-            return events, failure.code
-    return events, ""
-
-
-def join_texts(events: list[Event]) -> list[Any]:
-    """Events with neighbouring texts made one: where a citation mark may begin, the split decides what is held."""
-    joined: list[Any] = []
-    for event in events:
-        if isinstance(event, Text) and joined and type(event) is type(joined[-1]):
-            joined[-1] = type(event)(joined[-1].text + event.text)
-        else:
-            joined.append(event)
-    return joined
-
-
-@pytest.mark.parametrize("dialect", ["classic", "connect"])
-@given(data=st.data(), seed=st.integers())
-def test_a_reader_says_what_parser_and_answer_say_however_the_stream_is_cut(
-    dialect: str, data: st.DataObject, seed: int
-) -> None:
-    frames = classic_frames() if dialect == "classic" else connect_frames()
-    stream = data.draw(st.sampled_from([b""] * 9 + [b"\xef\xbb\xbf"])) if dialect == "classic" else b""
-    stream += b"".join(data.draw(st.lists(frames, max_size=6)))
-    dice = random.Random(seed)
-    cuts = sorted({0, len(stream), *(dice.randint(0, len(stream)) for _ in range(dice.randint(0, 4)))})
-    pieces = [stream[start:end] for start, end in pairwise(cuts)]
-    expected, failure = read_plainly(dialect, stream)
-    events, code = read_pieces(dialect, iter(pieces))
-    assert (join_texts(events), code) == (join_texts(expected), failure)
+def make_stream(body: Body, dialect: str = "connect", silence: float = 5.0, seconds: float = 9.0) -> AnswerStream:
+    parser, answer = (SSEParser(), ClassicAnswer()) if dialect == "classic" else (EnvelopeParser(), ConnectAnswer())
+    deadline = asyncio.get_running_loop().time() + seconds
+    return AnswerStream(cast(aiohttp.ClientResponse, body), parser, answer, "a-token", silence, deadline)
 
 
 @pytest.mark.parametrize(
     ("dialect", "frame", "wrong"),
     [
-        ("classic", b'data: {"event":"ping"}\n\n', b"data: " + bytes(2_000_000) + b"\n\n"),
-        ("connect", encode_envelope(b'{"heartbeat":{}}'), encode_envelope(b"no gzip", flags=1)),
-        ("connect", encode_envelope(b'{"heartbeat":{}}'), b"\0\xff\xff\xff\xff"),
+        ("classic", b'data: {"event":"cmpl","text":"a"}\n\n', b"data: " + bytes(2_000_000) + b"\n\n"),
+        ("connect", make_envelope({"block": {"text": {"content": "a"}}}), encode_envelope(b"no gzip", flags=1)),
+        ("connect", make_envelope({"block": {"text": {"content": "a"}}}), b"\0\xff\xff\xff\xff"),
     ],
 )
-def test_what_is_wrong_behind_a_frame_is_told_at_once(dialect: str, frame: bytes, wrong: bytes) -> None:
-    _, failure = make_reader(dialect).feed(frame + wrong)
-    assert failure is not None and failure.code == "answer_broken"
+async def test_what_is_wrong_behind_a_frame_is_told_by_the_next_read(dialect: str, frame: bytes, wrong: bytes) -> None:
+    stream = make_stream(Body([frame + wrong]), dialect)
+    assert await stream.read() == [Text("a")]
+    for _ in range(2):
+        with pytest.raises(ProxyError) as caught:
+            await stream.read()
+        assert caught.value.code == "answer_broken"
+    stream.close()
+
+
+async def test_a_token_that_dies_within_an_answer_is_told_with_the_token_that_was_used() -> None:
+    stream = make_stream(Body([make_envelope(connect_error("unauthenticated", "dead"), 2)]))
+    with pytest.raises(StaleToken) as caught:
+        await stream.read()
+    assert (caught.value.code, caught.value.access_token) == ("token_dead", "a-token")
+    stream.close()
+
+
+@pytest.mark.parametrize(("limits", "code"), [((0.05, 9.0), "service_silent"), ((9.0, 0.05), "answer_too_long")])
+async def test_silence_and_the_deadline_end_a_read_that_waits(limits: tuple[float, float], code: str) -> None:
+    body = Body([make_envelope({"chat": {"id": "a-chat"}})], silent=True)
+    stream = make_stream(body, "connect", *limits)
+    assert await stream.read() == [Opened("a-chat", hits_inline=False)]
+    with pytest.raises(ProxyError) as caught:
+        await stream.read()
+    assert caught.value.code == code and body.closed.is_set()
+
+
+async def test_a_client_that_reads_slowly_is_no_silence_of_the_service() -> None:
+    pieces = [make_envelope({"block": {"text": {"content": "a"}}})] * 2
+    stream = make_stream(Body(pieces), silence=0.05)
+    assert await stream.read() == [Text("a")]
+    await asyncio.sleep(0.15)
+    assert await stream.read() == []  # a second `set` of the same text
+    stream.close()
+
+
+async def test_nothing_that_happens_while_draining_is_raised() -> None:
+    for error in (aiohttp.ClientPayloadError("cut"), RuntimeError("Connection closed."), ConnectionResetError()):
+        body = Body([])
+        body.readany = AsyncMock(side_effect=error)  # type: ignore[method-assign]
+        await make_stream(body).drain(1.0)
+        assert body.closed.is_set()
+    body = Body([b"x"], silent=True)
+    await make_stream(body).drain(0.01)
+    assert body.closed.is_set()
+
+
+async def test_heartbeats_alone_are_silence(
+    start_proxy: StartProxy, simulator: Simulator, http: aiohttp.ClientSession
+) -> None:
+    proxy = await start_proxy(protocol="connect", silence_seconds=0.3)
+    async with asyncio.timeout(3):
+        status, body = await answer(http, proxy, simulator.token("hello", "heartbeats=5"))
+    assert (status, body["error"]["code"]) == (504, "service_silent")
 
 
 async def test_lines_for_each_frame_are_written_at_debug_level_alone(
