@@ -281,8 +281,8 @@ def make_option_parser() -> argparse.ArgumentParser:
 # ==== 3. Errors =============================================================
 #
 # Every failure has one code: the same word here, in the log line, in the client's answer and in the README's table.
-# `FAILURES` gives it a status, OpenAI's error type and the number by which clients of the reference know it [ref].
-# A message quotes the service where that helps, redacted, and never the client's text.
+# A row of `FAILURES` is its HTTP status, the number by which clients of the reference know it [ref], what it means or
+# what to do, and `Retry-After` in seconds. A message quotes Kimi where that helps, redacted, never the client's text.
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,105 +290,73 @@ class Failure:
     """What one kind of failure looks like to a client."""
 
     status: int
-    type: str
     number: int
     text: str
     retry_after_seconds: int = 0
 
+    @property
+    def type(self) -> str:
+        """OpenAI's name for this kind of failure."""
+        kind = "api_error" if self.status >= 500 else "invalid_request_error"
+        return {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(self.status, kind)
 
-_REQUEST, _AUTHENTICATION, _PERMISSION, _LIMIT, _SERVICE = (
-    "invalid_request_error",
-    "authentication_error",
-    "permission_error",
-    "rate_limit_error",
-    "api_error",
-)
-_WORDS = {
+
+# The words with which a message begins [ref].
+_PREFIXES: Final = {
     -2000: "请求参数非法",
     -2001: "请求kimi失败",
     -2002: "Token已失效",
     -2003: "远程文件URL非法",
     -2004: "远程文件超出大小",
 }
-
+_LOG_IN: Final = (
+    "Kimi refused this refresh token. Log in at the Kimi web page and copy a new one: browser developer tools, "
+    "Application, Local Storage, refresh_token"
+)
 FAILURES: Final[Mapping[str, Failure]] = {
-    "invalid_json": Failure(400, _REQUEST, -2000, "the body is not the JSON it should be"),
-    "invalid_request": Failure(400, _REQUEST, -2000, "the request is not valid"),
-    "file_url_invalid": Failure(
-        400,
-        _REQUEST,
-        -2003,
-        "give a public http or https address that needs no log-in; PROXY_ALLOW_PRIVATE_URLS=1 opens your own network",
-    ),
-    "file_unreadable": Failure(400, _REQUEST, -2000, "Kimi cannot read this file; try another format"),
-    "previous_response_not_found": Failure(
-        400, _REQUEST, -2000, "this account keeps no such response here; send the whole input instead"
-    ),
-    "token_missing": Failure(401, _AUTHENTICATION, -2002, "send `Authorization: Bearer <refresh token>`"),
-    "token_dead": Failure(
-        401,
-        _AUTHENTICATION,
-        -2002,
-        "Kimi refused this refresh token. Log in at the Kimi web page and copy a new one: browser developer tools, "
-        "Application, Local Storage, refresh_token",
-    ),
-    "token_expired": Failure(
-        401, _AUTHENTICATION, -2002, "this access token has expired; send a refresh token, which renews itself"
-    ),
-    "key_refused": Failure(401, _AUTHENTICATION, -2002, "send one of the proxy's own API keys as Bearer token"),
-    "host_denied": Failure(403, _PERMISSION, -2000, "the proxy holds an account, and may not be called by this name"),
-    "origin_denied": Failure(403, _PERMISSION, -2000, "the proxy holds an account, which this web page may not use"),
-    "file_not_found": Failure(
-        404,
-        _REQUEST,
-        -2000,
-        "this account has no such file here; ids are forgotten when the proxy restarts: upload again",
-    ),
-    "response_not_found": Failure(404, _REQUEST, -2000, "this account keeps no such response here"),
-    "not_found": Failure(404, _REQUEST, -2000, "there is nothing at this path"),
-    "model_not_found": Failure(404, _REQUEST, -2000, "GET /v1/models lists the models"),
-    "conversation_not_found": Failure(
-        404, _REQUEST, -2000, 'this account keeps no such conversation here; `"conversation_id": "new"` opens one'
-    ),
-    "method_not_allowed": Failure(405, _REQUEST, -2000, "this path does not take that method"),
-    "body_broken": Failure(400, _REQUEST, -2000, "the encoding of the body is broken"),
-    "body_timeout": Failure(408, _REQUEST, -2000, "the body of the request did not arrive in time"),
-    "body_too_large": Failure(413, _REQUEST, -2000, "the body of the request is too large"),
-    "file_too_large": Failure(413, _REQUEST, -2004, "see PROXY_MAX_FILE_MB and PROXY_MAX_INLINE_MB"),
-    "tool_call_failed": Failure(
-        422, _REQUEST, -2001, "the model gave no valid call of a tool, twice; simplify its schema, or ask again"
-    ),
-    "structured_output_failed": Failure(
-        422, _REQUEST, -2001, "the model's answer did not fit response_format, twice; simplify the schema"
-    ),
-    "answer_running": Failure(
-        429, _LIMIT, -2001, "Kimi is still answering another question of this account; try again shortly", 5
-    ),
-    "queue_full": Failure(
-        429,
-        _LIMIT,
-        -2001,
-        "Kimi answers one question of this account at a time, and too many wait; try again shortly",
-        5,
-    ),
-    "rate_limited": Failure(429, _LIMIT, -2001, "Kimi limits this account for now", 60),
-    "service_busy": Failure(429, _LIMIT, -2001, "Kimi is at its limit and serves paying users first; try again", 30),
-    "quota_used_up": Failure(429, _LIMIT, -2001, "this account's quota is used up for now", 3600),
-    "internal_error": Failure(500, _SERVICE, -2001, "the proxy itself failed; its log has the traceback"),
-    "service_refused": Failure(502, _SERVICE, -2000, "Kimi did not accept a call"),
-    "service_failed": Failure(502, _SERVICE, -2001, "Kimi failed"),
-    "service_unreachable": Failure(502, _SERVICE, -2001, "Kimi cannot be reached; check the network and KIMI_BASE_URL"),
-    "answer_broken": Failure(502, _SERVICE, -2001, "Kimi's answer broke off or cannot be read"),
-    "answer_empty": Failure(502, _SERVICE, -2001, "Kimi ended its answer without any text; try again"),
-    "file_broken": Failure(502, _SERVICE, -2003, "the file broke off on its way from its origin; try again"),
-    "storage_failed": Failure(502, _SERVICE, -2001, "Kimi's storage did not take the file; try again"),
-    "too_busy": Failure(503, _SERVICE, -2001, "the proxy has as many requests as it may; try again shortly", 5),
-    "shutting_down": Failure(503, _SERVICE, -2001, "the proxy is shutting down; try again shortly", 5),
-    "service_silent": Failure(504, _SERVICE, -2001, "Kimi sent nothing for too long; try again"),
-    "answer_too_long": Failure(504, _SERVICE, -2001, "Kimi's answer did not end in time; see KIMI_ANSWER_SECONDS"),
-    "file_silent": Failure(504, _SERVICE, -2003, "the file's origin sent too little in time; try again"),
-    "storage_silent": Failure(504, _SERVICE, -2001, "Kimi's storage took too little in time; try again"),
-    "spool_full": Failure(507, _SERVICE, -2001, "the proxy has no room for this file; see PROXY_SPOOL_DIR"),
+    "invalid_json": Failure(400, -2000, "the body is not the JSON it should be"),
+    "invalid_request": Failure(400, -2000, "the request is not valid"),
+    "body_broken": Failure(400, -2000, "the encoding of the body is broken"),
+    "file_url_invalid": Failure(400, -2003, "give a public address without log-in, or set PROXY_ALLOW_PRIVATE_URLS"),
+    "file_unreadable": Failure(400, -2000, "Kimi cannot read this file; try another format"),
+    "previous_response_not_found": Failure(400, -2000, "no such response of this account; send the whole input"),
+    "token_missing": Failure(401, -2002, "send `Authorization: Bearer <refresh token>`"),
+    "token_dead": Failure(401, -2002, _LOG_IN),
+    "token_expired": Failure(401, -2002, "this access token has expired; send a refresh token, which renews itself"),
+    "key_refused": Failure(401, -2002, "send one of the proxy's own API keys as Bearer token"),
+    "host_denied": Failure(403, -2000, "the proxy holds an account, and may not be called by this name"),
+    "origin_denied": Failure(403, -2000, "the proxy holds an account, which this web page may not use"),
+    "file_not_found": Failure(404, -2000, "not here (files are forgotten when the proxy restarts); upload again"),
+    "response_not_found": Failure(404, -2000, "no such response of this account"),
+    "not_found": Failure(404, -2000, "there is nothing at this path"),
+    "model_not_found": Failure(404, -2000, "GET /v1/models lists the models"),
+    "conversation_not_found": Failure(404, -2000, 'not of this account; `"conversation_id": "new"` opens one'),
+    "method_not_allowed": Failure(405, -2000, "this path does not take that method"),
+    "body_timeout": Failure(408, -2000, "the body of the request did not arrive in time"),
+    "body_too_large": Failure(413, -2000, "the body of the request is too large"),
+    "file_too_large": Failure(413, -2004, "see PROXY_MAX_FILE_MB and PROXY_MAX_INLINE_MB"),
+    "tool_call_failed": Failure(422, -2001, "twice no valid tool call; simplify its schema, or ask again"),
+    "structured_output_failed": Failure(422, -2001, "the answer did not fit response_format, twice; simplify it"),
+    "answer_running": Failure(429, -2001, "Kimi is still answering another question of this account", 5),
+    "queue_full": Failure(429, -2001, "Kimi answers one question of this account at a time, and too many wait", 5),
+    "rate_limited": Failure(429, -2001, "Kimi limits this account for now", 60),
+    "service_busy": Failure(429, -2001, "Kimi is at its limit and serves paying users first; try again", 30),
+    "quota_used_up": Failure(429, -2001, "this account's quota is used up for now", 3600),
+    "internal_error": Failure(500, -2001, "the proxy itself failed; its log has the traceback"),
+    "service_refused": Failure(502, -2000, "Kimi did not accept a call"),
+    "service_failed": Failure(502, -2001, "Kimi failed"),
+    "service_unreachable": Failure(502, -2001, "Kimi cannot be reached; check the network and KIMI_BASE_URL"),
+    "answer_broken": Failure(502, -2001, "Kimi's answer broke off or cannot be read"),
+    "answer_empty": Failure(502, -2001, "Kimi ended its answer without any text; try again"),
+    "file_broken": Failure(502, -2003, "the file broke off on its way from its origin; try again"),
+    "storage_failed": Failure(502, -2001, "Kimi's storage did not take the file; try again"),
+    "too_busy": Failure(503, -2001, "the proxy has as many requests as it may; try again shortly", 5),
+    "shutting_down": Failure(503, -2001, "the proxy is shutting down; try again shortly", 5),
+    "service_silent": Failure(504, -2001, "Kimi sent nothing for too long; try again"),
+    "answer_too_long": Failure(504, -2001, "Kimi's answer did not end in time; see KIMI_ANSWER_SECONDS"),
+    "file_silent": Failure(504, -2003, "the file's origin sent too little in time; try again"),
+    "storage_silent": Failure(504, -2001, "Kimi's storage took too little in time; try again"),
+    "spool_full": Failure(507, -2001, "the proxy has no room for this file; see PROXY_SPOOL_DIR"),
 }
 
 _SECRETS = re.compile(
@@ -405,16 +373,15 @@ def redact(text: str) -> str:
 
 
 def quote_words(text: str) -> str:
-    """Words of the service or of an origin, fit for an error: redacted, on one line, 300 characters at most."""
+    """Words of Kimi or of an origin, fit for an error: redacted, on one line, at most 300 characters."""
     return " ".join(redact(text[:2000]).split())[:300]
 
 
 class ProxyError(Exception):
     """A failure that a client is told about. `code` is a key of `FAILURES`; `detail` says which part, and why.
 
-    `status` and `retry_after_seconds` default to the table's; `param` names the request's field at fault;
-    `upstream_status` is the service's HTTP status where there was one, for the log. `is_busy`: the service said that
-    another answer of the account is under way, and so it is, here.
+    `retry_after_seconds` defaults to the table's; `param` names the request's field at fault; `upstream_status` is
+    Kimi's HTTP status where there was one, for the log.
     """
 
     def __init__(
@@ -440,10 +407,10 @@ class ProxyError(Exception):
     def message(self) -> str:
         """The sentence for people: the reference's prefix, what happened, what to do."""
         body = f"{self.detail} ({self.failure.text})" if self.detail else self.failure.text
-        return f"[{_WORDS[self.failure.number]}]: {body}"
+        return f"[{_PREFIXES[self.failure.number]}]: {body}"
 
-    def again(self) -> ProxyError:
-        """An equal error without a traceback: a failure shared by many waiters is raised anew for each."""
+    def copy(self) -> ProxyError:
+        """An equal error without a traceback: a failure that many wait for is raised anew for each."""
         return type(self)(
             self.code,
             self.detail,
@@ -453,28 +420,20 @@ class ProxyError(Exception):
         )
 
 
-class RetirementSign(ProxyError):
-    """The service answered a call as one that is retired would."""
+class ProtocolRetired(ProxyError):
+    """Kimi answered a call as it would if the protocol were retired."""
 
 
 class StaleToken(ProxyError):
-    """The service said within an answer that the access token that was used is dead."""
+    """Kimi said that `access_token` is dead; who raises it sets which one was used."""
 
     access_token = ""
 
 
 def render_error(error: ProxyError) -> dict[str, Any]:
     """OpenAI's error object, with the reference's `code` and `message` beside it [ref]."""
-    return {
-        "error": {
-            "message": error.message,
-            "type": error.failure.type,
-            "param": error.param,
-            "code": error.code,
-        },
-        "code": error.failure.number,
-        "message": error.message,
-    }
+    inner = {"message": error.message, "type": error.failure.type, "param": error.param, "code": error.code}
+    return {"error": inner, "code": error.failure.number, "message": error.message}
 
 
 # ==== 4. Logs and metrics ===================================================
@@ -581,7 +540,7 @@ class Metrics:
         times[bisect_left(_BUCKETS, seconds)] += 1
         times[-1] += seconds
 
-    def tell_once(self, what: str, name: str) -> None:
+    def warn_once(self, what: str, name: str) -> None:
         """Count an oddity of the service, and log it the first time that this `name` is seen (1,000 at most)."""
         self.count("kimi_proxy_unknown_total", what=what)
         short = quote_words(name)[:60]
@@ -5454,13 +5413,13 @@ class Accounts:
                 return token
             now = asyncio.get_running_loop().time()
             if account.refused is not None and now < account.refused_until:
-                raise account.refused.again()
+                raise account.refused.copy()
             if account.refreshing is None:
                 account.refreshing = self._tasks.start(self._refresh_once(account), "refresh")
             refreshing = account.refreshing
         outcome = await asyncio.shield(refreshing)
         if isinstance(outcome, ProxyError):
-            raise outcome.again()
+            raise outcome.copy()
         return outcome
 
     @staticmethod
@@ -5492,9 +5451,9 @@ class Accounts:
             async with account.lock:
                 account.refreshing = None
                 if error.code == "token_dead":
-                    account.refused = error.again()
+                    account.refused = error.copy()
                     account.refused_until = asyncio.get_running_loop().time() + _REFUSAL_SECONDS
-            return error.again()
+            return error.copy()
         except BaseException:
             account.refreshing = None
             raise
@@ -6607,7 +6566,7 @@ class Calls:
         error = error_of_reply(response.status, value, step, retry_after_seconds=_retry_after(response), words=words)
         is_page = not is_object and "html" in kind and response.status < 500
         if is_page or response.status in _RETIRED_STATUSES:
-            raise RetirementSign(error.code, error.detail, upstream_status=error.upstream_status)
+            raise ProtocolRetired(error.code, error.detail, upstream_status=error.upstream_status)
         raise error
 
 
@@ -6898,7 +6857,7 @@ class Classic:
         """Have a URL signed, and put the bytes there. Pictures are `image` in later versions, `file` before [2+]."""
         try:
             signed = await self._sign(account, file.kind, file.name)
-        except RetirementSign:
+        except ProtocolRetired:
             raise
         except ProxyError as error:
             if file.kind == "file" or error.upstream_status not in (400, 422):
@@ -7227,7 +7186,7 @@ class Uploads:
                 while (running := self._running.get(key)) is not None:
                     await asyncio.wait({running})
                     if isinstance(failure := running.result(), ProxyError):
-                        raise failure.again()
+                        raise failure.copy()
                 until, file_id = self._kept.get(key, (0.0, ""))
                 if asyncio.get_running_loop().time() < until:
                     return file_id
@@ -7250,7 +7209,7 @@ class Uploads:
                 del self._kept[next(iter(self._kept))]
             return file_id
         except ProxyError as error:
-            outcome = error.again()
+            outcome = error.copy()
             raise
         finally:
             del self._running[key]
@@ -7425,7 +7384,7 @@ class Asking:
         """A new pair of tokens, in the dialect in use, or in `auto` with connect where classic seems retired."""
         try:
             return await self._current.refresh(account)
-        except RetirementSign:
+        except ProtocolRetired:
             if not self._may_change(self._current):
                 raise
         return await self._connect.refresh(account)
@@ -7527,7 +7486,7 @@ class Asking:
             dialect = self._dialect_of(account)
             try:
                 uploaded.append(await self._uploads.add(account, dialect, spooled, purpose))
-            except RetirementSign:
+            except ProtocolRetired:
                 if not self._may_change(dialect):
                     raise
                 uploaded.append(await self._uploads.add(account, self._connect, spooled, purpose))
@@ -7624,7 +7583,7 @@ class Asking:
                 raise
             await self._accounts.drop(account, stale.access_token)
             await self._ask(account, dialect, question, sending, start_chain())
-        except RetirementSign as sign:
+        except ProtocolRetired as sign:
             if sending.visible or not self._may_change(dialect):
                 raise
             logger.debug("! %s", sign)
@@ -7781,7 +7740,7 @@ class Asking:
             if events:
                 await filtering(events)
         for what, name in stream.answer.unknown_fields:
-            self._metrics.tell_once(what, name)
+            self._metrics.warn_once(what, name)
         return stream.answer.segment_id if may_continue and not chain.ended else ""
 
     def _note_id(self, account: Account, conversation: _Conversation, stream: AnswerStream) -> None:
