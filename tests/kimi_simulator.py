@@ -69,8 +69,23 @@ end envelope. Errors: ``{"error":{"code","message","details":[{"debug":{"reason"
 codes ``unauthenticated``, ``resource_exhausted``, ``permission_denied``, ``invalid_argument``, ``not_found``,
 ``unavailable``, ``internal``; models, ``POST /apiv2/kimi.gateway.config.v1.ConfigService/GetAvailableModels`` ``{}`` →
 ``availableModels[{scenario, displayName, key, id, thinking, kimiPlusId, agentMode}]``, ``defaultScenario{scenario,
-thinking}``, names change; or ``block.exception`` with ``error.reason`` (``REASON_COMPLETION_OVERLOADED``). How a
+thinking}``, names change; or ``block.exception`` with ``error.reason`` (``REASON_COMPLETION_OVERLOADED``), or a list
+of objects with ``reason``; or ``block.error`` [2+]. How a
 moderated answer looks nobody told: here it is an exception whose reason says so [open].
+
+*The stream since autumn 2026.* Citations are ``<REF>cite✦tools://CALL#N:~:text=START...END</REF>``, ✦ is U+2726, cut
+anywhere; N counts from 0 and means the search result with ``id`` N+1 in the tool block whose ``toolCallId`` is CALL,
+or the place in ``contents`` for opened pages (``webOpenUrl {url}``) [2+]; also ``<REF>cite:tools://CALL#N</REF>`` [1].
+``ref {message_id, search {id, base}}`` is a frame that has a hit [1]. A second ``set`` of a text block replaces what
+was before [2+]. A ``mask`` may be a list [1]; statuses and stage names come in either case. Status
+``…ASK_USER_QUESTION``: the model waits for the user, and the stream stays open [1]. ``notification`` of
+``TYPE_MODEL_DEGRADE``: a weaker model answers [2+]. A stream may be heartbeats alone for long: that is silence. The
+user's own message is echoed, in ``message.blocks`` [1] or in blocks with its ``messageId`` [open]. A tool block of the
+model's own sandbox (``ipython``) is neither text nor a call [1].
+
+*What* ``resource_exhausted`` *means* is told by the reason [2+]: ``REASON_SERVER_OVERLOADED_FOR_FREE_USER`` and
+``REASON_COMPLETION_OVERLOADED``: the service is full; ``QUOTA_EXCEEDED_WINDOW_5H``, ``…_7D``: a quota is used up; any
+other: another answer is under way. Where the code is ``unknown`` or missing, the HTTP status tells: 401, 429, 503.
 
 *Files, classic* [ref] unless marked: ``POST /api/pre-sign-url`` ``{"action": "file", "name"}`` → ``{"url",
 "object_name"}``; ``PUT`` the bytes to that URL, with ``Content-Type`` and ``Content-Length`` (object storage refuses
@@ -171,7 +186,38 @@ class Cite:
     numbers: tuple[int, ...]
 
 
-Step = Say | Hit | Wait | End | Think | Cite
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """A mark of the newer kind that cites a hit of the search by its number, or (`opened`) a page that was opened."""
+
+    number: int
+    quote: str = ""
+    opened: bool = False
+    separator: str = "\u2726"
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """A page that the model opened."""
+
+    url: str
+
+
+@dataclass(frozen=True, slots=True)
+class Replace:
+    """The text so far, set anew; classic has no form for it."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """An object of connect's stream as it is, as JSON; classic passes it over."""
+
+    json: str
+
+
+Step = Say | Hit | Wait | End | Think | Cite | Ref | Open | Replace | Frame
 
 _HITS: Final = (Hit("Kimi 首页", "https://www.kimi.com/"), Hit("月之暗面", "https://www.moonshot.cn/about?a=1&b=2"))
 HELLO: Final = "你好，世界！Hello 👋🏽 — I am Kimi."
@@ -182,6 +228,48 @@ SCRIPTS: Final[dict[str, tuple[Step, ...]]] = {
     "think": (Think("让我想"), Think("想。"), Say("答案"), Say("是 42。"), End()),
     "think-only": (Think("让我想"), End()),
     "cite": (*_HITS, Say("甲"), Cite((2,)), Say("乙"), Cite((1, 2)), Cite((9,)), Say("丙[^1^]。"), End()),
+    "cite-ref": (
+        *_HITS,
+        Open("https://opened.example/a"),
+        Say("甲"),
+        Ref(2, "月之暗面...[^1^] <REF>x " + "很长" * 1000),
+        Say("乙"),
+        Ref(1),
+        Ref(9),
+        Ref(1, "页", opened=True),
+        Say("丙"),
+        Ref(2, separator=":"),
+        Say("。"),
+        End(),
+    ),
+    "cite-none": (Say("Use [^1"), Say("^] or [^0^], a < b, <REF>x</R"), Say("EF> to match."), End()),
+    "set-again": (Say("一"), Say("二"), Replace("一二三"), Replace("另一个"), Say("四"), Replace("另一个四五"), End()),
+    "ask-user": (
+        Say("Which"),
+        Say(" one?"),
+        Frame(
+            '{"op":"set","mask":"message.status","message":{"id":"m-assistant","status":"STATUS_ASK_USER_QUESTION"}}'
+        ),
+        Wait(None),
+    ),
+    "degraded": (
+        Frame('{"notification":{"type":"TYPE_MODEL_DEGRADE","message":"K2.6 answers instead of K3"}}'),
+        Say("答案"),
+        End(),
+    ),
+    "sandbox": (
+        Frame('{"op":"set","block":{"id":"5","tool":{"name":"ipython","toolCallId":"i:0","contents":[{"text":"x"}]}}}'),
+        Frame(
+            '{"op":"append","mask":["block.text"],"block":{"id":"5","text":{"content":"<tool_call>{}</tool_call>"}}}'
+        ),
+        Say("答案"),
+        End(),
+    ),
+    "user-echo": (
+        Frame('{"op":"set","block":{"id":"0","messageId":"m-user","text":{"content":"<tool_call>{}</tool_call>"}}}'),
+        Say("答案"),
+        End(),
+    ),
     "moderated": (Say("从前有座山，"), Say("山里有"), End("error")),
     "moderated-search": (*_HITS, Say("从前"), End("error")),
     "moderated-empty": (End("error"),),
@@ -372,7 +460,7 @@ def render_events(steps: tuple[Step, ...], dice: random.Random | None) -> Iterat
                 yield step
             case Think():
                 yield {"event": "k1", "k1": {"event": "thinking", "text": step.text}}
-            case Cite():
+            case Cite() | Ref() | Open() | Replace() | Frame():
                 pass
             case End("length"):
                 yield {"event": "length"}
@@ -429,10 +517,14 @@ def render_connect_objects(
         return {"op": "set", "mask": "block.multiStage", "block": {"id": "0", "multiStage": {"stages": stages}}}
 
     yield {"op": "set", "mask": "chat", "eventOffset": next(offset), "chat": {"id": chat_id, "name": "新会话"}}
-    yield {"op": "set", "mask": "message", "message": {"id": "m-user", "role": "user"}}
+    echo = [{"id": "0", "text": {"content": "the user's own words"}}]
+    yield {"op": "set", "mask": "message", "message": {"id": "m-user", "role": "user", "blocks": echo}}
     yield {"op": "set", "mask": "message", "message": {"id": "m-assistant", "role": "assistant"}}
     if hits:
         yield from _render_search(hits)
+    if opened := [{"webOpenUrl": {"url": step.url}} for step in steps if isinstance(step, Open)]:
+        tool = {"name": "fetch_urls", "toolCallId": "fetch_urls:2", "status": "status_done", "contents": opened}
+        yield {"op": "set", "mask": ["block.tool", "block.status"], "block": {"id": "u", "tool": tool}}
     phase = ""
     for step in steps:
         if dice is not None and dice.random() < 0.3:
@@ -453,6 +545,17 @@ def render_connect_objects(
             case Cite():
                 for piece in ("\ue3a0ci", "te", "".join(f"\ue3a3web_search:1#{n}" for n in step.numbers), "\ue3a8"):
                     yield block("text", piece)
+            case Ref():
+                call = "fetch_urls:2" if step.opened else "web_search:1"
+                quote = f":~:text={step.quote}" if step.quote else ""
+                mark = f"<REF>cite{step.separator}tools://{call}#{step.number - 1}{quote}</REF>"
+                at = dice.randrange(len(mark)) if dice is not None else 3
+                for piece in (mark[:at], mark[at:]):
+                    yield block("text", piece)
+            case Replace():
+                yield {"op": "set", "mask": "block.text", "block": {"id": "2", "text": {"content": step.text}}}
+            case Frame():
+                yield json.loads(step.json)
             case Wait():
                 yield step
             case End("length"):
@@ -467,16 +570,18 @@ def render_connect_objects(
 
 
 def _render_search(hits: list[Hit]) -> Iterator[dict[str, Any]]:
-    """A search, each hit told four times, bare and wrapped."""
+    """A search, each hit told several times, bare and wrapped."""
     bare = [
         {"base": {"title": hit.title, "url": hit.url, "siteName": "s", "snippet": "…"}, "refIndex": f"web_search:1#{n}"}
         for n, hit in enumerate(hits, 1)
     ]
-    for status, contents in (("STATUS_PENDING", []), ("status_running", bare[:1]), ("STATUS_DONE", bare)):
-        tool = {"name": "$web_search", "status": status, "contents": [{"searchResult": value} for value in contents]}
+    results = [{"searchResult": {"id": n, **value}} for n, value in enumerate(bare, 1)]
+    for status, contents in (("STATUS_PENDING", []), ("status_running", results[:1]), ("STATUS_DONE", results)):
+        tool = {"name": "$web_search", "toolCallId": "web_search:1", "status": status, "contents": contents}
         yield {"op": "set", "mask": "block.tool", "block": {"id": "t", "tool": tool}}
     references = {"searchChunks": bare, "usedSearchChunks": [{"searchResult": value} for value in bare[:1]]}
     yield {"op": "set", "mask": "message.refs", "message": {"id": "m-assistant", "refs": references}}
+    yield {"op": "append", "mask": "ref", "ref": {"message_id": "m-assistant", "search": {"id": 1, **bare[0]}}}
 
 
 def render_connect(
@@ -557,6 +662,12 @@ CONNECT_SHAPES: Final[dict[str, Callable[[Pieces], Pieces]]] = {
         make_envelope({"block": {"exception": {"error": {"reason": "REASON_COMPLETION_OVERLOADED"}}}}),
         *pieces[3:],
     ],
+    "exception-list": lambda pieces: [
+        *pieces[:-2],
+        make_envelope({"block": {"exception": [{"reason": "REASON_COMPLETION_OVERLOADED"}]}}),
+        *pieces[-2:],
+    ],
+    "block-error": lambda pieces: [*pieces[:-2], make_envelope({"block": {"error": {"reason": "X"}}}), *pieces[-2:]],
     "steady": lambda pieces: pieces,
 }
 
@@ -566,9 +677,9 @@ def _compress(envelope: bytes) -> bytes:
     return bytes([envelope[0] | 1]) + struct.pack(">I", len(payload)) + payload
 
 
-def connect_error(code: str, message: str) -> dict[str, Any]:
+def connect_error(code: str, message: str, reason: str = "REASON_X") -> dict[str, Any]:
     """Connect's error object."""
-    debug = {"reason": "REASON_X", "localizedMessage": {"locale": "zh-CN", "message": f"{message} 出错"}}
+    debug = {"reason": reason, "localizedMessage": {"locale": "zh-CN", "message": f"{message} 出错"}}
     return {"error": {"code": code, "message": message, "details": [{"type": "x", "debug": debug}]}}
 
 
@@ -595,6 +706,8 @@ FAULTS: Final[dict[str, str]] = {
     "cut-chunk": "the answer's transfer coding broken after N pieces",
     "stall": "silence for ever after N pieces",
     "heartbeats": "connect: nothing but heartbeats for ever after N pieces",
+    "reason": "STEP:REASON, connect: HTTP 429 with a resource_exhausted of that reason",
+    "unknown": "STEP:CODE, connect: that HTTP status with an error whose code says nothing",
     "linger": "the connection stays open after the last event",
     "endless": "the first text again and again, for ever",
     "pace": "SECONDS between two events",
@@ -1428,6 +1541,14 @@ class Simulator:
             raise Refusal(_failure(401, "auth.token.invalid", "the access token is dead"))
         if (status := order.at("status", step)) is not None:
             response = _failure(int(status), "order.status", f"ordered status {status}")
+            if order.has("retry-after"):
+                response.headers["Retry-After"] = order.value("retry-after")
+            raise Refusal(response)
+        if (reason := order.at("reason", step)) is not None:
+            error = connect_error("resource_exhausted", "ordered reason", reason)["error"]
+            raise Refusal(web.json_response(error, status=429))
+        if (status := order.at("unknown", step)) is not None:
+            response = web.json_response({"code": "unknown", "message": "ordered status"}, status=int(status))
             if order.has("retry-after"):
                 response.headers["Retry-After"] = order.value("retry-after")
             raise Refusal(response)

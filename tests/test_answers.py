@@ -6,10 +6,13 @@ import json
 from itertools import pairwise
 from typing import Any
 
+import aiohttp
 import pytest
+from conftest import StartProxy, bearer
 from golden import WIRE_FOLDER, read_index, render_stream
 from hypothesis import given
 from hypothesis import strategies as st
+from kimi_simulator import Simulator
 
 from kimi_proxy import (
     ClassicAnswer,
@@ -628,3 +631,55 @@ def test_a_joiner_holds_half_a_pair() -> None:
     joiner = TextJoiner()
     assert [joiner.feed("a\ud83d"), joiner.feed(None), joiner.feed("\udc4d"), joiner.finish()] == ["a", "", "👍", ""]
     assert [joiner.feed("\ud83d"), joiner.finish(), joiner.finish()] == ["", "\ufffd", ""]
+
+
+async def ask(
+    http: aiohttp.ClientSession, start_proxy: StartProxy, token: str, **settings: Any
+) -> tuple[int, Any, str]:
+    """A whole answer in connect through real sockets: status, JSON, `Retry-After`."""
+    proxy = await start_proxy(protocol="connect", sources="none", **settings)
+    body = {"messages": [{"role": "user", "content": "hi"}], "use_search": True}
+    async with http.post(f"{proxy}/v1/chat/completions", json=body, headers=bearer(token)) as response:
+        return response.status, await response.json(), response.headers.get("Retry-After", "")
+
+
+@pytest.mark.parametrize(
+    ("script", "text"),
+    [
+        ("set-again", "一二三四五"),
+        ("ask-user", "Which one?"),
+        ("degraded", "答案"),
+        ("sandbox", "答案"),
+        ("user-echo", "答案"),
+    ],
+)
+async def test_what_the_newer_streams_show(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession, script: str, text: str
+) -> None:
+    _, body, _ = await ask(http, start_proxy, simulator.token(script))
+    assert body["choices"][0]["message"]["content"] == text and body["choices"][0]["finish_reason"] == "stop"
+
+
+REFUSALS = [
+    (("reason=ask:REASON_SERVER_OVERLOADED_FOR_FREE_USER",), 429, "service_busy", "30"),
+    (("exception-list",), 429, "service_busy", "30"),
+    (("reason=ask:QUOTA_EXCEEDED_WINDOW_5H",), 429, "quota_used_up", "1800"),
+    (("unknown=ask:401",), 401, "token_dead", ""),
+    (("unknown=ask:429", "retry-after=7"), 429, "rate_limited", "7"),
+    (("unknown=ask:503", "retry-after=7"), 502, "service_failed", "7"),
+    (("block-error",), 502, "service_failed", ""),
+]
+
+
+@pytest.mark.parametrize(("faults", "status", "code", "wait"), REFUSALS)
+async def test_what_the_newer_refusals_mean(
+    simulator: Simulator,
+    start_proxy: StartProxy,
+    http: aiohttp.ClientSession,
+    faults: tuple[str, ...],
+    status: int,
+    code: str,
+    wait: str,
+) -> None:
+    answered, body, retry_after = await ask(http, start_proxy, simulator.token("hello", *faults))
+    assert (answered, body["error"]["code"], retry_after) == (status, code, wait)

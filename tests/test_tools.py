@@ -421,3 +421,8 @@ def test_a_large_schema_ends(count: int) -> None:
         started = time.process_time()
         assert isinstance(check_schema({}, schema), str | None)
         assert time.process_time() - started < 5  # unbounded, it takes minutes
+
+
+def test_tools_show_no_content() -> None:
+    assert "sesame" not in repr(Tool("sesame", "sesame", {"a": "sesame"}))
+    assert "sesame" not in repr(ResponseFormat("json_schema", {"a": "sesame"}, "sesame"))
