@@ -68,9 +68,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import Field, asdict, dataclass, field, fields, replace
-from functools import cache, cached_property, lru_cache, partial
+from functools import cache, lru_cache, partial
 from itertools import accumulate, cycle, groupby
-from json.encoder import encode_basestring
 from math import isfinite, nan
 from pathlib import Path
 from types import MappingProxyType
@@ -3461,18 +3460,17 @@ def make_chain(request: ChatRequest, make_id: Callable[[], str]) -> Chain:
 
 # ==== 11. Replies ===========================================================
 #
-# Events in, the client's bytes out: one encoder an API shape and form. `feed` takes an event, `finish` ends a good
-# answer, `fail` a bad one, `alive` fills silence. Nothing before this point knows which shape the client speaks.
-# `ShownText` is what the shapes share: how hits, citations and moderation become text and annotations.
+# Events in, the client's bytes out. `APIS` has one row for each API: how its requests are read, how its answers are
+# encoded, how its failures look. Nothing before this point knows which API the client speaks. `ContentRenderer` decides
+# which text and annotations a client is shown; an `Encoder` gives them the form of an API, streamed or whole.
 
 MODERATED_SENTENCE: Final = "\n[内容由于不合规被停止生成，我们换个话题吧]"
 _SOURCES_HEAD: Final = "\n\n搜索结果来自：\n"
-_NO_CHOICES: Final = '"choices":[]}'
-_LARGEST_TEXT: Final = 8192  # characters in one chunk: some clients take no line beyond 64 KiB
+MAX_CHUNK_CHARACTERS: Final = 8192  # some clients read no line longer than 64 KiB
 
 
-class ShownText:
-    """The content that a client is shown, event by event, and OpenAI's `annotations` of it.
+class ContentRenderer:
+    """The text that a client is shown, event by event, and OpenAI's `annotations` of it.
 
     `sources` as KIMI_SOURCES has it: `text`, `annotations` or `none`. Inline hits stand where they arrive in a streamed
     answer, and in a list at the end of a whole one [ref]; others in a numbered Markdown list at the end. Without
@@ -3481,370 +3479,360 @@ class ShownText:
 
     def __init__(self, sources: str, *, streamed: bool, sentence: bool = True) -> None:
         self.length = 0
-        self._sentence = sentence
         self.annotations: list[dict[str, Any]] = []
         self._sources = sources
         self._streamed = streamed
+        self._sentence = sentence
         self._inline = False
         self._after_hits = False
-        self._hits: tuple[SearchHit, ...] = ()
+        self._hits: list[SearchHit] = []
         self._cited: set[str] = set()
 
     def feed(self, event: Event) -> str:
-        """The text that `event` adds to the content."""
+        """The text that `event` adds to the content. What the end adds is told by the two methods below."""
+        text = ""
         match event:
-            case Thinking():
-                return ""
+            case Thinking() | ToolCall() | Finished():
+                pass
             case Text():
-                piece = "\n" + event.text if self._after_hits else event.text
+                text = "\n" + event.text if self._after_hits else event.text
                 self._after_hits = False
             case SearchHit():
-                piece = self._take_hit(event)
+                text = self._add_hit(event) if self._inline else ""
             case Citation():
-                piece = self._cite(event)
-            case Finished():
-                piece = self._end(event)
+                text = self._cite(event) if self._sources != "none" else ""
             case Sources():
-                self._hits = event.hits
-                return ""
+                self._hits = list(event.hits)
             case Opened():
                 self._inline = event.hits_inline
-                return ""
-            case ToolCall():
-                return ""
-        self.length += len(piece)
-        return piece
+        self.length += len(text)
+        return text
 
-    def add_plain(self, text: str) -> bool:
-        """Note a short text that is shown as it is; False for one that `feed` has to look at."""
-        size = len(text)
-        if self._after_hits or size > _LARGEST_TEXT:
-            return False
-        self.length += size
-        return True
-
-    def _take_hit(self, hit: SearchHit) -> str:
-        if not self._inline:
+    def end_text(self, reason: FinishReason) -> str:
+        """The sentence that ends a moderated answer."""
+        if reason != "content_filter" or not self._sentence:
             return ""
+        text = MODERATED_SENTENCE if self.length else MODERATED_SENTENCE.lstrip()
+        self.length += len(text)
+        return text
+
+    def list_sources(self) -> str:
+        """The list of sources at the end of an answer. Hits that are not cited are annotated there."""
+        is_listed = bool(self._hits) and self._sources == "text"
+        text = _SOURCES_HEAD if is_listed else ""
+        for number, hit in enumerate(self._hits, 1):
+            line = self._render_hit(number, hit) if is_listed else ""
+            if hit.url not in self._cited:
+                self._annotate(hit, self.length + len(text), line.rstrip("\n"))
+            text += line
+        text = text if self._inline else text.rstrip("\n")
+        self.length += len(text)
+        return text
+
+    def _add_hit(self, hit: SearchHit) -> str:
         if not self._streamed or self._sources != "text":
-            self._hits = (*self._hits, hit)
+            self._hits.append(hit)
             return ""
         self._after_hits = True
         line = f"检索 {hit.title}({hit.url}) ..."
-        self._annotate(hit, self.length, self.length + len(line))
+        self._annotate(hit, self.length, line)
         return line + "\n"
 
     def _cite(self, citation: Citation) -> str:
-        if self._sources == "none":
-            return ""
-        self._cited.add(citation.hit.url)
         mark = f"[{citation.number}]"
-        self._annotate(citation.hit, self.length, self.length + len(mark))
+        self._cited.add(citation.hit.url)
+        self._annotate(citation.hit, self.length, mark)
         return mark
 
-    def _end(self, event: Finished) -> str:
-        piece = ""
-        if event.reason == "content_filter" and self._sentence:
-            piece = MODERATED_SENTENCE if self.length else MODERATED_SENTENCE.lstrip()
-        listed = self._hits if self._sources == "text" else ()
-        if listed:
-            piece += _SOURCES_HEAD
-        for number, hit in enumerate(listed, 1):
-            line = f"{hit.title}({hit.url})\n" if self._inline else _render_line(number, hit)
-            if hit.url not in self._cited:
-                start = self.length + len(piece)
-                self._annotate(hit, start, start + len(line.rstrip("\n")))
-            piece += line
-        piece = piece if self._inline else piece.rstrip("\n") if listed else piece
-        for hit in () if listed else self._hits:
-            if hit.url not in self._cited:
-                self._annotate(hit, self.length + len(piece), self.length + len(piece))
-        return piece
+    def _render_hit(self, number: int, hit: SearchHit) -> str:
+        """A line of the list: a Markdown link whatever the hit holds, or as the reference words inline hits [ref]."""
+        if self._inline:
+            return f"{hit.title}({hit.url})\n"
+        title = " ".join(re.sub(r"([\\\[\]])", r"\\\1", hit.title).split())
+        url = hit.url.replace("(", "%28").replace(")", "%29").replace(" ", "%20")
+        return f"{number}. [{title}]({url})\n"
 
-    def _annotate(self, hit: SearchHit, start: int, end: int) -> None:
+    def _annotate(self, hit: SearchHit, start: int, text: str) -> None:
         if self._sources != "none":
-            place = {"url": hit.url, "title": hit.title, "start_index": start, "end_index": end}
-            self.annotations.append({"type": "url_citation", "url_citation": place})
-
-
-def _render_line(number: int, hit: SearchHit) -> str:
-    """A hit as a line of a numbered Markdown list, whatever brackets it holds."""
-    title = " ".join(re.sub(r"([\\\[\]])", r"\\\1", hit.title).split())
-    url = hit.url.replace("(", "%28").replace(")", "%29").replace(" ", "%20")
-    return f"{number}. [{title}]({url})\n"
+            citation = {"url": hit.url, "title": hit.title, "start_index": start, "end_index": start + len(text)}
+            self.annotations.append({"type": "url_citation", "url_citation": citation})
 
 
 class Usage:
-    """The estimate of a request's tokens; `texts` are what the model wrote.
-
-    A number is counted each time that it is asked for, but that of the thinking, which is part of another, once.
-    """
+    """The estimate of a request's tokens: of its prompt, and of what the model has `written` and `thought`."""
 
     def __init__(self, prompt: str) -> None:
-        self._prompt = prompt
-        self.texts: list[str] = []
-        self._thoughts: list[str] = []
-
-    def feed(self, event: Event) -> None:
-        """Note what the model wrote; what the proxy adds does not count."""
-        match event:
-            case Thinking():
-                self._thoughts.append(event.text)
-            case Text():
-                self.texts.append(event.text)
-            case ToolCall():
-                self.texts.append(render_tool_call(event.name, event.arguments))
-            case _:
-                pass
-
-    @property
-    def prompt_tokens(self) -> int:
-        """What the service was sent, without attachments."""
-        return estimate_tokens(self._prompt)
-
-    @cached_property
-    def reasoning_tokens(self) -> int:
-        """What the model thought."""
-        return estimate_tokens("".join(self._thoughts)) if self._thoughts else 0
+        self.prompt_tokens = estimate_tokens(prompt)
+        self.written = TokenCounter()
+        self.thought = TokenCounter()
 
     @property
     def completion_tokens(self) -> int:
-        """What the model wrote: text, calls and thinking."""
-        return estimate_tokens("".join(self.texts)) + self.reasoning_tokens
+        """What the model wrote and thought. What the proxy itself adds to an answer does not count."""
+        return self.written.tokens + self.thought.tokens
 
     def render(self) -> dict[str, Any]:
         """OpenAI's `usage` object."""
-        prompt_tokens, completion_tokens = self.prompt_tokens, self.completion_tokens
         usage: dict[str, Any] = {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
         }
-        if reasoning_tokens := self.reasoning_tokens:
-            usage["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
+        if self.thought.tokens:
+            usage["completion_tokens_details"] = {"reasoning_tokens": self.thought.tokens}
         return usage
+
+
+class Encoder:
+    """Encodes one answer for a client. This base has what all do; its defaults are those of a stream.
+
+    `chunks`: how many pieces of text and calls the client was shown. `keep_alive` fills silence; empty where nothing
+    may. `response`: the Responses API's object once the answer is over, None in the other APIs.
+
+    A subclass has `_add_text` (`kind`: `text`, `thinking`, or `sources` for their list), `_add_call` and `_end`, which
+    append what they tell to `_output`.
+    """
+
+    content_type = "text/event-stream"
+    keep_alive = b": still waiting for Kimi\n\n"  # a comment, which clients skip (WHATWG HTML, section 9.2.7)
+    response: Mapping[str, Any] | None = None
+
+    def __init__(
+        self, request: ChatRequest, created: int, response_id: str, renderer: ContentRenderer, usage: Usage
+    ) -> None:
+        self.chunks = 0
+        self._conversation_id = ""
+        self._model = request.model
+        self._created = created
+        self._renderer = renderer
+        self._usage = usage
+        self._output: list[bytes] = []
+
+    def feed(self, events: list[Event]) -> bytes:
+        """The bytes that tell `events`; none before there is something to show, so that a failure has its status."""
+        for event in events:
+            self._feed(event)
+        return self._flush()
+
+    def finish(self) -> bytes:
+        """What ends a complete answer."""
+        return b""
+
+    def fail(self, error: ProxyError) -> bytes:
+        """What ends an answer that failed after its first bytes were sent; nothing where there is no such form."""
+        return b""
+
+    def _feed(self, event: Event) -> None:
+        match event:
+            case Thinking():
+                self._usage.thought.feed(event.text)
+                self._add_text("thinking", event.text)
+            case Text():
+                self._usage.written.feed(event.text)
+                self._add_text("text", self._renderer.feed(event))
+            case ToolCall():
+                self._usage.written.feed(render_tool_call(event.name, event.arguments))
+                self._add_call(event)
+                self.chunks += 1
+            case Opened():
+                self._conversation_id = event.conversation_id
+                self._renderer.feed(event)
+            case Finished():
+                if text := self._renderer.end_text(event.reason):
+                    self._add_text("text", text)
+                if text := self._renderer.list_sources():
+                    self._add_text("sources", text)
+                self._end(event)
+            case _:
+                if text := self._renderer.feed(event):
+                    self._add_text("text", text)
+
+    def _add_text(self, kind: str, text: str) -> None:
+        raise NotImplementedError
+
+    def _add_call(self, call: ToolCall) -> None:
+        raise NotImplementedError
+
+    def _end(self, finished: Finished) -> None:
+        raise NotImplementedError
+
+    def _render_head(self, kind: str) -> dict[str, Any]:
+        """What all of OpenAI's objects begin with, but those of the Responses API."""
+        return {"id": self._conversation_id, "object": kind, "created": self._created, "model": self._model}
+
+    def _write(self, value: object, event: str = "") -> None:
+        self._output.append(encode_sse(encode_json(value), event))
+
+    def _write_text(self, text: str, before: bytes, after: bytes) -> None:
+        """Put `text` into the event that `split_event` split, in pieces that every client takes."""
+        for start in range(0, len(text), MAX_CHUNK_CHARACTERS):
+            piece = text[start : start + MAX_CHUNK_CHARACTERS]
+            self._output += (before, encode_json(piece).encode(), after)
+            self.chunks += 1
+
+    def _flush(self) -> bytes:
+        data = b"".join(self._output)
+        self._output.clear()
+        return data
+
+
+def split_event(value: object, event: str = "") -> tuple[bytes, bytes]:
+    """An SSE event before and after its last empty string: rendered once, since only the text there changes."""
+    before, _, after = encode_sse(encode_json(value), event).rpartition(b'""')
+    return before, after
+
+
+class WholeAnswer(Encoder):
+    """Collects an answer, which `_render` makes one JSON object when it is over.
+
+    `_blocks`: runs of text, each with its kind, and calls, in the order in which they came.
+    """
+
+    content_type = "application/json"
+    keep_alive = b""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._blocks: list[tuple[str, list[str]] | ToolCall] = []
+        self._finished = Finished("stop")
+
+    def finish(self) -> bytes:
+        """The body."""
+        return encode_json(self._render()).encode()
+
+    def _add_text(self, kind: str, text: str) -> None:
+        self.chunks += 1
+        last = self._blocks[-1] if self._blocks else None
+        if isinstance(last, tuple) and last[0] == kind:
+            last[1].append(text)
+        else:
+            self._blocks.append((kind, [text]))
+
+    def _add_call(self, call: ToolCall) -> None:
+        self._blocks.append(call)
+
+    def _end(self, finished: Finished) -> None:
+        self._finished = finished
+
+    def _join(self, *kinds: str) -> str:
+        runs = [block for block in self._blocks if not isinstance(block, ToolCall)]
+        return "".join("".join(pieces) for kind, pieces in runs if kind in kinds)
+
+    def _render(self) -> dict[str, Any]:
+        raise NotImplementedError
 
 
 def _render_call(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
-_CHUNK_END: Final = b'},"finish_reason":null}]}\n\n'
+class WholeChat(WholeAnswer):
+    """OpenAI's `chat.completion` object."""
+
+    def _render(self) -> dict[str, Any]:
+        text, thinking = self._join("text", "sources"), self._join("thinking")
+        calls = [_render_call(block) for block in self._blocks if isinstance(block, ToolCall)]
+        message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None}
+        more: dict[str, Any] = {
+            "tool_calls": calls,
+            "reasoning_content": thinking,
+            "annotations": self._renderer.annotations,
+        }
+        message |= {name: value for name, value in more.items() if value}
+        choice = {"index": 0, "message": message, "finish_reason": self._finished.reason}
+        return {**self._render_head("chat.completion"), "choices": [choice], "usage": self._usage.render()}
 
 
-class ChatStreamReply:
-    """OpenAI's `chat.completion.chunk` events of one answer (OpenAI API reference, "Streaming").
+class ChatStream(Encoder):
+    """OpenAI's `chat.completion.chunk` events (OpenAI API reference, "Streaming").
 
-    `include_usage` as `stream_options` has it; where that is None, the finish chunk carries `usage` [ref].
+    `include_usage` as in `stream_options`; where that is None, the last chunk carries `usage` [ref].
     """
 
-    content_type = "text/event-stream"
+    _object = "chat.completion.chunk"
 
-    def __init__(self, model: str, created: int, include_usage: bool | None, shown: ShownText, usage: Usage) -> None:
-        self.chunks = 0
-        self._model = model
-        self._created = created
-        self._include_usage = include_usage
-        self._shown = shown
-        self._usage = usage
+    def __init__(self, request: ChatRequest, *args: Any) -> None:
+        super().__init__(request, *args)
+        self._include_usage = request.include_usage
+        self._role = {"role": "assistant"}  # of the first chunk
+        self._templates: dict[str, tuple[bytes, bytes]] = {}  # of the other chunks of text, by their field
         self._calls = 0
-        self._head = ""
-        self._role = '"role":"assistant",'
-        self._heads: dict[str, bytes] = {}  # of each field's chunks after the first, rendered once
-
-    def feed(self, event: Event) -> bytes:
-        """The chunks that say `event`; empty for an event that shows nothing."""
-        if type(event) is Text and (head := self._heads.get("content")) and self._shown.add_plain(event.text):
-            # By far the most, once the first is sent: what follows says the same of them.
-            self._usage.texts.append(event.text)
-            self.chunks += 1
-            return head + encode_basestring(event.text).encode() + _CHUNK_END
-        text = self._shown.feed(event)
-        self._usage.feed(event)
-        match event:
-            case Opened():
-                self._open(event.conversation_id)
-                return b""
-            case Thinking():
-                return self._encode_text("reasoning_content", event.text)
-            case Finished():
-                return self._encode_text("content", text) + self._encode_end(event)
-            case ToolCall():
-                return self._encode_call(event)
-            case _:
-                return self._encode_text("content", text)
 
     def finish(self) -> bytes:
-        """The mark of a stream that ended well."""
+        """The mark of a complete stream."""
         return b"data: [DONE]\n\n"
 
     def fail(self, error: ProxyError) -> bytes:
-        """The last event of a stream that failed after its head went out: no `[DONE]` follows."""
+        """The last event of a stream that failed: no `[DONE]` follows."""
         return encode_sse(encode_json({**render_error(error), "choices": []}))
 
-    def alive(self) -> bytes:
-        """A comment line, which clients pass over (WHATWG HTML, section 9.2.7)."""
-        return b": still waiting for Kimi\n\n"
+    def _add_text(self, kind: str, text: str) -> None:
+        name = "reasoning_content" if kind == "thinking" else "content"
+        self._write_text(text, *(self._templates.get(name) or self._make_template(name)))
 
-    def _open(self, conversation_id: str) -> None:
-        known = encode_json(
-            {
-                "id": conversation_id,
-                "object": "chat.completion.chunk",
-                "created": self._created,
-                "model": self._model,
-                "choices": [],
-            }
-        )
-        usage = '"usage":null,' if self._include_usage else ""
-        self._head = f'data: {known[: -len(_NO_CHOICES)]}{usage}"choices":[{{"index":0,"delta":'
+    def _make_template(self, name: str) -> tuple[bytes, bytes]:
+        start = self._start()
+        template = split_event(self._render_chunk(self._render_choice({**start, name: ""})))
+        if not start:
+            self._templates[name] = template
+        return template
 
-    def _encode_text(self, field_name: str, text: str) -> bytes:
-        if len(text) > _LARGEST_TEXT:
-            pieces = (text[start : start + _LARGEST_TEXT] for start in range(0, len(text), _LARGEST_TEXT))
-            return b"".join(self._encode_text(field_name, piece) for piece in pieces)
-        if not text:
-            return b""
-        self.chunks += 1
-        return self._encode_piece(field_name, text)
-
-    def _encode_piece(self, field_name: str, text: str) -> bytes:
-        head = self._heads.get(field_name)
-        if head is None:
-            role, self._role = self._role, ""
-            head = f'{self._head}{{{role}"{field_name}":'.encode()
-            if not role:
-                self._heads[field_name] = head
-        return head + encode_basestring(text).encode() + _CHUNK_END
-
-    def _encode_call(self, call: ToolCall) -> bytes:
-        role, self._role = self._role and f'{self._role}"content":null,', ""
-        self.chunks += 1
-        value = encode_json({"index": self._calls, **_render_call(call)})
+    def _add_call(self, call: ToolCall) -> None:
+        calls = [{"index": self._calls, **_render_call(call)}]
         self._calls += 1
-        return f'{self._head}{{{role}"tool_calls":[{value}]}},"finish_reason":null}}]}}\n\n'.encode()
+        self._write(self._render_chunk(self._render_choice({**self._start(content=None), "tool_calls": calls})))
 
-    def _encode_end(self, event: Finished) -> bytes:
-        known = {"role": "assistant", "content": ""} if self._role else {}
-        delta = encode_json({**known, **({"annotations": self._shown.annotations} if self._shown.annotations else {})})
-        last = f'{self._head}{delta},"finish_reason":"{event.reason}"}}]'
-        if self._include_usage is False:
-            return f"{last}}}\n\n".encode()
-        usage = encode_json(self._usage.render())
-        if self._include_usage is None:
-            return f'{last},"usage":{usage}}}\n\n'.encode()
-        totals = self._head.rpartition('"usage":null,')[0]
-        return f'{last}}}\n\n{totals}"choices":[],"usage":{usage}}}\n\n'.encode()
+    def _end(self, finished: Finished) -> None:
+        delta = self._start(content="")
+        if self._renderer.annotations:
+            delta["annotations"] = self._renderer.annotations
+        usage = {"usage": self._usage.render()} if self._include_usage is None else {}
+        self._write(self._render_chunk(self._render_choice(delta, finished.reason), **usage))
+        if self._include_usage:
+            self._write(self._render_chunk(usage=self._usage.render()))
 
+    def _start(self, **fields: Any) -> dict[str, Any]:
+        """What the first delta has beside its own fields."""
+        role, self._role = self._role, {}
+        return {**role, **fields} if role else {}
 
-class ChatWholeReply:
-    """OpenAI's `chat.completion` object of one answer, made when it ends."""
+    def _render_chunk(self, *choices: dict[str, Any], **fields: Any) -> dict[str, Any]:
+        usage = {"usage": None} if self._include_usage else {}
+        return {**self._render_head(self._object), **usage, "choices": choices, **fields}
 
-    content_type = "application/json"
-
-    def __init__(self, model: str, created: int, shown: ShownText, usage: Usage) -> None:
-        self.chunks = 0
-        self._model = model
-        self._created = created
-        self._shown = shown
-        self._usage = usage
-        self._calls: list[dict[str, Any]] = []
-        self._conversation_id = ""
-        self._texts: list[str] = []
-        self._thoughts: list[str] = []
-        self._reason: FinishReason = "stop"
-
-    def feed(self, event: Event) -> bytes:
-        """Nothing yet: the event is kept for `finish`."""
-        if text := self._shown.feed(event):
-            self.chunks += 1
-            self._texts.append(text)
-        self._usage.feed(event)
-        if isinstance(event, Thinking):
-            self._thoughts.append(event.text)
-        elif isinstance(event, ToolCall):
-            self.chunks += 1
-            self._calls.append(_render_call(event))
-        elif isinstance(event, Opened):
-            self._conversation_id = event.conversation_id
-        elif isinstance(event, Finished):
-            self._reason = event.reason
-        return b""
-
-    def finish(self) -> bytes:
-        """The whole body."""
-        text = "".join(self._texts)
-        message: dict[str, Any] = {"role": "assistant", "content": text if text or not self._calls else None}
-        if self._calls:
-            message["tool_calls"] = self._calls
-        if self._thoughts:
-            message["reasoning_content"] = "".join(self._thoughts)
-        if self._shown.annotations:
-            message["annotations"] = self._shown.annotations
-        value = {
-            "id": self._conversation_id,
-            "object": "chat.completion",
-            "created": self._created,
-            "model": self._model,
-            "choices": [{"index": 0, "message": message, "finish_reason": self._reason}],
-            "usage": self._usage.render(),
-        }
-        return encode_json(value).encode()
-
-    def fail(self, error: ProxyError) -> bytes:
-        """The whole body of a failure."""
-        return encode_json(render_error(error)).encode()
-
-    def alive(self) -> bytes:
-        """Nothing: a whole answer has no form for silence."""
-        return b""
+    def _render_choice(self, delta: dict[str, Any], reason: FinishReason | None = None) -> dict[str, Any]:
+        return {"index": 0, "delta": delta, "finish_reason": reason}
 
 
-class Reply(Protocol):
-    """An encoder of one API's answers; `content_type` tells a stream from a whole body."""
-
-    content_type: str
-
-    @property
-    def chunks(self) -> int:
-        """How many pieces of the answer it has encoded."""
-
-    def feed(self, event: Event) -> bytes:
-        """The client's bytes for one event."""
-
-    def finish(self) -> bytes:
-        """What ends a good answer."""
-
-    def fail(self, error: ProxyError) -> bytes:
-        """What ends a bad one, once its head went out."""
-
-    def alive(self) -> bytes:
-        """What fills silence."""
+def _render_completion_choice(text: str, reason: FinishReason | None) -> dict[str, Any]:
+    return {"index": 0, "logprobs": None, "text": text, "finish_reason": reason}
 
 
-def _choose_sources(request: ChatRequest, sources: str) -> str:
-    """How the answer to `request` shows its sources, by KIMI_SOURCES and what the request is for."""
-    is_silent = "silent" in request.model.split("-")[1:] or request.tools or request.response_format is not None
-    return "annotations" if sources == "text" and is_silent else sources
+class WholeCompletion(WholeAnswer):
+    """The older API's `text_completion` object (OpenAI API reference, "Create completion")."""
+
+    def _render(self) -> dict[str, Any]:
+        choice = _render_completion_choice(self._join("text", "sources"), self._finished.reason)
+        return {**self._render_head("text_completion"), "choices": [choice], "usage": self._usage.render()}
 
 
-def make_chat_reply(request: ChatRequest, created: int, sources: str, prompt: str) -> Reply:
-    """The encoder that `request` asks for; `created` in Unix seconds, `sources` as KIMI_SOURCES, `prompt` to count.
+class CompletionStream(ChatStream):
+    """The older API's `text_completion` chunks, which have no form for thinking, calls and annotations."""
 
-    A `-silent` in the model's name means `annotations`, and so do functions and a form, unless `sources` is `none`.
-    """
-    sources = _choose_sources(request, sources)
-    shown = ShownText(sources, streamed=request.stream, sentence=request.response_format is None)
-    if request.stream:
-        return ChatStreamReply(request.model, created, request.include_usage, shown, Usage(prompt))
-    return ChatWholeReply(request.model, created, shown, Usage(prompt))
+    _object = "text_completion"
+
+    def _add_text(self, kind: str, text: str) -> None:
+        if kind != "thinking":
+            super()._add_text(kind, text)
+
+    def _add_call(self, call: ToolCall) -> None:
+        pass
+
+    def _render_choice(self, delta: dict[str, Any], reason: FinishReason | None = None) -> dict[str, Any]:
+        return _render_completion_choice(delta.get("content", ""), reason)
 
 
 _SIGNATURE: Final = "a2ltaV9wcm94eQ=="  # clients send it back with the thinking, where it is dropped
-_BLOCK_STARTS: Final = {
-    "text": '{"type":"text","text":""}',
-    "thinking": '{"type":"thinking","thinking":"","signature":""}',
-}
 _STOP_REASONS: Final[Mapping[FinishReason, str]] = {
     "stop": "end_turn",
     "length": "max_tokens",
@@ -3870,460 +3858,305 @@ def render_messages_error(error: ProxyError) -> dict[str, Any]:
     return {"type": "error", "error": {"type": kind, "message": error.message}}
 
 
-class _MessagesReply:
-    """What the two forms of a message share: which of its blocks says an event, so that both carry the same.
+def _render_message_object(
+    id: str, model: str, content: list[dict[str, Any]], stop: Mapping[str, str | None], usage: Usage, output_tokens: int
+) -> dict[str, Any]:
+    tokens = {"input_tokens": usage.prompt_tokens, "output_tokens": output_tokens}
+    return {
+        "id": f"msg_{id}",
+        "type": "message",
+        "role": "assistant",
+        "model": model,
+        "content": content,
+        **stop,
+        "usage": {**tokens, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0},
+    }
 
-    Thinking, text and each call have blocks of their own, in the order of events. The list of sources is the last, and
-    a message that would have none has an empty text, since clients read the first block without asking.
+
+def _render_stop(finished: Finished) -> dict[str, str | None]:
+    reason = "stop_sequence" if finished.stop_sequence else _STOP_REASONS[finished.reason]
+    return {"stop_reason": reason, "stop_sequence": finished.stop_sequence or None}
+
+
+def _render_block(block: tuple[str, list[str]] | ToolCall) -> dict[str, Any]:
+    """A block of a message."""
+    match block:
+        case ToolCall():
+            return {"type": "tool_use", "id": block.id, "name": block.name, "input": json.loads(block.arguments)}
+        case ("thinking", pieces):
+            return {"type": "thinking", "thinking": "".join(pieces), "signature": _SIGNATURE}
+        case (_, pieces):
+            return {"type": "text", "text": "".join(pieces)}
+
+
+class WholeMessage(WholeAnswer):
+    """Anthropic's message object, with the same blocks as the stream's."""
+
+    def _render(self) -> dict[str, Any]:
+        content = [_render_block(block) for block in self._blocks or [("text", [])]]
+        stop, tokens = _render_stop(self._finished), self._usage.completion_tokens
+        return _render_message_object(self._conversation_id, self._model, content, stop, self._usage, tokens)
+
+
+class MessagesStream(Encoder):
+    """Anthropic's events (Anthropic API reference, "Streaming Messages").
+
+    Thinking, text and each call have blocks of their own, in the order in which they came. The list of sources is the
+    last. An answer without any block has an empty text, since clients read the first block without asking.
     """
 
-    def __init__(self, model: str, shown: ShownText, usage: Usage) -> None:
-        self.chunks = 0
-        self._model = model
-        self._shown = shown
-        self._usage = usage
-        self._id = "msg_"
-        self._kind = ""  # of the block that is open; empty where none is
-        self._blocks = 0
-        self._stop: dict[str, str | None] = {"stop_reason": None, "stop_sequence": None}
-
-    def feed(self, event: Event) -> bytes:
-        """What says `event`; empty for an event that shows nothing, and in a whole answer."""
-        text = self._shown.feed(event)
-        self._usage.feed(event)
-        match event:
-            case Thinking():
-                return self._add("thinking", event.text)
-            case ToolCall():
-                self.chunks += 1
-                return self._close() + self._add_call(event)
-            case Opened():
-                # Nothing is sent yet: until the service answers, a failure has a status of its own.
-                self._id = f"msg_{event.conversation_id}"
-                return b""
-            case Finished():
-                return self._end(event, text)
-            case _:
-                return self._add("text", text)
-
-    def _add(self, kind: str, text: str) -> bytes:
-        """`text` at the end of the open block, or in a new one where that is of another kind."""
-        if not text:
-            return b""
-        self.chunks += 1
-        if kind == self._kind:
-            return self._add_text(text)
-        return self._close() + self._open(kind) + self._add_text(text)
-
-    def _end(self, event: Finished, text: str) -> bytes:
-        sentence, head, listed = text.partition(_SOURCES_HEAD)
-        data = self._add("text", sentence) + self._close() + self._add("text", head + listed)
-        if not self._blocks:
-            data += self._open("text")
-        self._stop["stop_reason"] = "stop_sequence" if event.stop_sequence else _STOP_REASONS[event.reason]
-        self._stop["stop_sequence"] = event.stop_sequence or None
-        return data + self._close()
-
-    def _render_message(self, content: str, output_tokens: int) -> str:
-        """The message object around the JSON of its blocks."""
-        head = encode_json({"id": self._id, "type": "message", "role": "assistant", "model": self._model})
-        usage = {"input_tokens": self._usage.prompt_tokens, "output_tokens": output_tokens}
-        caches = {"cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}
-        return f'{head[:-1]},"content":[{content}],{encode_json({**self._stop, "usage": {**usage, **caches}})[1:]}'
-
-    def _open(self, kind: str) -> bytes:
-        raise NotImplementedError
-
-    def _add_text(self, text: str) -> bytes:
-        raise NotImplementedError
-
-    def _close(self) -> bytes:
-        raise NotImplementedError
-
-    def _add_call(self, call: ToolCall) -> bytes:
-        raise NotImplementedError
-
-
-def _render_tool_use(call: ToolCall, arguments: str) -> str:
-    return f'{encode_json({"type": "tool_use", "id": call.id, "name": call.name})[:-1]},"input":{arguments}}}'
-
-
-def _encode_message_event(kind: str, rest: str) -> bytes:
-    """One event of a message's stream; `rest` is its fields beside `type`, as JSON without the opening brace."""
-    return encode_sse(f'{{"type":"{kind}",{rest}', kind)
-
-
-class MessagesStreamReply(_MessagesReply):
-    """Anthropic's events of one answer (Anthropic API reference, "Streaming Messages")."""
-
-    content_type = "text/event-stream"
-
-    def __init__(self, model: str, shown: ShownText, usage: Usage) -> None:
-        super().__init__(model, shown, usage)
-        self._delta_head = ""
+    keep_alive = encode_sse('{"type":"ping"}', "ping")  # may stand before `message_start` too
+    _index = -1  # of the last block
+    _kind = ""  # of the block that is open; empty where none is
+    _template = (b"", b"")  # of that block's deltas
 
     def finish(self) -> bytes:
-        """The mark of a stream that ended well."""
+        """The mark of a complete stream."""
         return encode_sse('{"type":"message_stop"}', "message_stop")
 
     def fail(self, error: ProxyError) -> bytes:
-        """The last event of a stream that failed after its head went out: no `message_stop` follows."""
+        """The last event of a stream that failed: no `message_stop` follows."""
         return encode_sse(encode_json(render_messages_error(error)), "error")
 
-    def alive(self) -> bytes:
-        """An event that clients pass over, before `message_start` too."""
-        return encode_sse('{"type":"ping"}', "ping")
+    def _add_text(self, kind: str, text: str) -> None:
+        if kind != self._kind:
+            self._begin_text(kind)
+        self._write_text(text, *self._template)
 
-    def _end(self, event: Finished, text: str) -> bytes:
-        data = super()._end(event, text)
+    def _begin_text(self, kind: str) -> None:
+        name, more = ("thinking", {"signature": ""}) if kind == "thinking" else ("text", {})
+        self._begin_block({"type": name, name: "", **more})
+        delta = {"type": f"{name}_delta", name: ""}
+        self._template = split_event(self._render("content_block_delta", delta=delta), "content_block_delta")
+        self._kind = kind
+
+    def _add_call(self, call: ToolCall) -> None:
+        self._begin_block({"type": "tool_use", "id": call.id, "name": call.name, "input": {}})
+        self._tell("content_block_delta", delta={"type": "input_json_delta", "partial_json": call.arguments})
+        self._tell("content_block_stop")
+
+    def _end(self, finished: Finished) -> None:
+        if self._index < 0:
+            self._begin_text("text")
+        self._end_text()
         usage = {"output_tokens": self._usage.completion_tokens}
-        return data + _encode_message_event("message_delta", encode_json({"delta": self._stop, "usage": usage})[1:])
+        value = {"type": "message_delta", "delta": _render_stop(finished), "usage": usage}
+        self._write(value, "message_delta")
 
-    def _open(self, kind: str) -> bytes:
-        self._kind = kind
-        data = self._start_block(_BLOCK_STARTS[kind])
-        self._delta_head = self._render_delta_head(f"{kind}_delta", kind)
-        return data
+    def _begin_block(self, block: dict[str, Any]) -> None:
+        """Begin a block, and the message where it is the first."""
+        self._end_text()
+        if self._index < 0:
+            stop = {"stop_reason": None, "stop_sequence": None}
+            message = _render_message_object(self._conversation_id, self._model, [], stop, self._usage, 1)
+            self._write({"type": "message_start", "message": message}, "message_start")
+        self._index += 1
+        self._tell("content_block_start", content_block=block)
 
-    def _start_block(self, block: str) -> bytes:
-        """A block's first event, and the message's before that of the first block."""
-        start = b""
-        if not self._blocks:
-            start = _encode_message_event("message_start", f'"message":{self._render_message("", 1)}}}')
-        self._blocks += 1
-        return start + _encode_message_event("content_block_start", f'"index":{self._index},"content_block":{block}}}')
-
-    @property
-    def _index(self) -> int:
-        return self._blocks - 1
-
-    def _render_delta_head(self, kind: str, field_name: str) -> str:
-        """What stands before the text of a delta; two braces follow it."""
-        head = f'{{"type":"content_block_delta","index":{self._index},"delta":{{"type":"{kind}","{field_name}":'
-        return f"event: content_block_delta\ndata: {head}"
-
-    def _add_text(self, text: str) -> bytes:
-        if len(text) > _LARGEST_TEXT:
-            pieces = (text[start : start + _LARGEST_TEXT] for start in range(0, len(text), _LARGEST_TEXT))
-            return b"".join(map(self._add_text, pieces))
-        return f"{self._delta_head}{encode_basestring(text)}}}}}\n\n".encode()
-
-    def _close(self) -> bytes:
+    def _end_text(self) -> None:
+        """End the open block of text or thinking, if there is one."""
         kind, self._kind = self._kind, ""
-        if not kind:
-            return b""
-        signature = b""
         if kind == "thinking":
-            signature = f'{self._render_delta_head("signature_delta", "signature")}"{_SIGNATURE}"}}}}\n\n'.encode()
-        return signature + self._stop_block()
+            self._tell("content_block_delta", delta={"type": "signature_delta", "signature": _SIGNATURE})
+        if kind:
+            self._tell("content_block_stop")
 
-    def _stop_block(self) -> bytes:
-        return _encode_message_event("content_block_stop", f'"index":{self._index}}}')
+    def _tell(self, event: str, **fields: Any) -> None:
+        self._write(self._render(event, **fields), event)
 
-    def _add_call(self, call: ToolCall) -> bytes:
-        start = self._start_block(_render_tool_use(call, "{}"))
-        head = self._render_delta_head("input_json_delta", "partial_json")
-        return start + f"{head}{encode_basestring(call.arguments)}}}}}\n\n".encode() + self._stop_block()
-
-
-class MessagesWholeReply(_MessagesReply):
-    """Anthropic's message object of one answer, made when it ends."""
-
-    content_type = "application/json"
-
-    def __init__(self, model: str, shown: ShownText, usage: Usage) -> None:
-        super().__init__(model, shown, usage)
-        self._content: list[str] = []
-        self._texts: list[str] = []
-
-    def finish(self) -> bytes:
-        """The whole body."""
-        return self._render_message(",".join(self._content), self._usage.completion_tokens).encode()
-
-    def fail(self, error: ProxyError) -> bytes:
-        """The whole body of a failure."""
-        return encode_json(render_messages_error(error)).encode()
-
-    def alive(self) -> bytes:
-        """Nothing: a whole answer has no form for silence."""
-        return b""
-
-    def _open(self, kind: str) -> bytes:
-        self._kind = kind
-        self._blocks += 1
-        self._texts = []
-        return b""
-
-    def _add_text(self, text: str) -> bytes:
-        self._texts.append(text)
-        return b""
-
-    def _close(self) -> bytes:
-        if self._kind:
-            block = {"type": self._kind, self._kind: "".join(self._texts)}
-            self._content.append(encode_json({**block, **({"signature": _SIGNATURE} if "thinking" in block else {})}))
-        self._kind = ""
-        return b""
-
-    def _add_call(self, call: ToolCall) -> bytes:
-        self._blocks += 1
-        self._content.append(_render_tool_use(call, call.arguments))
-        return b""
+    def _render(self, event: str, **fields: Any) -> dict[str, Any]:
+        """An event of the block at hand."""
+        return {"type": event, "index": self._index, **fields}
 
 
-MessagesReply = MessagesStreamReply | MessagesWholeReply
+class _Message:
+    """The message of a response that is being written. `start` is its position in all text shown."""
 
+    prefix = "msg"
+    part_event = "response.content_part"
+    text_event = "response.output_text"
+    index = "content_index"
+    extra: Mapping[str, Any] = MappingProxyType({"logprobs": []})
 
-def make_messages_reply(request: ChatRequest, created: int, sources: str, prompt: str) -> MessagesReply:
-    """The encoder that `request` asks for; the arguments are those of `make_chat_reply`, `created` is not told here.
-
-    The API has no place for annotations: where sources are not shown as text, no mark refers to them either. Inline
-    hits are listed at the end too, in a block of their own.
-    """
-    is_silent = "silent" in request.model.split("-")[1:] or request.response_format is not None
-    sources = "text" if sources == "text" and not is_silent else "none"
-    shown = ShownText(sources, streamed=False, sentence=request.response_format is None)
-    encoder = MessagesStreamReply if request.stream else MessagesWholeReply
-    return encoder(request.model, shown, Usage(prompt))
-
-
-@dataclass(frozen=True, slots=True)
-class _ItemKind:
-    """What the events of an item of text are called, and its ids."""
-
-    type: str
-    prefix: str
-    index: str
-    part_event: str
-    text_event: str
-    extra: Mapping[str, Any]
-
-
-_MESSAGE: Final = _ItemKind(
-    "message", "msg", "content_index", "response.content_part", "response.output_text", {"logprobs": []}
-)
-_REASONING: Final = _ItemKind(
-    "reasoning",
-    "rs",
-    "summary_index",
-    "response.reasoning_summary_part",
-    "response.reasoning_summary_text",
-    {},
-)
-
-
-class _OpenItem:
-    """The item of text under way: a message, or what the model thinks. `start` is its place in all text shown."""
-
-    def __init__(self, kind: _ItemKind, item_id: str, output_index: int, start: int) -> None:
-        self.kind = kind
+    def __init__(self, name: str, output_index: int, start: int) -> None:
+        self.id = f"{self.prefix}_{name}_{output_index}"
         self.start = start
-        self.texts: list[str] = []
+        self.text = io.StringIO()
         self.annotations: list[dict[str, Any]] = []
-        self.place = {"item_id": item_id, "output_index": output_index, kind.index: 0}
-        # all that is the same in each delta, rendered once
-        known = encode_json({"type": f"{kind.text_event}.delta", **self.place, **kind.extra})
-        self.delta_head = f'event: {kind.text_event}.delta\ndata: {known[:-1]},"delta":'
+        self.path = {"item_id": self.id, "output_index": output_index, self.index: 0}
+        event = f"{self.text_event}.delta"
+        # From delta to delta, only the text and the number differ.
+        self.delta_start, _ = split_event({"type": event, **self.path, **self.extra, "delta": ""}, event)
 
     def render(self, status: str, *parts: Mapping[str, Any]) -> dict[str, Any]:
-        """The item; its parts are the content of a message, or the summary of a thought."""
-        known = {"id": self.place["item_id"], "type": self.kind.type}
-        if self.kind is _REASONING:
-            return {**known, "summary": list(parts)}
-        return {**known, "status": status, "role": "assistant", "content": list(parts)}
+        """The item, with its `parts` as far as they were told."""
+        return {"id": self.id, "type": "message", "status": status, "role": "assistant", "content": list(parts)}
 
     def render_part(self) -> dict[str, Any]:
-        """The one part of the item, as far as it has come."""
-        text = "".join(self.texts)
-        if self.kind is _REASONING:
-            return {"type": "summary_text", "text": text}
-        return {"type": "output_text", "text": text, "annotations": list(self.annotations), "logprobs": []}
+        """The one part, as far as it has come."""
+        text, annotations = self.text.getvalue(), list(self.annotations)
+        return {"type": "output_text", "text": text, "annotations": annotations, "logprobs": []}
 
 
-class ResponsesStreamReply:
-    """The events of one answer in the Responses API (OpenAI API reference, "Streaming events"), numbered from 0.
+class _Reasoning(_Message):
+    """The thinking of a response that is being written."""
+
+    prefix = "rs"
+    part_event = "response.reasoning_summary_part"
+    text_event = "response.reasoning_summary_text"
+    index = "summary_index"
+    extra = MappingProxyType({})
+
+    def render(self, status: str, *parts: Mapping[str, Any]) -> dict[str, Any]:
+        """The item, which has no status."""
+        return {"id": self.id, "type": "reasoning", "summary": list(parts)}
+
+    def render_part(self) -> dict[str, Any]:
+        """The one part, as far as it has come."""
+        return {"type": "summary_text", "text": self.text.getvalue()}
+
+
+class ResponsesStream(Encoder):
+    """The events of the Responses API (OpenAI API reference, "Streaming events"), numbered from 0.
 
     Each run of thinking becomes a reasoning item, each run of text a message. Calls come last: what stands at the
     text's end, sources and the sentence of moderation, is known only when the answer is over, and a message is whole
-    before the next item begins. `response` is the response object, from the answer's end on.
-
-    `head` has the fields of that object that are known before, as `make_responses_reply` renders them.
+    before the next item begins.
     """
 
-    content_type = "text/event-stream"
-
-    def __init__(self, head: Mapping[str, Any], shown: ShownText, usage: Usage) -> None:
-        self.chunks = 0
-        self.response: dict[str, Any] | None = None
-        self._head = head
-        self._shown = shown
-        self._usage = usage
+    def __init__(self, request: ChatRequest, created: int, response_id: str, *args: Any) -> None:
+        super().__init__(request, created, response_id, *args)
+        echo = request.responses.echo if request.responses is not None else {}
+        head = {"id": response_id, "object": "response", "created_at": created, "model": request.model}
+        self._head: dict[str, Any] = {**head, **echo}
         self._number = 0
-        self._output: list[dict[str, Any]] = []
-        self._item: _OpenItem | None = None
+        self._items: list[dict[str, Any]] = []
+        self._item: _Message | None = None
         self._calls: list[ToolCall] = []
-        self._annotated = 0
-
-    def feed(self, event: Event) -> bytes:
-        """The events that say `event`; empty for one that shows nothing, or not yet."""
-        text = self._shown.feed(event)
-        self._usage.feed(event)
-        match event:
-            case Opened():
-                return b""  # a failure before the first text still has its HTTP status
-            case Thinking():
-                return self._encode_text(_REASONING, event.text)
-            case ToolCall():
-                self._calls.append(event)
-                return b""
-            case Finished():
-                return self._end(event, text)
-            case _:
-                return self._encode_text(_MESSAGE, text)
-
-    def finish(self) -> bytes:
-        """Nothing: the last event went with the answer's end, and this API has no other mark."""
-        return b""
+        self._annotated = 0  # how many annotations were told
 
     def fail(self, error: ProxyError) -> bytes:
         """The last event of an answer that failed; nothing where it was over before."""
-        if self.response is not None:
-            return b""
-        response = self._render("failed", error=_render_response_error(error))
-        return self._begin() + self._encode("response.failed", response=response)
+        if self.response is None:
+            self._begin()
+            self._tell("response.failed", response=self._render("failed", error=_render_response_error(error)))
+        return self._flush()
 
-    def alive(self) -> bytes:
-        """A comment line, which clients pass over (WHATWG HTML, section 9.2.7)."""
-        return b": still waiting for Kimi\n\n"
+    def _add_text(self, kind: str, text: str) -> None:
+        item_class = _Reasoning if kind == "thinking" else _Message
+        item = self._item
+        if type(item) is not item_class:
+            item = self._begin_item(item_class, self._renderer.length - len(text))
+        item.text.write(text)
+        for start in range(0, len(text), MAX_CHUNK_CHARACTERS):
+            piece = encode_json(text[start : start + MAX_CHUNK_CHARACTERS]).encode()
+            self._output += (item.delta_start, piece, b',"sequence_number":%d}\n\n' % self._number)
+            self._number += 1
+            self.chunks += 1
+        self._tell_annotations()
 
-    def _encode(self, event: str, **fields: Any) -> bytes:
-        value = {"type": event, "sequence_number": self._number, **fields}
+    def _add_call(self, call: ToolCall) -> None:
+        self._calls.append(call)
+
+    def _end(self, finished: Finished) -> None:
+        """Tell all that is left. An answer without calls has a message at its end, be it empty."""
+        reason = _INCOMPLETE.get(finished.reason)
+        status = "incomplete" if reason else "completed"
+        self._begin()
+        if not self._calls and type(self._item) is not _Message:
+            self._begin_item(_Message, self._renderer.length)
+        self._tell_annotations()
+        self._end_item(status)
+        for call in self._calls:
+            self._tell_call(call)
+        details = {"reason": reason} if reason else None
+        usage = _render_response_usage(self._usage)
+        self.response = self._render(status, incomplete_details=details, usage=usage)
+        self._tell(f"response.{status}", response=self.response)
+
+    def _begin(self) -> None:
+        """Tell the two events before all others, once."""
+        if self._number == 0:
+            response = self._render("in_progress")
+            self._tell("response.created", response=response)
+            self._tell("response.in_progress", response=response)
+
+    def _begin_item(self, item_class: type[_Message], start: int) -> _Message:
+        """End the item that is being written, and begin another."""
+        self._begin()
+        self._end_item("completed")
+        name, index = self._head["id"].removeprefix("resp_"), len(self._items)
+        item = self._item = item_class(name, index, start)
+        self._tell("response.output_item.added", output_index=index, item=item.render("in_progress"))
+        self._tell(f"{item.part_event}.added", **item.path, part=item.render_part())
+        return item
+
+    def _end_item(self, status: str) -> None:
+        item, self._item = self._item, None
+        if item is None:
+            return
+        part = item.render_part()
+        self._tell(f"{item.text_event}.done", **item.path, text=part["text"], **item.extra)
+        self._tell(f"{item.part_event}.done", **item.path, part=part)
+        self._tell_item(item.render(status, part))
+
+    def _tell_call(self, call: ToolCall) -> None:
+        index = len(self._items)
+        item_id = f"fc_{self._head['id'].removeprefix('resp_')}_{index}"
+        item = {"id": item_id, "type": "function_call", "call_id": call.id, "name": call.name}
+        path = {"item_id": item_id, "output_index": index}
+        event = "response.function_call_arguments"
+        begun = {**item, "status": "in_progress", "arguments": ""}
+        self._tell("response.output_item.added", output_index=index, item=begun)
+        self._tell(f"{event}.delta", **path, delta=call.arguments)
+        self._tell(f"{event}.done", **path, name=call.name, arguments=call.arguments)
+        self._tell_item({**item, "status": "completed", "arguments": call.arguments})
+
+    def _tell_item(self, item: dict[str, Any]) -> None:
+        self._tell("response.output_item.done", output_index=len(self._items), item=item)
+        self._items.append(item)
+
+    def _tell_annotations(self) -> None:
+        """Tell the annotations that are new, with their positions in the message that is being written."""
+        item, annotations = self._item, self._renderer.annotations
+        if type(item) is not _Message or self._annotated == len(annotations):
+            return
+        for annotation in annotations[self._annotated :]:
+            citation = annotation["url_citation"]
+            start, end = citation["start_index"] - item.start, citation["end_index"] - item.start
+            value = {"type": "url_citation", **citation, "start_index": start, "end_index": end}
+            fields = {**item.path, "annotation_index": len(item.annotations), "annotation": value}
+            self._tell("response.output_text.annotation.added", **fields)
+            item.annotations.append(value)
+        self._annotated = len(annotations)
+
+    def _tell(self, event: str, **fields: Any) -> None:
+        self._write({"type": event, "sequence_number": self._number, **fields}, event)
         self._number += 1
-        return encode_sse(encode_json(value), event)
-
-    def _begin(self) -> bytes:
-        """The two events before all others, once."""
-        if self._number:
-            return b""
-        response = self._render("in_progress")
-        return self._encode("response.created", response=response) + self._encode(
-            "response.in_progress", response=response
-        )
 
     def _render(self, status: str, **fields: Any) -> dict[str, Any]:
         """The response object as it is now."""
         unknown = {"error": None, "incomplete_details": None, "usage": None}
-        return {**self._head, "status": status, **unknown, "output": list(self._output), **fields}
+        return {**self._head, "status": status, **unknown, "output": list(self._items), **fields}
 
-    def _encode_text(self, kind: _ItemKind, text: str) -> bytes:
-        """`text` as deltas of an item of this `kind`, which begins if it is not the one under way."""
-        if not text:
-            return b""
-        begun = b""
-        item = self._item
-        if item is None or item.kind is not kind:
-            begun = self._begin_item(kind, self._shown.length - len(text))
-            item = cast(_OpenItem, self._item)
-        item.texts.append(text)
-        if len(text) <= _LARGEST_TEXT:
-            deltas = self._encode_delta(item, text)
-        else:
-            pieces = (text[start : start + _LARGEST_TEXT] for start in range(0, len(text), _LARGEST_TEXT))
-            deltas = b"".join(self._encode_delta(item, piece) for piece in pieces)
-        return begun + deltas + self._encode_annotations()
 
-    def _encode_delta(self, item: _OpenItem, text: str) -> bytes:
-        number = self._number
-        self._number = number + 1
-        self.chunks += 1
-        return f'{item.delta_head}{encode_basestring(text)},"sequence_number":{number}}}\n\n'.encode()
+class WholeResponse(ResponsesStream):
+    """The response object alone, the same that ends a stream."""
 
-    def _encode_annotations(self) -> bytes:
-        """The annotations of the message under way that were not told yet, by their places in that message."""
-        item, known = self._item, self._shown.annotations
-        if item is None or item.kind is not _MESSAGE or self._annotated == len(known):
-            return b""
-        data = []
-        for annotation in known[self._annotated :]:
-            place = annotation["url_citation"]
-            start, end = place["start_index"] - item.start, place["end_index"] - item.start
-            value = {"type": "url_citation", **place, "start_index": start, "end_index": end}
-            fields = {**item.place, "annotation_index": len(item.annotations), "annotation": value}
-            data.append(self._encode("response.output_text.annotation.added", **fields))
-            item.annotations.append(value)
-        self._annotated = len(known)
-        return b"".join(data)
+    content_type = "application/json"
+    keep_alive = b""
 
-    def _name_item(self, prefix: str) -> str:
-        return f"{prefix}_{self._head['id'].removeprefix('resp_')}_{len(self._output)}"
+    def finish(self) -> bytes:
+        """The body."""
+        return encode_json(self.response).encode()
 
-    def _begin_item(self, kind: _ItemKind, start: int) -> bytes:
-        """End the item under way, and begin another."""
-        before = self._begin() + self._end_item("completed")
-        index = len(self._output)
-        item = self._item = _OpenItem(kind, self._name_item(kind.prefix), index, start)
-        return b"".join(
-            [
-                before,
-                self._encode("response.output_item.added", output_index=index, item=item.render("in_progress")),
-                self._encode(f"{kind.part_event}.added", **item.place, part=item.render_part()),
-            ]
-        )
+    def fail(self, error: ProxyError) -> bytes:
+        """Nothing: no bytes were sent."""
+        return b""
 
-    def _end_item(self, status: str) -> bytes:
-        """End the item under way, if there is one."""
-        item, self._item = self._item, None
-        if item is None:
-            return b""
-        part, index = item.render_part(), len(self._output)
-        whole = item.render(status, part)
-        self._output.append(whole)
-        return b"".join(
-            [
-                self._encode(f"{item.kind.text_event}.done", **item.place, text=part["text"], **item.kind.extra),
-                self._encode(f"{item.kind.part_event}.done", **item.place, part=part),
-                self._encode("response.output_item.done", output_index=index, item=whole),
-            ]
-        )
-
-    def _encode_call(self, call: ToolCall) -> bytes:
-        index, item_id = len(self._output), self._name_item("fc")
-        whole = {
-            "id": item_id,
-            "type": "function_call",
-            "status": "completed",
-            "call_id": call.id,
-            "name": call.name,
-            "arguments": call.arguments,
-        }
-        self._output.append(whole)
-        self.chunks += 1
-        place = {"item_id": item_id, "output_index": index}
-        begun = {**whole, "status": "in_progress", "arguments": ""}
-        event = "response.function_call_arguments"
-        return b"".join(
-            [
-                self._encode("response.output_item.added", output_index=index, item=begun),
-                self._encode(f"{event}.delta", **place, delta=call.arguments),
-                self._encode(f"{event}.done", **place, name=call.name, arguments=call.arguments),
-                self._encode("response.output_item.done", output_index=index, item=whole),
-            ]
-        )
-
-    def _end(self, event: Finished, text: str) -> bytes:
-        """All that is left. An answer without calls has a message at its end, be it empty."""
-        reason = _INCOMPLETE.get(event.reason)
-        data = [self._begin(), self._encode_text(_MESSAGE, text)]
-        if not self._calls and (self._item is None or self._item.kind is not _MESSAGE):
-            data.append(self._begin_item(_MESSAGE, self._shown.length))
-        data += [self._encode_annotations(), self._end_item("incomplete" if reason else "completed")]
-        data += map(self._encode_call, self._calls)
-        status = "incomplete" if reason else "completed"
-        details = {"reason": reason} if reason else None
-        response = self._render(status, incomplete_details=details, usage=_render_response_usage(self._usage))
-        data.append(self._encode(f"response.{status}", response=response))
-        self.response = response
-        return b"".join(data)
+    def _flush(self) -> bytes:
+        self._output.clear()
+        return b""
 
 
 _INCOMPLETE: Final[Mapping[str, str]] = {"length": "max_output_tokens", "content_filter": "content_filter"}
@@ -4331,13 +4164,12 @@ _INCOMPLETE: Final[Mapping[str, str]] = {"length": "max_output_tokens", "content
 
 def _render_response_usage(usage: Usage) -> dict[str, Any]:
     """The Responses API's `usage` object."""
-    input_tokens, output_tokens = usage.prompt_tokens, usage.completion_tokens
     return {
-        "input_tokens": input_tokens,
+        "input_tokens": usage.prompt_tokens,
         "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-        "output_tokens": output_tokens,
-        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
-        "total_tokens": input_tokens + output_tokens,
+        "output_tokens": usage.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": usage.thought.tokens},
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
     }
 
 
@@ -4352,123 +4184,71 @@ def _render_response_error(error: ProxyError) -> dict[str, Any]:
     return {"code": code, "message": f"{error.code}: {error.message}{wait}"}
 
 
-class ResponsesWholeReply:
-    """The response object of one answer, made when it ends: the same one that ends a stream."""
+@dataclass(frozen=True, slots=True)
+class Api:
+    """How one API is spoken.
 
-    content_type = "application/json"
-
-    def __init__(self, head: Mapping[str, Any], shown: ShownText, usage: Usage) -> None:
-        self._stream = ResponsesStreamReply(head, shown, usage)
-
-    @property
-    def chunks(self) -> int:
-        """How many pieces of text and calls there were."""
-        return self._stream.chunks
-
-    @property
-    def response(self) -> dict[str, Any] | None:
-        """The response object, from the answer's end on."""
-        return self._stream.response
-
-    def feed(self, event: Event) -> bytes:
-        """Nothing yet: the event is kept for `finish`."""
-        self._stream.feed(event)
-        return b""
-
-    def finish(self) -> bytes:
-        """The whole body."""
-        return encode_json(self._stream.response).encode()
-
-    def fail(self, error: ProxyError) -> bytes:
-        """The whole body of a failure."""
-        return encode_json(render_error(error)).encode()
-
-    def alive(self) -> bytes:
-        """Nothing: a whole answer has no form for silence."""
-        return b""
-
-
-def make_responses_reply(
-    request: ChatRequest, created: int, sources: str, prompt: str, response_id: str
-) -> ResponsesStreamReply | ResponsesWholeReply:
-    """The encoder that `request` asks for; the arguments as `make_chat_reply` has them, and the id `resp_…`.
-
-    Hits stand in a list at the text's end, streamed as whole, so that both are the same object.
-    """
-    head = {
-        "id": response_id,
-        "object": "response",
-        "created_at": created,
-        "status": "in_progress",
-        "model": request.model,
-        **(request.responses.echo if request.responses is not None else {}),
-    }
-    sentence = request.response_format is None
-    shown = ShownText(_choose_sources(request, sources), streamed=False, sentence=sentence)
-    return (ResponsesStreamReply if request.stream else ResponsesWholeReply)(head, shown, Usage(prompt))
-
-
-class CompletionStreamReply(ChatStreamReply):
-    """The older API's `text_completion` chunks of one answer (OpenAI API reference, "Create completion").
-
-    The API has no form for thinking, calls and annotations.
+    `call_prefix` begins the ids of calls. `annotates`: the API has a place for annotations. `streams_hits`: a stream
+    shows inline hits where they arrive; else they are listed at the end, streamed as whole.
     """
 
-    _known: Mapping[str, Any] = MappingProxyType({})  # until the conversation is known
+    name: str
+    parse: Callable[[bytes | bytearray, FindItem], ChatRequest]
+    stream: type[Encoder]
+    whole: type[Encoder]
+    render_error: Callable[[ProxyError], dict[str, Any]] = render_error
+    call_prefix: str = "call"
+    annotates: bool = True
+    streams_hits: bool = False
 
-    def feed(self, event: Event) -> bytes:
-        """The chunks that say `event`; empty for an event that shows nothing."""
-        text = self._shown.feed(event)
-        self._usage.feed(event)
-        if isinstance(event, Opened):
-            self._open(event.conversation_id)
-        data = self._encode_text("text", text)
-        return data + self._encode_end(event) if isinstance(event, Finished) else data
+    def make_encoder(
+        self, request: ChatRequest, *, created: int, sources: str, prompt: str, response_id: str = ""
+    ) -> Encoder:
+        """The encoder for an answer to `request`.
 
-    def _open(self, conversation_id: str) -> None:
-        self._role = ""
-        self._known = _render_completion(conversation_id, self._created, self._model)
-        known = encode_json({**self._known, **({"usage": None} if self._include_usage else {}), "choices": []})
-        self._head = f'data: {known[: -len(_NO_CHOICES)]}"choices":[{{"index":0,"logprobs":null,'
+        `created` in Unix seconds, `sources` as KIMI_SOURCES, `prompt` to count its tokens.
+        """
+        renderer = ContentRenderer(
+            self.choose_sources(request, sources),
+            streamed=request.stream and self.streams_hits,
+            sentence=request.response_format is None,
+        )
+        encoder = self.stream if request.stream else self.whole
+        return encoder(request, created, response_id, renderer, Usage(prompt))
 
-    def _encode_piece(self, field_name: str, text: str) -> bytes:
-        return f'{self._head}"{field_name}":{encode_basestring(text)},"finish_reason":null}}]}}\n\n'.encode()
+    def choose_sources(self, request: ChatRequest, sources: str) -> str:
+        """How an answer shows its sources: as KIMI_SOURCES has it, but never as text for a program.
 
-    def _encode_end(self, event: Finished) -> bytes:
-        usage = {} if self._include_usage is False else {"usage": self._usage.render()}
-        choices = [_render_completion_choice("", event.reason)]
-        if not self._include_usage:
-            return encode_sse(encode_json({**self._known, "choices": choices, **usage}))
-        last = encode_sse(encode_json({**self._known, "choices": choices, "usage": None}))
-        return last + encode_sse(encode_json({**self._known, "choices": [], **usage}))
-
-
-class CompletionWholeReply(ChatWholeReply):
-    """The older API's `text_completion` object of one answer, made when it ends."""
-
-    def finish(self) -> bytes:
-        """The whole body."""
-        known = _render_completion(self._conversation_id, self._created, self._model)
-        choices = [_render_completion_choice("".join(self._texts), self._reason)]
-        return encode_json({**known, "choices": choices, "usage": self._usage.render()}).encode()
+        Where there are no annotations, no mark refers to sources that are not shown.
+        """
+        is_silent = "silent" in request.model.split("-")[1:] or request.response_format is not None
+        if not self.annotates:
+            return "text" if sources == "text" and not is_silent else "none"
+        return "annotations" if sources == "text" and (is_silent or request.tools) else sources
 
 
-def _render_completion(conversation_id: str, created: int, model: str) -> dict[str, Any]:
-    return {"id": conversation_id, "object": "text_completion", "created": created, "model": model}
-
-
-def _render_completion_choice(text: str, reason: FinishReason) -> dict[str, Any]:
-    return {"index": 0, "logprobs": None, "text": text, "finish_reason": reason}
-
-
-def make_completion_reply(
-    request: ChatRequest, created: int, sources: str, prompt: str
-) -> CompletionStreamReply | CompletionWholeReply:
-    """The encoder that `request` asks for; the arguments as `make_chat_reply` has them."""
-    shown = ShownText(_choose_sources(request, sources), streamed=request.stream)
-    if request.stream:
-        return CompletionStreamReply(request.model, created, request.include_usage, shown, Usage(prompt))
-    return CompletionWholeReply(request.model, created, shown, Usage(prompt))
+APIS: Final[Mapping[str, Api]] = {
+    "/v1/chat/completions": Api(
+        "chat", lambda body, _: parse_chat_request(body), ChatStream, WholeChat, streams_hits=True
+    ),
+    "/v1/completions": Api(
+        "completions",
+        lambda body, _: parse_completion_request(body),
+        CompletionStream,
+        WholeCompletion,
+        streams_hits=True,
+    ),
+    "/v1/messages": Api(
+        "messages",
+        lambda body, _: parse_messages_request(body),
+        MessagesStream,
+        WholeMessage,
+        render_messages_error,
+        call_prefix="toolu",
+        annotates=False,
+    ),
+    "/v1/responses": Api("responses", parse_responses_request, ResponsesStream, WholeResponse),
+}
 
 
 # ==== 12. Tasks =============================================================
@@ -8129,7 +7909,7 @@ class Access:
 # ==== 18. Server ============================================================
 #
 # The aiohttp application: state under typed keys, one middleware that gives every request its id, its log line and its
-# errors in JSON, and the handlers. A `Delivery` is one reply on its way: its head goes out with the first visible
+# errors in JSON, and the handlers. A `Delivery` is one answer on its way: its head goes out with the first visible
 # bytes, so that a failure before them still has its HTTP status.
 
 FIRST_KEEP_ALIVE_SECONDS: Final = 20.0  # a stream silent for this long gets a keep-alive
@@ -8196,11 +7976,11 @@ OUTCOME: Final = web.RequestKey("outcome", Outcome)
 
 
 class Delivery:
-    """One reply on its way to the client. The ticker fills its silence."""
+    """One answer on its way to the client. The ticker fills its silence."""
 
-    def __init__(self, request: web.Request, reply: Reply, state: State) -> None:
+    def __init__(self, request: web.Request, encoder: Encoder, state: State) -> None:
         self._request = request
-        self._reply = reply
+        self._encoder = encoder
         self._state = state
         self._response: web.StreamResponse | None = None
         self._writes = 0
@@ -8217,8 +7997,8 @@ class Delivery:
 
     async def send(self, events: list[Event]) -> None:
         """Encode `events` and write what they show, in one write. Raises `ClientGone`."""
-        data = b"".join(map(self._reply.feed, events))
-        if not self._shown and self._reply.chunks:
+        data = self._encoder.feed(events)
+        if not self._shown and self._encoder.chunks:
             self._shown = True
             seconds = asyncio.get_running_loop().time() - self._started
             self._state.metrics.observe("kimi_proxy_first_text_seconds", seconds)
@@ -8227,11 +8007,11 @@ class Delivery:
 
     async def finish(self) -> web.StreamResponse:
         """End a good reply."""
-        return await self._end(self._reply.finish(), 200)
+        return await self._end(self._encoder.finish(), 200)
 
     async def fail(self, error: ProxyError) -> web.StreamResponse:
         """End a reply whose head went out and that failed since."""
-        return await self._end(self._reply.fail(error), error.status)
+        return await self._end(self._encoder.fail(error), error.status)
 
     def tick(self, now: float) -> None:
         """Comment into a silent stream."""
@@ -8243,7 +8023,7 @@ class Delivery:
             return
         if now >= self._next_comment:
             self._next_comment = now + KEEP_ALIVE_SECONDS
-            if data := self._reply.alive():
+            if data := self._encoder.keep_alive:
                 self._state.tasks.start(self._comment(data), "comment")
 
     async def _comment(self, data: bytes) -> None:
@@ -8254,7 +8034,7 @@ class Delivery:
 
     async def _begin(self) -> web.StreamResponse:
         headers = {
-            "Content-Type": f"{self._reply.content_type}; charset=utf-8",
+            "Content-Type": f"{self._encoder.content_type}; charset=utf-8",
             "Cache-Control": "no-cache",
             "X-Accel-Buffering": "no",
         }
@@ -8276,7 +8056,7 @@ class Delivery:
             self._writing = False
 
     async def _end(self, data: bytes, status: int) -> web.StreamResponse:
-        if self._reply.content_type == "application/json":
+        if self._encoder.content_type == "application/json":
             return web.Response(body=data, status=status, content_type="application/json", charset="utf-8")
         await self._write(data)
         response = cast(web.StreamResponse, self._response)
@@ -8396,21 +8176,17 @@ async def _read_body(request: web.Request) -> bytearray:
     return await read_body(request, settings.max_body_bytes, BODY_SECONDS)
 
 
-async def _read_chat(
-    request: web.Request,
-    parse: Callable[[bytearray], ChatRequest],
-    make_reply: Callable[[ChatRequest, int, str, str], Reply],
-    id_prefix: str = "call",
-) -> tuple[Question, Reply, Callable[[], Chain]]:
+async def _read_chat(request: web.Request, api: Api) -> tuple[Question, Encoder, Callable[[], Chain]]:
     """What is asked, in which form it is to be answered, and through which filters. Body and messages end here.
 
     A body is parsed in one go, without a wait, so that of many large ones only one at a time is there twice.
     """
-    chat = parse(await _read_body(request))
+    chat = api.parse(await _read_body(request), lambda item_id: None)
     prompt = render_prompt(chat)
-    reply = make_reply(chat, int(time.time()), request.app[STATE].settings.sources, prompt)
-    start_chain = _start_chains(chat, id_prefix)
-    return _make_question(request, chat, prompt), reply, start_chain
+    sources = request.app[STATE].settings.sources
+    encoder = api.make_encoder(chat, created=int(time.time()), sources=sources, prompt=prompt)
+    start_chain = _start_chains(chat, api.call_prefix)
+    return _make_question(request, chat, prompt), encoder, start_chain
 
 
 def _start_chains(chat: ChatRequest, id_prefix: str) -> Callable[[], Chain]:
@@ -8424,20 +8200,17 @@ def _start_chains(chat: ChatRequest, id_prefix: str) -> Callable[[], Chain]:
 
 async def _chat_completions(request: web.Request) -> web.StreamResponse:
     accounts = find_accounts(request)
-    return await _deliver(request, accounts, *await _read_chat(request, parse_chat_request, make_chat_reply))
+    return await _deliver(request, accounts, *await _read_chat(request, APIS["/v1/chat/completions"]))
 
 
 async def _completions(request: web.Request) -> web.StreamResponse:
     accounts = find_accounts(request)
-    return await _deliver(
-        request, accounts, *await _read_chat(request, parse_completion_request, make_completion_reply)
-    )
+    return await _deliver(request, accounts, *await _read_chat(request, APIS["/v1/completions"]))
 
 
 async def _messages(request: web.Request) -> web.StreamResponse:
     accounts = find_accounts(request)
-    read = await _read_chat(request, parse_messages_request, make_messages_reply, "toolu")
-    return await _deliver(request, accounts, *read)
+    return await _deliver(request, accounts, *await _read_chat(request, APIS["/v1/messages"]))
 
 
 async def _count_tokens(request: web.Request) -> web.StreamResponse:
@@ -8459,19 +8232,20 @@ async def _responses(request: web.Request) -> web.StreamResponse:
         accounts = [account for account in accounts if account.digest == before.owner]
     response_id = f"resp_{secrets.token_hex(24)}"
     prompt = render_prompt(chat)
-    reply = make_responses_reply(chat, int(time.time()), state.settings.sources, prompt, response_id)
+    api, sources = APIS["/v1/responses"], state.settings.sources
+    encoder = api.make_encoder(chat, created=int(time.time()), sources=sources, prompt=prompt, response_id=response_id)
     start_chain = _start_chains(chat, "call")
     messages = chat.own_messages if options.store else ()
     question = _make_question(request, chat, prompt)
 
     def keep(brought: Brought) -> None:
-        if reply.response is None:
+        if encoder.response is None:
             return
-        said = (*keep_messages(messages, brought), answer_message(reply.response))
-        size = len(encode_json(reply.response)) + sum(message.size for message in said)
-        state.responses.keep(response_id, KeptResponse(brought.account.digest, reply.response, said, size))
+        said = (*keep_messages(messages, brought), answer_message(encoder.response))
+        size = len(encode_json(encoder.response)) + sum(message.size for message in said)
+        state.responses.keep(response_id, KeptResponse(brought.account.digest, encoder.response, said, size))
 
-    return await _deliver(request, accounts, question, reply, start_chain, keep if options.store else None)
+    return await _deliver(request, accounts, question, encoder, start_chain, keep if options.store else None)
 
 
 async def _response(request: web.Request) -> web.StreamResponse:
@@ -8492,7 +8266,7 @@ async def _deliver(
     request: web.Request,
     accounts: Sequence[Account],
     question: Question,
-    reply: Reply,
+    encoder: Encoder,
     start_chain: Callable[[], Chain],
     keep: Callable[[Brought], None] | None = None,
 ) -> web.StreamResponse:
@@ -8501,7 +8275,7 @@ async def _deliver(
     `keep` is told of a good answer, after its end went out.
     """
     state = request.app[STATE]
-    delivery = Delivery(request, reply, state)
+    delivery = Delivery(request, encoder, state)
     task = cast(asyncio.Task[Any], asyncio.current_task())
     state.ticker.add(delivery)
     state.answering.add(task)
@@ -8526,7 +8300,7 @@ async def _deliver(
     finally:
         state.ticker.discard(delivery)
         state.answering.discard(task)
-        request[OUTCOME].chunks = reply.chunks
+        request[OUTCOME].chunks = encoder.chunks
     if not delivery.begun:
         raise error
     _note_failure(request, error)

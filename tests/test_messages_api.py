@@ -11,19 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_proxy import (
+    APIS,
     FAILURES,
     MODERATED_SENTENCE,
     Attachment,
     ChatRequest,
     Citation,
+    Encoder,
     Event,
     Finished,
     FinishReason,
     FunctionCall,
     Message,
-    MessagesReply,
-    MessagesStreamReply,
-    MessagesWholeReply,
     Opened,
     ProxyError,
     ResponseFormat,
@@ -37,7 +36,6 @@ from kimi_proxy import (
     ToolChoice,
     estimate_tokens,
     make_chain,
-    make_messages_reply,
     merge_messages,
     parse_chat_request,
     parse_messages_request,
@@ -586,14 +584,14 @@ def test_claude_codes_search_and_its_title_are_understood() -> None:
 # Replies
 
 
-def make_reply(*, stream: bool, sources: str = "text", **fields: Any) -> MessagesReply:
-    request = parse(stream=stream, model="m", **fields)
-    return make_messages_reply(request, 7, sources, render_prompt(request))
+def make_encoder(*, stream: bool, sources: str = "text", **fields: Any) -> Encoder:
+    request = parse(**{"stream": stream, "model": "m", **fields})
+    return APIS["/v1/messages"].make_encoder(request, created=7, sources=sources, prompt=render_prompt(request))
 
 
-def read_stream(reply: MessagesReply, events: list[Event]) -> list[Any]:
+def read_stream(encoder: Encoder, events: list[Event]) -> list[Any]:
     """The events of a streamed answer; each says its type twice."""
-    frames = list(SSEParser().feed(b"".join(map(reply.feed, events)) + reply.finish()))
+    frames = list(SSEParser().feed(encoder.feed(events) + encoder.finish()))
     values = [json.loads(frame.data) for frame in frames]
     assert [frame.event for frame in frames] == [value["type"] for value in values]
     return values
@@ -641,10 +639,10 @@ def assemble(values: list[Any]) -> Any:
 def both(*events: Event, opened: Event | None = None, **fields: Any) -> Any:
     """The message of an answer, streamed and whole, which are the same."""
     shown = [opened or Opened("c1", hits_inline=False), *events]
-    streamed = assemble(read_stream(make_reply(stream=True, **fields), shown))
-    reply = make_reply(stream=False, **fields)
-    assert [reply.feed(event) for event in shown] == [b""] * len(shown)
-    whole = json.loads(reply.finish())
+    streamed = assemble(read_stream(make_encoder(stream=True, **fields), shown))
+    encoder = make_encoder(stream=False, **fields)
+    assert encoder.feed(shown) == b""
+    whole = json.loads(encoder.finish())
     assert whole == streamed
     return whole
 
@@ -657,7 +655,7 @@ def test_a_streams_events_to_the_letter() -> None:
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": 0,
     }
-    assert read_stream(make_reply(stream=True), events) == [
+    assert read_stream(make_encoder(stream=True), events) == [
         {
             "type": "message_start",
             "message": {
@@ -734,7 +732,7 @@ ORDERS: dict[str, tuple[list[Event], list[str], list[str]]] = {
 def test_blocks_follow_each_other(name: str) -> None:
     events, types, kinds = ORDERS[name]
     shown = [Opened("c1", hits_inline=False), *events, Finished("stop")]
-    values = read_stream(make_reply(stream=True), shown)
+    values = read_stream(make_encoder(stream=True), shown)
     assert [value["type"] for value in values] == ["message_start", *types, "message_delta", "message_stop"]
     assert [block["type"] for block in both(*events, Finished("stop"))["content"]] == kinds
 
@@ -749,7 +747,7 @@ def test_thinking_has_a_signature() -> None:
 def test_a_call_has_its_arguments_in_one_delta() -> None:
     (block,) = both(CALL, Finished("tool_calls"))["content"]
     assert block == {"type": "tool_use", "id": "call_1", "name": "f", "input": {"a": "你\n"}}
-    values = read_stream(make_reply(stream=True), [Opened("c1", hits_inline=False), CALL, Finished("tool_calls")])
+    values = read_stream(make_encoder(stream=True), [Opened("c1", hits_inline=False), CALL, Finished("tool_calls")])
     assert values[1]["content_block"]["input"] == {}
     assert values[2]["delta"] == {"type": "input_json_delta", "partial_json": CALL.arguments}
 
@@ -804,11 +802,7 @@ def test_no_mark_refers_to_sources_that_are_not_shown(inline: bool, fields: dict
 
 
 def test_a_silent_model_lists_no_sources() -> None:
-    request = parse(model="kimi-search-silent")
-    reply = make_messages_reply(request, 7, "text", "")
-    for event in (Opened("c1", hits_inline=False), Text("a"), Sources((HIT,)), Finished("stop")):
-        reply.feed(event)
-    assert texts(json.loads(reply.finish())) == ["a"]
+    assert texts(both(Text("a"), Sources((HIT,)), Finished("stop"), model="kimi-search-silent")) == ["a"]
 
 
 def test_a_moderated_answer_says_so_before_its_sources() -> None:
@@ -828,26 +822,24 @@ def test_an_answer_without_any_block_has_an_empty_text() -> None:
 
 def test_nothing_is_sent_before_the_service_answers_and_the_start_only_once() -> None:
     for first in (Text("a"), Thinking("a"), CALL, Finished("stop")):
-        reply = make_reply(stream=True)
-        assert reply.feed(Opened("c1", hits_inline=False)) == b""
-        assert reply.feed(SearchHit("T", "https://ab.cd")) == b""
-        data = reply.feed(first)
+        encoder = make_encoder(stream=True)
+        assert encoder.feed([Opened("c1", hits_inline=False)]) == b""
+        assert encoder.feed([SearchHit("T", "https://ab.cd")]) == b""
+        data = encoder.feed([first])
         assert data.startswith(b"event: message_start\ndata: {") and data.count(b"message_start") == 2
-        assert b"message_start" not in reply.feed(Text("b"))
-        late = make_reply(stream=True)
-        assert b'"id":"msg_"' in late.feed(first)
+        assert b"message_start" not in encoder.feed([Text("b")])
 
 
 def test_silence_is_filled_with_a_ping_in_a_stream_alone() -> None:
-    assert make_reply(stream=True).alive() == b'event: ping\ndata: {"type":"ping"}\n\n'
-    assert make_reply(stream=False).alive() == b""
+    assert make_encoder(stream=True).keep_alive == b'event: ping\ndata: {"type":"ping"}\n\n'
+    assert make_encoder(stream=False).keep_alive == b""
 
 
 def test_a_failure_is_an_error_event_and_no_end() -> None:
     error = ProxyError("answer_broken", "x")
-    (frame,) = SSEParser().feed(make_reply(stream=True).fail(error))
+    (frame,) = SSEParser().feed(make_encoder(stream=True).fail(error))
     assert frame.event == "error"
-    assert json.loads(frame.data) == render_messages_error(error) == json.loads(make_reply(stream=False).fail(error))
+    assert json.loads(frame.data) == APIS["/v1/messages"].render_error(error) == render_messages_error(error)
 
 
 STATUSES = {
@@ -871,9 +863,7 @@ def test_errors_have_anthropics_form(code: str) -> None:
 
 
 def test_the_request_chooses_the_form() -> None:
-    assert isinstance(make_reply(stream=True), MessagesStreamReply)
-    assert isinstance(make_reply(stream=False), MessagesWholeReply)
-    assert (make_reply(stream=True).content_type, make_reply(stream=False).content_type) == (
+    assert (make_encoder(stream=True).content_type, make_encoder(stream=False).content_type) == (
         "text/event-stream",
         "application/json",
     )
@@ -881,16 +871,13 @@ def test_the_request_chooses_the_form() -> None:
 
 @pytest.mark.parametrize("model", ['q"uote', "新模型", "a\nb"])
 def test_any_model_name_is_repeated_safely(model: str) -> None:
-    reply = make_messages_reply(parse(model=model, stream=True), 7, "text", "")
-    events: list[Event] = [Opened('c"1', hits_inline=True), Text("a"), Finished("stop", 'x"\ny')]
-    message = assemble(read_stream(reply, events))
+    message = both(Text("a"), Finished("stop", 'x"\ny'), opened=Opened('c"1', hits_inline=True), model=model)
     assert (message["model"], message["id"], message["stop_sequence"]) == (model, 'msg_c"1', 'x"\ny')
 
 
 def test_a_very_long_text_is_several_lines_that_every_client_takes() -> None:
     text = "你" * 100_000
-    reply = make_reply(stream=True)
-    data = reply.feed(Opened("c1", hits_inline=True)) + reply.feed(Text(text))
+    data = make_encoder(stream=True).feed([Opened("c1", hits_inline=True), Text(text)])
     assert max(map(len, data.split(b"\n"))) < 64_000
     assert texts(both(Text(text), Finished("stop"))) == [text]
 
@@ -898,8 +885,8 @@ def test_a_very_long_text_is_several_lines_that_every_client_takes() -> None:
 def test_the_count_is_the_starts() -> None:
     body = json.dumps(make_agents_body()).encode()
     request = parse_messages_request(body)
-    reply = make_messages_reply(request, 7, "text", render_prompt(request))
-    values = read_stream(reply, [Opened("c1", hits_inline=True), Text("a"), Finished("stop")])
+    encoder = APIS["/v1/messages"].make_encoder(request, created=7, sources="text", prompt=render_prompt(request))
+    values = read_stream(encoder, [Opened("c1", hits_inline=True), Text("a"), Finished("stop")])
     assert values[0]["message"]["usage"]["input_tokens"] == estimate_tokens(render_prompt(request))
     without = parse_messages_request(json.dumps({**make_agents_body(), "tools": []}).encode())
     assert estimate_tokens(render_prompt(request)) > estimate_tokens(render_prompt(without)) + 25 * 50
@@ -914,10 +901,9 @@ def test_usage_counts_thinking_and_calls() -> None:
 
 def test_chunks_are_what_the_client_was_shown() -> None:
     for stream in (True, False):
-        reply = make_reply(stream=stream)
-        for event in (Opened("c1", hits_inline=False), Thinking("a"), Text("b"), CALL, Finished("stop")):
-            reply.feed(event)
-        assert reply.chunks == 3
+        encoder = make_encoder(stream=stream)
+        encoder.feed([Opened("c1", hits_inline=False), Thinking("a"), Text("b"), CALL, Finished("stop")])
+        assert encoder.chunks == 3
 
 
 WORDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=9)
@@ -959,11 +945,11 @@ def test_streamed_and_whole_are_the_same_message(
 
 
 def test_an_answer_through_the_filters_of_its_request() -> None:
-    request = parse(tools=[FUNCTION], stop_sequences=["END"], stream=True, max_tokens=99)
-    chain = make_chain(request, lambda: "call_1")
+    fields: dict[str, Any] = {"tools": [FUNCTION], "stop_sequences": ["END"], "max_tokens": 99}
+    chain = make_chain(parse(**fields), lambda: "call_1")
     events: list[Event] = [Opened("c1", hits_inline=True), Text("See. <tool_"), Text('call>{"name": "get_weather", ')]
     events += [Text('"arguments": {"q": 1}}</tool_call>'), Finished("stop")]
-    message = assemble(read_stream(make_messages_reply(request, 7, "text", ""), chain.feed(events)))
+    message = assemble(read_stream(make_encoder(stream=True, **fields), chain.feed(events)))
     assert message["stop_reason"] == "tool_use"
     assert message["content"] == [
         {"type": "text", "text": "See."},

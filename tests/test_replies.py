@@ -10,49 +10,47 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_proxy import (
+    APIS,
     MODERATED_SENTENCE,
-    ChatStreamReply,
-    ChatWholeReply,
     Citation,
+    ContentRenderer,
+    Encoder,
     Event,
     Finished,
     Opened,
     ProxyError,
     SearchHit,
-    ShownText,
     Sources,
     SSEParser,
     Text,
     Thinking,
     ToolCall,
-    Usage,
-    make_chat_reply,
-    parse_chat_request,
 )
 
 HIT = SearchHit("T", "https://ab.cd")
 
 
-def make_stream(include_usage: bool | None = None, model: str = "m") -> ChatStreamReply:
-    return ChatStreamReply(model, 7, include_usage, ShownText("text", streamed=True), Usage("你好"))
+OPENED = Opened("c1", hits_inline=True)
 
 
-def make_whole() -> ChatWholeReply:
-    return ChatWholeReply("m", 7, ShownText("text", streamed=False), Usage("你好"))
+def make(sources: str = "text", **fields: Any) -> Encoder:
+    api = APIS["/v1/chat/completions"]
+    body = json.dumps({"model": "m", "messages": [{"content": "x"}], **fields}).encode()
+    request = api.parse(body, lambda item_id: None)
+    return api.make_encoder(request, created=7, sources=sources, prompt="你好")
 
 
-def stream(*events: Event, include_usage: bool | None = None) -> list[Any]:
-    reply = make_stream(include_usage)
-    data = b"".join(reply.feed(event) for event in (Opened("c1", hits_inline=True), *events)) + reply.finish()
-    frames = [frame.data for frame in SSEParser().feed(data)]
+def stream(*events: Event, **fields: Any) -> list[Any]:
+    encoder = make(stream=True, **fields)
+    frames = [frame.data for frame in SSEParser().feed(encoder.feed([OPENED, *events]) + encoder.finish())]
     assert frames.pop() == "[DONE]"
     return [json.loads(frame) for frame in frames]
 
 
-def whole(*events: Event) -> Any:
-    reply = make_whole()
-    assert [reply.feed(event) for event in (Opened("c1", hits_inline=True), *events)] == [b""] * (len(events) + 1)
-    return json.loads(reply.finish())
+def whole(*events: Event, **fields: Any) -> Any:
+    encoder = make(**fields)
+    assert encoder.feed([OPENED, *events]) == b""
+    return json.loads(encoder.finish())
 
 
 def contents(chunks: list[Any]) -> list[str]:
@@ -72,14 +70,16 @@ def test_a_stream_has_one_head_one_role_and_one_end() -> None:
 
 
 def test_usage_as_openai_has_it_when_asked_for() -> None:
-    chunks = stream(Text("a"), Finished("stop"), include_usage=True)
+    chunks = stream(Text("a"), Finished("stop"), stream_options={"include_usage": True})
     assert [chunk["usage"] for chunk in chunks[:-1]] == [None, None]
     assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["total_tokens"] == 3
     assert chunks[-1]["id"] == "c1"
 
 
 def test_no_usage_when_it_is_refused() -> None:
-    assert all("usage" not in chunk for chunk in stream(Text("a"), Finished("stop"), include_usage=False))
+    assert all(
+        "usage" not in chunk for chunk in stream(Text("a"), Finished("stop"), stream_options={"include_usage": False})
+    )
 
 
 SHOWN: dict[str, tuple[list[Event], str, str]] = {
@@ -123,39 +123,37 @@ def test_any_text_comes_back_to_the_letter_streamed_and_whole(texts: list[str]) 
 
 def test_a_very_long_text_is_several_lines_that_every_client_takes() -> None:
     text = "你" * 100_000
-    reply = make_stream()
-    reply.feed(Opened("c1", hits_inline=True))
-    data = reply.feed(Text(text))
+    data = make(stream=True).feed([OPENED, Text(text)])
     assert max(map(len, data.split(b"\n"))) < 64_000
     assert "".join(json.loads(line[6:])["choices"][0]["delta"]["content"] for line in data.split(b"\n\n")[:-1]) == text
 
 
 @pytest.mark.parametrize("model", ['q"uote', "新模型", "a\nb", "", '"usage":null,'])
 def test_any_model_name_is_repeated_safely(model: str) -> None:
-    reply = make_stream(True, model)
-    events: list[Event] = [Opened("c1", hits_inline=True), Text("a"), Finished("stop")]
-    data = b"".join(map(reply.feed, events))
-    assert {json.loads(frame.data)["model"] for frame in SSEParser().feed(data)} == {model}
+    chunks = stream(Text("a"), Text("b"), Finished("stop"), model=model, stream_options={"include_usage": True})
+    assert {chunk["model"] for chunk in chunks} == {model.strip() or "kimi"}
 
 
 def test_a_failure_has_an_error_object_and_no_end() -> None:
     error = ProxyError("answer_broken", "x")
-    (frame,) = SSEParser().feed(make_stream().fail(error))
+    (frame,) = SSEParser().feed(make(stream=True).fail(error))
     value = json.loads(frame.data)
     assert value["choices"] == [] and value["error"]["code"] == "answer_broken" and value["code"] == -2001
-    assert json.loads(make_whole().fail(error))["error"]["message"] == error.message
+    assert APIS["/v1/chat/completions"].render_error(error)["error"]["message"] == error.message
 
 
 def test_silence_is_filled_with_a_comment_in_a_stream_alone() -> None:
-    alive = make_stream().alive()
-    assert alive.startswith(b":") and not list(SSEParser().feed(alive))
-    assert make_whole().alive() == b""
+    data = make(stream=True).keep_alive
+    assert data.startswith(b":") and list(SSEParser().feed(data)) == []
+    assert make().keep_alive == b""
 
 
-def test_the_request_chooses_the_form() -> None:
-    body = '{"messages":[{"content":"x"}],"stream":%s}'
-    assert isinstance(make_chat_reply(parse_chat_request((body % "true").encode()), 7, "text", ""), ChatStreamReply)
-    assert isinstance(make_chat_reply(parse_chat_request((body % "false").encode()), 7, "text", ""), ChatWholeReply)
+def test_the_request_chooses_the_form_and_chunks_are_counted() -> None:
+    streamed, complete = make(stream=True), make()
+    assert (streamed.content_type, complete.content_type) == ("text/event-stream", "application/json")
+    for encoder in (streamed, complete):
+        encoder.feed([OPENED, Text("a"), Thinking("b"), CALLS[0], Finished("tool_calls")])
+        assert encoder.chunks == 3 and encoder.response is None
 
 
 LISTED = (SearchHit("A [x]", "https://aa.cd/(1)"), SearchHit("B", "https://bb.cd"))
@@ -171,9 +169,9 @@ ANSWER: list[Event] = [
 
 def annotated(sources: str, events: list[Event], *, streamed: bool = True) -> tuple[str, list[tuple[str, str]]]:
     """The content, and of each annotation its title and the text that its span covers."""
-    shown = ShownText(sources, streamed=streamed)
-    content = "".join(map(shown.feed, events))
-    places = [annotation["url_citation"] for annotation in shown.annotations]
+    renderer = ContentRenderer(sources, streamed=streamed)
+    content = "".join(map(renderer.feed, events)) + renderer.list_sources()
+    places = [annotation["url_citation"] for annotation in renderer.annotations]
     return content, [(place["title"], content[place["start_index"] : place["end_index"]]) for place in places]
 
 
@@ -186,9 +184,9 @@ def test_listed_hits_are_a_numbered_list_and_annotations(streamed: bool) -> None
 
 
 def test_annotations_alone_stand_at_the_texts_end() -> None:
-    shown = ShownText("annotations", streamed=True)
-    assert "".join(map(shown.feed, ANSWER)) == "甲[1]乙"
-    last = shown.annotations[-1]["url_citation"]
+    renderer = ContentRenderer("annotations", streamed=True)
+    assert "".join(map(renderer.feed, ANSWER)) + renderer.list_sources() == "甲[1]乙"
+    last = renderer.annotations[-1]["url_citation"]
     assert (last["start_index"], last["end_index"], last["url"]) == (5, 5, "https://bb.cd")
 
 
@@ -212,15 +210,10 @@ def test_inline_hits_are_annotated_where_they_stand(streamed: bool) -> None:
 
 
 def test_annotations_are_on_the_message_and_on_the_last_delta() -> None:
-    reply = make_stream()
-    frames = [json.loads(frame.data) for frame in SSEParser().feed(b"".join(map(reply.feed, ANSWER)))]
-    last = frames[-1]["choices"][0]
+    last = stream(*ANSWER)[-1]["choices"][0]
     assert [place["url_citation"]["url"] for place in last["delta"]["annotations"]] == [hit.url for hit in LISTED]
     assert last["finish_reason"] == "stop"
-    one = make_whole()
-    for event in ANSWER:
-        one.feed(event)
-    message = json.loads(one.finish())["choices"][0]["message"]
+    message = whole(*ANSWER)["choices"][0]["message"]
     assert message["annotations"] == last["delta"]["annotations"]
 
 
@@ -238,11 +231,7 @@ def test_thinking_is_reasoning_content_and_no_content() -> None:
 
 
 def test_a_silent_model_shows_annotations_alone() -> None:
-    body = b'{"messages":[{"content":"x"}],"model":"kimi-search-silent"}'
-    reply = make_chat_reply(parse_chat_request(body), 7, "text", "")
-    for event in ANSWER:
-        reply.feed(event)
-    message = json.loads(reply.finish())["choices"][0]["message"]
+    message = whole(*ANSWER, model="kimi-search-silent")["choices"][0]["message"]
     assert message["content"] == "甲[1]乙" and len(message["annotations"]) == 2
 
 
@@ -250,7 +239,7 @@ CALLS = [ToolCall("call_1", "f", '{"a":1}'), ToolCall("call_2", "g", "{}")]
 
 
 def test_calls_of_functions_are_one_delta_each() -> None:
-    chunks = stream(*CALLS, Finished("tool_calls"), include_usage=False)
+    chunks = stream(*CALLS, Finished("tool_calls"), stream_options={"include_usage": False})
     assert [chunk["choices"][0]["delta"] for chunk in chunks] == [
         {
             "role": "assistant",
@@ -289,13 +278,10 @@ def test_usage_counts_what_the_model_wrote_and_not_what_the_proxy_adds() -> None
 
 
 @pytest.mark.parametrize(
-    "field", ['"tools":[{"type":"function","function":{"name":"f"}}]', '"response_format":{"type":"json_object"}']
+    "fields",
+    [{"tools": [{"type": "function", "function": {"name": "f"}}]}, {"response_format": {"type": "json_object"}}],
 )
-def test_sources_of_an_answer_for_a_program_are_annotations_only(field: str) -> None:
-    body = ('{"messages":[{"content":"x"}],' + field + "}").encode()
-    reply = make_chat_reply(parse_chat_request(body), 7, "text", "")
-    for event in (Opened("c", hits_inline=True), HIT, Text("{}"), Finished("content_filter")):
-        reply.feed(event)
-    message = json.loads(reply.finish())["choices"][0]["message"]
-    sentence = "" if "response_format" in field else MODERATED_SENTENCE
+def test_sources_of_an_answer_for_a_program_are_annotations_only(fields: dict[str, Any]) -> None:
+    message = whole(HIT, Text("{}"), Finished("content_filter"), **fields)["choices"][0]["message"]
+    sentence = "" if "response_format" in fields else MODERATED_SENTENCE
     assert message["content"] == "{}" + sentence and len(message["annotations"]) == 1

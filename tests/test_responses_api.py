@@ -16,10 +16,12 @@ from openai.types.completion import Completion
 from openai.types.responses import Response, ResponseStreamEvent
 
 from kimi_proxy import (
+    APIS,
     FAILURES,
     MODERATED_SENTENCE,
     Attachment,
     Citation,
+    Encoder,
     Event,
     Finished,
     FunctionCall,
@@ -27,8 +29,6 @@ from kimi_proxy import (
     Opened,
     ProxyError,
     ResponseFormat,
-    ResponsesStreamReply,
-    ResponsesWholeReply,
     SearchHit,
     Sources,
     SSEParser,
@@ -39,8 +39,6 @@ from kimi_proxy import (
     ToolChoice,
     answer_message,
     extend_request,
-    make_completion_reply,
-    make_responses_reply,
     parse_completion_request,
     parse_responses_request,
     render_prompt,
@@ -549,8 +547,12 @@ OPENED = Opened("c1", hits_inline=False)
 INLINE = Opened("c1", hits_inline=True)
 
 
-def make(stream: bool = True, sources: str = "text", **fields: Any) -> Any:
-    return make_responses_reply(parse(stream=stream, **fields), 7, sources, "你好", "resp_ab")
+API = APIS["/v1/responses"]
+
+
+def make(stream: bool = True, sources: str = "text", **fields: Any) -> Encoder:
+    request = parse(stream=stream, **fields)
+    return API.make_encoder(request, created=7, sources=sources, prompt="你好", response_id="resp_ab")
 
 
 def read_stream(data: bytes) -> list[Any]:
@@ -565,18 +567,18 @@ def read_stream(data: bytes) -> list[Any]:
 
 
 def stream(*events: Event, sources: str = "text", opened: Opened = OPENED, **fields: Any) -> list[Any]:
-    reply = make(sources=sources, **fields)
-    assert reply.response is None
-    values = read_stream(b"".join(map(reply.feed, (opened, *events))) + reply.finish())
-    assert values[-1]["response"] == reply.response
+    encoder = make(sources=sources, **fields)
+    assert encoder.response is None
+    values = read_stream(encoder.feed([opened, *events]) + encoder.finish())
+    assert values[-1]["response"] == encoder.response
     return values
 
 
 def whole(*events: Event, sources: str = "text", opened: Opened = OPENED, **fields: Any) -> Any:
-    reply = make(False, sources, **fields)
-    assert {reply.feed(event) for event in (opened, *events)} == {b""}
-    value = json.loads(reply.finish())
-    assert value == reply.response
+    encoder = make(False, sources, **fields)
+    assert encoder.feed([opened, *events]) == b""
+    value = json.loads(encoder.finish())
+    assert value == encoder.response
     Response.model_validate(value)
     return value
 
@@ -680,9 +682,9 @@ def test_each_item_is_put_together_from_its_events(name: str) -> None:
 
 
 def test_the_first_events_carry_the_response_as_it_is_then() -> None:
-    reply = make(instructions="Be brief.", tools=[FUNCTION, NAMESPACE], metadata={"a": "b"}, max_output_tokens=5)
-    assert reply.feed(OPENED) == b""
-    created, in_progress, *_ = read_stream(reply.feed(Text("a")))
+    encoder = make(instructions="Be brief.", tools=[FUNCTION, NAMESPACE], metadata={"a": "b"}, max_output_tokens=5)
+    assert encoder.feed([OPENED]) == b""
+    created, in_progress, *_ = read_stream(encoder.feed([Text("a")]))
     assert created["response"] == in_progress["response"]
     response = created["response"]
     known = {"id": "resp_ab", "object": "response", "created_at": 7, "model": "kimi", "status": "in_progress"}
@@ -696,13 +698,11 @@ def test_the_first_events_carry_the_response_as_it_is_then() -> None:
     defaults = {"temperature": 1.0, "top_p": 1.0, "parallel_tool_calls": True, "store": True, "truncation": "disabled"}
     assert (echoed | defaults).items() <= response.items()
     assert response["previous_response_id"] is None
-    assert reply.feed(INLINE) == b""
 
 
 def test_an_event_that_comes_first_waits_for_them() -> None:
-    reply = make()
-    assert types(read_stream(reply.feed(Text("a"))))[:3] == [*BEGIN, "output_item.added"]
-    assert make().feed(HIT) == b""
+    assert types(read_stream(make().feed([Text("a")])))[:3] == [*BEGIN, "output_item.added"]
+    assert make().feed([HIT]) == b""
 
 
 def test_an_answer_of_the_service_to_the_letter() -> None:
@@ -801,9 +801,9 @@ def test_a_form_has_no_sentence_of_moderation() -> None:
 
 @pytest.mark.parametrize("code", FAILURES)
 def test_a_failure_is_the_last_event_and_keeps_its_code(code: str) -> None:
-    reply = make()
+    encoder = make()
     error = ProxyError(code, "x")
-    values = read_stream(reply.feed(Text("a")) + reply.fail(error))
+    values = read_stream(encoder.feed([Text("a")]) + encoder.fail(error))
     failed = values[-1]
     assert failed["type"] == "response.failed" and failed["response"]["status"] == "failed"
     assert failed["response"]["error"]["code"] == ("rate_limit_exceeded" if error.status == 429 else "server_error")
@@ -811,54 +811,51 @@ def test_a_failure_is_the_last_event_and_keeps_its_code(code: str) -> None:
     assert ("try again in" in failed["response"]["error"]["message"].removeprefix(f"{code}: {error.message}")) == (
         error.status == 429
     )
-    assert reply.response is None
+    assert encoder.response is None
 
 
 def test_a_failure_before_all_events_and_one_after_the_end() -> None:
     assert types(read_stream(make().fail(ProxyError("answer_broken")))) == [*BEGIN, "failed"]
-    reply = make()
-    reply.feed(Finished("stop"))
-    assert reply.fail(ProxyError("answer_broken")) == b"" and reply.response is not None
-    error = json.loads(make(False).fail(ProxyError("answer_broken")))["error"]
-    assert error["code"] == "answer_broken"
+    encoder = make()
+    encoder.feed([Finished("stop")])
+    assert encoder.fail(ProxyError("answer_broken")) == b"" and encoder.response is not None
+    assert API.render_error(ProxyError("answer_broken"))["error"]["code"] == "answer_broken"
 
 
 def test_a_failure_keeps_the_items_that_were_whole() -> None:
-    reply = make()
-    data = b"".join(map(reply.feed, [Thinking("a"), Text("b")])) + reply.fail(ProxyError("answer_broken"))
+    encoder = make()
+    data = encoder.feed([Thinking("a"), Text("b")]) + encoder.fail(ProxyError("answer_broken"))
     assert [item["type"] for item in read_stream(data)[-1]["response"]["output"]] == ["reasoning"]
 
 
 def test_silence_is_filled_with_a_comment_in_a_stream_alone() -> None:
-    alive = make().alive()
-    assert alive.startswith(b":") and not list(SSEParser().feed(alive))
-    assert make(False).alive() == b""
+    data = make().keep_alive
+    assert data.startswith(b":") and list(SSEParser().feed(data)) == []
+    assert make(False).keep_alive == b""
 
 
 def test_the_request_chooses_the_form_and_chunks_are_counted() -> None:
     streamed, complete = make(), make(False)
-    assert isinstance(streamed, ResponsesStreamReply) and isinstance(complete, ResponsesWholeReply)
     assert (streamed.content_type, complete.content_type) == ("text/event-stream", "application/json")
-    for reply in (streamed, complete):
-        for event in (OPENED, Text("a"), Thinking("b"), CALLS[0], Finished("tool_calls")):
-            reply.feed(event)
-        assert reply.chunks == 3
+    for encoder in (streamed, complete):
+        encoder.feed([OPENED, Text("a"), Thinking("b"), CALLS[0], Finished("tool_calls")])
+        assert encoder.chunks == 3
 
 
 def test_a_very_long_text_is_many_deltas() -> None:
     text = "你" * 100_000
-    data = make().feed(Text(text))
+    data = make().feed([Text(text)])
     assert max(map(len, data.split(b"\n"))) < 64_000
     deltas = [value["delta"] for value in read_stream(data) if "delta" in value]
     assert "".join(deltas) == text
 
 
 def test_many_long_pieces_take_linear_time() -> None:
-    reply = make()
+    encoder = make()
     for _ in range(20_000):
-        reply.feed(Text("word "))
-    reply.feed(Finished("stop"))
-    assert len(shown(reply.response)[0]) == 100_000
+        encoder.feed([Text("word ")])
+    encoder.feed([Finished("stop")])
+    assert len(shown(encoder.response)[0]) == 100_000
 
 
 @pytest.mark.parametrize("model", ['q"uote', "新模型", "a\nb", "\u2028"])
@@ -912,9 +909,10 @@ def test_the_sdk_puts_the_answer_together(streamed: bool) -> None:
     events: list[Event] = [OPENED, Thinking("hm"), Text('{"a":'), Text('"b"}'), CALLS[0], Finished("tool_calls")]
 
     def answer(request: httpx2.Request) -> httpx2.Response:
-        reply = make_responses_reply(parse_responses_request(request.content), 7, "text", "", "resp_ab")
-        data = b"".join(map(reply.feed, events)) + reply.finish()
-        return httpx2.Response(200, content=data, headers={"Content-Type": reply.content_type})
+        asked = API.parse(request.content, lambda item_id: None)
+        encoder = API.make_encoder(asked, created=7, sources="text", prompt="", response_id="resp_ab")
+        data = encoder.feed(events) + encoder.finish()
+        return httpx2.Response(200, content=data, headers={"Content-Type": encoder.content_type})
 
     tools: Any = [{**FUNCTION, "name": "f"}]
     with (
@@ -984,17 +982,22 @@ def test_a_wrong_field_of_a_completion_is_named(number: int) -> None:
     assert (caught.value.status, caught.value.code, caught.value.param) == (400, "invalid_request", param)
 
 
+def make_completion(**fields: Any) -> Encoder:
+    request = parse_completion(**fields)
+    return APIS["/v1/completions"].make_encoder(request, created=7, sources="text", prompt="你好")
+
+
 def complete(*events: Event, **fields: Any) -> Any:
-    reply = make_completion_reply(parse_completion(**fields), 7, "text", "你好")
-    assert {reply.feed(event) for event in (OPENED, *events)} == {b""} and reply.alive() == b""
-    value = json.loads(reply.finish())
+    encoder = make_completion(**fields)
+    assert encoder.feed([OPENED, *events]) == b"" and encoder.keep_alive == b""
+    value = json.loads(encoder.finish())
     Completion.model_validate(value)
     return value
 
 
 def complete_stream(*events: Event, **fields: Any) -> list[Any]:
-    reply = make_completion_reply(parse_completion(stream=True, **fields), 7, "text", "你好")
-    frames = [frame.data for frame in SSEParser().feed(b"".join(map(reply.feed, (OPENED, *events))) + reply.finish())]
+    encoder = make_completion(stream=True, **fields)
+    frames = [frame.data for frame in SSEParser().feed(encoder.feed([OPENED, *events]) + encoder.finish())]
     assert frames.pop() == "[DONE]"
     return [json.loads(frame) for frame in frames]
 
@@ -1043,9 +1046,7 @@ def test_a_streamed_completion_says_what_a_whole_one_says(texts: list[str], opti
 
 
 def test_a_failed_completion() -> None:
-    for stream_it in (True, False):
-        reply = make_completion_reply(parse_completion(stream=stream_it), 7, "text", "")
-        data = reply.fail(ProxyError("answer_broken"))
-        text = next(SSEParser().feed(data)).data if stream_it else data
-        assert json.loads(text)["error"]["code"] == "answer_broken"
-    assert make_completion_reply(parse_completion(stream=True), 7, "text", "").alive().startswith(b":")
+    encoder = make_completion(stream=True)
+    (frame,) = SSEParser().feed(encoder.fail(ProxyError("answer_broken")))
+    assert json.loads(frame.data)["error"]["code"] == "answer_broken"
+    assert encoder.keep_alive.startswith(b":")
