@@ -39,6 +39,7 @@ import io
 import ipaddress
 import json
 import logging
+import mimetypes
 import os
 import random
 import re
@@ -64,8 +65,14 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    asynccontextmanager,
+    closing,
+    contextmanager,
+    suppress,
+)
 from contextvars import ContextVar
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from functools import cache, lru_cache, partial
@@ -73,24 +80,11 @@ from itertools import accumulate, cycle, groupby
 from math import isfinite, nan
 from pathlib import Path
 from types import MappingProxyType
-from typing import (
-    IO,
-    Any,
-    Final,
-    Generic,
-    Literal,
-    NoReturn,
-    Protocol,
-    TypeVar,
-    cast,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Any, Final, Generic, Literal, NoReturn, Protocol, TypeVar, cast, get_args, get_origin, get_type_hints
 from urllib.parse import unquote, urljoin
 
 import aiohttp
-from aiohttp import abc, web, web_protocol
+from aiohttp import web, web_protocol
 from aiohttp.connector import Connection
 from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
@@ -5293,13 +5287,15 @@ class Accounts:
 
 # ==== 14. Files =============================================================
 #
-# A file on its way from a request to the service, piece by piece and never held whole: from its origin, through an
-# unlinked temporary file where its length is not known before, or out of the request's base64. URLs come from
-# strangers: `AddressGuard.open_socket` is the one place where a connection to an origin begins, and it decides on the
-# very address that is connected to, whatever name, spelling or redirect led there. Nothing here knows of Kimi.
+# Streams a file from a request to Kimi without holding it in memory: from its origin, from the request's base64, or
+# from an unlinked temporary file where its size is not known in advance. URLs come from strangers:
+# `AddressGuard.make_socket` is the one place where a connection to an origin begins, and it decides on the very address
+# being connected to, whatever name, spelling or redirect led there. Nothing here knows about Kimi.
 
-FILE_SECONDS: Final = 60.0  # a file's origin, or the storage, that moves nothing for so long fails
-TRANSFER_SECONDS: Final = 120.0  # limit of one file's way from its origin to the storage
+FILE_SECONDS: Final = 60.0  # limit for an origin to send more, and for the storage to accept more
+TRANSFER_SECONDS: Final = 120.0  # limit for a whole file
+MAX_REDIRECTS: Final = 5
+
 
 PUBLIC: Final = "public"
 
@@ -5399,62 +5395,46 @@ def check_file_url(text: str) -> URL:
     return url
 
 
-_TYPES: Final[Mapping[str, str]] = {
-    "pdf": "application/pdf",
-    "txt": "text/plain",
-    "md": "text/markdown",
-    "html": "text/html",
-    "htm": "text/html",
-    "csv": "text/csv",
-    "json": "application/json",
-    "xml": "application/xml",
-    "doc": "application/msword",
-    "docx": "application/vnd.openxmlformats-officedocument.wordprocessingml.document",
-    "xls": "application/vnd.ms-excel",
-    "xlsx": "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet",
-    "ppt": "application/vnd.ms-powerpoint",
-    "pptx": "application/vnd.openxmlformats-officedocument.presentationml.presentation",
-    "epub": "application/epub+zip",
-    "rtf": "application/rtf",
-    "zip": "application/zip",
-    "png": "image/png",
-    "jpg": "image/jpeg",
-    "jpeg": "image/jpeg",
-    "gif": "image/gif",
-    "webp": "image/webp",
-    "bmp": "image/bmp",
-    "svg": "image/svg+xml",
-    "heic": "image/heic",
-    "avif": "image/avif",
-    "tiff": "image/tiff",
-    "mp3": "audio/mpeg",
-    "wav": "audio/wav",
-    "mp4": "video/mp4",
+_EXTRA_TYPES: Final[Mapping[str, str]] = {
+    ".md": "text/markdown",
+    ".xml": "application/xml",
+    ".docx": "application/vnd.openxmlformats-officedocument.wordprocessingml.document",
+    ".xlsx": "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet",
+    ".pptx": "application/vnd.openxmlformats-officedocument.presentationml.presentation",
+    ".epub": "application/epub+zip",
+    ".rtf": "application/rtf",
+    ".webp": "image/webp",
+    ".wav": "audio/wav",
 }
-_EXTENSIONS: Final[Mapping[str, str]] = {kind: extension for extension, kind in reversed(list(_TYPES.items()))}
-_UNSAID_TYPES: Final = frozenset({"", "application/octet-stream", "binary/octet-stream", "application/x-download"})
-_EXTENSION: Final = re.compile(r"\.([A-Za-z0-9]{1,8})\Z")
+# An instance of its own has the built-in table only, so that the result does not depend on the machine's files.
+_TYPES: Final[Mapping[str, str]] = {**mimetypes.MimeTypes().types_map[True], **_EXTRA_TYPES}
+# The table names the preferred extension of a type first.
+_EXTENSIONS: Final[Mapping[str, str]] = {
+    kind: extension for extension, kind in [*reversed([*_TYPES.items()]), *_EXTRA_TYPES.items()]
+}
+_MEANINGLESS_TYPES: Final = frozenset({"", "application/octet-stream", "binary/octet-stream", "application/x-download"})
+_EXTENSION: Final = re.compile(r"\.[A-Za-z0-9]{1,8}\Z")
 
 
 def name_file(names: Sequence[str], content_type: str, kind: str) -> tuple[str, str]:
-    """Name and `Content-Type` of a file, from what it may be called, and the type that is told of it, or empty.
+    """Name and `Content-Type` of a file, from its possible names and the type that was declared, which may be empty.
 
-    The first of `names` that has an extension wins, else the first; one that has none gets the type's. A type that is
-    not told, or says nothing, is the name's.
+    The first of `names` with an extension wins, else the first; one without gets the extension of the type. A type that
+    is missing or means nothing is replaced by that of the extension.
     """
     cleaned = [name for name in map(_clean_name, names) if name]
     name = next((one for one in cleaned if _EXTENSION.search(one)), cleaned[0] if cleaned else kind)
     extension = _EXTENSION.search(name)
     content_type = content_type.partition(";")[0].strip().lower()
-    if content_type in _UNSAID_TYPES or not re.fullmatch(r"[a-z0-9.+-]+/[a-z0-9.+-]+", content_type):
-        content_type = _TYPES.get(extension[1].lower() if extension else "", "application/octet-stream")
-    if extension is None and content_type in _EXTENSIONS:
-        name += f".{_EXTENSIONS[content_type]}"
+    if content_type in _MEANINGLESS_TYPES or not re.fullmatch(r"[a-z0-9.+-]+/[a-z0-9.+-]+", content_type):
+        content_type = _TYPES.get(extension[0].lower() if extension else "", "application/octet-stream")
+    if extension is None and content_type not in _MEANINGLESS_TYPES:
+        name += _EXTENSIONS.get(content_type, "")
     return name, content_type
 
 
 def _clean_name(name: str) -> str:
-    """The last segment of a path, without what no file system takes, 120 characters at most, its extension kept."""
+    """The last segment of a path, without characters that file systems refuse, in at most 120 characters."""
     name = re.split(r"[/\\]", name[-1000:])[-1]
     name = "".join(letter for letter in name if letter.isprintable() and letter not in '"<>|:*?').strip(". ")
     extension = _EXTENSION.search(name)
@@ -5503,63 +5483,32 @@ class AddressGuard:
         return PUBLIC
 
 
-class _Resolver(abc.AbstractResolver):
-    """Resolves the names of origins in threads of its own: a slow name server of theirs shall not stop ours."""
-
-    def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(32, "resolve")
-
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
-    ) -> list[abc.ResolveResult]:
-        """The addresses of `host`."""
-        look_up = partial(socket.getaddrinfo, host, port, family, socket.SOCK_STREAM)
-        found = await asyncio.get_running_loop().run_in_executor(self._threads, look_up)
-        numeric = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
-        return [
-            abc.ResolveResult(
-                hostname=host, host=str(address[0]), port=port, family=kind, proto=protocol, flags=numeric
-            )
-            for kind, _, protocol, _, address in found
-        ]
-
-    async def close(self) -> None:
-        """Let go of the threads."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
-
 class OpenFile:
-    """A file that is ready to be sent on. `size_bytes` is what it promises; reading it keeps the promise or raises.
+    """A file that is ready to be sent: `read` yields exactly `size_bytes` bytes, or raises.
 
-    `failure` is what reading raised: aiohttp shows its own error for it.
+    `source` returns the next piece, empty at the end. `failure` is what `read` raised, since aiohttp raises an error of
+    its own instead.
     """
 
     def __init__(
-        self,
-        kind: str,
-        name: str,
-        content_type: str,
-        size_bytes: int,
-        pieces: AsyncIterator[bytes],
-        watch: Silence,
+        self, kind: str, name: str, content_type: str, size_bytes: int, source: Callable[[], Awaitable[bytes]]
     ) -> None:
         self.kind = kind
         self.name = name
         self.content_type = content_type
         self.size_bytes = size_bytes
-        self.watch = watch
         self.sent_bytes = 0
+        self.waiting_for_source = False
         self.failure: ProxyError | None = None
-        self._pieces = pieces
+        self._source = source
 
     async def read(self) -> AsyncIterator[bytes]:
-        """The bytes, once. Raises `ProxyError`: what their source says, or `file_broken` for more or less of them."""
+        """The bytes, once. Raises `ProxyError`: the source's, or `file_broken` where there are more or less of them."""
         try:
-            async for piece in self._pieces:
+            while piece := await self._read_source():
                 self.sent_bytes += len(piece)
                 if self.sent_bytes > self.size_bytes:
                     raise ProxyError("file_broken", "the file is longer than promised")
-                self.watch.pieces += 1
                 yield piece
             if self.sent_bytes < self.size_bytes:
                 raise ProxyError("file_broken", "the file is shorter than promised")
@@ -5567,203 +5516,155 @@ class OpenFile:
             self.failure = error
             raise
 
+    async def _read_source(self) -> bytes:
+        self.waiting_for_source = True  # stays so when cancelled: this tells who was waited for
+        piece = await self._source()
+        self.waiting_for_source = False
+        return piece
 
-@dataclass(frozen=True, slots=True, repr=False)
-class SpooledFile:
-    """A file that a client uploaded, whole, while it is on its way to the service."""
 
-    kind: str
-    name: str
-    content_type: str
-    size_bytes: int
-    file: IO[bytes]
+class Spool:
+    """A temporary file without a name. Raises `ProxyError` `spool_full` where it cannot be written."""
 
-    def __repr__(self) -> str:
-        return f"SpooledFile({self.size_bytes} bytes)"
+    def __init__(self, directory: str) -> None:
+        self.size_bytes = 0
+        with _spool_errors():
+            self._file = tempfile.TemporaryFile(dir=directory or None)  # noqa: SIM115  # see `close`
+
+    async def write(self, piece: bytes) -> None:
+        """Append `piece`."""
+        self.size_bytes += len(piece)
+        with _spool_errors():
+            await asyncio.to_thread(self._file.write, piece)
+
+    async def rewind(self) -> Callable[[], Awaitable[bytes]]:
+        """What reads it from its beginning, a piece at each call."""
+        with _spool_errors():
+            await asyncio.to_thread(self._file.seek, 0)  # writes what is still in the buffer
+        return partial(asyncio.to_thread, self._file.read, 65_536)
+
+    def close(self) -> None:
+        """Close it, which removes it."""
+        with suppress(OSError):  # a full disk, which was reported by then
+            self._file.close()
+
+
+@contextmanager
+def _spool_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else type(error).__name__
+        raise ProxyError("spool_full", f"writing a temporary file: {reason}") from None
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
-    """By what a file is known again: the digest of its URL, or of its bytes, of which there are `size_bytes`."""
+class ReceivedFile:
+    """A file that a client uploaded, complete, on its way to Kimi."""
 
-    digest: bytes
-    size_bytes: int = 0
-
-
-class Inflater:
-    """Decoder of a body that is gzip or deflate (RFC 9110, section 8.4.1; deflate with or without its zlib header)."""
-
-    _MOST_MEMBERS = 100  # of one gzip body: each empty one costs work, and shows nothing
-
-    def __init__(self) -> None:
-        self._inflater: Any = None
-        self._head = b""
-        self._members = 0
-        self._is_gzip = False
-
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        """What `data` becomes, in pieces of 64 KiB at most. Raises `WireError` for what is neither."""
-        piece = b""
-        while data or len(piece) == 65_536:  # a full piece may have left more inside
-            if self._inflater is None and not (data := self._begin(data)):
-                return
-            try:
-                piece = self._inflater.decompress(data, 65_536)
-            except zlib.error:
-                raise WireError("not the encoding that is announced") from None
-            if piece:
-                yield piece
-            data = self._inflater.unconsumed_tail
-            if self._inflater.eof:
-                data, self._inflater, piece = self._inflater.unused_data, None, b""
-
-    def finish(self) -> None:
-        """Say that the input ended. Raises `WireError` where it was cut."""
-        if self._inflater is not None or self._head or not self._members:
-            raise WireError("an encoded body that is cut")
-
-    def _begin(self, data: bytes) -> bytes:
-        """Begin a member with `data`; nothing is given back while its beginning is not there yet."""
-        if self._members:
-            data = data.lstrip(b"\0") if not self._head else data
-        data = self._head + data
-        self._head = data if len(data) < 2 else b""
-        if len(data) < 2:
-            return b""
-        self._members += 1
-        if self._members > (self._MOST_MEMBERS if self._is_gzip else 1):
-            raise WireError("more behind the end of an encoded body")
-        self._is_gzip = data[0] == 0x1F
-        self._inflater = zlib.decompressobj(_window_bits(data))
-        return data
-
-
-def _window_bits(head: bytes) -> int:
-    """What zlib has to expect: gzip, deflate with a header (RFC 1950, section 2.2), or without."""
-    if head[0] == 0x1F:
-        return 31
-    return 15 if head[0] & 0x0F == 8 and (head[0] << 8 | head[1]) % 31 == 0 else -15
+    name: str = field(repr=False)
+    content_type: str
+    purpose: str = field(repr=False)
+    spool: Spool
 
 
 class Files:
-    """Opens what clients attach. Owns the connections to origins, which see no header but the most ordinary ones."""
-
-    _MOST_REDIRECTS = 5
+    """Opens what clients attach. Owns the connections to origins, which see only the most ordinary headers."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
-        self._settings = settings
-        self._limit_bytes = settings.max_file_mb * MEGABYTE
+        self._limit_mb = settings.max_file_mb
+        self._spool_dir = settings.spool_dir
         guard = AddressGuard(metrics, allow_private=settings.allow_private_urls)
-        self._resolver = _Resolver()
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
-                limit=0,
-                socket_factory=guard.make_socket,
-                resolver=self._resolver,
-                force_close=True,
-                use_dns_cache=False,
+                limit=0, socket_factory=guard.make_socket, force_close=True, use_dns_cache=False
             ),
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
             headers={"User-Agent": "kimi_proxy", "Accept-Encoding": "identity"},
-            auto_decompress=False,  # aiohttp does not notice a gzip body that was cut
+            auto_decompress=False,  # aiohttp does not notice that a gzip body is cut
         )
 
     async def close(self) -> None:
         """Close all connections."""
         await self._session.close()
-        await self._resolver.close()
 
-    async def identify(self, attachment: Attachment) -> Identity:
-        """By what `attachment` is known again. Raises `ProxyError` for inline data that is not base64, or too large."""
+    def check_size(self, size_bytes: int) -> None:
+        """Raises `ProxyError` `file_too_large` if a file of `size_bytes` is over the limit."""
+        if size_bytes > self._limit_mb * MEGABYTE:
+            raise ProxyError("file_too_large", f"the file has more than {self._limit_mb} MB")
+
+    async def identify(self, attachment: Attachment) -> tuple[bytes, int]:
+        """A digest that identifies `attachment`, of its URL or of its bytes, and the number of these.
+
+        Raises `ProxyError` for inline data that is not base64, empty or too large.
+        """
         if attachment.url:
-            return Identity(hashlib.sha256(attachment.url.encode()).digest())
-        if attachment.inline_bytes > self._limit_bytes:
-            raise self._too_large()
+            return hashlib.sha256(attachment.url.encode()).digest(), 0
+        self.check_size(attachment.inline_bytes)
         try:
-            identity = await asyncio.to_thread(_measure_inline, attachment)
+            digest, size_bytes = await asyncio.to_thread(_digest_inline, attachment)
         except WireError as error:
             raise ProxyError("invalid_request", f"{attachment.path}: {error}") from None
-        if identity.size_bytes > self._limit_bytes:
-            raise self._too_large()
-        if not identity.size_bytes:
+        self.check_size(size_bytes)
+        if not size_bytes:
             raise ProxyError("invalid_request", f"{attachment.path}: the file is empty")
-        return identity
+        return digest, size_bytes
 
     @asynccontextmanager
-    async def open(self, attachment: Attachment, identity: Identity, watch: Silence) -> AsyncIterator[OpenFile]:
-        """The file of `attachment`, its origin's head read. Raises `ProxyError`; leaving it closes all."""
+    async def open(self, attachment: Attachment, size_bytes: int) -> AsyncIterator[OpenFile]:
+        """The file of `attachment`, with its origin's head read; `size_bytes` as in `identify`. Raises `ProxyError`."""
         if attachment.url:
-            async with self._open_remote(attachment, watch) as file:
+            async with self._open_url(attachment) as file:
                 yield file
             return
         name, content_type = name_file([attachment.name], attachment.content_type, attachment.kind)
-        pieces = _read_inline(attachment)
-        yield OpenFile(attachment.kind, name, content_type, identity.size_bytes, pieces, watch)
+        read = partial(asyncio.to_thread, next, decode_base64(attachment.data, attachment.start), b"")
+        yield OpenFile(attachment.kind, name, content_type, size_bytes, read)
+
+    def open_spool(self) -> AbstractContextManager[Spool]:
+        """An empty spool, which is closed when the context is left."""
+        return closing(Spool(self._spool_dir))
 
     @asynccontextmanager
-    async def open_spooled(self, spooled: SpooledFile, watch: Silence) -> AsyncIterator[OpenFile]:
+    async def open_received(self, received: ReceivedFile) -> AsyncIterator[OpenFile]:
         """A file that a client uploaded, from its beginning."""
-        await asyncio.to_thread(spooled.file.seek, 0)
-        pieces = _read_spool(spooled.file)
-        yield OpenFile(spooled.kind, spooled.name, spooled.content_type, spooled.size_bytes, pieces, watch)
+        name, content_type = name_file([received.name], received.content_type, "file")
+        kind = "image" if content_type.startswith("image/") else "file"
+        yield OpenFile(kind, name, content_type, received.spool.size_bytes, await received.spool.rewind())
 
     @asynccontextmanager
-    async def spool_upload(
-        self, name: str, content_type: str, pieces: AsyncIterator[bytes]
-    ) -> AsyncIterator[SpooledFile]:
-        """What a client uploads, in a temporary file without a name. Raises `ProxyError`, as `file_too_large`."""
-        async with self._spool(self._limit(pieces)) as (file, size_bytes):
-            if not size_bytes:
-                raise ProxyError("invalid_request", "file: is empty", param="file")
-            name, content_type = name_file([name], content_type, "file")
-            kind = "image" if content_type.startswith("image/") else "file"
-            yield SpooledFile(kind, name, content_type, size_bytes, file)
-
-    async def _limit(self, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        size_bytes = 0
-        async for piece in pieces:
-            size_bytes += len(piece)
-            if size_bytes > self._limit_bytes:
-                raise self._too_large()
-            yield piece
-
-    @asynccontextmanager
-    async def _open_remote(self, attachment: Attachment, watch: Silence) -> AsyncIterator[OpenFile]:
-        with _waiting_for_origin(watch):
-            response = await self._follow(attachment.url)
-        async with response:
+    async def _open_url(self, attachment: Attachment) -> AsyncIterator[OpenFile]:
+        async with await self._follow(attachment.url) as response:
             size_bytes = self._check_head(response)
-            watch.is_broken = lambda: is_connection_broken(response.connection)
-            names = [*_disposition_names(response), response.url.name]
+            names = [_disposition_name(response), response.url.name]
             name, content_type = name_file(names, response.headers.get("Content-Type", ""), attachment.kind)
-            pieces = self._read_origin(response, watch)
             if size_bytes is not None:
-                yield OpenFile(attachment.kind, name, content_type, size_bytes, pieces, watch)
+                yield OpenFile(attachment.kind, name, content_type, size_bytes, partial(_read_origin, response))
                 return
-            async with self._spool(pieces) as (spooled, size_bytes):
-                if not size_bytes:
-                    raise ProxyError("file_url_invalid", "the file is empty")
-                yield OpenFile(attachment.kind, name, content_type, size_bytes, _read_spool(spooled), watch)
+            with self.open_spool() as spool:
+                await self._fill(spool, response)
+                yield OpenFile(attachment.kind, name, content_type, spool.size_bytes, await spool.rewind())
 
     async def _follow(self, text: str) -> aiohttp.ClientResponse:
-        """The response at a URL, redirects followed, each of them checked. The caller closes it."""
-        for _ in range(self._MOST_REDIRECTS + 1):
+        """The response at a URL after redirects, each of which is checked. The caller closes it."""
+        for _ in range(MAX_REDIRECTS + 1):
             response = await self._get(check_file_url(text))
-            if response.status not in _REDIRECTS:
+            if response.status not in (301, 302, 303, 307, 308):
                 return response
             response.close()
             try:
                 text = urljoin(str(response.url), response.headers["Location"])
             except (KeyError, ValueError):
                 raise ProxyError("file_url_invalid", "a redirect of the file's origin leads nowhere") from None
-        raise ProxyError("file_url_invalid", f"more than {self._MOST_REDIRECTS} redirects")
+        raise ProxyError("file_url_invalid", f"more than {MAX_REDIRECTS} redirects")
 
     async def _get(self, url: URL) -> aiohttp.ClientResponse:
         try:
-            return await self._session.get(url, allow_redirects=False)
+            async with asyncio.timeout(FILE_SECONDS):
+                return await self._session.get(url, allow_redirects=False)
         except TimeoutError:
-            raise ProxyError("file_silent", "no connection to the file's origin in time") from None
+            raise ProxyError("file_silent", "the file's origin does not answer in time") from None
         except aiohttp.ClientConnectorCertificateError:
             raise ProxyError("file_url_invalid", "the TLS certificate of the file's origin is not valid") from None
         except (aiohttp.ClientConnectorError, aiohttp.InvalidURL, ValueError):
@@ -5773,126 +5674,76 @@ class Files:
             raise ProxyError("file_broken", f"the file's origin gave no answer ({type(error).__name__})") from None
 
     def _check_head(self, response: aiohttp.ClientResponse) -> int | None:
-        """How many bytes the head promises; None where it does not tell, or tells of encoded ones."""
+        """The size that the response head promises; None where it does not tell the size of the decoded file."""
         if response.status != 200:
             raise ProxyError("file_url_invalid", f"the file's origin answers HTTP {response.status}")
-        encoding = _encoding_of(response)
-        if response.headers.get("Transfer-Encoding", "chunked").lower() != "chunked":
-            encoding = "unknown"
-        if encoding not in ("", "gzip", "x-gzip", "deflate"):
+        is_framed = response.headers.get("Transfer-Encoding", "chunked").lower() == "chunked"
+        if not is_framed or _encoding(response) not in ("", "gzip", "x-gzip", "deflate"):
             raise ProxyError("file_url_invalid", "the file's origin sends an encoding that nobody asked for")
         size_bytes = response.content_length
-        if size_bytes is not None and size_bytes > self._limit_bytes:
-            raise self._too_large()
         if size_bytes == 0:
             raise ProxyError("file_url_invalid", "the file is empty")
-        return None if encoding else size_bytes
+        self.check_size(size_bytes or 0)
+        return None if _encoding(response) else size_bytes
 
-    async def _read_origin(self, response: aiohttp.ClientResponse, watch: Silence) -> AsyncIterator[bytes]:
-        """The body, as it comes and decoded. Raises `ProxyError`: `file_broken`, `file_too_large`."""
-        inflater = Inflater() if _encoding_of(response) else None
-        size_bytes = received_bytes = 0
-        try:
-            while piece := await self._read_piece(response, watch):
-                received_bytes += len(piece)
-                if received_bytes > self._limit_bytes:
-                    raise self._too_large()
-                for decoded in inflater.feed(piece) if inflater is not None else (piece,):
-                    size_bytes += len(decoded)
-                    if size_bytes > self._limit_bytes:
-                        raise self._too_large()
-                    yield decoded
-            if inflater is not None:
-                inflater.finish()
-        except WireError as error:
-            raise ProxyError("file_broken", str(error)) from None
-
-    @staticmethod
-    async def _read_piece(response: aiohttp.ClientResponse, watch: Silence) -> bytes:
-        with _waiting_for_origin(watch):
-            try:
-                piece = await response.content.readany()
-            except (aiohttp.ClientError, ConnectionError, RuntimeError) as error:
-                # aiohttp's RuntimeError says that the connection was lost before.
-                raise ProxyError("file_broken", f"its origin broke off ({type(error).__name__})") from None
-        watch.pieces += 1
-        return piece
-
-    @asynccontextmanager
-    async def _spool(self, pieces: AsyncIterator[bytes]) -> AsyncIterator[tuple[IO[bytes], int]]:
-        """All of `pieces` in a temporary file without a name, at its beginning, and how many bytes they are."""
-        size_bytes = 0
-        with _spool_failures():
-            spooled = tempfile.TemporaryFile(dir=self._settings.spool_dir or None)  # noqa: SIM115  # closed below
-        try:
-            async for piece in pieces:
-                size_bytes += len(piece)
-                with _spool_failures():
-                    await asyncio.to_thread(spooled.write, piece)
-            with _spool_failures():
-                await asyncio.to_thread(spooled.seek, 0)  # writes what is still in the buffer
-            yield spooled, size_bytes
-        finally:
-            with suppress(OSError):
-                spooled.close()
-
-    def _too_large(self) -> ProxyError:
-        return ProxyError("file_too_large", f"the file has more than {self._settings.max_file_mb} MB")
+    async def _fill(self, spool: Spool, response: aiohttp.ClientResponse) -> None:
+        """Write the whole body, decoded, to `spool`. Raises `ProxyError`."""
+        inflater = zlib.decompressobj(47) if _encoding(response) else None  # 47: gzip or deflate
+        while piece := await _read_origin(response):
+            for decoded in (piece,) if inflater is None else _inflate(inflater, piece):
+                self.check_size(spool.size_bytes + len(decoded))
+                await spool.write(decoded)
+        if inflater is not None and not inflater.eof:
+            raise ProxyError("file_broken", "its compressed body is cut")
+        if not spool.size_bytes:
+            raise ProxyError("file_url_invalid", "the file is empty")
 
 
-_REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
-
-
-@contextmanager
-def _waiting_for_origin(watch: Silence) -> Iterator[None]:
-    """Say whose fault it is when nothing moves in here."""
-    before = watch.silent, watch.late, watch.resting
-    watch.silent = watch.late = "file_silent"
-    watch.resting = False
-    yield
-    watch.silent, watch.late, watch.resting = before
-
-
-@contextmanager
-def _spool_failures() -> Iterator[None]:
+async def _read_origin(response: aiohttp.ClientResponse) -> bytes:
+    """The next bytes of the body as the network brings them; empty at its end."""
     try:
-        yield
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else type(error).__name__
-        raise ProxyError("spool_full", f"writing a temporary file: {reason}") from None
+        async with asyncio.timeout(FILE_SECONDS):
+            return await response.content.readany()
+    except TimeoutError:
+        raise ProxyError("file_silent", f"the file's origin sends nothing for {FILE_SECONDS:g} s") from None
+    except (aiohttp.ClientError, ConnectionError, RuntimeError) as error:
+        # aiohttp raises RuntimeError where the connection was lost before.
+        raise ProxyError("file_broken", f"its origin broke off ({type(error).__name__})") from None
 
 
-def _encoding_of(response: aiohttp.ClientResponse) -> str:
-    """How the body is encoded; empty where it is not."""
+def _inflate(inflater: Any, piece: bytes) -> Iterator[bytes]:
+    """What `piece` decodes to, at most 64 KiB at a time: a small body may become a huge file."""
+    try:
+        while piece and not inflater.eof:
+            yield inflater.decompress(piece, 65_536)
+            piece = inflater.unconsumed_tail
+    except zlib.error:
+        raise ProxyError("file_broken", "its compressed body cannot be decoded") from None
+    if piece or inflater.unused_data:
+        raise ProxyError("file_broken", "more bytes behind the end of its compressed body")
+
+
+def _encoding(response: aiohttp.ClientResponse) -> str:
+    """The content encoding of the body; empty where there is none."""
     encoding = response.headers.get("Content-Encoding", "").strip().lower()
     return "" if encoding == "identity" else encoding
 
 
-def _disposition_names(response: aiohttp.ClientResponse) -> list[str]:
-    """The file name that the origin's `Content-Disposition` tells (RFC 6266), if it does."""
+def _disposition_name(response: aiohttp.ClientResponse) -> str:
+    """The file name in the origin's `Content-Disposition` (RFC 6266), or empty."""
     try:
         disposition = response.content_disposition
     except (ValueError, LookupError):  # aiohttp's, for a hostile header
-        return []
-    return [disposition.filename] if disposition is not None and disposition.filename else []
+        return ""
+    return (disposition and disposition.filename) or ""
 
 
-def _measure_inline(attachment: Attachment) -> Identity:
+def _digest_inline(attachment: Attachment) -> tuple[bytes, int]:
     digest, size_bytes = hashlib.sha256(), 0
     for piece in decode_base64(attachment.data, attachment.start):
         digest.update(piece)
         size_bytes += len(piece)
-    return Identity(digest.digest(), size_bytes)
-
-
-async def _read_inline(attachment: Attachment) -> AsyncIterator[bytes]:
-    for piece in decode_base64(attachment.data, attachment.start):
-        yield piece
-
-
-async def _read_spool(spooled: IO[bytes]) -> AsyncIterator[bytes]:
-    while piece := await asyncio.to_thread(spooled.read, 65_536):
-        yield piece
+    return digest.digest(), size_bytes
 
 
 # ==== 15. Kimi ==============================================================
@@ -6256,8 +6107,19 @@ class Calls:
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """The response to a request with `file` in its body. Raises `ProxyError`, the file's own failure first."""
         tracker = aiohttp.UploadTracker()
-        file.watch.measure = lambda: tracker.bytes_written
-        file.watch.resting = False
+        limit = asyncio.timeout(None)
+        written_bytes, moved_at = -1, 0.0
+
+        def check(now: float) -> float:
+            nonlocal written_bytes, moved_at
+            if file.waiting_for_source or tracker.bytes_written != written_bytes:
+                written_bytes, moved_at = tracker.bytes_written, now
+            if now - moved_at < FILE_SECONDS:
+                return now + FILE_SECONDS / 4
+            limit.reschedule(now)
+            return now + 3600
+
+        watchdog = Watchdog(check, 0)
         try:
             request = self._transfers.request(
                 method,
@@ -6268,13 +6130,13 @@ class Calls:
                 upload_tracker=tracker,
                 proxy_headers=self._proxy_headers,
             )
-            async with request as response:
+            async with limit, request as response:
                 logger.debug("> %d of %d bytes of a file HTTP %d", file.sent_bytes, file.size_bytes, response.status)
                 yield response
                 if response.status < 300 and file.sent_bytes < file.size_bytes:
                     raise ProxyError("storage_failed", "storing the file: an answer before its end")
         except TimeoutError:
-            raise ProxyError("storage_silent", "storing the file: no connection in time") from None
+            raise ProxyError("storage_silent", "storing the file") from None
         except (aiohttp.ClientError, ConnectionError) as error:
             if file.failure is not None:
                 raise file.failure from None
@@ -6284,7 +6146,7 @@ class Calls:
                 "storage_failed", f"storing the file: the connection broke ({type(error).__name__})"
             ) from None
         finally:
-            file.watch.measure = None
+            watchdog.stop()
 
     async def _with_token(
         self, account: Account, call: Call, once: Callable[[Account, Call, str], Awaitable[Result]]
@@ -6850,22 +6712,22 @@ _CONTINUATIONS: Final = 3  # of one answer that meets its length limit (classic)
 _END_SECONDS: Final = 1.0  # what an ended answer still sends is read for so long, so that its connection is reused
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(frozen=True, slots=True)
 class UploadedFile:
-    """A file that a client uploaded: its id here, whose it is, and where it is at the service."""
+    """A file that a client uploaded: its id here, its owner, and where Kimi has it."""
 
     id: str
-    owner: bytes
-    dialect: str
-    kimi_id: str
-    name: str
+    owner: bytes = field(repr=False)
+    protocol: str
+    kimi_id: str = field(repr=False)
+    name: str = field(repr=False)
     size_bytes: int
-    purpose: str
+    purpose: str = field(repr=False)
     created: int
 
-    def id_for(self, dialect: Dialect, param: str) -> str:
-        """The service's id. Raises `ProxyError` where another dialect is spoken by now."""
-        if dialect.name != self.dialect:
+    def id_for(self, protocol: str, param: str) -> str:
+        """Kimi's id. Raises `ProxyError` where another protocol is in use by now."""
+        if protocol != self.protocol:
             raise ProxyError("file_not_found", "it was uploaded in another protocol of Kimi", param=param)
         return self.kimi_id
 
@@ -6881,62 +6743,54 @@ class UploadedFile:
             "status": "processed",
         }
 
-    def __repr__(self) -> str:
-        return f"UploadedFile({self.id})"
-
 
 @dataclass(frozen=True, slots=True)
-class Brought:
-    """Whose question was answered, and what became of its attachments: the service's ids, in their order."""
+class UploadResult:
+    """Where the attachments of a question are: account, protocol, and Kimi's ids in the attachments' order."""
 
     account: Account
-    dialect: str
+    protocol: str
     file_ids: tuple[str, ...]
 
 
-def keep_messages(messages: Sequence[Message], brought: Brought) -> tuple[Message, ...]:
-    """`messages` with what is attached to them as it was brought to the service: nothing large is kept."""
-    ids = iter(brought.file_ids)
-    owner = brought.account.digest
+def keep_messages(messages: Sequence[Message], result: UploadResult) -> tuple[Message, ...]:
+    """`messages` with their attachments as references to what was uploaded: nothing large is kept."""
+    ids = iter(result.file_ids)
+    owner = result.account.digest
 
     def keep(attachment: Attachment) -> Attachment:
-        return Attachment(attachment.kind, attachment.path, uploaded=(owner, brought.dialect, next(ids)))
+        return Attachment(attachment.kind, attachment.path, uploaded=(owner, result.protocol, next(ids)))
 
-    return tuple(
-        replace(message, attachments=tuple(map(keep, message.attachments))) if message.attachments else message
-        for message in messages
-    )
+    return tuple(replace(message, attachments=tuple(map(keep, message.attachments))) for message in messages)
 
 
 class Uploads:
-    """Brings files to the service, and remembers for an hour what it brought: programs send a chat's files each turn.
+    """Uploads files to Kimi, and remembers the ids for an hour: programs send the files of a chat with each turn.
 
-    Of a file are remembered a digest (of account, dialect, and URL or bytes) and the id that the service gave it. Of
-    several requests for the same file, one uploads it and the others wait, and share its failure; one that was only
-    cancelled is done over by the next.
+    A file is known by a digest (of account, protocol, and URL or bytes). Of several requests for the same file, one
+    uploads it; the others wait, and share its failure. One that was only cancelled is done again by the next.
     """
 
-    _MOST_KEPT = 4096
-    _KEPT_SECONDS = 3600.0
-    _AT_ONCE = 4  # of one request
+    MAX_KEPT = 4096
+    KEPT_SECONDS = 3600.0
+    MAX_PARALLEL = 4  # uploads of one request
 
-    def __init__(self, files: Files, ticker: Ticker, settings: Settings) -> None:
+    def __init__(self, files: Files, settings: Settings) -> None:
         self._files = files
-        self._ticker = ticker
-        self._settings = settings
+        self._max_inline_mb = settings.max_inline_mb
         self._kept: dict[bytes, tuple[float, str]] = {}
         self._running: dict[bytes, asyncio.Future[ProxyError | None]] = {}
         self._uploaded: dict[str, UploadedFile] = {}
 
     async def upload(self, account: Account, dialect: Dialect, attachments: Sequence[Attachment]) -> tuple[str, ...]:
-        """The service's ids of `attachments`, in their order.
+        """Kimi's ids of `attachments`, in their order.
 
         Raises `ProxyError`, the first failure's: the other uploads are cancelled then.
         """
         inline_bytes = sum(attachment.inline_bytes for attachment in attachments)
-        if inline_bytes > self._settings.max_inline_mb * MEGABYTE:
-            raise ProxyError("file_too_large", f"inline files of more than {self._settings.max_inline_mb} MB together")
-        gate = asyncio.Semaphore(self._AT_ONCE)
+        if inline_bytes > self._max_inline_mb * MEGABYTE:
+            raise ProxyError("file_too_large", f"inline files of more than {self._max_inline_mb} MB together")
+        gate = asyncio.Semaphore(self.MAX_PARALLEL)
         work = [asyncio.create_task(self._find(gate, account, dialect, one)) for one in attachments]
         # No task group: in one, a failure hides a cancellation that comes with it.
         try:
@@ -6958,11 +6812,11 @@ class Uploads:
                 raise ProxyError("previous_response_not_found", "its files were brought in another protocol of Kimi")
             return kimi_id
         if attachment.file_id:
-            return self.find(attachment.file_id, [account], attachment.path).id_for(dialect, attachment.path)
+            return self.find(attachment.file_id, [account], attachment.path).id_for(dialect.name, attachment.path)
         async with gate:
             try:
-                identity = await self._files.identify(attachment)
-                key = _key_of(account, dialect, attachment, identity)
+                digest, size_bytes = await self._files.identify(attachment)
+                key = _key_of(account, dialect.name, attachment, digest)
                 while (running := self._running.get(key)) is not None:
                     await asyncio.wait({running})
                     if isinstance(failure := running.result(), ProxyError):
@@ -6970,53 +6824,46 @@ class Uploads:
                 until, file_id = self._kept.get(key, (0.0, ""))
                 if asyncio.get_running_loop().time() < until:
                     return file_id
-                return await self._upload_and_keep(key, account, dialect, attachment, identity)
+                opening = partial(self._files.open, attachment, size_bytes)
+                return await self._upload_and_keep(key, account, dialect, opening)
             except ProxyError as error:
                 error.param = error.param or attachment.path
                 raise
 
-    async def _upload_and_keep(
-        self, key: bytes, account: Account, dialect: Dialect, attachment: Attachment, identity: Identity
-    ) -> str:
+    async def _upload_and_keep(self, key: bytes, account: Account, dialect: Dialect, opening: Opening) -> str:
         running = self._running[key] = asyncio.get_running_loop().create_future()
         outcome = None
         try:
-            opening = partial(self._files.open, attachment, identity)
-            file_id = await self._bring(account, dialect, opening)
-            self._kept.pop(key, None)
-            self._kept[key] = (asyncio.get_running_loop().time() + self._KEPT_SECONDS, file_id)
-            while len(self._kept) > self._MOST_KEPT:
-                del self._kept[next(iter(self._kept))]
-            return file_id
+            _, file_id = await _upload(account, dialect, opening)
         except ProxyError as error:
             outcome = error.copy()
             raise
         finally:
             del self._running[key]
             running.set_result(outcome)
+        self._kept.pop(key, None)
+        self._kept[key] = (asyncio.get_running_loop().time() + self.KEPT_SECONDS, file_id)
+        while len(self._kept) > self.MAX_KEPT:
+            del self._kept[next(iter(self._kept))]
+        return file_id
 
-    async def add(self, account: Account, dialect: Dialect, spooled: SpooledFile, purpose: str) -> UploadedFile:
-        """Bring a file to the service that a client uploaded, and remember it under an id of ours."""
-        kimi_id = await self._bring(account, dialect, partial(self._files.open_spooled, spooled))
-        return self._remember(account, dialect.name, kimi_id, spooled.name, spooled.size_bytes, purpose)
-
-    def _remember(
-        self, account: Account, dialect: str, kimi_id: str, name: str, size_bytes: int, purpose: str
-    ) -> UploadedFile:
-        file = UploadedFile(
+    async def add(self, account: Account, dialect: Dialect, received: ReceivedFile) -> UploadedFile:
+        """Upload a client's file to Kimi, and remember it under an id of ours."""
+        file, kimi_id = await _upload(account, dialect, partial(self._files.open_received, received))
+        uploaded = UploadedFile(
             id=f"file-{secrets.token_hex(12)}",
             owner=account.digest,
-            dialect=dialect,
+            protocol=dialect.name,
             kimi_id=kimi_id,
-            name=name,
-            size_bytes=size_bytes,
-            purpose=purpose,
+            name=file.name,
+            size_bytes=file.size_bytes,
+            purpose=received.purpose,
             created=int(time.time()),
         )
-        self._uploaded[file.id] = file
-        while len(self._uploaded) > self._MOST_KEPT:
+        self._uploaded[uploaded.id] = uploaded
+        while len(self._uploaded) > self.MAX_KEPT:
             del self._uploaded[next(iter(self._uploaded))]
-        return file
+        return uploaded
 
     def find(self, file_id: str, accounts: Sequence[Account], param: str | None = None) -> UploadedFile:
         """What one of `accounts` uploaded as `file_id`. Raises `ProxyError` `file_not_found`, for a stranger's too."""
@@ -7036,55 +6883,38 @@ class Uploads:
         return [file for file in reversed(self._uploaded.values()) if file.owner in owners]
 
     def forget(self, file_id: str, accounts: Sequence[Account]) -> None:
-        """Forget an id; the service keeps the file. Raises `ProxyError` `file_not_found`."""
+        """Forget an id; Kimi keeps the file. Raises `ProxyError` `file_not_found`."""
         del self._uploaded[self.find(file_id, accounts).id]
 
-    async def _bring(
-        self,
-        account: Account,
-        dialect: Dialect,
-        opening: Callable[[Silence], AbstractAsyncContextManager[OpenFile]],
-    ) -> str:
-        """Have a file flow to the service, and wait until it can be referred to: the service's id of it."""
-        try:
-            stored = await self._store(account, dialect, opening)
-        except StaleToken:
-            stored = await self._store(account, dialect, opening)
-        return await dialect.register(account, stored)
 
-    async def _store(
-        self,
-        account: Account,
-        dialect: Dialect,
-        opening: Callable[[Silence], AbstractAsyncContextManager[OpenFile]],
-    ) -> StoredFile:
-        """Have the file's bytes flow from where they are to the service."""
-        watch = None
-        try:
-            async with asyncio.timeout(None) as timeout:
-                watch = Silence(timeout, FILE_SECONDS, TRANSFER_SECONDS)
-                watch.silent = watch.late = "storage_silent"
-                watch.broken = "file_broken"
-                watch.resting = True  # until the transfer begins: the calls before it have limits of their own
-                self._ticker.add(watch)
-                async with opening(watch) as file:
-                    return await dialect.store(account, file)
-        except TimeoutError:
-            if watch is None or not watch.code:
-                raise
-            raise ProxyError(watch.code, "the file's way to Kimi") from None
-        finally:
-            if watch is not None:
-                self._ticker.discard(watch)
+Opening = Callable[[], AbstractAsyncContextManager[OpenFile]]
 
 
-def _key_of(account: Account, dialect: Dialect, attachment: Attachment, identity: Identity) -> bytes:
-    """A digest by which a file of an account is found again; it tells neither."""
-    digest = hashlib.sha256(account.digest)
+async def _upload(account: Account, dialect: Dialect, opening: Opening) -> tuple[OpenFile, str]:
+    """Stream a file to Kimi and wait until it can be referred to: the file, and Kimi's id of it."""
+    try:
+        file, stored = await _store(account, dialect, opening)
+    except StaleToken:
+        file, stored = await _store(account, dialect, opening)
+    return file, await dialect.register(account, stored)
+
+
+async def _store(account: Account, dialect: Dialect, opening: Opening) -> tuple[OpenFile, StoredFile]:
+    """Stream a file's bytes to Kimi."""
+    file = None
+    try:
+        async with asyncio.timeout(TRANSFER_SECONDS), opening() as file:
+            return file, await dialect.store(account, file)
+    except TimeoutError:
+        code = "file_silent" if file is None or file.waiting_for_source else "storage_silent"
+        raise ProxyError(code, f"the file's way to Kimi takes more than {TRANSFER_SECONDS:g} s") from None
+
+
+def _key_of(account: Account, protocol: str, attachment: Attachment, digest: bytes) -> bytes:
+    """A digest that identifies a file of an account, and reveals neither."""
     extension = attachment.name.rpartition(".")[2][:20]
-    digest.update(f"\0{dialect.name}\0{attachment.kind}\0{extension}\0{bool(attachment.url)}\0".encode())
-    digest.update(identity.digest)
-    return digest.digest()
+    about = f"\0{protocol}\0{attachment.kind}\0{extension}\0{bool(attachment.url)}\0".encode()
+    return hashlib.sha256(account.digest + about + digest).digest()
 
 
 class Sink(Protocol):
@@ -7099,7 +6929,7 @@ class _Sending:
 
     def __init__(self, sink: Sink, attachments: list[Attachment]) -> None:
         self.visible = False
-        self.brought: Brought | None = None
+        self.brought: UploadResult | None = None
         self.sink = sink
         self._attachments = attachments
 
@@ -7215,7 +7045,7 @@ class Asking:
         question: Question,
         sink: Sink,
         start_chain: Callable[[], Chain] = Chain,
-    ) -> Brought:
+    ) -> UploadResult:
         """Ask `question` for one of `accounts`: its events go to `sink`, those of one network read at a time.
 
         They go through a chain of filters that `start_chain` makes for each time of asking. Raises `ProxyError`. A
@@ -7249,27 +7079,27 @@ class Asking:
             return True
 
         if await self._try_accounts(accounts, ask, lambda: not sending.visible):
-            return cast(Brought, sending.brought)
+            return cast(UploadResult, sending.brought)
         account = min(busy, key=lambda one: len(one.line))
         await account.line.wait(self._settings.queue_length, QUEUE_SECONDS)
         try:
             await self._run_for(account, question, sending, start_chain)
         finally:
             account.line.leave()
-        return cast(Brought, sending.brought)
+        return cast(UploadResult, sending.brought)
 
-    async def upload(self, accounts: Sequence[Account], spooled: SpooledFile, purpose: str) -> UploadedFile:
+    async def upload(self, accounts: Sequence[Account], received: ReceivedFile) -> UploadedFile:
         """Bring a client's file to the service, for one of `accounts`. Raises `ProxyError`."""
         uploaded: list[UploadedFile] = []
 
         async def bring(account: Account) -> bool:
             dialect = self._dialect_of(account)
             try:
-                uploaded.append(await self._uploads.add(account, dialect, spooled, purpose))
+                uploaded.append(await self._uploads.add(account, dialect, received))
             except ProtocolRetired:
                 if not self._may_change(dialect):
                     raise
-                uploaded.append(await self._uploads.add(account, self._connect, spooled, purpose))
+                uploaded.append(await self._uploads.add(account, self._connect, received))
             return True
 
         await self._try_accounts(accounts, bring, lambda: True)
@@ -7395,11 +7225,11 @@ class Asking:
         """Ask in one dialect, and once more where `chain` wants it. Files go first: a bad one opens no conversation."""
         if question.attachments:
             file_ids = await self._uploads.upload(account, dialect, question.attachments)
-            sending.brought = Brought(account, dialect.name, file_ids)
+            sending.brought = UploadResult(account, dialect.name, file_ids)
             question = replace(question, attachments=[], file_ids=tuple(dict.fromkeys(file_ids)))
 
         else:
-            sending.brought = Brought(account, dialect.name, ())
+            sending.brought = UploadResult(account, dialect.name, ())
         filtering = _Filtering(chain, sending)
         conversation = await self._converse(account, dialect, question, filtering)
         if not chain.again:
@@ -8238,7 +8068,7 @@ async def _responses(request: web.Request) -> web.StreamResponse:
     messages = chat.own_messages if options.store else ()
     question = _make_question(request, chat, prompt)
 
-    def keep(brought: Brought) -> None:
+    def keep(brought: UploadResult) -> None:
         if encoder.response is None:
             return
         said = (*keep_messages(messages, brought), answer_message(encoder.response))
@@ -8268,7 +8098,7 @@ async def _deliver(
     question: Question,
     encoder: Encoder,
     start_chain: Callable[[], Chain],
-    keep: Callable[[Brought], None] | None = None,
+    keep: Callable[[UploadResult], None] | None = None,
 ) -> web.StreamResponse:
     """Ask, and send the answer to the client, whatever becomes of it. Failures before the head are raised.
 
@@ -8343,8 +8173,7 @@ async def _model(request: web.Request) -> web.StreamResponse:
     raise ProxyError("model_not_found", quote_words(name)[:60], param="model")
 
 
-_MOST_FIELDS: Final = 20  # of an uploading form
-_MOST_FIELD_BYTES: Final = 8192
+MAX_FORM_FIELDS: Final = 20
 _FORM_ERRORS: Final = (  # RuntimeError is aiohttp's for some charsets
     ValueError,
     AssertionError,
@@ -8356,55 +8185,50 @@ _FORM_ERRORS: Final = (  # RuntimeError is aiohttp's for some charsets
 
 
 async def _create_file(request: web.Request) -> web.StreamResponse:
-    """OpenAI's "Upload file": a form with `file` and `purpose`, the latter before or after the former."""
+    """OpenAI's "Upload file": a form with `file` and `purpose`."""
     state = request.app[STATE]
     accounts = find_accounts(request)
-    settings = state.settings
-    if (request.content_length or 0) > (settings.max_file_mb + 1) * MEGABYTE:
-        raise ProxyError("file_too_large", f"the file has more than {settings.max_file_mb} MB")
     if request.content_type != "multipart/form-data":
         raise ProxyError("invalid_request", "the body must be a form (multipart/form-data) with the field `file`")
-    async with AsyncExitStack() as stack:
+    state.files.check_size((request.content_length or 0) - MEGABYTE)  # the form around it takes less
+    with state.files.open_spool() as spool:
         try:
             async with asyncio.timeout(TRANSFER_SECONDS):
-                spooled, purpose = await _receive_form(request, stack)
+                received = await _receive_file(request, spool)
         except TimeoutError:
             raise ProxyError("body_timeout", f"not within {TRANSFER_SECONDS:g} s") from None
         except _FORM_ERRORS:
             raise ProxyError("body_broken", "the form cannot be read") from None
-        uploaded = await state.asking.upload(accounts, spooled, purpose)
+        uploaded = await state.asking.upload(accounts, received)
     return _json(uploaded.render())
 
 
-async def _receive_form(request: web.Request, stack: AsyncExitStack) -> tuple[SpooledFile, str]:
-    """The form's file, spooled until `stack` is left, and its purpose."""
-    files = request.app[STATE].files
-    spooled, purpose = None, "assistants"
+async def _receive_file(request: web.Request, spool: Spool) -> ReceivedFile:
+    """The file of a form, written to `spool`.
+
+    `request.post()` would read a text field of any size into memory, and leave the temporary files of a form that
+    breaks off to the garbage collector.
+    """
+    name, content_type, purpose = None, "", "assistants"
     form = await request.multipart()
-    for _ in range(_MOST_FIELDS):
+    for _ in range(MAX_FORM_FIELDS):
         part = await form.next()
         if part is None:
             break
         if not isinstance(part, aiohttp.BodyPartReader):
             raise ValueError("a form within a form")
-        if part.name == "file" and spooled is None:
-            kind = part.headers.get("Content-Type", "")
-            spooled = await stack.enter_async_context(files.spool_upload(part.filename or "", kind, _read_part(part)))
-            continue
-        field_bytes = b"".join([piece async for piece in _read_part(part, _MOST_FIELD_BYTES)])
-        purpose = field_bytes.decode("utf-8", "replace")[:64] if part.name == "purpose" else purpose
-    if spooled is None:
-        raise ProxyError("invalid_request", "file: is missing", param="file")
-    return spooled, purpose
-
-
-async def _read_part(part: aiohttp.BodyPartReader, limit_bytes: int | None = None) -> AsyncIterator[bytes]:
-    size_bytes = 0
-    while piece := await part.read_chunk(65_536):
-        size_bytes += len(piece)
-        if limit_bytes is not None and size_bytes > limit_bytes:
-            raise ProxyError("body_too_large", f"a field of a form may have {limit_bytes} bytes")
-        yield piece
+        if part.name == "file" and name is None:
+            name, content_type = part.filename or "", part.headers.get("Content-Type", "")
+            while piece := await part.read_chunk(65_536):
+                request.app[STATE].files.check_size(spool.size_bytes + len(piece))
+                await spool.write(piece)
+        elif part.name == "purpose":
+            purpose = (await part.read_chunk()).decode("utf-8", "replace")[:64]
+    else:
+        raise ValueError("more fields than a form of ours has")
+    if not spool.size_bytes:
+        raise ProxyError("invalid_request", "file: is missing" if name is None else "file: is empty", param="file")
+    return ReceivedFile(name or "", content_type, purpose, spool)
 
 
 async def _list_files(request: web.Request) -> web.StreamResponse:
@@ -8646,8 +8470,6 @@ async def _own_state(app: web.Application) -> AsyncIterator[None]:
         settings.silence_seconds,
         settings.answer_seconds,
         FIRST_KEEP_ALIVE_SECONDS,
-        FILE_SECONDS,
-        TRANSFER_SECONDS,
     )
     ticker = Ticker(max(0.02, min(0.25, shortest / 4, KEEP_ALIVE_SECONDS / 4)))
     session = open_service_session(settings.proxy_url)
@@ -8667,7 +8489,7 @@ async def _own_state(app: web.Application) -> AsyncIterator[None]:
     accounts = Accounts(refresh, tasks, store)
     calls = Calls(session, transfers, accounts, metrics, settings)
     kept = KeptConversations(store, MAX_ACCOUNTS)
-    uploads = Uploads(files, ticker, settings)
+    uploads = Uploads(files, settings)
     flush_later = partial(asyncio.get_running_loop().call_later, _FLUSH_SECONDS)
     conversations = OpenConversations(state_dir, metrics, store.complain, flush_later)
     asking = Asking(calls, accounts, kept, conversations, uploads, tasks, ticker, metrics, settings)
@@ -9402,7 +9224,7 @@ class _Check:
         try:
             data = base64.b64encode(b"OK.\n").decode()
             small = Attachment("file", "check", data=data, name="check.txt", content_type="text/plain")
-            await Uploads(files, Ticker(0.25), self._settings).upload(account, self._dialect, [small])
+            await Uploads(files, self._settings).upload(account, self._dialect, [small])
         finally:
             await files.close()
 

@@ -405,7 +405,7 @@ async def test_after_a_restart_an_id_is_a_404_that_says_so(
 async def test_of_many_uploaded_files_the_newest_are_known(
     simulator: Simulator, proxy: str, http: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Uploads, "_MOST_KEPT", 2)
+    monkeypatch.setattr(Uploads, "MAX_KEPT", 2)
     token = simulator.token("read")
     ids = [await upload(http, proxy, token) for _ in range(3)]
     async with http.get(f"{proxy}/v1/files", headers=bearer(token)) as response:
@@ -449,7 +449,8 @@ BAD_FORMS: dict[str, tuple[dict[str, Any], int, str]] = {
     "empty": ({"data": {"file": io.BytesIO(b"")}, "form": True}, 400, "invalid_request"),
     "too large": ({"data": {"file": io.BytesIO(bytes(1_500_000))}, "form": True}, 413, "file_too_large"),
     "too large by its length": ({"data": {"file": io.BytesIO(bytes(3_500_000))}, "form": True}, 413, "file_too_large"),
-    "a huge field": ({"data": {"purpose": "x" * 100_000}, "form": True}, 413, "body_too_large"),
+    "a huge field": ({"data": {"purpose": "x" * 100_000}, "form": True}, 400, "invalid_request"),
+    "many fields": ({"data": {f"field{number}": "x" for number in range(30)}, "form": True}, 400, "body_broken"),
 }
 
 
@@ -486,13 +487,13 @@ async def test_a_bad_form_is_told_and_leaves_nothing(
 async def test_an_upload_that_stops_in_the_middle_leaves_nothing(
     simulator: Simulator, start_proxy: StartProxy, tmp_path: Path, leaves: bool
 ) -> None:
-    proxy = await start_proxy(spool_dir=str(tmp_path), TRANSFER_SECONDS=30.0 if leaves else 0.3)
+    proxy = await start_proxy(spool_dir=str(tmp_path), TRANSFER_SECONDS=30.0 if leaves else 0.5)
     token = simulator.token("read")
     reader, writer = await asyncio.open_connection("127.0.0.1", int(proxy.rpartition(":")[2]))
-    writer.write(b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Length: 200000\r\n")
+    writer.write(b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3000000\r\n")
     writer.write(f"Authorization: Bearer {token}\r\n".encode())
     writer.write(b"Content-Type: multipart/form-data; boundary=x\r\n\r\n")
-    writer.write(b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n' + bytes(100_000))
+    writer.write(b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n' + bytes(2_000_000))
     await writer.drain()
     if not leaves:
         assert (await asyncio.wait_for(reader.read(), 10)).startswith(b"HTTP/1.1 408 ")
