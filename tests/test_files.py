@@ -835,7 +835,7 @@ async def test_a_full_disk_is_told(simulator: Simulator, open_proxy: str, monkey
 BAD_PARTS: dict[str, tuple[Any, int, str, str]] = {
     "no url": ({"type": "file", "file_url": {}}, 400, "invalid_request", "file_url.url"),
     "no string": ({"type": "image_url", "image_url": {"url": 7}}, 400, "invalid_request", "image_url.url"),
-    "nothing": ({"type": "file"}, 400, "invalid_request", "file.file_data"),
+    "nothing": ({"type": "file"}, 400, "invalid_request", "file_data"),
     "no object": ({"type": "file", "file": "x"}, 400, "invalid_request", "file"),
     "not base64": (file_part("data:text/plain,hello"), 400, "invalid_request", "file_url.url"),
     "no comma": (file_part("data:text/plain;base64"), 400, "invalid_request", "file_url.url"),
