@@ -52,7 +52,7 @@ import time
 import traceback
 import zlib
 from bisect import bisect_left, bisect_right
-from collections import deque
+from collections import Counter, deque
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -432,8 +432,8 @@ def render_error(error: ProxyError) -> dict[str, Any]:
 # ==== 4. Logs and metrics ===================================================
 #
 # A log line says what happened, to which request, and never what was said: no token, key, message text or signed URL.
-# Our own calls see to that; the formatter is the second fence. It prints of a traceback only places and the exception's
-# class, since messages may quote a client's header, and shortens what other packages write to the same.
+# Our own calls see to that; the formatter is the second fence. Of a traceback it shows places and classes only, since
+# messages may quote a client's header, and of other packages' lines what stands before the first value.
 
 logger: Final = logging.getLogger("kimi_proxy")
 request_id: Final[ContextVar[str]] = ContextVar("request_id", default="-")
@@ -443,32 +443,21 @@ class RedactingFormatter(logging.Formatter):
     """Log lines with the request's id, redacted, tracebacks without messages; as text, or as JSON objects."""
 
     def __init__(self, form: str = "text") -> None:
-        super().__init__()
+        super().__init__(datefmt="%Y-%m-%dT%H:%M:%S")
         self._form = form
 
     def format(self, record: logging.LogRecord) -> str:
         """One line for the record; as text, one more for each frame of its traceback."""
-        if record.name.startswith("kimi_proxy"):
-            text = record.getMessage()
-        else:
-            # aiohttp puts the bytes of a malformed header into its line, asyncio the repr of an exception, a warning
-            # the source line that it came from: what stands before the first value is shown.
+        text = record.getMessage()
+        if not record.name.startswith("kimi_proxy"):
             constant = ": ".join(str(record.msg).partition("%")[0].split(": ")[:2])
             text = f"{record.name}: {constant[:160]}".strip()
-        moment = _render_moment(int(record.created))
-        level, text = record.levelname.lower(), redact(text)
-        error = record.exc_info[1] if record.exc_info else None
-        places = render_traceback(error) if error is not None else []
+        time, level = self.formatTime(record, self.datefmt), record.levelname.lower()
+        places = render_traceback(record.exc_info[1]) if record.exc_info and record.exc_info[1] else []
         if self._form == "json":
-            value = {"time": moment, "level": level, "request_id": request_id.get(), "message": text}
+            value = {"time": time, "level": level, "request_id": request_id.get(), "message": redact(text)}
             return json.dumps(value | ({"traceback": places} if places else {}), ensure_ascii=False)
-        line = f"{moment} {level} [{request_id.get()}] {text}"
-        return line + "".join(f"\n    {place}" for place in places)
-
-
-@lru_cache(maxsize=1)
-def _render_moment(seconds: int) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(seconds))
+        return "\n    ".join([f"{time} {level} [{request_id.get()}] {redact(text)}", *places])
 
 
 def render_traceback(error: BaseException) -> list[str]:
@@ -486,91 +475,87 @@ def configure_logging(level: str, form: str = "text") -> None:
     handler.setFormatter(RedactingFormatter(form))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.captureWarnings(True)
-    # No line shows any of this (Python's logging HOWTO, "Optimization").
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    setattr(logging, "_srcfile", None)  # noqa: B010
     logger.setLevel(level.upper())
 
 
 # Every metric that there is: its type and what it counts (Prometheus text format, version 0.0.4).
 METRICS: Final[Mapping[str, tuple[str, str]]] = {
-    "kimi_proxy_requests_total": ("counter", "Requests that were answered, by route and status."),
+    "kimi_proxy_requests_total": ("labelled counter", "Requests that were answered, by route and status."),
     "kimi_proxy_requests_running": ("gauge", "Requests that are being answered."),
     "kimi_proxy_answers_running": ("gauge", "Answers of Kimi that are on their way to a client."),
     "kimi_proxy_accounts": ("gauge", "Accounts in memory."),
     "kimi_proxy_chunks_total": ("counter", "Pieces of answers sent to clients."),
-    "kimi_proxy_failures_total": ("counter", "Failures that a client was told of, by code."),
+    "kimi_proxy_failures_total": ("labelled counter", "Failures that a client was told of, by code."),
     "kimi_proxy_tokens_refreshed_total": ("counter", "Access tokens fetched."),
     "kimi_proxy_upstream_seconds": ("histogram", "Time until Kimi answered a call."),
     "kimi_proxy_first_text_seconds": ("histogram", "Time from a request to the first piece of its answer."),
     "kimi_proxy_removals_failed_total": ("counter", "Conversations that may be left at Kimi."),
     "kimi_proxy_orphans": ("gauge", "Conversations still to be removed: of processes that ended, or after a failure."),
     "kimi_proxy_orphans_dropped_total": ("counter", "Conversations that were given up after 7 days."),
-    "kimi_proxy_denied_addresses_total": ("counter", "Connections to file addresses that were denied, by verdict."),
+    "kimi_proxy_denied_addresses_total": ("labelled counter", "Denied connections to file addresses, by verdict."),
     "kimi_proxy_state_failures_total": ("counter", "Writes of the state directory that failed."),
-    "kimi_proxy_unknown_total": ("counter", "What Kimi sent that is not known, by what it is."),
+    "kimi_proxy_unknown_total": ("labelled counter", "What Kimi sent that is not known, by what it is."),
 }
 _BUCKETS: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
-_HISTOGRAM_LENGTH: Final = len(_BUCKETS) + 2
 
 
 class Metrics:
     """Counts of what happened, by name and labels, and how long it took. One instance belongs to the application."""
 
     def __init__(self) -> None:
-        self.counts: dict[tuple[str, tuple[tuple[str, str], ...]], int] = {}
-        self.times: dict[str, list[float]] = {}
-        self._told: set[tuple[str, str]] = set()
+        self.counts: Counter[tuple[str, tuple[tuple[str, str], ...]]] = Counter()
+        self.times = {name: [0.0] * (len(_BUCKETS) + 2) for name, (kind, _) in METRICS.items() if kind == "histogram"}
+        self._warned: set[tuple[str, str]] = set()
 
     def count(self, name: str, amount: int = 1, **labels: str) -> None:
         """Add `amount` to the counter `name`."""
-        key = (name, tuple(sorted(labels.items())) if labels else ())
-        self.counts[key] = self.counts.get(key, 0) + amount
-
-    def observe(self, name: str, seconds: float) -> None:
-        """Add a time to the histogram `name`: how many fall between each two bounds, then their sum."""
-        times = self.times.get(name) or self.times.setdefault(name, [0.0] * _HISTOGRAM_LENGTH)
-        times[bisect_left(_BUCKETS, seconds)] += 1
-        times[-1] += seconds
-
-    def warn_once(self, what: str, name: str) -> None:
-        """Count an oddity of the service, and log it the first time that this `name` is seen (1,000 at most)."""
-        self.count("kimi_proxy_unknown_total", what=what)
-        short = quote_words(name)[:60]
-        if (what, short) not in self._told and len(self._told) < 1000:
-            self._told.add((what, short))
-            logger.warning("! unknown %s from the service, passed over: %s", what, short)
+        self.counts[name, tuple(sorted(labels.items()))] += amount
 
     def value(self, name: str, **labels: str) -> int:
         """What the counter stands at."""
-        return self.counts.get((name, tuple(sorted(labels.items()))), 0)
+        return self.counts[name, tuple(sorted(labels.items()))]
 
+    def observe(self, name: str, seconds: float) -> None:
+        """Add a time to the histogram `name`: how many fall between each two bounds, then their sum."""
+        self.times[name][bisect_left(_BUCKETS, seconds)] += 1
+        self.times[name][-1] += seconds
 
-def render_metrics(metrics: Metrics, gauges: Mapping[str, float]) -> str:
-    """All metrics in Prometheus' text format, those included that stand at 0; `gauges` by name."""
-    lines: list[str] = []
-    for name, (kind, text) in METRICS.items():
-        lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
-        if kind == "gauge":
-            lines.append(f"{name} {gauges.get(name, 0):g}")
-        elif kind == "histogram":
-            lines += _render_histogram(name, metrics.times.get(name, [0.0] * _HISTOGRAM_LENGTH))
-        else:
-            found = {labels: count for (counted, labels), count in metrics.counts.items() if counted == name}
-            lines += [f"{name}{_render_labels(labels)} {count}" for labels, count in (found or {(): 0}).items()]
-    return "\n".join(lines) + "\n"
+    def warn_once(self, what: str, name: str) -> None:
+        """Count something unknown from Kimi, and log it the first time that this `name` is seen (1,000 at most)."""
+        self.count("kimi_proxy_unknown_total", what=what)
+        short = quote_words(name)[:60]
+        if (what, short) not in self._warned and len(self._warned) < 1000:
+            self._warned.add((what, short))
+            logger.warning("! unknown %s from Kimi, ignored: %s", what, short)
+
+    def render(self, gauges: Mapping[str, float]) -> str:
+        """All metrics in Prometheus' text format; counters without labels from 0 on, `gauges` by name."""
+        lines: list[str] = []
+        for name, (kind, text) in METRICS.items():
+            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind.removeprefix('labelled ')}"]
+            if kind == "gauge":
+                lines.append(f"{name} {gauges.get(name, 0):g}")
+            elif kind == "counter":
+                lines.append(f"{name} {self.value(name)}")
+            elif kind == "histogram":
+                lines += _render_histogram(name, self.times[name])
+            else:
+                lines += [
+                    f"{name}{_render_labels(key[1])} {count}" for key, count in self.counts.items() if key[0] == name
+                ]
+        return "\n".join(lines) + "\n"
 
 
 def _render_histogram(name: str, times: Sequence[float]) -> list[str]:
-    bounds = [*(f"{bound:g}" for bound in _BUCKETS), "+Inf"]
     numbers = list(accumulate(times[:-1]))
-    lines = [f'{name}_bucket{{le="{bound}"}} {number:g}' for bound, number in zip(bounds, numbers, strict=True)]
+    rows = zip([*map(str, _BUCKETS), "+Inf"], numbers, strict=True)
+    lines = [f'{name}_bucket{{le="{bound}"}} {number:g}' for bound, number in rows]
     return [*lines, f"{name}_count {numbers[-1]:g}", f"{name}_sum {times[-1]}"]
 
 
 def _render_labels(labels: Sequence[tuple[str, str]]) -> str:
     escaped = [(name, value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")) for name, value in labels]
-    return "{" + ",".join(f'{name}="{value}"' for name, value in escaped) + "}" if labels else ""
+    return "{" + ",".join(f'{name}="{value}"' for name, value in escaped) + "}"
 
 
 # ==== 5. Wire formats =======================================================
@@ -8291,7 +8276,7 @@ async def _metrics(request: web.Request) -> web.StreamResponse:
         "kimi_proxy_accounts": len(state.accounts),
         "kimi_proxy_orphans": state.conversations.left,
     }
-    text = render_metrics(state.metrics, gauges)
+    text = state.metrics.render(gauges)
     return web.Response(body=text.encode(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
 

@@ -254,7 +254,7 @@ async def test_what_is_not_known_is_passed_over_and_told_once(
     proxy = await start_proxy(protocol="connect")
     for _ in range(8):
         assert (await answer(http, proxy, simulator.token("long")))[0] == 200
-    assert log_lines.text.count("unknown block from the service, passed over: tomorrow") == 1
+    assert log_lines.text.count("unknown block from Kimi, ignored: tomorrow") == 1
 
 
 @pytest.mark.parametrize("sources", ["text", "annotations", "none"])

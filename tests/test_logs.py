@@ -16,7 +16,6 @@ from kimi_proxy import (
     RedactingFormatter,
     configure_logging,
     logger,
-    render_metrics,
     render_traceback,
     request_id,
 )
@@ -118,11 +117,20 @@ def test_every_metric_has_its_row_and_labels_are_escaped() -> None:
     metrics = Metrics()
     metrics.count("kimi_proxy_failures_total", code='a"b\\c\nd')
     metrics.observe("kimi_proxy_upstream_seconds", 0.2)
-    text = render_metrics(metrics, {"kimi_proxy_accounts": 5})
+    text = metrics.render({"kimi_proxy_accounts": 5})
     assert 'kimi_proxy_failures_total{code="a\\"b\\\\c\\nd"} 1' in text
     assert 'kimi_proxy_upstream_seconds_bucket{le="0.1"} 0\n' in text
     assert 'kimi_proxy_upstream_seconds_bucket{le="0.25"} 1\n' in text
     assert "kimi_proxy_accounts 5\n" in text
-    source = Path(render_metrics.__code__.co_filename).read_text("utf-8")
+    source = Path(Metrics.render.__code__.co_filename).read_text("utf-8")
     counted = set(re.findall(r'(?:count|observe)\(\s*"(kimi_proxy_\w+)"', source))
     assert counted <= METRICS.keys() and all(f"# TYPE {name} " in text for name in METRICS)
+
+
+def test_a_counter_without_labels_starts_at_0_and_one_with_labels_has_no_series_before_its_first() -> None:
+    metrics = Metrics()
+    text = metrics.render({})
+    assert "\nkimi_proxy_chunks_total 0\n" in text and "\n# TYPE kimi_proxy_failures_total counter\n" in text
+    assert not re.search(r"(?m)^kimi_proxy_(failures|requests|unknown|denied_addresses)_total", text)
+    metrics.count("kimi_proxy_failures_total", code="not_found")
+    assert '\nkimi_proxy_failures_total{code="not_found"} 1\n' in metrics.render({})

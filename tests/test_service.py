@@ -421,13 +421,13 @@ BLOCKING = """
 import sys, time
 import kimi_proxy
 
-render = kimi_proxy.render_metrics
+render = kimi_proxy.Metrics.render
 
 def block(*arguments):
     time.sleep(1)
     return render(*arguments)
 
-kimi_proxy.render_metrics = block
+kimi_proxy.Metrics.render = block
 sys.exit(kimi_proxy.main([]))
 """
 
