@@ -343,6 +343,7 @@ FAILURES: Final[Mapping[str, Failure]] = {
     "answer_empty": Failure(502, -2001, "Kimi ended its answer without any text; try again"),
     "file_broken": Failure(502, -2003, "the file broke off on its way from its origin; try again"),
     "storage_failed": Failure(502, -2001, "Kimi's storage did not take the file; try again"),
+    "state_locked": Failure(503, -2001, "another process holds this account's state for too long", 5),
     "too_busy": Failure(503, -2001, "the proxy has as many requests as it may; try again shortly", 5),
     "shutting_down": Failure(503, -2001, "the proxy is shutting down; try again shortly", 5),
     "service_silent": Failure(504, -2001, "Kimi sent nothing for too long; try again"),
@@ -4436,27 +4437,28 @@ def is_connection_broken(connection: Connection | None) -> bool:
 # ==== 13. Accounts ==========================================================
 #
 # One account is one refresh token as the client sends it. Its access token is fetched when needed, by one task of the
-# application, however many requests wait: no waiter that goes away can cancel it, and a rotated token cannot get lost.
-# Each account's state is guarded by its own lock, which is never held across a call to the service. In the state
-# directory is what has to outlive the process: newest tokens, conversations that clients keep, and those that are open.
+# application under the account's lock, however many requests wait: no waiter that goes away can cancel it, and a
+# rotated token cannot get lost. The state directory keeps what has to outlive the process: the newest tokens, the
+# conversations that clients keep, and those that are open.
 
-QUEUE_SECONDS: Final = 60.0  # how long a request may wait for an account that answers one at a time
-TOKEN_SECONDS: Final = 300.0  # life of an access token that does not tell its own
-MAX_ACCOUNTS: Final = 1000  # kept in memory
+TOKEN_SECONDS: Final = 300.0  # the life of an access token that does not tell it [ref]
+MAX_ACCOUNTS: Final = 1000  # in memory; the one that is unused for longest is forgotten first
 MAX_ACCOUNT_REQUESTS: Final = 64  # answers of one account at once
-
+QUEUE_SECONDS: Final = 60.0  # how long a request waits for its turn
+SERIALIZED_SECONDS: Final = 600.0  # how long an account answers one request at a time, after the service asked for it
+LOCK_SECONDS: Final = 30.0  # how long one process waits for another that holds an account's state
 _REFUSAL_SECONDS: Final = 10.0  # programs repeat a 401 many times; the service is asked once in this time
+_UNUSED_SECONDS: Final = 100 * 86_400
+_ENDING_SECONDS: Final = 7 * 86_400
+_STORED_TOKEN: Final = re.compile(r"[!-~]{1,8192}")  # what may stand in a header
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(frozen=True, slots=True)
 class TokenPair:
-    """What a refresh gives: an access token, and the refresh token to use from now on."""
+    """What a refresh gives: an access token, and the refresh token to use from now on (empty: the same)."""
 
-    access_token: str
-    refresh_token: str
-
-    def __repr__(self) -> str:
-        return "TokenPair(…)"
+    access_token: str = field(repr=False)
+    refresh_token: str = field(repr=False)
 
 
 def read_claims(token: str) -> dict[str, Any]:
@@ -4476,126 +4478,109 @@ def is_access_token(claims: Mapping[str, Any]) -> bool:
     return claims.get("app_id") == "kimi" and claims.get("typ") == "access"
 
 
-class Line:
-    """The answers of one account that run here, and the requests that wait for their turn.
+class AnswerSlots:
+    """The answers of one account that run here, and the requests that wait for their turn, in their order.
 
-    Where the service showed that it gives the account one answer at a time, `is_narrow`, a request joins the line, and
-    is let in when no answer runs, and no former one's stream is still open: `closing` counts those. The order is kept,
-    and who goes away gives up its place at once.
+    A slot is held until the response of its answer is closed. Where the service refused an answer because another one
+    ran, they run one by one: for ten minutes, or until two are seen to overlap.
     """
 
     def __init__(self) -> None:
         self.running = 0
-        self.closing = 0
-        self.is_narrow = False
         self._waiting: deque[asyncio.Future[None]] = deque()
-
-    def __len__(self) -> int:
-        return len(self._waiting)
-
-    def enter(self) -> None:
-        """Run an answer; `leave` ends it."""
-        self.running += 1
-
-    def leave(self) -> None:
-        """End an answer."""
-        self.running -= 1
-        self._let_in()
-
-    def close_later(self) -> None:
-        """Note that the stream of an answer that ends is still open; `closed` takes it back."""
-        self.closing += 1
-
-    def closed(self) -> None:
-        """Note that it is closed."""
-        self.closing -= 1
-        self._let_in()
+        self._serialized_until = 0.0
 
     @property
-    def has_others(self) -> bool:
-        """Whether, while an answer runs, there is another one."""
-        return self.running + self.closing > 1
+    def waiting(self) -> int:
+        """How many requests wait."""
+        return len(self._waiting)
+
+    @property
+    def serialized(self) -> bool:
+        """Whether the answers run one by one."""
+        return asyncio.get_running_loop().time() < self._serialized_until
 
     @property
     def is_free(self) -> bool:
-        """Whether nothing runs."""
-        return not self.running and not self.closing
+        """Whether one more answer may run at once."""
+        return self.running < (1 if self.serialized else MAX_ACCOUNT_REQUESTS)
 
-    def _let_in(self) -> None:
-        while self.is_free and self._waiting:
-            first = self._waiting.popleft()
-            if not first.done():
-                self.running += 1
-                first.set_result(None)
-
-    async def wait(self, most: int, seconds: float) -> None:
-        """Enter when it is one's turn. Raises `ProxyError` `queue_full` for too long a line or too long a wait."""
+    async def acquire(self, queue_length: int) -> None:
+        """Take a slot when it is one's turn; `release` gives it back. Raises `ProxyError` `queue_full`."""
+        self._admit()
         if self.is_free:
-            self.enter()
+            self.running += 1
             return
-        if len(self._waiting) >= most:
+        if not self.serialized:
+            raise ProxyError("queue_full", f"{MAX_ACCOUNT_REQUESTS} answers of this account run already")
+        if len(self._waiting) >= queue_length:
             raise ProxyError("queue_full", f"{len(self._waiting)} wait already; see PROXY_QUEUE_LENGTH")
         turn = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(QUEUE_SECONDS):
                 await turn
         except BaseException as error:
-            if turn.done() and not turn.cancelled():
-                self.leave()
-            elif turn in self._waiting:
+            if turn in self._waiting:
                 self._waiting.remove(turn)
+            elif not turn.cancelled():
+                self.release()  # its turn came in the same moment
             if isinstance(error, TimeoutError):
-                raise ProxyError("queue_full", f"waited {seconds:g} s") from None
+                raise ProxyError("queue_full", f"waited {QUEUE_SECONDS:g} s for the answers before") from None
             raise
+
+    def release(self) -> None:
+        """Give a slot back."""
+        self.running -= 1
+        self._admit()
+
+    def note_refused(self) -> None:
+        """Note that the service refused an answer because another one runs."""
+        self._serialized_until = asyncio.get_running_loop().time() + SERIALIZED_SECONDS
+
+    def note_answering(self) -> None:
+        """Note that the text of an answer came: if another one runs beside it, the service allows that."""
+        if self.running > 1:
+            self._serialized_until = 0.0
+            self._admit()
+
+    def _admit(self) -> None:
+        while self._waiting and self.is_free:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                self.running += 1
+                turn.set_result(None)
 
 
 class Account:
     """One account: the `token` that the client sends, and what came of it. `label` names it in the log.
 
-    `digest`, the SHA-256 of that token, names it in what is kept. `refresh_token` is the newest, `dropped` the access
-    token that the service refused last. `direct`: the client gave an access token, which cannot be renewed. `claims`
-    are the access token's. Of several accounts, one is not asked before `aside_until` (loop time); it was asked last at
-    `used_at`.
+    `digest`, the SHA-256 of that token, names it in what is kept. `tokens` is the newest pair, which `is_saved` unless
+    it could not be written; `refresh_token` is the one to use next, `dropped` the access token that was refused last.
+    `is_access_token`: the client gave an access token, which cannot be renewed. `claims` are the access token's. Of
+    several accounts, one is not asked before `cooldown_until` (loop time); it was asked last at `used_at`.
     """
-
-    __slots__ = (
-        "access_token",
-        "aside_until",
-        "claims",
-        "digest",
-        "direct",
-        "dropped",
-        "expires_at",
-        "label",
-        "line",
-        "lock",
-        "refresh_token",
-        "refreshing",
-        "refused",
-        "refused_until",
-        "token",
-        "used_at",
-    )
 
     def __init__(self, token: str, digest: bytes, label: str) -> None:
         self.token = token
         self.digest = digest
-        self.refresh_token = token
-        self.dropped = ""
         self.label = label
+        claims = read_claims(token)
+        self.is_access_token = is_access_token(claims)
+        self.claims = claims if self.is_access_token else {}
         self.lock = asyncio.Lock()
+        self.tokens: StoredTokens | None = None
+        self.is_saved = True
+        self.refresh_token = token
         self.access_token = ""
+        self.dropped = ""
         self.expires_at = 0.0
         self.refreshing: asyncio.Task[str | ProxyError] | None = None
-        self.refused: ProxyError | None = None
+        self.refusal: ProxyError | None = None
         self.refused_until = 0.0
-        self.line = Line()
-        self.aside_until = 0.0
+        self.slots = AnswerSlots()
+        self.cooldown_until = 0.0
         self.used_at = 0.0
-        claims = read_claims(token)
-        self.direct = is_access_token(claims)
-        self.claims = claims if self.direct else {}
 
     def __repr__(self) -> str:
         return f"Account({self.label})"
@@ -4617,527 +4602,405 @@ def find_state_dir(setting: str, environ: Mapping[str, str]) -> Path | None:
         return None
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class StoredTokens:
-    """What is kept of an account: its newest pair, when it came (Unix seconds), and how long its access token lives."""
-
-    access_token: str
-    refresh_token: str
-    received: float
-    life_seconds: float
-
-    def __repr__(self) -> str:
-        return "StoredTokens(…)"
+_KIMI_HOSTS: Final = frozenset({"kimi.moonshot.cn", "kimi.com", "www.kimi.com", "kimi.ai", "www.kimi.ai"})
 
 
-class TokenStore:
-    """The newest tokens of each account, in files that survive a restart and that several processes share.
+def name_service(base_url: str) -> str:
+    """The name of the service that state belongs to: its host, or `kimi` for all of Kimi's own."""
+    host = URL(base_url).host or ""
+    return "kimi" if not host or host in _KIMI_HOSTS else host
 
-    One file an account, named by its digest, mode 0600 in a directory of mode 0700.
-    Without a directory nothing is kept. What cannot be written is used from memory: one warning, and a count each time.
+
+class StateFiles:
+    """JSON objects in files of the state directory, which survive a restart and which several processes share.
+
+    They are for their owner alone, and belong to one `service`: another's are not read. Without a `directory` nothing
+    is kept. What fails is counted, and logged once.
     """
 
-    def __init__(self, directory: Path | None, metrics: Metrics, lock_seconds: float) -> None:
-        self._state_dir = directory
-        self._directory = directory / "tokens" if directory is not None else None
-        self._metrics = metrics
-        self._lock_seconds = lock_seconds
+    def __init__(self, directory: Path | None, metrics: Metrics, service: str = "kimi") -> None:
+        self.directory = directory
+        self.metrics = metrics
+        self._service = service
         self._warned = False
 
-    @property
-    def is_shared(self) -> bool:
-        """Whether there is a directory, which other processes may write to."""
-        return self._directory is not None
+    async def read_json(self, name: str, parse: Callable[[dict[str, Any]], Result]) -> Result | None:
+        """What `parse` makes of a file; None where there is none that can be used. See `read_now`."""
+        return None if self.directory is None else await asyncio.to_thread(self.read_now, self.directory / name, parse)
 
-    @asynccontextmanager
-    async def lock(self, digest: bytes) -> AsyncIterator[None]:
-        """Hold the account's file against other processes, as far as the system can; waits `lock_seconds` at most."""
-        descriptor = await asyncio.to_thread(self._open_lock, digest)
-        if descriptor is None:
-            yield
-            return
+    def read_now(self, path: Path, parse: Callable[[dict[str, Any]], Result]) -> Result | None:
+        """`read_json`, waiting for the disk. A file that is no JSON object, or that `parse` refuses, is set aside."""
         try:
-            deadline = time.monotonic() + self._lock_seconds
-            # Another process holds it: there is no event to wait for.
-            while not _try_lock(descriptor) and time.monotonic() < deadline:  # noqa: ASYNC110
-                await asyncio.sleep(0.05)
-            yield
-        finally:
-            os.close(descriptor)
-
-    async def read(self, digest: bytes) -> StoredTokens | None:
-        """What is kept of the account; None where there is nothing, or nothing that can be read."""
-        value = await self._load(digest, ".json")
-        try:
-            return (
-                None if value is None else StoredTokens(**{name: kind(value[name]) for name, kind in _STORED.items()})
-            )
-        except (ValueError, KeyError, TypeError) as error:
-            self._pass_over(error)
-            return None
-
-    async def write(self, digest: bytes, stored: StoredTokens) -> None:
-        """Keep `stored`: once this returns, it survives a crash."""
-        await self._save(digest, ".json", asdict(stored))
-
-    async def read_conversations(self, digest: bytes) -> dict[str, tuple[str, str]]:
-        """The conversations that the account keeps: id → dialect and last message id, the oldest first."""
-        value = await self._load(digest, ".chats.json")
-        try:
-            return {} if value is None else {str(key): (str(one), str(two)) for key, (one, two) in value.items()}
-        except (ValueError, AttributeError, TypeError) as error:
-            self._pass_over(error)
-            return {}
-
-    async def write_conversations(self, digest: bytes, kept: Mapping[str, tuple[str, str]]) -> None:
-        """Keep `kept` in place of what was kept."""
-        await self._save(digest, ".chats.json", kept)
-
-    async def _load(self, digest: bytes, suffix: str) -> Any:
-        if self._directory is None:
-            return None
-        try:
-            return parse_json(await asyncio.to_thread(self._path(digest, suffix).read_bytes))
+            value: Any = parse_json(path.read_bytes() or b"{}")
+            return parse(value) if value.pop("service", self._service) == self._service else None
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
-            self._pass_over(error)
+        except OSError as error:
+            self.note_failure(error)
+            return None
+        except (ValueError, ArithmeticError, KeyError, TypeError, AttributeError) as error:
+            logger.warning("! a state file cannot be read, and is set aside as *.bad (%s)", type(error).__name__)
+            with suppress(OSError):
+                path.replace(path.with_suffix(".bad"))
             return None
 
-    async def _save(self, digest: bytes, suffix: str, value: object) -> None:
-        if self._directory is None:
-            return
-        try:
-            await asyncio.to_thread(self._write, self._path(digest, suffix), encode_json(value).encode())
-        except OSError as error:
-            self.complain(error)
+    async def write_json(self, name: str, value: Mapping[str, Any]) -> bool:
+        """Whether `value` is kept: then it survives a crash."""
+        return self.directory is not None and await asyncio.to_thread(self._write, self.directory / name, value)
 
-    @staticmethod
-    def _pass_over(error: Exception) -> None:
-        logger.warning("! a file of kept tokens cannot be read, and is passed over (%s)", type(error).__name__)
+    def encode(self, value: Mapping[str, Any]) -> bytes:
+        """The content of a file."""
+        return encode_json({"service": self._service, **value}).encode()
+
+    def _write(self, path: Path, value: Mapping[str, Any]) -> bool:
+        temporary = path.with_suffix(f".{secrets.token_hex(4)}.new")
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(self.encode(value))
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError as error:
+            with suppress(OSError):
+                temporary.unlink()
+            self.note_failure(error)
+            return False
+        return True
+
+    @asynccontextmanager
+    async def lock(self, name: str) -> AsyncIterator[None]:
+        """Hold `name` against other processes. Raises `ProxyError` `state_locked` after LOCK_SECONDS.
+
+        Where no lock can be made (no directory, a full or a read-only one, Windows), there is none.
+        """
+        path, descriptor = Path(), None
+        if self.directory is not None and os.name == "posix":
+            path = self.directory / f"{name}.lock"
+            descriptor = await self._wait_for_lock(path)
+        try:
+            yield
+        finally:
+            if descriptor is not None:
+                _release_lock(path, descriptor, delete=True)
+
+    async def _wait_for_lock(self, path: Path) -> int | None:
+        deadline = time.monotonic() + LOCK_SECONDS
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # Nothing is awaited between opening and returning, so that no cancellation can lose a descriptor.
+            while (descriptor := take_lock(path)) is None:
+                if time.monotonic() >= deadline:
+                    raise ProxyError("state_locked")
+                await asyncio.sleep(0.05)
+        except OSError as error:
+            self.note_failure(error)
+            return None
+        return descriptor
 
     def delete_unused(self, now: float) -> int:
-        """Delete what was not used for 100 days before `now` (Unix seconds); how many accounts that were."""
+        """Delete what was not used for 100 days before `now` (Unix seconds); how many files that were."""
         deleted = 0
-        for path in self._directory.glob("*.json") if self._directory is not None else ():
+        for path in self.directory.glob("tokens/*") if self.directory is not None else ():
             with suppress(OSError):
                 if now - path.stat().st_mtime > _UNUSED_SECONDS:
                     path.unlink()
-                    path.with_suffix(".lock").unlink(missing_ok=True)
                     deleted += 1
         return deleted
 
-    def _path(self, digest: bytes, suffix: str) -> Path:
-        assert self._directory is not None
-        return self._directory / (digest.hex() + suffix)
-
-    def _open_lock(self, digest: bytes) -> int | None:
-        if self._directory is None:
-            return None
-        try:
-            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            return os.open(self._path(digest, ".lock"), os.O_RDWR | os.O_CREAT, 0o600)
-        except OSError as error:
-            self.complain(error)
-            return None
-
-    @staticmethod
-    def _write(path: Path, data: bytes) -> None:
-        temporary = path.with_suffix(f".{os.getpid()}.new")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-
-    def complain(self, error: OSError) -> None:
+    def note_failure(self, error: OSError) -> None:
         """Count a failure to keep something, and log the first."""
-        self._metrics.count("kimi_proxy_state_failures_total")
+        self.metrics.count("kimi_proxy_state_failures_total")
         if not self._warned:
             self._warned = True
             reason = os.strerror(error.errno) if error.errno else type(error).__name__
+            place = self.directory
             logger.warning(
-                "! tokens and open conversations cannot be kept in %s (%s): a restart may lose them",
-                self._state_dir,
-                reason,
+                "! state cannot be kept in %s (%s): a restart may lose tokens and open conversations", place, reason
             )
 
 
-class KeptConversations:
-    """The conversations that clients asked to keep: of each its dialect and its last answer's id, by account.
+def _name_state(digest: bytes) -> str:
+    return f"tokens/{digest.hex()}"
 
-    The 100 used last of each account survive a restart where `store` has a directory; without one, `most_accounts`
-    are remembered.
+
+def take_lock(path: Path) -> int | None:
+    """The descriptor of a lock file, which is ours until it is closed; None where another process holds it.
+
+    Raises `OSError` where there can be no lock.
+    """
+    import fcntl  # noqa: PLC0415  # POSIX only
+
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    is_ours = False
+    with suppress(BlockingIOError, FileNotFoundError):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = os.path.samestat(os.fstat(descriptor), path.stat())  # not so if its holder just deleted it
+        finally:
+            if not is_ours:
+                os.close(descriptor)
+    return descriptor if is_ours else None
+
+
+def _release_lock(path: Path, descriptor: int, *, delete: bool) -> None:
+    if delete:
+        with suppress(OSError):
+            path.unlink()
+    os.close(descriptor)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTokens:
+    """An account's newest pair, when it came (Unix seconds), and how long its access token lives.
+
+    `previous_refresh_token` gave it: that may still be good where the newest is not [open].
     """
 
-    _MOST = 100
+    access_token: str = field(repr=False)
+    refresh_token: str = field(repr=False)
+    previous_refresh_token: str = field(repr=False)
+    received: float
+    life_seconds: float
 
-    def __init__(self, store: TokenStore, most_accounts: int) -> None:
-        self._store = store
-        self._most_accounts = most_accounts
-        self._accounts: dict[str, dict[str, tuple[str, str]]] = {}
+    @property
+    def is_live(self) -> bool:
+        """Whether its access token can be used."""
+        return 0 <= time.time() - self.received < self.life_seconds
+
+
+def parse_stored_tokens(value: dict[str, Any]) -> StoredTokens:
+    """The tokens in a state file. Raises `ValueError` and others for what is not of our making."""
+    access_token, refresh_token = value["access_token"], value["refresh_token"]
+    previous = value.get("previous_refresh_token", refresh_token)
+    received, life_seconds = float(value["received"]), float(value["life_seconds"])
+    tokens = (access_token, refresh_token, previous)
+    if not all(map(_STORED_TOKEN.fullmatch, tokens)) or not isfinite(received + life_seconds):
+        raise ValueError("not of our making")
+    return StoredTokens(access_token, refresh_token, previous, received, life_seconds)
+
+
+class KeptConversations:
+    """The conversations that clients asked to keep: of each its protocol and its last answer's id, by account.
+
+    Of each account the 100 used last are kept, in a file; in memory only where that cannot be written.
+    """
+
+    _MAX = 100
+
+    def __init__(self, state: StateFiles) -> None:
+        self._state = state
+        self._unsaved: dict[bytes, dict[str, tuple[str, str]]] = {}
 
     async def find(self, account: Account, conversation_id: str) -> tuple[str, str]:
-        """Dialect and last message id. Raises `ProxyError` `conversation_not_found`."""
-        kept = await self._load(account)
-        if conversation_id not in kept and self._store.is_shared:
-            kept = self._accounts[account.label] = await self._store.read_conversations(account.digest)
+        """Protocol and last message id. Raises `ProxyError` `conversation_not_found`."""
+        kept = await self._read(account)
         if conversation_id not in kept:
             raise ProxyError("conversation_not_found", param="conversation_id")
         return kept[conversation_id]
 
     async def has(self, account: Account, conversation_id: str) -> bool:
         """Whether it is a conversation that `account` keeps."""
-        try:
-            await self.find(account, conversation_id)
-        except ProxyError:
-            return False
-        return True
+        return conversation_id in await self._read(account)
 
-    async def keep(self, account: Account, conversation_id: str, dialect: str, message_id: str) -> None:
+    async def keep(self, account: Account, conversation_id: str, protocol: str, message_id: str) -> None:
         """Remember the conversation as the one used last."""
-        async with self._store.lock(account.digest):
-            if self._store.is_shared:
-                self._accounts.pop(account.label, None)
-            kept = await self._load(account)
+        name = f"{_name_state(account.digest)}.chats"
+        async with self._state.lock(name):
+            kept = await self._read(account)
             kept.pop(conversation_id, None)
-            kept[conversation_id] = (dialect, message_id)
-            for oldest in list(kept)[: -self._MOST]:
-                del kept[oldest]
-            await self._store.write_conversations(account.digest, kept)
+            kept[conversation_id] = (protocol, message_id)
+            kept = dict(list(kept.items())[-self._MAX :])
+            self._unsaved.pop(account.digest, None)
+            if not await self._state.write_json(f"{name}.json", kept):
+                self._unsaved[account.digest] = kept
+        while len(self._unsaved) > MAX_ACCOUNTS:
+            del self._unsaved[next(iter(self._unsaved))]
 
-    async def _load(self, account: Account) -> dict[str, tuple[str, str]]:
-        kept = self._accounts.get(account.label)
-        if kept is None:
-            kept = await self._store.read_conversations(account.digest)
-            while len(self._accounts) >= self._most_accounts:
-                del self._accounts[next(iter(self._accounts))]
-            self._accounts[account.label] = kept
-        return kept
+    async def _read(self, account: Account) -> dict[str, tuple[str, str]]:
+        kept = await self._state.read_json(f"{_name_state(account.digest)}.chats.json", _parse_kept)
+        return (kept or {}) | self._unsaved.get(account.digest, {})
 
 
-_STORED: Final[Mapping[str, type]] = {
-    "access_token": str,
-    "refresh_token": str,
-    "received": float,
-    "life_seconds": float,
-}
-_UNUSED_SECONDS: Final = 100 * 86_400
-_ENDING_SECONDS: Final = 7 * 86_400
-
-
-def _try_lock(descriptor: int) -> bool:
-    """Take the lock of an open file, without waiting. True as well where the system has none (Windows)."""
-    try:
-        import fcntl  # noqa: PLC0415  # POSIX only
-    except ImportError:
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+def _parse_kept(value: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    return {one: (str(protocol), str(message_id)) for one, (protocol, message_id) in value.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class OpenConversation:
-    """A conversation that is open at the service: its dialect, its account's digest, and since when (Unix seconds)."""
+    """A conversation that is open at the service: its protocol, its account's digest, and since when (Unix seconds)."""
 
     id: str
-    dialect: str
+    protocol: str
     account: bytes
-    since: float
-
-    def encode(self) -> bytes:
-        """The line of a list that opens it; nothing in it needs an escape."""
-        owner, since = self.account.hex(), int(self.since)
-        line = f'{{"open":"{self.id}","dialect":"{self.dialect}","account":"{owner}","since":{since}}}\n'
-        return line.encode()
+    since: int
 
 
-def parse_open_conversations(data: bytes) -> tuple[dict[str, OpenConversation], int]:
-    """What a list leaves open, by id, and how many of its lines cannot be read: the last may be torn."""
-    opened: dict[str, OpenConversation] = {}
-    unread = 0
-    for line in filter(None, data.split(b"\n")):
-        try:
-            value: Any = parse_json(line)
-            if "closed" in value:
-                opened.pop(value["closed"], None)
-                continue
-            account, since = bytes.fromhex(value["account"]), float(value["since"])
-            if not IDENTIFIER.fullmatch(value["open"]) or len(account) != 32 or not isfinite(since):
-                raise ValueError("not of our making")
-            opened[value["open"]] = OpenConversation(value["open"], str(value["dialect"]), account, since)
-        except (ValueError, KeyError, TypeError, OverflowError):
-            unread += 1
-    return opened, unread
-
-
-class _Left:
-    """Conversations of one account that are to be removed, from `due` (monotonic time) on."""
-
-    def __init__(self, due: float) -> None:
-        self.due = due
-        self.ids: list[str] = []
+def _parse_open(value: dict[str, Any]) -> dict[str, OpenConversation]:
+    found = {
+        one: OpenConversation(one, str(protocol), bytes.fromhex(account), int(since))
+        for one, (protocol, account, since) in value.items()
+    }
+    if not all(map(IDENTIFIER.fullmatch, found)) or any(len(one.account) != 32 for one in found.values()):
+        raise ValueError("not of our making")
+    return found
 
 
 class OpenConversations:
     """The conversations that are open at the service, so that the next process can remove them should this one die.
 
-    They stand in a file of this process's own, which it locks as long as it lives: a JSON object a line, `open` or
-    `closed`, with ids and digests alone. A line is one small write without fsync, which survives the process, not the
-    machine. At a start the lists that nobody locks are taken over. What stands on the list and runs no more is *left*:
-    `take` gives it to who can remove it.
-
-    Without a directory, and where no lock tells the living from the dead (Windows), there is no list. What cannot be
-    written is told to `complain`, and tried again with the next line. A `closed` line waits for the next `open` one, or
-    until `later` calls what it is given: one that is lost costs the heir a removal of what is gone.
+    They stand in a file of this process's own, which it locks as long as it lives, and overwrites without fsync: it
+    survives the process, not the machine. What stands there and runs no more is an *orphan*: of a process that died,
+    or after a removal that failed. Without a directory, and where no lock tells the living from the dead (Windows),
+    nothing is noted.
     """
 
-    _MOST = 10_000
-    _MOST_BYTES = 262_144  # of a file, beyond twice what is open: then it is begun anew
-    _MOST_SECONDS = 7 * 86_400.0
+    _MAX = 10_000
+    _MAX_SECONDS = 7 * 86_400
     _PAUSE_SECONDS = 600.0  # after a removal that failed
 
-    def __init__(
-        self,
-        directory: Path | None,
-        metrics: Metrics,
-        complain: Callable[[OSError], None],
-        later: Callable[[Callable[[], None]], object] = lambda flush: flush(),
-    ) -> None:
-        self._directory = directory / "conversations" if directory is not None and os.name == "posix" else None
-        self._metrics = metrics
-        self._complain = complain
-        self._later = later
-        self._flushes = False  # whether `later` has yet to call
-        self._closed: list[bytes] = []  # lines that wait
-        self._open: dict[str, OpenConversation] = {}
-        self._left: dict[bytes, _Left] = {}
+    def __init__(self, state: StateFiles) -> None:
+        self._state = state
+        self._directory = state.directory / "conversations" if state.directory and os.name == "posix" else None
         self._file: tuple[Path, int] | None = None
-        self._size_bytes = self._limit_bytes = 0  # the first line begins a file
+        self._data = b""  # what stands in it
+        self._open: dict[str, OpenConversation] = {}  # the oldest first
+        self._due: dict[str, float] = {}  # of the orphans: when to remove them (monotonic time)
 
     @property
-    def left(self) -> int:
-        """How many are left to be removed."""
-        return sum(one in self._open for left in self._left.values() for one in left.ids)
+    def orphan_count(self) -> int:
+        """How many are still to be removed."""
+        return len(self._due)
 
     @property
-    def owners(self) -> tuple[bytes, ...]:
-        """The digests of the accounts that they are of."""
-        return tuple(self._left)
+    def orphan_owners(self) -> set[bytes]:
+        """The digests of their accounts."""
+        return {self._open[one].account for one in self._due}
 
-    def add(self, account: bytes, dialect: str, conversation_id: str) -> None:
+    def add(self, account: bytes, protocol: str, conversation_id: str) -> None:
         """Note a conversation that was opened for the account with that digest."""
-        if self._directory is None:
-            return
-        opened = self._open[conversation_id] = OpenConversation(conversation_id, dialect, account, time.time())
-        self._drop_old(opened.since)
-        self._write(opened.encode())
+        if self._directory is not None:
+            self._open[conversation_id] = OpenConversation(conversation_id, protocol, account, int(time.time()))
+            self._drop_old()
+            self._write()
 
-    def close(self, conversation_id: str) -> None:
-        """Note that it is removed; another's is passed over."""
+    def discard(self, conversation_id: str) -> None:
+        """Note that it is removed, or its client's to keep; another's is passed over."""
+        self._due.pop(conversation_id, None)
         if self._open.pop(conversation_id, None) is not None:
-            self._closed.append(_encode_closed(conversation_id))
-            if not self._flushes:
-                self._flushes = True
-                self._later(self._flush)
+            self._write()
 
-    def keep(self, conversation_id: str) -> None:
-        """Note, at once, that it is its client's to keep; another's is passed over."""
-        if self._open.pop(conversation_id, None) is not None:
-            self._write(_encode_closed(conversation_id))
+    def postpone(self, conversation_id: str) -> None:
+        """Note that it could not be removed: it is given again after a pause."""
+        if conversation_id in self._open:
+            self._due[conversation_id] = time.monotonic() + self._PAUSE_SECONDS
 
-    def leave(self, conversation_id: str) -> None:
-        """Note that it could not be removed: it stays on the list, and is given again after a pause."""
-        opened = self._open.get(conversation_id)
-        if opened is not None:
-            due = time.monotonic() + self._PAUSE_SECONDS
-            self._left.setdefault(opened.account, _Left(due)).ids.append(conversation_id)
-
-    def take(self, account: bytes) -> list[OpenConversation]:
-        """What is left of that account, the oldest first. It is given once: each is to be closed, or left again."""
-        left = self._left.get(account)
-        if left is None or time.monotonic() < left.due:
-            return []
-        del self._left[account]
-        return [self._open[one] for one in left.ids if one in self._open]
-
-    def adopt(self) -> int:
-        """Take over the lists of processes that died, before anything is added; how many conversations are left."""
-        lists: dict[Path, int] = {}
-        try:
-            found = self._take_lists(lists)
-            self._open = {one.id: one for one in sorted(found.values(), key=lambda one: one.since)}
-            self._drop_old(time.time())
-            if self._open:
-                self._begin_file()
-            for path in lists:  # only now: better on two lists than on none
-                path.unlink(missing_ok=True)
-        except OSError as error:
-            self._complain(error)
-            if self._file is None:
-                self._open.clear()
-        finally:
-            for descriptor in lists.values():
-                os.close(descriptor)
-        for one in self._open.values():
-            self._left.setdefault(one.account, _Left(0.0)).ids.append(one.id)
-        return len(self._open)
-
-    def _take_lists(self, lists: dict[Path, int]) -> dict[str, OpenConversation]:
-        """What stands on the lists that nobody locks; `lists` gets the descriptors that hold them from now on."""
-        found: dict[str, OpenConversation] = {}
-        for path in self._directory.glob("*.list") if self._directory is not None else ():
-            try:
-                descriptor = _take_list(path, os.O_RDWR)
-                if descriptor is None:
-                    continue
-                lists[path] = descriptor
-                opened, unread = parse_open_conversations(path.read_bytes())
-            except OSError as error:
-                self._complain(error)
-                if path in lists:
-                    os.close(lists.pop(path))
-                continue
-            found |= opened
-            if unread:
-                logger.warning("! %d lines of a list of open conversations cannot be read, and are passed over", unread)
+    def orphans(self, account: bytes) -> list[OpenConversation]:
+        """What is to be removed of that account, the oldest first; given once, to be discarded or postponed."""
+        now = time.monotonic()
+        found = [self._open[one] for one, due in self._due.items() if due <= now and self._open[one].account == account]
+        for one in found:
+            del self._due[one.id]
         return found
 
-    def release(self) -> None:
-        """Let go of the list: with something on it, it is for the next process that starts."""
-        self._flush()
-        self._end_file(delete=not self._open)
+    def recover(self) -> int:
+        """Take over what processes that died left open, before anything is added; how many conversations that are."""
+        files: list[tuple[Path, int]] = []
+        found: dict[str, OpenConversation] = {}
+        for path in self._directory.glob("*.json") if self._directory is not None else ():
+            try:
+                descriptor = take_lock(path)
+            except OSError as error:
+                self._state.note_failure(error)
+                continue
+            if descriptor is None:
+                continue
+            opened = self._state.read_now(path, _parse_open)
+            if opened is None:  # another service's
+                os.close(descriptor)
+            else:
+                found |= opened
+                files.append((path, descriptor))
+        self._open = {one.id: one for one in sorted(found.values(), key=lambda one: one.since)}
+        self._due = dict.fromkeys(self._open, 0.0)
+        self._drop_old()
+        is_safe = not self._open or self._write()
+        for path, descriptor in files:
+            _release_lock(path, descriptor, delete=is_safe)
+        return len(self._open)
 
-    def _drop_old(self, now: float) -> None:
+    def close(self) -> None:
+        """Leave what is still open to the next process."""
+        if self._file is not None:
+            _release_lock(*self._file, delete=not self._open)
+            self._file = None
+
+    def _drop_old(self) -> None:
         """Give up what could not be removed for 7 days, and the oldest of too many."""
-        dropped = 0
+        count, since = len(self._open), time.time() - self._MAX_SECONDS
         while self._open:
             oldest = next(iter(self._open.values()))
-            if now - oldest.since <= self._MOST_SECONDS and len(self._open) <= self._MOST:
+            if oldest.since >= since and len(self._open) <= self._MAX:
                 break
             del self._open[oldest.id]
-            dropped += 1
-        if dropped:
-            self._limit_bytes = 0
-            self._metrics.count("kimi_proxy_orphans_dropped_total", dropped)
+            self._due.pop(oldest.id, None)
+        if dropped := count - len(self._open):
+            self._state.metrics.count("kimi_proxy_orphans_dropped_total", dropped)
             logger.warning("! %d conversations could not be removed for 7 days, and may be left at Kimi", dropped)
 
-    def _flush(self) -> None:
-        self._flushes = False
-        if self._closed:
-            self._write(b"")
-
-    def _write(self, line: bytes) -> None:
-        """Append a line, after those that wait, or begin a new file, which has what they say too."""
-        data = b"".join([*self._closed, line])
-        self._closed.clear()
+    def _write(self) -> bool:
+        """Write all that is open; whether that went well. A failure leaves what stood there."""
+        data = self._state.encode({one.id: (one.protocol, one.account.hex(), one.since) for one in self._open.values()})
         try:
-            if self._file is None or self._size_bytes + len(data) > self._limit_bytes:
-                self._begin_file()
+            self._file = self._file or self._make_file()
+            descriptor = self._file[1]
+            # One write, with blanks over the end of what stood there: being killed does not tear it.
+            is_whole = os.pwrite(descriptor, data.ljust(len(self._data)), 0) >= len(data)
+            if is_whole:
+                self._data = data
             else:
-                _write_whole(self._file[1], data)
-                self._size_bytes += len(data)
+                os.pwrite(descriptor, self._data, 0)
+            os.ftruncate(descriptor, len(self._data))
+            if not is_whole:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            self._limit_bytes = 0  # the end of the file may be torn
-            self._complain(error)
+            self._state.note_failure(error)
+            return False
+        return True
 
-    def _begin_file(self) -> None:
-        """Begin a new file with all that is open, and delete the one before."""
+    def _make_file(self) -> tuple[Path, int]:
         assert self._directory is not None
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path, descriptor = _make_list(self._directory)
-        data = b"".join(one.encode() for one in self._open.values())
-        try:
-            _write_whole(descriptor, data)
-        except OSError:
-            path.unlink()
-            os.close(descriptor)
-            raise
-        self._end_file(delete=True)
-        self._file = path, descriptor
-        self._size_bytes = len(data)
-        self._limit_bytes = 2 * len(data) + self._MOST_BYTES
-
-    def _end_file(self, *, delete: bool) -> None:
-        if self._file is None:
-            return
-        path, descriptor = self._file
-        self._file = None
-        if delete:
-            with suppress(OSError):
-                path.unlink()
-        os.close(descriptor)
-
-
-def _encode_closed(conversation_id: str) -> bytes:
-    return f'{{"closed":"{conversation_id}"}}\n'.encode()
-
-
-def _take_list(path: Path, flags: int) -> int | None:
-    """The descriptor of a list that is ours now; None where a living process holds it, or a quicker one deleted it."""
-    with suppress(FileNotFoundError):
-        descriptor = os.open(path, flags, 0o600)
-        is_ours = False
-        try:
-            is_ours = _try_lock(descriptor) and os.path.samestat(os.fstat(descriptor), path.stat())
-        finally:
-            if not is_ours:
-                os.close(descriptor)
-        return descriptor if is_ours else None
-    return None
-
-
-def _make_list(directory: Path) -> tuple[Path, int]:
-    """A new, empty list that is ours."""
-    for _ in range(3):  # a process that starts may take it for a dead one's before it is locked
-        path = directory / f"{os.getpid()}-{secrets.token_hex(8)}.list"
-        descriptor = _take_list(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL)
-        if descriptor is not None:
-            return path, descriptor
-    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-
-def _write_whole(descriptor: int, data: bytes) -> None:
-    if os.write(descriptor, data) < len(data):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-@lru_cache(maxsize=1024)
-def _digest_of(token: str) -> bytes:
-    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
+        for _ in range(3):  # a process that starts may take it for a dead one's before it is locked
+            path = self._directory / f"{os.getpid()}-{secrets.token_hex(8)}.json"
+            if (descriptor := take_lock(path)) is not None:
+                return path, descriptor
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
 
 class Accounts:
-    """The token cache. `refresh` asks the service for a new pair, given an account; it raises `ProxyError`.
-
-    At most `MAX_ACCOUNTS` are kept: the one longest unused is forgotten first; `store` keeps what must not be lost.
+    """The token cache. `refresh` asks the service for a new pair, by an account's `refresh_token`, or raises
+    `ProxyError`; `state` keeps what must not be lost.
     """
 
     def __init__(
-        self,
-        refresh: Callable[[Account], Awaitable[TokenPair]],
-        tasks: BackgroundTasks,
-        store: TokenStore,
+        self, refresh: Callable[[Account], Awaitable[TokenPair]], tasks: BackgroundTasks, state: StateFiles
     ) -> None:
         self._refresh = refresh
         self._tasks = tasks
-        self._store = store
+        self._state = state
         self._accounts: dict[bytes, Account] = {}
         self._label_key = secrets.token_bytes(16)
 
     def __len__(self) -> int:
         return len(self._accounts)
 
-    def get(self, refresh_token: str) -> Account:
-        """The account of `refresh_token`, made if it is new."""
-        digest = _digest_of(refresh_token)
-        account = self._accounts.pop(digest, None) or self._make(refresh_token, digest)
-        if account.token != refresh_token:  # it was known by what is kept of it alone
-            account.token, account.refused = refresh_token, None
+    def get(self, token: str) -> Account:
+        """The account of the client's `token`, made if it is new."""
+        digest = hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
+        account = self._accounts.pop(digest, None) or self._make(token, digest)
+        if account.token != token:  # it was known by what is kept of it alone
+            account.token, account.refusal = token, None
         self._accounts[digest] = account
         return account
 
@@ -5146,128 +5009,146 @@ class Accounts:
 
         None where there is neither.
         """
-        if digest not in self._accounts and (stored := await self._store.read(digest)) is not None:
+        if digest not in self._accounts and (kept := await self._read(digest)) is not None:
             # A client may have brought the token itself in this time.
-            self._accounts.setdefault(digest, self._make(stored.refresh_token, digest))
+            self._accounts.setdefault(digest, self._make(kept.refresh_token, digest))
         return self._accounts.get(digest)
 
-    def _make(self, token: str, digest: bytes) -> Account:
-        """A new account, which there is room for."""
-        self._forget_idle()
-        return Account(token, digest, hashlib.blake2b(digest, key=self._label_key, digest_size=4).hexdigest())
-
-    @staticmethod
-    def live_token(account: Account) -> str:
-        """The access token, where one is at hand that lives; else empty."""
-        return account.access_token if time.monotonic() < account.expires_at else ""
-
     async def access_token(self, account: Account) -> str:
-        """A live access token. Raises `ProxyError` where the service gives none: `token_dead` if it refuses."""
-        if account.direct:
-            return self._use_directly(account)
-        if token := self.live_token(account):
-            return token
-        async with account.lock:
-            if token := self.live_token(account):
-                return token
-            now = asyncio.get_running_loop().time()
-            if account.refused is not None and now < account.refused_until:
-                raise account.refused.copy()
-            if account.refreshing is None:
-                account.refreshing = self._tasks.start(self._refresh_once(account), "refresh")
-            refreshing = account.refreshing
-        outcome = await asyncio.shield(refreshing)
+        """A live access token. Raises `ProxyError`: `token_dead` or `token_expired` where the service gives none."""
+        now = asyncio.get_running_loop().time()
+        if account.refusal is not None and now < account.refused_until:
+            raise account.refusal.copy()
+        if account.is_access_token:
+            expires = account.claims.get("exp")
+            if isinstance(expires, int | float) and expires <= time.time():
+                raise ProxyError("token_expired")
+            return account.token
+        if account.access_token and now < account.expires_at:
+            return account.access_token
+        if account.refreshing is None:
+            account.refreshing = self._tasks.start(self._renew(account), "refresh")
+        outcome = await asyncio.shield(account.refreshing)
         if isinstance(outcome, ProxyError):
             raise outcome.copy()
         return outcome
 
-    @staticmethod
-    def _use_directly(account: Account) -> str:
-        """The client's own access token, until it expires. Raises `ProxyError` `token_expired`."""
-        expires = account.claims.get("exp")
-        if account.refused is not None or (isinstance(expires, int | float) and expires <= time.time()):
-            raise ProxyError("token_expired")
-        return account.token
-
     async def drop(self, account: Account, access_token: str) -> None:
         """Forget `access_token`, which the service no longer takes; a newer one stays."""
-        if account.direct:
-            account.refused = ProxyError("token_expired")
+        if account.is_access_token:
+            self._note_refused(account, ProxyError("token_expired"))
             return
         async with account.lock:
             account.dropped = access_token
             if account.access_token == access_token:
                 account.access_token = ""
 
-    async def _refresh_once(self, account: Account) -> str | ProxyError:
+    async def save(self) -> None:
+        """Try once more, at the end, to write the tokens that could not be written."""
+        for account in [one for one in self._accounts.values() if not one.is_saved]:
+            with suppress(ProxyError):
+                async with account.lock, self._state.lock(_name_state(account.digest)):
+                    kept, own = await self._read(account.digest), account.tokens
+                    if own is not None and (kept is None or kept.received < own.received):
+                        await self._write(account, own)
+
+    async def _renew(self, account: Account) -> str | ProxyError:
+        """An access token that another process fetched, else a new one; or the failure, which all share that wait."""
         try:
-            async with self._store.lock(account.digest):
-                stored = await self._store.read(account.digest)
-                if stored is None or not self._is_news(account, stored):
-                    stored = await self._fetch(account, stored)
-                    await self._store.write(account.digest, stored)
+            async with account.lock, self._state.lock(_name_state(account.digest)):
+                kept = await self._read(account.digest)
+                if kept is None or not self._is_news(account, kept):
+                    kept = await self._fetch(account, kept)
+                    self._use(account, kept)  # first: whatever the disk does, it must not get lost
+                    await self._write(account, kept)
+                else:
+                    self._use(account, kept)
+                return kept.access_token
         except ProxyError as error:
-            async with account.lock:
-                account.refreshing = None
-                if error.code == "token_dead":
-                    account.refused = error.copy()
-                    account.refused_until = asyncio.get_running_loop().time() + _REFUSAL_SECONDS
+            if error.code == "token_dead":
+                self._note_refused(account, error)
             return error.copy()
-        except BaseException:
+        finally:
             account.refreshing = None
-            raise
-        async with account.lock:
-            account.refreshing = None
-            account.refused = None
-            account.access_token = stored.access_token
-            account.refresh_token = stored.refresh_token
-            account.claims = read_claims(stored.access_token)
-            age = max(0.0, time.time() - stored.received)
-            account.expires_at = asyncio.get_running_loop().time() + stored.life_seconds - age
-        logger.debug("= account %s has a new access token", account.label)
-        return stored.access_token
 
     @staticmethod
-    def _is_news(account: Account, stored: StoredTokens) -> bool:
-        """Whether another process fetched a pair that this one can use."""
-        is_live = 0 <= time.time() - stored.received < stored.life_seconds
-        return is_live and stored.access_token not in (account.access_token, account.dropped)
+    def _note_refused(account: Account, error: ProxyError) -> None:
+        account.refusal = error.copy()
+        account.refused_until = asyncio.get_running_loop().time() + _REFUSAL_SECONDS
 
-    async def _fetch(self, account: Account, stored: StoredTokens | None) -> StoredTokens:
-        """A new pair, by the newest refresh token; where that is refused, by the client's own [open]."""
-        account.refresh_token = stored.refresh_token if stored is not None else account.refresh_token
-        try:
-            pair = await self._refresh(account)
-        except ProxyError as error:
-            if error.code != "token_dead" or account.refresh_token == account.token:
-                raise
-            account.refresh_token = account.token
-            pair = await self._refresh(account)
+    @staticmethod
+    def _is_news(account: Account, kept: StoredTokens) -> bool:
+        """Whether another process fetched a pair that this one can use."""
+        is_newer = account.tokens is None or kept.received > account.tokens.received
+        return kept.is_live and is_newer and kept.access_token != account.dropped
+
+    async def _fetch(self, account: Account, kept: StoredTokens | None) -> StoredTokens:
+        """A new pair, by the newest refresh token; where that is refused, each older one is tried once [open]."""
+        pairs = sorted(filter(None, (account.tokens, kept)), key=lambda pair: pair.received, reverse=True)
+        newest_first = [pair.refresh_token for pair in pairs]
+        known = dict.fromkeys((*newest_first, *(pair.previous_refresh_token for pair in pairs), account.token))
+        refusal = ProxyError("token_dead")
+        for account.refresh_token in known:
+            try:
+                pair = await self._refresh(account)
+            except ProxyError as error:
+                if error.code != "token_dead":
+                    raise
+                refusal = error
+            else:
+                return self._make_stored(account, pair)
+        raise refusal
+
+    @staticmethod
+    def _make_stored(account: Account, pair: TokenPair) -> StoredTokens:
+        """What to keep of a pair that `account.refresh_token` gave."""
         refresh_token = pair.refresh_token or account.refresh_token
         ends = read_claims(refresh_token).get("exp")
         if isinstance(ends, int | float) and ends - time.time() < _ENDING_SECONDS:
             logger.warning("! the refresh token of account %s ends within 7 days: log in anew", account.label)
-        life_seconds = self._life_seconds(read_claims(pair.access_token))
-        return StoredTokens(pair.access_token, refresh_token, time.time(), life_seconds)
+        life_seconds = _life_seconds(read_claims(pair.access_token))
+        return StoredTokens(pair.access_token, refresh_token, account.refresh_token, time.time(), life_seconds)
 
-    def _life_seconds(self, claims: Mapping[str, Any]) -> float:
-        """How long a new access token is used: `exp - iat` less a minute, counted from its receipt [2+].
+    @staticmethod
+    def _use(account: Account, tokens: StoredTokens) -> None:
+        account.tokens = tokens
+        account.refusal = None
+        account.access_token, account.refresh_token = tokens.access_token, tokens.refresh_token
+        account.claims = read_claims(tokens.access_token)
+        age = max(0.0, time.time() - tokens.received)
+        account.expires_at = asyncio.get_running_loop().time() + tokens.life_seconds - age
+        logger.debug("= account %s has a new access token", account.label)
 
-        The difference, since the clock of a small machine may be wrong; `TOKEN_SECONDS` where there is none.
+    async def _read(self, digest: bytes) -> StoredTokens | None:
+        return await self._state.read_json(f"{_name_state(digest)}.json", parse_stored_tokens)
+
+    async def _write(self, account: Account, tokens: StoredTokens) -> None:
+        is_kept = await self._state.write_json(f"{_name_state(account.digest)}.json", asdict(tokens))
+        account.is_saved = is_kept or self._state.directory is None
+
+    def _make(self, token: str, digest: bytes) -> Account:
+        """A new account, which there is room for.
+
+        One that is in use stays: its place in the queue, or tokens that are nowhere else, would be lost.
         """
-        issued, expires = claims.get("iat"), claims.get("exp")
-        if not isinstance(issued, int | float) or not isinstance(expires, int | float) or expires <= issued:
-            return TOKEN_SECONDS
-        life = float(min(expires - issued, 30 * 86_400))
-        return life - 60 if life > 120 else life / 2
-
-    def _forget_idle(self) -> None:
-        """Make room for one more. An account that is in use stays: a new token, or its line, would be lost."""
-        for digest, account in list(self._accounts.items()):
+        for known, account in list(self._accounts.items()):
             if len(self._accounts) < MAX_ACCOUNTS:
-                return
-            if account.refreshing is None and account.line.is_free and not len(account.line):
-                del self._accounts[digest]
+                break
+            if account.is_saved and account.refreshing is None and not account.slots.running + account.slots.waiting:
+                del self._accounts[known]
+        return Account(token, digest, hashlib.blake2b(digest, key=self._label_key, digest_size=4).hexdigest())
+
+
+def _life_seconds(claims: Mapping[str, Any]) -> float:
+    """How long a new access token is used: `exp - iat` less a minute, counted from its receipt [2+].
+
+    The difference, since the clock of a small machine may be wrong; TOKEN_SECONDS where there is none.
+    """
+    issued, expires = claims.get("iat"), claims.get("exp")
+    if not isinstance(issued, int | float) or not isinstance(expires, int | float) or expires <= issued:
+        return TOKEN_SECONDS
+    life = float(min(expires - issued, 30 * 86_400))
+    return life - 60 if life > 120 else life / 2
 
 
 # ==== 14. Files =============================================================
@@ -6136,7 +6017,7 @@ class Calls:
     async def _with_token(
         self, account: Account, call: Call, once: Callable[[Account, Call, str], Awaitable[Result]]
     ) -> Result:
-        token = self._accounts.live_token(account) or await self._accounts.access_token(account)
+        token = await self._accounts.access_token(account)
         try:
             return await once(account, call, token)
         except ProxyError as error:
@@ -7005,7 +6886,7 @@ class Asking:
 
     def _known_models(self, account: Account | None) -> tuple[Model, ...]:
         """The models, where nobody has to be asked for them; else none."""
-        if self._current is not self._connect and (account is None or not account.direct):
+        if self._current is not self._connect and (account is None or not account.is_access_token):
             return CLASSIC_MODELS
         if account is None:
             return CONNECT_MODELS
@@ -7017,8 +6898,7 @@ class Asking:
 
         Raises `ProxyError` where there is no access token: a built-in list would not help.
         """
-        if not self._accounts.live_token(account):
-            await self._accounts.access_token(account)
+        await self._accounts.access_token(account)
         model, is_known = choose_model(name, self._known_models(account) or await self.models(account))
         if not is_known:
             logger.info("model %s is not known, %s is asked", quote_words(name)[:60], model.id)
@@ -7045,32 +6925,30 @@ class Asking:
 
         async def ask(account: Account) -> bool:
             """Whether it was answered; not so by an account that has another answer under way."""
-            if account.line.is_narrow and not account.line.is_free:
+            if account.slots.serialized and not account.slots.is_free:
                 busy.append(account)
                 return False
-            if account.line.running >= MAX_ACCOUNT_REQUESTS:
-                raise ProxyError("queue_full", f"{MAX_ACCOUNT_REQUESTS} answers of this account run")
-            account.line.enter()
+            await account.slots.acquire(self._settings.queue_length)
             try:
                 await self._run_for(account, question, sending, start_chain)
             except ProxyError as failure:
                 if sending.visible or not failure.is_busy:
                     raise
-                account.line.is_narrow = True
+                account.slots.note_refused()
                 busy.append(account)
                 return False
             finally:
-                account.line.leave()
+                account.slots.release()
             return True
 
         if await self._try_accounts(accounts, ask, lambda: not sending.visible):
             return cast(UploadResult, sending.brought)
-        account = min(busy, key=lambda one: len(one.line))
-        await account.line.wait(self._settings.queue_length, QUEUE_SECONDS)
+        account = min(busy, key=lambda one: one.slots.waiting)
+        await account.slots.acquire(self._settings.queue_length)
         try:
             await self._run_for(account, question, sending, start_chain)
         finally:
-            account.line.leave()
+            account.slots.release()
         return cast(UploadResult, sending.brought)
 
     async def upload(self, accounts: Sequence[Account], received: ReceivedFile) -> UploadedFile:
@@ -7096,10 +6974,10 @@ class Asking:
         If all are aside, the one due first is asked all the same. None where all were tried.
         """
         now = asyncio.get_running_loop().time()
-        ready = [one for one in accounts if one not in tried and one.aside_until <= now]
+        ready = [one for one in accounts if one not in tried and one.cooldown_until <= now]
         if ready:
-            return min(ready, key=lambda one: (one.line.running, one.used_at))
-        return None if tried else min(accounts, key=lambda one: one.aside_until)
+            return min(ready, key=lambda one: (one.slots.running, one.used_at))
+        return None if tried else min(accounts, key=lambda one: one.cooldown_until)
 
     async def _try_accounts(
         self,
@@ -7120,21 +6998,23 @@ class Asking:
             if account is None and all(failure.status == 401 for failure in failures):
                 # Dead tokens say nothing of those that are set aside: the one due first is asked all the same.
                 rest = [one for one in accounts if one not in tried]
-                account = min(rest, key=lambda one: one.aside_until) if rest and len(failures) == len(tried) else None
+                account = (
+                    min(rest, key=lambda one: one.cooldown_until) if rest and len(failures) == len(tried) else None
+                )
             if account is None:
                 break
             tried.append(account)
             account.used_at = loop.time()
             try:
                 if await work(account):
-                    account.aside_until = 0.0
+                    account.cooldown_until = 0.0
                     return True
             except ProxyError as failure:
                 if failure.status not in (401, 429) or not may_move_on():
                     raise
                 aside_seconds = _DEAD_SECONDS if failure.status == 401 else failure.retry_after_seconds
                 if failure.code != "quota_used_up":  # that is one model's
-                    account.aside_until = loop.time() + aside_seconds
+                    account.cooldown_until = loop.time() + aside_seconds
                 failures.append(failure)
         if len(failures) < len(tried):
             return False
@@ -7161,7 +7041,7 @@ class Asking:
 
     def _dialect_of(self, account: Account) -> Dialect:
         """The dialect in use; an access token has meaning in connect alone."""
-        return self._connect if account.direct and self._may_change(self._current) else self._current
+        return self._connect if account.is_access_token and self._may_change(self._current) else self._current
 
     async def _run_for(
         self, account: Account, question: Question, sending: _Sending, start_chain: Callable[[], Chain]
@@ -7261,7 +7141,7 @@ class Asking:
         """Remember the conversation, where the client wants that."""
         if question.conversation_id:
             message_id = conversation.message_id
-            self._conversations.keep(conversation.id)  # first: better left than removed, once it is kept
+            self._conversations.discard(conversation.id)  # first: better left than removed, once it is kept
             await self._kept.keep(account, conversation.id, dialect.name, message_id)
 
     async def _converse(
@@ -7276,14 +7156,14 @@ class Asking:
             try:
                 await self._answer(account, conversation, question, filtering)
             except ProxyError as failure:
-                failure.is_busy = failure.code == dialect.busy_code and account.line.has_others
+                failure.is_busy = failure.code == dialect.busy_code and account.slots.running > 1
                 raise
             conversation.ended = not filtering.chain.ended or conversation.stream_ended
             conversation.kept = bool(question.conversation_id)
             return conversation
         finally:
-            account.line.close_later()
-            self._tasks.start(self._let_go(account, conversation, account.line.closed), "remove")
+            account.slots.running += 1  # until the stream is closed
+            self._tasks.start(self._let_go(account, conversation, account.slots.release), "remove")
 
     async def _answer(
         self, account: Account, conversation: _Conversation, question: Question, filtering: _Filtering
@@ -7350,8 +7230,7 @@ class Asking:
         # A client that leaves while the opening call is under way must not leave a conversation behind: the call is
         # finished as a task of the application, and what it opened is removed. One that leaves before, while the token
         # is refreshed, opens none.
-        if not self._accounts.live_token(account):
-            await self._accounts.access_token(account)
+        await self._accounts.access_token(account)
         if question.goes_on:
             return _Conversation(dialect, question.conversation_id, kept=True)
         return _Conversation(dialect, await self._open(account, dialect, question.model))
@@ -7426,25 +7305,25 @@ class Asking:
             await dialect.remove(account, conversation_id)
         except ProxyError as error:
             if error.upstream_status != 404 or not may_be_gone:
-                self._conversations.leave(conversation_id)
+                self._conversations.postpone(conversation_id)
                 self._metrics.count("kimi_proxy_removals_failed_total")
                 logger.warning(
                     "! conversation %s of account %s was not removed: %s", conversation_id, account.label, error
                 )
                 return False
-        self._conversations.close(conversation_id)
+        self._conversations.discard(conversation_id)
         return True
 
     async def remove_left(self) -> None:
         """Remove what ended processes left open, for the accounts whose tokens are in memory or kept."""
-        for owner in self._conversations.owners:
+        for owner in self._conversations.orphan_owners:
             account = await self._accounts.recall(owner)
-            if account is not None and (left := self._conversations.take(owner)):
+            if account is not None and (left := self._conversations.orphans(owner)):
                 await self._remove_all(account, left)
 
     def _begin_removing(self, account: Account) -> None:
         """Now that `account` calls, remove what is left of it, beside its request."""
-        if left := self._conversations.take(account.digest):
+        if left := self._conversations.orphans(account.digest):
             self._tasks.start(self._remove_all(account, left), "remove")
 
     async def _remove_all(self, account: Account, left: Sequence[OpenConversation]) -> None:
@@ -7452,8 +7331,8 @@ class Asking:
         removed = failed = 0
         for one in left:
             if failed == _MOST_FAILURES:
-                self._conversations.leave(one.id)
-            elif await self._remove(account, self._dialect_named(one.dialect), one.id, may_be_gone=True):
+                self._conversations.postpone(one.id)
+            elif await self._remove(account, self._dialect_named(one.protocol), one.id, may_be_gone=True):
                 removed += 1
             else:
                 failed += 1
@@ -8274,7 +8153,7 @@ async def _metrics(request: web.Request) -> web.StreamResponse:
         "kimi_proxy_requests_running": len(state.running),
         "kimi_proxy_answers_running": len(state.answering),
         "kimi_proxy_accounts": len(state.accounts),
-        "kimi_proxy_orphans": state.conversations.left,
+        "kimi_proxy_orphans": state.conversations.orphan_count,
     }
     text = state.metrics.render(gauges)
     return web.Response(body=text.encode(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
@@ -8444,9 +8323,6 @@ async def _add_headers(request: web.Request, response: web.StreamResponse) -> No
         response.headers["Access-Control-Max-Age"] = "86400"
 
 
-_FLUSH_SECONDS: Final = 0.25  # how long a conversation that is removed may still stand on the list
-
-
 async def _own_state(app: web.Application) -> AsyncIterator[None]:
     """Open what the application owns, and close it in reverse: removals first, the connections last."""
     settings = app[_SETTINGS]
@@ -8467,18 +8343,16 @@ async def _own_state(app: web.Application) -> AsyncIterator[None]:
         return pair
 
     state_dir = find_state_dir(settings.state_dir, os.environ)
-    store = TokenStore(state_dir, metrics, settings.call_seconds)
-    deleted = await asyncio.to_thread(store.delete_unused, time.time())
-    if deleted:
-        logger.info("deleted the tokens of %d accounts that were unused for 100 days", deleted)
-    accounts = Accounts(refresh, tasks, store)
+    state_files = StateFiles(state_dir, metrics, name_service(settings.base_url))
+    if deleted := await asyncio.to_thread(state_files.delete_unused, time.time()):
+        logger.info("deleted %d state files that were unused for 100 days", deleted)
+    accounts = Accounts(refresh, tasks, state_files)
     calls = Calls(session, transfers, accounts, metrics, settings)
-    kept = KeptConversations(store, MAX_ACCOUNTS)
+    kept = KeptConversations(state_files)
     uploads = Uploads(files, settings)
-    flush_later = partial(asyncio.get_running_loop().call_later, _FLUSH_SECONDS)
-    conversations = OpenConversations(state_dir, metrics, store.complain, flush_later)
+    conversations = OpenConversations(state_files)
     asking = Asking(calls, accounts, kept, conversations, uploads, tasks, ticker, metrics, settings)
-    if count := await asyncio.to_thread(conversations.adopt):
+    if count := await asyncio.to_thread(conversations.recover):
         logger.info("%d conversations were left open by a process that ended", count)
         for token in app[_ACCESS].tokens:
             accounts.get(token)  # so that it is found by its digest
@@ -8503,7 +8377,8 @@ async def _own_state(app: web.Application) -> AsyncIterator[None]:
     late = await tasks.drain(REMOVAL_SECONDS)
     if late:
         logger.warning("! %d background tasks did not end in %g s", late, REMOVAL_SECONDS)
-    conversations.release()
+    await accounts.save()
+    conversations.close()
     await files.close()
     await transfers.close()
     await session.close()
@@ -9126,13 +9001,14 @@ async def _check(settings: Settings, token: str, record: str | None) -> int:
     running proxy rotated is used, not rotated away.
     """
     metrics, tasks = Metrics(), BackgroundTasks()
-    store = TokenStore(find_state_dir(settings.state_dir, os.environ), metrics, settings.call_seconds)
+    state_dir = find_state_dir(settings.state_dir, os.environ)
+    state_files = StateFiles(state_dir, metrics, name_service(settings.base_url))
     works: dict[str, bool] = {}
     proxy_url = settings.proxy_url
     async with open_service_session(proxy_url) as session, open_service_session(proxy_url, reuse=False) as transfers:
         for name in ("classic", "connect"):
             if settings.protocol in ("auto", name):
-                check = _Check(settings, (session, transfers), store, tasks, name)
+                check = _Check(settings, (session, transfers), state_files, tasks, name)
                 works[name] = await check.run(token)
                 if record and check.pieces:
                     path = Path(record).with_suffix(".sse" if name == "classic" else ".connect")
@@ -9151,7 +9027,7 @@ class _Check:
         self,
         settings: Settings,
         sessions: tuple[aiohttp.ClientSession, aiohttp.ClientSession],
-        store: TokenStore,
+        state_files: StateFiles,
         tasks: BackgroundTasks,
         name: str,
     ) -> None:
@@ -9163,7 +9039,7 @@ class _Check:
         async def refresh(account: Account) -> TokenPair:
             return await self._dialect.refresh(account)
 
-        self._accounts = Accounts(refresh, tasks, store)
+        self._accounts = Accounts(refresh, tasks, state_files)
         calls = Calls(*sessions, self._accounts, Metrics(), settings)
         self._connect = Connect(calls, settings.base_url, settings.auth_url)
         self._dialect: Dialect = self._connect if name == "connect" else Classic(calls, settings.base_url)

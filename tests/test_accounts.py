@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
+import fcntl
 import json
 import os
 import resource
@@ -15,23 +17,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import LogRecorder
+from conftest import LogRecorder, list_descriptors
 
 import kimi_proxy
 from kimi_proxy import (
     Account,
     Accounts,
+    AnswerSlots,
     BackgroundTasks,
     KeptConversations,
     Metrics,
     OpenConversations,
     ProxyError,
-    StoredTokens,
+    StateFiles,
     TokenPair,
-    TokenStore,
     find_state_dir,
     is_access_token,
-    parse_open_conversations,
+    name_service,
     read_claims,
 )
 
@@ -61,8 +63,7 @@ def service() -> Service:
 
 
 def make_accounts(service: Service, *, directory: Path | None = None) -> Accounts:
-    store = TokenStore(directory, Metrics(), lock_seconds=5.0)
-    return Accounts(service.refresh, BackgroundTasks(), store)
+    return Accounts(service.refresh, BackgroundTasks(), StateFiles(directory, Metrics()))
 
 
 async def test_many_at_once_cause_one_refresh(service: Service) -> None:
@@ -145,6 +146,42 @@ async def test_a_dead_access_token_is_dropped_and_a_newer_one_stays(service: Ser
     assert await accounts.access_token(account) == new != old
 
 
+async def test_only_the_very_token_that_was_used_is_dropped(service: Service) -> None:
+    accounts = make_accounts(service)
+    account = accounts.get("r")
+    service.open.set()
+    old = await accounts.access_token(account)
+    await accounts.drop(account, old)
+    service.open.clear()
+    service.begun.clear()
+    refreshing = asyncio.create_task(accounts.access_token(account))
+    await service.begun.wait()
+    dropping = [asyncio.create_task(accounts.drop(account, token)) for token in (old, "another's", "")]
+    service.open.set()
+    await asyncio.gather(*dropping)
+    assert await accounts.access_token(account) == await refreshing == "access-2"
+    assert len(service.asked) == 2
+
+
+async def test_an_access_token_that_was_refused_once_is_tried_again_later(
+    service: Service, advance: Callable[[float], None]
+) -> None:
+    accounts = make_accounts(service)
+    token = make_jwt(app_id="kimi", typ="access", exp=time.time() + 300)
+    account = accounts.get(token)
+    for _ in range(2):
+        assert await accounts.access_token(account) == token
+        await accounts.drop(account, token)
+        with pytest.raises(ProxyError) as caught:
+            await accounts.access_token(account)
+        assert caught.value.code == "token_expired"
+        advance(11)
+    ended = accounts.get(make_jwt(app_id="kimi", typ="access", exp=time.time() - 1))
+    with pytest.raises(ProxyError) as caught:
+        await accounts.access_token(ended)
+    assert caught.value.code == "token_expired" and service.asked == []
+
+
 async def test_the_cache_forgets_the_idle_first_and_none_that_is_being_refreshed(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,12 +233,14 @@ class Rotating(Service):
     def __init__(self) -> None:
         super().__init__()
         self.valid = "r"
+        self.rotates = True
 
     async def refresh(self, account: Account) -> TokenPair:
         self.asked.append(account.refresh_token)
         if account.refresh_token != self.valid:
             raise ProxyError("token_dead", "rotated")
-        self.valid = f"r{len(self.asked)}"
+        if self.rotates:
+            self.valid = f"r{len(self.asked)}"
         return TokenPair(f"access-{len(self.asked)}", self.valid)
 
 
@@ -229,14 +268,50 @@ async def test_what_another_process_fetched_is_used(tmp_path: Path) -> None:
     assert len(service.asked) == 2
 
 
-async def test_where_the_kept_token_is_refused_the_clients_own_is_tried(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("good", "asked"),
+    [("r2", ["r2"]), ("r1", ["r2", "r1"]), ("r", ["r2", "r1", "r"]), ("", ["r2", "r1", "r"])],
+)
+@pytest.mark.parametrize("restarts", [True, False])
+async def test_where_the_newest_token_is_refused_each_older_one_is_tried_once(
+    tmp_path: Path, good: str, asked: list[str], restarts: bool
+) -> None:
     service = Rotating()
     accounts = make_accounts(service, directory=tmp_path)
-    account = accounts.get("r")
-    await accounts.drop(account, await accounts.access_token(account))
+    for _ in range(2):
+        account = accounts.get("r")
+        await accounts.drop(account, await accounts.access_token(account))
+    if restarts:
+        accounts = make_accounts(service, directory=tmp_path)
+        await accounts.drop(accounts.get("r"), "access-2")
+    service.valid = good
+    for _ in range(2):
+        try:
+            assert await accounts.access_token(accounts.get("r")) == f"access-{2 + len(asked)}" and good
+        except ProxyError as error:
+            assert error.code == "token_dead" and not good
+    assert service.asked == ["r", "r1", *asked]
+
+
+async def test_of_tokens_in_memory_and_in_the_file_the_newer_are_tried_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(monkeypatch, writes_some=True)
+    service = Rotating()
     service.valid = "r"
-    assert await accounts.access_token(account) == "access-3"
-    assert service.asked == ["r", "r1", "r"]
+    one, other = (make_accounts(service, directory=tmp_path) for _ in range(2))
+    await one.drop(one.get("r"), await one.access_token(one.get("r")))
+    await other.drop(other.get("r"), await other.access_token(other.get("r")))
+    assert await one.access_token(one.get("r")) == "access-2"
+    disk.full = True
+    await other.drop(other.get("r"), await other.access_token(other.get("r")))
+    await other.drop(other.get("r"), await other.access_token(other.get("r")))  # rotated, and not written
+    assert service.valid == "r3"
+    disk.full = False
+    await one.drop(one.get("r"), "access-2")
+    with pytest.raises(ProxyError):
+        await one.access_token(one.get("r"))
+    assert await other.access_token(other.get("r")) == f"access-{len(service.asked)}"
 
 
 async def test_files_are_for_their_owner_alone_and_name_no_token(tmp_path: Path) -> None:
@@ -247,11 +322,27 @@ async def test_files_are_for_their_owner_alone_and_name_no_token(tmp_path: Path)
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     assert path.stem == "454349e422f05297191ead13e21d3db520e5abef52055e4964b82fb213f593a1"
     assert json.loads(path.read_text())["refresh_token"] == "r1"
-    assert {file.suffix for file in path.parent.iterdir()} == {".json", ".lock"}
+    assert list(path.parent.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"access_token":1}', b"\xff", b'{"received":"x"}'])
-async def test_a_broken_file_is_passed_over_and_written_anew(
+GOOD_TOKENS: dict[str, Any] = {"access_token": "a", "refresh_token": "r1", "received": 4e9, "life_seconds": 1.0}
+
+
+BROKEN = [b"{", b"[]", b"null", b"7", b"\xff", b"\x00" * 64, b"[" * 100_000]
+WRONG_TOKENS: list[dict[str, Any]] = [
+    *({"access_token": bad} for bad in list[Any](["a\r\nX-Evil: 1", "a b", "\u00e9", "\x7f", "a" * 8193, ["a"], None])),
+    *({"refresh_token": bad} for bad in list[Any](["r\n", "\x00", {}, 1])),
+    *({"previous_refresh_token": bad} for bad in list[Any](["r\r", 1, {}])),
+    *({"received": bad} for bad in list[Any](["x", None, [], 10**400])),
+    *({"life_seconds": bad} for bad in ("inf", "nan")),
+]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [*BROKEN, b'{"access_token":1}', *(json.dumps(GOOD_TOKENS | wrong).encode() for wrong in WRONG_TOKENS)],
+)
+async def test_a_state_file_of_no_use_is_set_aside_with_one_log_line_and_never_used(
     tmp_path: Path, log_lines: LogRecorder, content: bytes
 ) -> None:
     service = Rotating()
@@ -262,8 +353,10 @@ async def test_a_broken_file_is_passed_over_and_written_anew(
     service.valid = "r"
     again = make_accounts(service, directory=tmp_path)
     assert await again.access_token(again.get("r")) == "access-2"
-    assert "passed over" in log_lines.text
+    assert log_lines.text.count("set aside") == 1
     assert json.loads(path.read_text())["access_token"] == "access-2"
+    assert service.asked == ["r", "r"]
+    assert path.with_suffix(".bad").read_bytes() == content
 
 
 async def test_a_directory_that_cannot_be_written_is_told_once(tmp_path: Path, log_lines: LogRecorder) -> None:
@@ -277,23 +370,220 @@ async def test_a_directory_that_cannot_be_written_is_told_once(tmp_path: Path, l
     assert log_lines.text.count("cannot be kept") == 1
 
 
+class Disk:
+    """Fails to write while it is `full`: not a byte, or after a few."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, writes_some: bool) -> None:
+        self.full = False
+        self._writes_some = writes_some
+        self._open, self._fsync = os.open, os.fsync
+        monkeypatch.setattr(os, "open", self.open)
+        monkeypatch.setattr(os, "fsync", self.fsync)
+
+    def _fail(self) -> None:
+        if self.full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def open(self, path: Any, flags: int, mode: int = 0o777) -> int:
+        if not self._writes_some and flags & os.O_CREAT:
+            self._fail()
+        return self._open(path, flags, mode)
+
+    def fsync(self, descriptor: int) -> None:
+        self._fail()
+        self._fsync(descriptor)
+
+
+@pytest.mark.parametrize("writes_some", [True, False])
+@pytest.mark.parametrize("failures", [1, 3])
+async def test_tokens_in_memory_that_could_not_be_written_win_over_the_files_older_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes_some: bool, failures: int
+) -> None:
+    disk = Disk(monkeypatch, writes_some)
+    monkeypatch.setattr(kimi_proxy, "MAX_ACCOUNTS", 2)
+    service = Rotating()
+    accounts = make_accounts(service, directory=tmp_path)
+    account = accounts.get("r")
+    await accounts.drop(account, await accounts.access_token(account))
+    disk.full = True
+    for _ in range(failures):
+        await accounts.drop(account, await accounts.access_token(account))
+    for number in range(5):
+        accounts.get(f"other-{number}")
+    assert accounts.get("r") is account, "tokens that are nowhere else are not forgotten"
+    (path,) = (tmp_path / "tokens").iterdir()
+    assert json.loads(path.read_text())["refresh_token"] == "r1", "an older file stays whole, and nothing beside it"
+    disk.full = False
+    newest = await accounts.access_token(account)
+    assert service.asked == ["r", *(f"r{number}" for number in range(1, failures + 2))]
+    again = make_accounts(service, directory=tmp_path)
+    assert await again.access_token(again.get("r")) == newest
+
+
+async def test_tokens_that_could_not_be_written_are_written_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(monkeypatch, writes_some=True)
+    service = Rotating()
+    accounts = make_accounts(service, directory=tmp_path)
+    disk.full = True
+    assert await accounts.access_token(accounts.get("r")) == "access-1"
+    disk.full = False
+    await accounts.save()
+    again = make_accounts(service, directory=tmp_path)
+    assert await again.access_token(again.get("r")) == "access-1"
+
+
+async def test_of_two_processes_memories_the_newer_is_written_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(monkeypatch, writes_some=True)
+    service = Rotating()
+    service.rotates = False
+    late, other = (make_accounts(service, directory=tmp_path) for _ in range(2))
+    disk.full = True
+    await late.access_token(late.get("r"))
+    disk.full = False
+    newest = await other.access_token(other.get("r"))
+    await late.save()
+    again = make_accounts(service, directory=tmp_path)
+    assert await again.access_token(again.get("r")) == newest
+
+
+async def test_a_token_that_kimi_never_took_leaves_no_file(tmp_path: Path) -> None:
+    service = Rotating()
+    accounts = make_accounts(service, directory=tmp_path)
+    for token in ("wrong", "another"):
+        with pytest.raises(ProxyError):
+            await accounts.access_token(accounts.get(token))
+    assert list((tmp_path / "tokens").iterdir()) == []
+
+
+async def test_tokens_of_another_service_are_not_used(tmp_path: Path) -> None:
+    service = Rotating()
+    service.rotates = False
+
+    def make(base_url: str) -> Accounts:
+        return Accounts(service.refresh, BackgroundTasks(), StateFiles(tmp_path, Metrics(), name_service(base_url)))
+
+    for base_url, expected in (
+        ("", "access-1"),
+        ("https://www.kimi.com", "access-1"),
+        ("https://www.kimi.ai", "access-1"),
+        ("http://localhost:8001", "access-2"),
+        ("http://localhost:8002/x", "access-2"),
+        ("https://kimi.example", "access-3"),
+    ):
+        accounts = make(base_url)
+        assert await accounts.access_token(accounts.get("r")) == expected
+    assert set(service.asked) == {"r"}
+
+
+async def test_tokens_of_an_older_version_are_used(tmp_path: Path) -> None:
+    service = Rotating()
+    accounts = make_accounts(service, directory=tmp_path)
+    await accounts.access_token(accounts.get("r"))
+    (path,) = (tmp_path / "tokens").glob("*.json")
+    value = json.loads(path.read_text())
+    del value["service"], value["previous_refresh_token"]
+    path.write_text(json.dumps(value))
+    again = make_accounts(service, directory=tmp_path)
+    assert await again.access_token(again.get("r")) == "access-1"
+
+
 async def test_the_unused_is_deleted_after_100_days(tmp_path: Path) -> None:
-    store = TokenStore(tmp_path, Metrics(), lock_seconds=1.0)
-    async with store.lock(b"old"), store.lock(b"new"):
-        for digest in (b"old", b"new"):
-            await store.write(digest, StoredTokens("a", "r", 0.0, 1.0))
-    old = store._path(b"old", ".json")
-    day = 86_400
-    os.utime(old, (time.time() - 101 * day,) * 2)
-    assert store.delete_unused(time.time()) == 1
-    assert not old.exists() and store._path(b"new", ".json").exists()
-    assert await store.read(b"old") is None and await store.read(b"new") is not None
+    state = StateFiles(tmp_path, Metrics())
+    for name in ("old", "new"):
+        assert await state.write_json(f"tokens/{name}.json", {})
+    old, new = (tmp_path / "tokens" / f"{name}.json" for name in ("old", "new"))
+    os.utime(old, (time.time() - 101 * 86_400,) * 2)
+    assert state.delete_unused(time.time()) == 1
+    assert (old.exists(), new.exists()) == (False, True)
+
+
+# The lock of an account's state.
+
+
+async def test_a_lock_is_held_by_one_at_a_time_and_leaves_nothing(tmp_path: Path) -> None:
+    state = StateFiles(tmp_path, Metrics())
+    descriptors = len(list_descriptors())
+    holders: list[int] = []
+
+    async def hold(number: int) -> None:
+        async with state.lock("tokens/x"):
+            holders.append(number)
+            await asyncio.sleep(0.01)
+            assert holders[-1] == number
+
+    await asyncio.gather(*map(hold, range(8)))
+    assert sorted(holders) == list(range(8))
+    assert list((tmp_path / "tokens").iterdir()) == [] and len(list_descriptors()) == descriptors
+
+
+async def test_a_cancellation_at_any_moment_leaks_no_descriptor_of_a_lock(tmp_path: Path) -> None:
+    state = StateFiles(tmp_path, Metrics())
+    descriptors = len(list_descriptors())
+
+    async def hold() -> None:
+        async with state.lock("tokens/x"):
+            await asyncio.sleep(0.02)
+
+    for turns in range(40):
+        tasks = [asyncio.create_task(hold()) for _ in range(3)]
+        for _ in range(turns % 8):
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.001 * turns)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.sleep(0.1)
+    assert len(list_descriptors()) == descriptors
+    async with asyncio.timeout(5):
+        await hold()
+
+
+async def test_while_another_process_holds_the_state_no_token_is_refreshed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = Rotating()
+    accounts = make_accounts(service, directory=tmp_path)
+    account = accounts.get("r")
+    async with StateFiles(tmp_path, Metrics()).lock(f"tokens/{account.digest.hex()}"):
+        monkeypatch.setattr(kimi_proxy, "LOCK_SECONDS", 0.2)
+        waiters = [asyncio.create_task(accounts.access_token(account)) for _ in range(3)]
+        outcomes = await asyncio.gather(*waiters, return_exceptions=True)
+        assert [isinstance(one, ProxyError) and (one.status, one.code) for one in outcomes] == [
+            (503, "state_locked")
+        ] * 3
+        monkeypatch.setattr(kimi_proxy, "LOCK_SECONDS", 5.0)
+        waiter = asyncio.create_task(accounts.access_token(account))
+        await asyncio.sleep(0.1)
+        assert service.asked == [] and not waiter.done()
+    assert await waiter == "access-1"
+
+
+async def test_a_lock_whose_holder_deletes_it_between_two_steps_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.lock"
+    flock = fcntl.flock
+
+    def flock_late(descriptor: int, operation: int) -> None:
+        path.unlink(missing_ok=True)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock_late)
+    assert kimi_proxy.take_lock(path) is None
+    monkeypatch.setattr(fcntl, "flock", flock)
+    descriptor = kimi_proxy.take_lock(path)
+    assert descriptor is not None and kimi_proxy.take_lock(path) is None
+    os.close(descriptor)
 
 
 RACER = """
 import asyncio, sys
 from pathlib import Path
-from kimi_proxy import Accounts, BackgroundTasks, Metrics, ProxyError, TokenPair, TokenStore
+from kimi_proxy import Accounts, BackgroundTasks, Metrics, ProxyError, StateFiles, TokenPair
 
 service = Path(sys.argv[2])
 
@@ -307,8 +597,7 @@ async def refresh(account):
     return TokenPair(f"a{int(number) + 1}", f"r{int(number) + 1}")
 
 async def main():
-    store = TokenStore(Path(sys.argv[1]), Metrics(), 20.0)
-    accounts = Accounts(refresh, BackgroundTasks(), store)
+    accounts = Accounts(refresh, BackgroundTasks(), StateFiles(Path(sys.argv[1]), Metrics()))
     account = accounts.get("r")
     for _ in range(8):
         await accounts.drop(account, await accounts.access_token(account))
@@ -372,9 +661,9 @@ async def test_a_refresh_token_that_ends_soon_is_told(log_lines: LogRecorder) ->
 
 async def test_an_access_token_of_kimis_is_told_from_others(service: Service) -> None:
     access = {"app_id": "kimi", "typ": "access", "exp": time.time() + 60}
-    assert make_accounts(service).get(make_jwt(**access)).direct
+    assert make_accounts(service).get(make_jwt(**access)).is_access_token
     for other in ("r", make_jwt(app_id="kimi", typ="refresh"), "a.b.c", "..", "e30.!!.x", make_jwt()):
-        assert not make_accounts(service).get(other).direct
+        assert not make_accounts(service).get(other).is_access_token
     assert is_access_token(access) and read_claims(make_jwt(sub="x")) == {"sub": "x"}
     assert read_claims("e30.W10.x") == {}
 
@@ -396,9 +685,9 @@ def test_the_state_directory_is_where_it_belongs(setting: str, environ: dict[str
 
 @pytest.mark.parametrize("shared", [True, False])
 async def test_kept_conversations_are_bounded_and_the_oldest_go_first(tmp_path: Path, shared: bool) -> None:
-    store = TokenStore(tmp_path if shared else None, Metrics(), lock_seconds=1.0)
+    state = StateFiles(tmp_path if shared else None, Metrics())
     account = make_accounts(Service()).get("r")
-    kept = KeptConversations(store, most_accounts=2)
+    kept = KeptConversations(state)
     for number in range(105):
         await kept.keep(account, f"c{number}", "connect", f"m{number}")
     await kept.keep(account, "c5", "connect", "again")
@@ -406,265 +695,341 @@ async def test_kept_conversations_are_bounded_and_the_oldest_go_first(tmp_path: 
     with pytest.raises(ProxyError) as caught:
         await kept.find(account, "c4")
     assert caught.value.code == "conversation_not_found"
-    another = KeptConversations(store, most_accounts=2)
     if shared:
-        assert await another.find(account, "c104") == ("connect", "m104")
+        assert await KeptConversations(state).find(account, "c104") == ("connect", "m104")
 
 
-# The list of open conversations.
+async def test_kept_conversations_stay_in_memory_while_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(monkeypatch, writes_some=True)
+    state = StateFiles(tmp_path, Metrics())
+    account = make_accounts(Service()).get("r")
+    kept, other = KeptConversations(state), KeptConversations(state)
+    await kept.keep(account, "c1", "connect", "m1")
+    disk.full = True
+    await kept.keep(account, "c1", "connect", "m2")
+    await kept.keep(account, "c2", "connect", "m1")
+    assert await kept.find(account, "c1") == ("connect", "m2")
+    disk.full = False
+    await other.keep(account, "c3", "connect", "m1")
+    await kept.keep(account, "c2", "connect", "m2")
+    assert [await other.find(account, one) for one in ("c1", "c2", "c3")] == [
+        ("connect", "m2"),
+        ("connect", "m2"),
+        ("connect", "m1"),
+    ]
+
+
+# The answers that run.
+
+
+async def test_slots_are_given_in_order_where_answers_run_one_by_one() -> None:
+    slots, order = AnswerSlots(), list[int]()
+
+    async def run(number: int) -> None:
+        await slots.acquire(10)
+        order.append(number)
+        assert slots.running == 1
+        await asyncio.sleep(0.01)
+        slots.release()
+
+    slots.note_refused()
+    tasks = [asyncio.create_task(run(number)) for number in range(6)]
+    await asyncio.sleep(0)
+    assert (slots.running, slots.waiting) == (1, 5)
+    tasks[2].cancel()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert slots.waiting == 4
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert order == [0, 1, 3, 4, 5] and (slots.running, slots.waiting) == (0, 0)
+
+
+@pytest.mark.parametrize("turns", range(4))
+async def test_whoever_is_cancelled_as_its_turn_comes_passes_it_on(turns: int) -> None:
+    slots = AnswerSlots()
+    slots.note_refused()
+    await slots.acquire(10)
+    first, second = (asyncio.create_task(slots.acquire(10)) for _ in range(2))
+    await asyncio.sleep(0)
+    if turns % 2:
+        first.cancel()
+        slots.release()
+    else:
+        slots.release()
+        first.cancel()
+    for _ in range(turns // 2):
+        await asyncio.sleep(0)
+    await asyncio.wait_for(second, 1)
+    assert first.cancelled() and (slots.running, slots.waiting) == (1, 0)
+
+
+async def test_too_many_answers_or_requests_that_wait_are_a_429(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kimi_proxy, "MAX_ACCOUNT_REQUESTS", 2)
+    monkeypatch.setattr(kimi_proxy, "QUEUE_SECONDS", 0.05)
+    slots = AnswerSlots()
+    await slots.acquire(1)
+    await slots.acquire(1)
+    with pytest.raises(ProxyError) as caught:
+        await slots.acquire(1)
+    assert caught.value.code == "queue_full" and "2 answers" in caught.value.detail
+    slots.note_refused()
+    waiting = asyncio.create_task(slots.acquire(1))
+    await asyncio.sleep(0)
+    with pytest.raises(ProxyError) as caught:
+        await slots.acquire(1)
+    assert caught.value.code == "queue_full" and "PROXY_QUEUE_LENGTH" in caught.value.detail
+    with pytest.raises(ProxyError) as caught:
+        await waiting
+    assert caught.value.code == "queue_full" and "0.05 s" in caught.value.detail
+    assert (slots.running, slots.waiting) == (2, 0)
+
+
+async def test_answers_run_one_by_one_for_ten_minutes(advance: Callable[[float], None]) -> None:
+    slots = AnswerSlots()
+    slots.note_refused()
+    await slots.acquire(1)
+    waiting = asyncio.create_task(slots.acquire(1))
+    await asyncio.sleep(0)
+    assert slots.serialized and slots.waiting
+    advance(601)
+    await slots.acquire(1)  # and lets in who came before
+    assert not slots.serialized and slots.running == 3
+    await waiting
+
+
+async def test_answers_that_overlap_end_the_running_one_by_one() -> None:
+    slots = AnswerSlots()
+    await slots.acquire(1)
+    await slots.acquire(1)
+    slots.note_refused()  # another one was, for whatever reason
+    waiting = asyncio.create_task(slots.acquire(1))
+    await asyncio.sleep(0)
+    slots.note_answering()
+    await waiting
+    assert not slots.serialized and slots.running == 3
+    slots.note_refused()
+    for _ in range(2):
+        slots.release()
+    slots.note_answering()
+    assert slots.serialized
+
+
+# The conversations that are open.
 
 A, B = bytes(32), bytes(range(32))
 
 
-def make_list(directory: Path | None, failures: list[OSError] | None = None) -> OpenConversations:
-    def complain(error: OSError) -> None:
-        if failures is None:
-            raise error
-        failures.append(error)
-
-    return OpenConversations(directory, Metrics(), complain)
+def make_open(directory: Path | None, service: str = "kimi") -> OpenConversations:
+    return OpenConversations(StateFiles(directory, Metrics(), service))
 
 
 def leave_behind(directory: Path, *ids: str, account: bytes = A) -> None:
-    """A list as a process leaves it that died."""
-    died = make_list(directory)
+    """A file as a process leaves it that died."""
+    died = make_open(directory)
     for one in ids:
         died.add(account, "classic", one)
-    died.release()
+    died.close()
 
 
-def lists_in(directory: Path) -> list[Path]:
+def files_in(directory: Path) -> list[Path]:
     return list((directory / "conversations").glob("*"))
+
+
+def noted_in(directory: Path) -> set[str]:
+    """The ids in the one file that there is."""
+    (path,) = files_in(directory)
+    return set(json.loads(path.read_text())) - {"service"}
 
 
 def test_what_is_open_is_left_to_the_next_process_and_given_once(tmp_path: Path) -> None:
     leave_behind(tmp_path, "c1", "c2")
     leave_behind(tmp_path, "c3", account=B)
-    died_too = make_list(tmp_path)
-    assert died_too.adopt() == 3
-    died_too.release()
-    heir = make_list(tmp_path)
-    assert (heir.adopt(), heir.left, set(heir.owners)) == (3, 3, {A, B})
-    assert [(one.id, one.dialect) for one in heir.take(A)] == [("c1", "classic"), ("c2", "classic")]
-    assert (heir.take(A), heir.left) == ([], 1)
+    died_too = make_open(tmp_path)
+    assert died_too.recover() == 3
+    died_too.close()
+    heir = make_open(tmp_path)
+    assert (heir.recover(), heir.orphan_count, heir.orphan_owners) == (3, 3, {A, B})
+    assert sorted((one.id, one.protocol) for one in heir.orphans(A)) == [("c1", "classic"), ("c2", "classic")]
+    assert (heir.orphans(A), heir.orphan_count) == ([], 1)
     for one in ("c1", "c2", "c3"):
-        heir.close(one)
-    heir.release()
-    assert lists_in(tmp_path) == []
+        heir.discard(one)
+    heir.close()
+    assert files_in(tmp_path) == []
 
 
-def test_a_living_processs_list_is_let_be(tmp_path: Path) -> None:
-    living = make_list(tmp_path)
+def test_a_living_processs_file_and_another_services_are_let_be(tmp_path: Path) -> None:
+    living = make_open(tmp_path)
     living.add(A, "connect", "c1")
-    assert make_list(tmp_path).adopt() == 0
-    living.release()
-    assert make_list(tmp_path).adopt() == 1
+    assert make_open(tmp_path).recover() == 0
+    living.close()
+    assert make_open(tmp_path, "localhost").recover() == 0
+    assert make_open(tmp_path).recover() == 1
 
 
-def test_a_list_that_a_quicker_heir_took_between_two_steps_is_let_be(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("begins", [True, False])
+def test_of_two_that_take_a_file_at_once_one_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begins: bool
 ) -> None:
-    leave_behind(tmp_path, "c1")
-    quicker, lock = make_list(tmp_path), kimi_proxy._try_lock
+    """A quicker heir between two steps; or a process that starts takes a file that is just begun for a dead one's."""
+    quicker, slower = make_open(tmp_path), make_open(tmp_path)
+    if not begins:
+        leave_behind(tmp_path, "c1")
+    flock = fcntl.flock
 
-    def lock_late(descriptor: int) -> bool:
-        monkeypatch.setattr(kimi_proxy, "_try_lock", lock)
-        assert quicker.adopt() == 1
-        return lock(descriptor)
+    def flock_late(descriptor: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        assert quicker.recover() == (0 if begins else 1)
+        flock(descriptor, operation)
 
-    monkeypatch.setattr(kimi_proxy, "_try_lock", lock_late)
-    assert make_list(tmp_path).adopt() == 0
-    quicker.release()
-
-
-def test_a_list_that_a_process_takes_for_a_dead_ones_is_begun_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    opened, lock = make_list(tmp_path), kimi_proxy._try_lock
-
-    def lock_late(descriptor: int) -> bool:
-        monkeypatch.setattr(kimi_proxy, "_try_lock", lock)
-        assert make_list(tmp_path).adopt() == 0  # and the file, still empty, is gone
-        return lock(descriptor)
-
-    monkeypatch.setattr(kimi_proxy, "_try_lock", lock_late)
-    opened.add(A, "classic", "c1")
-    opened.release()
-    assert make_list(tmp_path).adopt() == 1
+    monkeypatch.setattr(fcntl, "flock", flock_late)
+    if begins:
+        slower.add(A, "classic", "c1")
+        slower.close()
+        assert make_open(tmp_path).recover() == 1
+    else:
+        assert slower.recover() == 0
+    quicker.close()
 
 
-def test_a_list_is_for_its_owner_alone_and_names_ids_and_digests(tmp_path: Path) -> None:
-    opened = make_list(tmp_path)
+def test_a_file_is_for_its_owner_alone_and_names_ids_and_digests(tmp_path: Path) -> None:
+    opened = make_open(tmp_path)
     opened.add(B, "connect", "c1")
-    (path,) = lists_in(tmp_path)
+    (path,) = files_in(tmp_path)
     assert (stat.S_IMODE(path.stat().st_mode), stat.S_IMODE(path.parent.stat().st_mode)) == (0o600, 0o700)
     known = json.loads(path.read_text())
-    assert abs(known.pop("since") - time.time()) < 60
-    assert known == {"open": "c1", "dialect": "connect", "account": B.hex()}
-    opened.release()
+    assert abs(known["c1"].pop() - time.time()) < 60
+    assert known == {"service": "kimi", "c1": ["connect", B.hex()]}
+    opened.close()
 
 
-GOOD = b'{"open":"c1","dialect":"classic","account":"%s","since":4000000000}' % (b"00" * 32)
+WRONG_OPEN: list[dict[str, Any]] = [
+    *({"c1": bad} for bad in list[Any]([1, [], {}, None, ["classic"], ["classic", "00" * 31, 4e9]])),
+    *({"c1": ["classic", "00" * 32, bad]} for bad in list[Any](["x", [], None, float("inf")])),
+    *({bad: ["classic", "00" * 32, 4e9]} for bad in ("../x", "", "a" * 65)),
+    {"c1": ["classic", "zz" * 32, 4e9]},
+]
 
 
-@pytest.mark.parametrize(
-    ("content", "opened", "unread"),
-    [
-        (GOOD, 1, 0),
-        (GOOD + b"\n" + GOOD.replace(b"c1", b"c2")[:-9], 1, 1),
-        (GOOD[:40] + b"\n" + GOOD + b"\n", 1, 1),
-        (GOOD + b'\n{"closed":"c1"}\n{"closed":"other"}\n', 0, 0),
-        (b"\xff\x00\n[]\nnull\n1\n{}\n" + GOOD, 1, 5),
-        (GOOD + b'\n{"closed":[]}\n{"closed":{}}\n', 1, 2),
-        (GOOD.replace(b'"c1"', b'"../x"') + b"\n" + GOOD.replace(b'"c1"', b"7"), 0, 2),
-        (GOOD.replace(b"00", b"", 1) + b"\n" + GOOD.replace(b"00", b"zz", 1), 0, 2),
-        (GOOD.replace(b"4000000000", b"1e999") + b"\n" + GOOD.replace(b"4000000000", b"[]"), 0, 2),
-        (b"[" * 100_000 + b"\n" + GOOD, 1, 1),
-        (b"", 0, 0),
-    ],
-)
-def test_what_cannot_be_read_of_a_list_is_passed_over(
-    tmp_path: Path, log_lines: LogRecorder, content: bytes, opened: int, unread: int
-) -> None:
-    found = parse_open_conversations(content)
-    assert (len(found[0]), found[1]) == (opened, unread)
+@pytest.mark.parametrize("content", [*BROKEN, *(json.dumps(wrong).encode() for wrong in WRONG_OPEN)])
+def test_a_file_of_no_use_is_set_aside(tmp_path: Path, log_lines: LogRecorder, content: bytes) -> None:
     (tmp_path / "conversations").mkdir()
-    (tmp_path / "conversations" / "1-x.list").write_bytes(content)
-    heir = make_list(tmp_path)
-    assert heir.adopt() == opened
-    assert ("cannot be read" in log_lines.text) is bool(unread)
-    heir.close("c1")
-    heir.release()
-    assert lists_in(tmp_path) == []
+    (tmp_path / "conversations" / "1-x.json").write_bytes(content)
+    leave_behind(tmp_path, "c2")
+    heir = make_open(tmp_path)
+    assert heir.recover() == 1 and log_lines.text.count("set aside") == 1
+    heir.discard("c2")
+    heir.close()
+    assert [path.read_bytes() for path in files_in(tmp_path)] == [content]
+    assert make_open(tmp_path).recover() == 0 and log_lines.text.count("set aside") == 1
 
 
 def test_after_7_days_and_beyond_10000_the_oldest_are_dropped(tmp_path: Path, log_lines: LogRecorder) -> None:
     (tmp_path / "conversations").mkdir()
-    now = int(time.time())
-    day = 86_400
+    now, day = int(time.time()), 86_400
     since = [now - 8 * day, now - 6 * day, *(now - day for _ in range(10_000))]
-    lines = (GOOD.replace(b"c1", b"c%d" % at).replace(b"4000000000", b"%d" % one) for at, one in enumerate(since))
-    (tmp_path / "conversations" / "1-x.list").write_bytes(b"\n".join(lines))
+    value = {f"c{number}": ["classic", A.hex(), one] for number, one in enumerate(since)}
+    (tmp_path / "conversations" / "1-x.json").write_text(json.dumps(value))
     metrics = Metrics()
-    heir = OpenConversations(tmp_path, metrics, lambda _: None)
-    assert heir.adopt() == 10_000
+    heir = OpenConversations(StateFiles(tmp_path, metrics))
+    assert heir.recover() == 10_000
     assert metrics.value("kimi_proxy_orphans_dropped_total") == 2 and "2 conversations" in log_lines.text
-    assert heir.take(A)[0].id == "c2"
+    assert heir.orphans(A)[0].id == "c2"
     heir.add(A, "classic", "new")
     assert metrics.value("kimi_proxy_orphans_dropped_total") == 3
-    heir.release()
-    assert make_list(tmp_path).adopt() == 10_000
+    heir.close()
+    assert make_open(tmp_path).recover() == 10_000
 
 
 def test_what_could_not_be_removed_is_given_again_after_a_pause(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = make_list(tmp_path)
+    opened = make_open(tmp_path)
     opened.add(A, "classic", "c1")
-    opened.leave("c1")
-    opened.leave("another's")
-    assert (opened.take(A), opened.left) == ([], 1)
+    opened.postpone("c1")
+    opened.postpone("another's")
+    assert (opened.orphans(A), opened.orphan_count) == ([], 1)
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 601)
-    assert [one.id for one in opened.take(A)] == ["c1"]
-    opened.release()
-    assert make_list(tmp_path).adopt() == 1
+    assert [one.id for one in opened.orphans(A)] == ["c1"]
+    opened.close()
+    assert make_open(tmp_path).recover() == 1
 
 
-def test_a_list_stays_small_and_right_however_much_comes_and_goes(tmp_path: Path) -> None:
-    opened = make_list(tmp_path)
+def test_what_comes_and_goes_is_noted_at_once(tmp_path: Path) -> None:
+    opened = make_open(tmp_path)
     opened.add(B, "classic", "stays")
-    largest = 0
-    for number in range(6000):
+    for number in range(500):
         opened.add(A, "classic", f"c{number}")
-        opened.close(f"c{number}")
-        if number % 50 == 0:
-            largest = max(largest, *(path.stat().st_size for path in lists_in(tmp_path)))
-            assert len(lists_in(tmp_path)) == 1
-    assert 100_000 < largest < 300_000
-    opened.release()
-    heir = make_list(tmp_path)
-    assert heir.adopt() == 1 and [one.id for one in heir.take(B)] == ["stays"]
-    heir.release()
+        assert noted_in(tmp_path) == {"stays", f"c{number}"}
+        opened.discard(f"c{number}")
+        assert noted_in(tmp_path) == {"stays"}
+    opened.close()
+    heir = make_open(tmp_path)
+    assert heir.recover() == 1 and [one.id for one in heir.orphans(B)] == ["stays"]
+    heir.close()
 
 
-def test_a_removal_is_noted_with_the_next_line_or_later_and_what_a_client_keeps_at_once(tmp_path: Path) -> None:
-    due: list[Callable[[], None]] = []
-    opened = OpenConversations(tmp_path, Metrics(), lambda _: None, due.append)
-
-    def noted() -> set[str]:
-        (path,) = lists_in(tmp_path)
-        return set(parse_open_conversations(path.read_bytes())[0])
-
+@pytest.mark.parametrize("room", [0, 50])
+def test_a_disk_that_is_full_loses_what_is_new_alone(tmp_path: Path, room: int) -> None:
+    opened = make_open(tmp_path)
     opened.add(A, "classic", "c1")
-    opened.close("c1")
-    assert noted() == {"c1"}
-    due.pop()()
-    assert noted() == set()
-    for number in range(2, 5):
-        opened.add(A, "classic", f"c{number}")
-        opened.close(f"c{number}")
-        assert noted() == {f"c{number}"}
-    assert len(due) == 1
-    opened.add(A, "classic", "kept")
-    opened.keep("kept")
-    assert noted() == set()
-    opened.add(A, "classic", "left")
-    opened.add(A, "classic", "c5")
-    opened.close("c5")
-    opened.release()
-    assert noted() == {"left"}
-
-
-def test_a_disk_that_is_full_in_the_middle_of_a_line_loses_that_line_alone(tmp_path: Path) -> None:
-    failures: list[OSError] = []
-    opened = make_list(tmp_path, failures)
-    opened.add(A, "classic", "c1")
-    (path,) = lists_in(tmp_path)
+    (path,) = files_in(tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 50, limits[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + room, limits[1]))
         opened.add(A, "classic", "c2")
         opened.add(A, "classic", "c3")
+        assert noted_in(tmp_path) == {"c1"}
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert len(failures) == 2 and lists_in(tmp_path) == [path]
-    assert set(parse_open_conversations(path.read_bytes())[0]) == {"c1"}
     opened.add(A, "classic", "c4")
-    opened.release()
-    heir = make_list(tmp_path)
-    assert heir.adopt() == 4
-    heir.release()
+    assert noted_in(tmp_path) == {"c1", "c2", "c3", "c4"}
+    opened.close()
 
 
-def test_where_nothing_can_be_written_there_is_no_list_and_no_end_of_work(tmp_path: Path) -> None:
-    (tmp_path / "conversations").write_text("a file in the way")
-    failures: list[OSError] = []
-    opened = make_list(tmp_path, failures)
-    assert opened.adopt() == 0
+def test_a_process_that_is_killed_while_it_writes_tears_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = make_open(tmp_path)
     opened.add(A, "classic", "c1")
-    opened.close("c1")
-    assert len(failures) == 2
-    opened.release()
-    nothing = make_list(None)
+    opened.add(A, "classic", "c2")
+    monkeypatch.setattr(os, "ftruncate", lambda *_: sys.exit("killed"))
+    with pytest.raises(SystemExit):
+        opened.discard("c1")
+    assert noted_in(tmp_path) == {"c2"}
+    monkeypatch.undo()
+    opened.close()
+
+
+def test_where_nothing_can_be_written_nothing_is_noted_and_work_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "conversations").write_text("a file in the way")
+    metrics = Metrics()
+    opened = OpenConversations(StateFiles(tmp_path, metrics))
+    assert opened.recover() == 0
+    opened.add(A, "classic", "c1")
+    opened.discard("c1")
+    assert metrics.value("kimi_proxy_state_failures_total") == 2
+    opened.close()
+    nothing = make_open(None)
     nothing.add(A, "classic", "c1")
-    nothing.leave("c1")
-    assert (nothing.adopt(), nothing.left) == (0, 0)
-    nothing.release()
+    nothing.postpone("c1")
+    assert (nothing.recover(), nothing.orphan_count) == (0, 0)
+    nothing.close()
 
 
 HEIR = """
 import sys
 from pathlib import Path
-from kimi_proxy import Metrics, OpenConversations
-
-def fail(error):
-    raise error
+from kimi_proxy import Metrics, OpenConversations, StateFiles
 
 for line in sys.stdin:
-    heir = OpenConversations(Path(line.strip()), Metrics(), fail)
-    heir.adopt()
-    print(*(one.id for owner in heir.owners for one in heir.take(owner)), flush=True)
+    metrics = Metrics()
+    heir = OpenConversations(StateFiles(Path(line.strip()), metrics))
+    heir.recover()
+    assert not metrics.value("kimi_proxy_state_failures_total")
+    print(*(one.id for owner in heir.orphan_owners for one in heir.orphans(owner)), flush=True)
 """
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
 import hashlib
 import io
 import json
+import os
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -18,7 +20,7 @@ import pytest
 from conftest import LogRecorder, StartProxy, bearer, chat_body, list_descriptors, wait_until_nothing_is_spooled
 from kimi_simulator import HELLO, Conversation, Simulator, digest_content, make_content
 
-from kimi_proxy import KeptResponse, KeptResponses, OpenConversations, Uploads, parse_open_conversations
+from kimi_proxy import KeptResponse, KeptResponses, OpenConversations, Uploads
 
 CHAT = "/v1/chat/completions"
 
@@ -657,24 +659,23 @@ async def test_files_of_an_answer_are_not_known_in_another_dialect(
 
 
 def leave_orphans(simulator: Simulator, directory: Path, token: str, dialect: str, count: int, days: float = 0) -> None:
-    """Conversations at the service, and the list of the process that opened them."""
+    """Conversations at the service, and the file of the process that opened them."""
     ids = [f"orphan-{number}-{hashlib.sha256(token.encode()).hexdigest()[:8]}" for number in range(count)]
     simulator.account(token).conversations |= {one: Conversation() for one in ids}
     place = directory / "conversations"
     place.mkdir(exist_ok=True, parents=True)
-    account = hashlib.sha256(token.encode()).hexdigest()
-    known = {"dialect": dialect, "account": account, "since": int(time.time() - days * 86_400)}
-    lines = "".join(json.dumps({"open": one, **known}) + "\n" for one in ids)
-    (place / f"{len(list(place.iterdir()))}-died.list").write_text(lines)
+    known = (dialect, hashlib.sha256(token.encode()).hexdigest(), int(time.time() - days * 86_400))
+    value = {"service": "127.0.0.1"} | dict.fromkeys(ids, known)
+    (place / f"{len(list(place.iterdir()))}-died.json").write_text(json.dumps(value))
 
 
-def lists_in(directory: Path) -> list[Path]:
+def files_in(directory: Path) -> list[Path]:
     return list((directory / "conversations").glob("*"))
 
 
 def left_in(directory: Path) -> int:
-    """How many conversations stand on the lists."""
-    return sum(len(parse_open_conversations(path.read_bytes())[0]) for path in lists_in(directory))
+    """How many conversations are noted as open."""
+    return sum(len(json.loads(path.read_text())) - 1 for path in files_in(directory))
 
 
 def orphans_left(simulator: Simulator, token: str) -> int:
@@ -691,7 +692,7 @@ async def test_what_a_dead_process_left_of_a_held_account_is_removed_at_the_star
     await simulator.settle(token)
     await log_lines.wait_for("removed 3 of 3 conversations")
     await start_proxy.close()
-    assert lists_in(tmp_path) == []
+    assert files_in(tmp_path) == []
     assert token not in log_lines.text
 
 
@@ -715,6 +716,62 @@ async def test_the_tokens_on_disk_remove_what_was_left_and_stay_good_where_they_
     assert len(list((tmp_path / "tokens").glob("*.json"))) == 1
 
 
+@pytest.mark.parametrize("fault", ["full", "unreadable"])
+async def test_a_rotating_account_lives_on_while_its_state_cannot_be_written(
+    simulator: Simulator,
+    start_proxy: StartProxy,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: str,
+) -> None:
+    proxy = await start_proxy(state_dir=str(tmp_path), TOKEN_SECONDS=1e-6)
+    token = simulator.token("hello", "rotate", "opaque")
+    assert (await ask(proxy, token))[0] == 200
+    await simulator.settle(token)  # the removal refreshes too
+    (path,) = (tmp_path / "tokens").glob("*.json")
+    before = path.read_bytes()
+    fsync = os.fsync
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    for _ in range(2):
+        assert (await ask(proxy, token))[0] == 200
+    await simulator.settle(token)
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
+    if fault == "unreadable":
+        path.write_bytes(b"\x00")
+    monkeypatch.setattr(os, "fsync", fsync)
+    await start_proxy.close()  # which writes what could not be written
+    again = await start_proxy(state_dir=str(tmp_path), TOKEN_SECONDS=1e-6)
+    assert (await ask(again, token))[0] == 200
+
+
+@pytest.mark.parametrize("bad", ["x\r\nX-Evil: 1", "x\x00", "\u00e9", ""])
+async def test_a_stored_token_that_no_header_may_hold_is_never_used(
+    simulator: Simulator, start_proxy: StartProxy, tmp_path: Path, log_lines: LogRecorder, bad: str
+) -> None:
+    token = simulator.token("hello", "opaque")
+    proxy = await start_proxy(state_dir=str(tmp_path))
+    assert (await ask(proxy, token))[0] == 200
+    await start_proxy.close()
+    (path,) = (tmp_path / "tokens").glob("*.json")
+    for name in ("access_token", "refresh_token"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {name: bad}))
+        assert (await ask(await start_proxy(state_dir=str(tmp_path)), token))[0] == 200
+        await start_proxy.close()
+    assert log_lines.text.count("set aside") == 2
+
+
+async def test_a_token_that_kimi_never_took_leaves_no_file(
+    simulator: Simulator, start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    proxy = await start_proxy(state_dir=str(tmp_path))
+    assert (await ask(proxy, simulator.token("hello", "unauthorized-always=refresh")))[0] == 401
+    assert list((tmp_path / "tokens").iterdir()) == []
+
+
 async def test_a_token_that_is_dead_on_disk_does_not_keep_its_client_out(
     simulator: Simulator, start_proxy: StartProxy, dialect: str, tmp_path: Path, log_lines: LogRecorder
 ) -> None:
@@ -723,7 +780,11 @@ async def test_a_token_that_is_dead_on_disk_does_not_keep_its_client_out(
     assert (await ask(proxy, token))[0] == 200
     await start_proxy.close()
     (kept,) = (tmp_path / "tokens").glob("*.json")
-    kept.write_text(json.dumps(json.loads(kept.read_text()) | {"refresh_token": "dead", "received": 0.0}))
+    kept.write_text(
+        json.dumps(
+            json.loads(kept.read_text()) | {"refresh_token": "dead", "previous_refresh_token": "dead", "received": 0.0}
+        )
+    )
     leave_orphans(simulator, tmp_path, token, dialect, 9)
     again = await start_proxy(state_dir=str(tmp_path))
     await log_lines.wait_for("removed 0 of 9 conversations")
@@ -752,11 +813,11 @@ async def test_without_a_token_they_wait_for_the_account_to_call(
     assert [status for status, _, _ in answers] == [200] * 3
     await simulator.settle(token)
     await start_proxy.close()
-    assert lists_in(tmp_path) == []
+    assert files_in(tmp_path) == []
 
 
 @pytest.mark.parametrize("fault", ["status=remove:500", "close=remove", "silent=remove"])
-async def test_what_cannot_be_removed_stays_on_the_list_for_the_next_start_or_call(
+async def test_what_cannot_be_removed_is_left_to_the_next_start_or_call(
     simulator: Simulator,
     start_proxy: StartProxy,
     dialect: str,
@@ -781,7 +842,7 @@ async def test_what_cannot_be_removed_stays_on_the_list_for_the_next_start_or_ca
     await start_proxy(**settings)
     await simulator.settle(token)
     await start_proxy.close()
-    assert lists_in(tmp_path) == []
+    assert files_in(tmp_path) == []
 
 
 async def test_what_could_not_be_removed_is_tried_again_when_the_account_calls_later(
@@ -810,7 +871,7 @@ async def test_one_that_the_service_does_not_know_any_more_counts_as_removed(
     await start_proxy(state_dir=str(tmp_path), refresh_token=token)
     await log_lines.wait_for("removed 2 of 2")
     await start_proxy.close()
-    assert lists_in(tmp_path) == []
+    assert files_in(tmp_path) == []
     assert "was not removed" not in log_lines.text
 
 
@@ -832,10 +893,10 @@ async def test_after_7_days_they_are_dropped_logged_and_counted(
     assert "2 conversations could not be removed for 7 days" in log_lines.text
     assert simulator.account(old).calls == []
     await start_proxy.close()
-    assert lists_in(tmp_path) == []
+    assert files_in(tmp_path) == []
 
 
-async def test_a_conversation_is_on_the_list_while_it_is_open_and_of_no_other_process(
+async def test_a_conversation_is_noted_while_it_is_open_and_of_no_other_process(
     simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession, dialect: str, tmp_path: Path
 ) -> None:
     token = simulator.token("long", "pace=0.02", "chunks=25")
@@ -843,21 +904,23 @@ async def test_a_conversation_is_on_the_list_while_it_is_open_and_of_no_other_pr
     body = chat_body("sesame", stream=True)
     async with http.post(proxy + CHAT, json=body, headers=bearer(token)) as response:
         await response.content.readuntil(b"\n\n")
-        (path,) = lists_in(tmp_path)
+        (path,) = files_in(tmp_path)
         text = path.read_text()
-        (opened,) = parse_open_conversations(text.encode())[0].values()
-        assert {opened.id} == set(simulator.account(token).conversations)
-        assert (opened.dialect, opened.account) == (dialect, hashlib.sha256(token.encode()).digest())
+        value = json.loads(text)
+        assert value.pop("service") == "127.0.0.1"
+        ((conversation_id, opened),) = value.items()
+        assert {conversation_id} == set(simulator.account(token).conversations)
+        assert opened[:2] == [dialect, hashlib.sha256(token.encode()).hexdigest()]
         assert token not in text and "sesame" not in text
-        await start_proxy(state_dir=str(tmp_path), refresh_token=token)  # another process, to the list
+        await start_proxy(state_dir=str(tmp_path), refresh_token=token)  # another process, to the file
         assert (await response.text()).endswith("data: [DONE]\n\n")
     account = await simulator.settle(token)
     assert account.count("remove") == 1
     await start_proxy.close()
-    assert lists_in(tmp_path) == []
+    assert files_in(tmp_path) == []
 
 
-async def test_a_conversation_that_its_client_keeps_leaves_the_list(
+async def test_a_conversation_that_its_client_keeps_is_noted_no_longer(
     simulator: Simulator, start_proxy: StartProxy, tmp_path: Path
 ) -> None:
     token = simulator.token("hello")
@@ -868,10 +931,10 @@ async def test_a_conversation_that_its_client_keeps_leaves_the_list(
     again = await start_proxy(state_dir=str(tmp_path))
     assert (await ask(again, token, conversation_id=opened["id"]))[0] == 200
     await start_proxy.close()
-    assert lists_in(tmp_path) == [] and simulator.account(token).count("remove") == 0
+    assert files_in(tmp_path) == [] and simulator.account(token).count("remove") == 0
 
 
-async def test_a_client_that_leaves_early_leaves_nothing_on_the_list(
+async def test_a_client_that_leaves_early_leaves_nothing_noted(
     simulator: Simulator, start_proxy: StartProxy, dialect: str, tmp_path: Path
 ) -> None:
     proxy = await start_proxy(state_dir=str(tmp_path))
@@ -882,10 +945,10 @@ async def test_a_client_that_leaves_early_leaves_nothing_on_the_list(
                 await ask(proxy, token, stream=True)
         await simulator.settle(token)
     await start_proxy.close()
-    assert lists_in(tmp_path) == []
+    assert files_in(tmp_path) == []
 
 
-async def test_where_no_state_is_kept_or_none_can_be_there_is_no_list_and_one_warning(
+async def test_where_no_state_is_kept_or_none_can_be_nothing_is_noted_and_there_is_one_warning(
     simulator: Simulator,
     start_proxy: StartProxy,
     tmp_path: Path,
