@@ -866,29 +866,6 @@ Event = Opened | Text | Thinking | SearchHit | Citation | Sources | ToolCall | F
 # Frames in, events out, one object per answer: everything known about Kimi's streams stands here. What is unknown is
 # ignored, never a failure. An answer is judged when it ends: without any text it is an error, not an empty success.
 
-
-class TextJoiner:
-    """Joins surrogate pairs that the service cut between two pieces of text [open]."""
-
-    def __init__(self) -> None:
-        self._half = ""  # a high half that waits for the next text
-
-    def feed(self, text: object) -> str:
-        """What of `text` can be shown; a high half at its end waits. Empty for what is not text."""
-        if not isinstance(text, str) or not text:
-            return ""
-        text = self._half + text
-        self._half = ""
-        if "\ud800" <= text[-1] <= "\udbff":
-            self._half, text = text[-1], text[:-1]
-        return join_surrogates(text)
-
-    def finish(self) -> str:
-        """U+FFFD for a half that stayed alone."""
-        rest, self._half = self._half, ""
-        return "\ufffd" if rest else ""
-
-
 SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 
@@ -899,13 +876,19 @@ def join_surrogates(text: str) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-def make_hit(value: Mapping[str, Any], key: object = "") -> SearchHit | None:
+def make_hit(value: Mapping[str, Any], key: str = "") -> SearchHit | None:
     """The hit that an object with `title` and `url` describes; None without a URL."""
     title, url = value.get("title"), value.get("url")
     if not isinstance(url, str) or not url:
         return None
     title = title if isinstance(title, str) and title else url
-    return SearchHit(join_surrogates(title), join_surrogates(url), key if isinstance(key, str) else "")
+    return SearchHit(join_surrogates(title), join_surrogates(url), key)
+
+
+def _get_word(value: Mapping[str, Any], key: str) -> str:
+    """A field that is a string or an integer, as a string; empty for anything else."""
+    word = value.get(key)
+    return word if isinstance(word, str) else str(word) if isinstance(word, int) else ""
 
 
 def _parse_frame(data: bytes) -> dict[str, Any]:
@@ -940,25 +923,27 @@ class Answer:
         self.degraded = ""
         self.unknown_fields: list[tuple[str, str]] = []
         self._has_text = False
-        self._joiners: dict[type[Text], TextJoiner] = {Text: TextJoiner(), Thinking: TextJoiner()}
+        self._halves: dict[type[Text], str] = {}  # high halves of surrogate pairs that wait for the next text [open]
 
     def _say(self, kind: type[Text], content: object) -> list[Event]:
-        """The event for a piece of text; none while nothing of it can be shown."""
-        text = self._joiners[kind].feed(content)
+        """The event for a piece of text; none for what is not text, and while nothing of it can be shown."""
+        if not isinstance(content, str) or not content:
+            return []
+        text = self._halves.pop(kind, "") + content if self._halves else content
+        if "\ud800" <= text[-1] <= "\udbff":
+            self._halves[kind], text = text[-1], text[:-1]
         if not text:
             return []
         if kind is Text:
             self._has_text = True
-        return [kind(text)]
+        return [kind(join_surrogates(text))]
 
     def _end(self, reason: FinishReason) -> list[Event]:
         """The last events. Raises `ProxyError` `answer_empty` when there was no text."""
         self.ended = True
-        events: list[Event] = [kind(rest) for kind, joiner in self._joiners.items() if (rest := joiner.finish())]
-        has_text = self._has_text or any(type(event) is Text for event in events)
-        if not has_text and reason != "content_filter":
+        if not self._has_text and Text not in self._halves and reason != "content_filter":
             raise ProxyError("answer_empty")
-        return [*events, Finished(reason)]
+        return [*(kind("\ufffd") for kind in self._halves), Finished(reason)]
 
     def _note_unknown(self, where: str, name: str) -> None:
         if len(self.unknown_fields) < self._MAX_UNKNOWN_FIELDS and (where, name) not in self.unknown_fields:
@@ -987,7 +972,7 @@ class ClassicAnswer(Answer):
         if isinstance(value.get("error_type"), str):
             raise error_of_reply(200, value, "asking")
         self.progress += 1
-        kind = self.kind = str(value.get("event"))[:40]
+        kind = self.kind = _get_word(value, "event")[:40]
         if kind == "cmpl":
             return self._say(Text, value.get("text"))
         if kind == "search_plus":
@@ -1079,7 +1064,7 @@ class ConnectAnswer(Answer):
         if envelope.end_stream:
             self.kind = "end"
             return self._end("stop")
-        self.kind = str(value.get("mask") or next(iter(value), ""))[:40]
+        self.kind = (_get_word(value, "mask") or next(iter(value), ""))[:40]
         if value and "heartbeat" not in value:
             self.progress += 1
         events = self._read_object(value)
@@ -1094,7 +1079,7 @@ class ConnectAnswer(Answer):
 
     def _read_object(self, value: dict[str, Any]) -> list[Event]:
         events: list[Event] = []
-        operation = str(value.get("op", "set")).lower()
+        operation = (_get_word(value, "op") or "set").lower()
         if operation not in ("set", "append"):
             self._note_unknown("operation", operation)
         self._read_status(value)
@@ -1118,17 +1103,17 @@ class ConnectAnswer(Answer):
             return self._read_message(part)
         if key == "ref":
             return self._read_hits([part.get("search")])
-        if "DEGRADE" in str(part.get("type")).upper():
-            self.degraded = quote_words(str(part.get("message") or part.get("type")))
+        if "DEGRADE" in _get_word(part, "type").upper():
+            self.degraded = quote_words(_get_word(part, "message") or _get_word(part, "type"))
         return []
 
     def _is_of_other(self, value: Mapping[str, Any]) -> bool:
         """Whether a frame or block belongs to a message of somebody else, such as the echo of the user's own."""
-        return str(value.get("messageId") or value.get("message_id")) in self._other_messages
+        return (_get_word(value, "messageId") or _get_word(value, "message_id")) in self._other_messages
 
     def _read_status(self, value: Mapping[str, Any]) -> None:
         """Note where the model waits for the user: the answer ends there, the stream does not [1]."""
-        if str(value.get("status", "")).upper().endswith("ASK_USER_QUESTION"):
+        if _get_word(value, "status").upper().endswith("ASK_USER_QUESTION"):
             self._asks_user = True
 
     def _read_chat(self, chat: dict[str, Any]) -> list[Event]:
@@ -1139,9 +1124,9 @@ class ConnectAnswer(Answer):
         return [Opened(identifier, hits_inline=False)]
 
     def _read_message(self, message: dict[str, Any]) -> list[Event]:
-        identifier, role = message.get("id"), message.get("role")
-        if isinstance(identifier, str) and isinstance(role, str):
-            if role.lower() != "assistant":
+        identifier, role = _get_word(message, "id"), _get_word(message, "role").lower()
+        if identifier and role:
+            if role != "assistant":
                 self._other_messages.add(identifier)
                 return []
             self.message_id = identifier
@@ -1153,7 +1138,7 @@ class ConnectAnswer(Answer):
 
     def _read_block(self, block: dict[str, Any], append: bool) -> list[Event]:
         events: list[Event] = []
-        identifier = str(block.get("id", ""))
+        identifier = _get_word(block, "id")
         self._read_status(block)
         for key, part in block.items():
             if key in _IGNORED_BLOCK_KEYS:
@@ -1188,9 +1173,9 @@ class ConnectAnswer(Answer):
         """The phase in which text carries thinking: from its stage's start to its end."""
         stages = part.get("stages") if isinstance(part, dict) else None
         first = stages[0] if isinstance(stages, list) and stages and isinstance(stages[0], dict) else {}
-        if str(first.get("name")).upper() == "STAGE_NAME_THINKING":
+        if _get_word(first, "name").upper() == "STAGE_NAME_THINKING":
             ends = ("DONE", "END", "FINISHED", "COMPLETED", "CANCELLED")
-            self._thinks = not str(first.get("status")).upper().endswith(ends)
+            self._thinks = not _get_word(first, "status").upper().endswith(ends)
 
     def _read_exception(self, part: object) -> None:
         """Raise the failure that `exception` or `error` of a block tells, an object or a list; note moderation."""
@@ -1199,7 +1184,7 @@ class ConnectAnswer(Answer):
         for error in part if isinstance(part, list) else [part]:
             if not isinstance(error, dict) or not error:
                 continue
-            reason = str(error.get("reason")).upper()
+            reason = _get_word(error, "reason").upper()
             if not any(word in reason for word in _MODERATION_WORDS):
                 raise error_of_connect(200, {"code": "internal", **error}, "asking")
             self._moderated = True
@@ -1210,8 +1195,8 @@ class ConnectAnswer(Answer):
             return []
         self._read_status(part)
         tool = self._tools.setdefault(identifier, _ToolBlock())
-        tool.name = str(part.get("name") or tool.name)
-        tool.call_id = str(part.get("toolCallId") or tool.call_id)
+        tool.name = _get_word(part, "name") or tool.name
+        tool.call_id = _get_word(part, "toolCallId") or tool.call_id
         contents = part.get("contents")
         if not isinstance(contents, list) or _SANDBOX.search(tool.name):
             return []
@@ -1223,9 +1208,11 @@ class ConnectAnswer(Answer):
         """The hits in a list that were not emitted yet; `start` is the first one's position in its tool's contents."""
         events: list[Event] = []
         for position, value in enumerate(values if isinstance(values, list) else [], start):
-            page = value.get("searchResult") or value.get("webOpenUrl") or value if isinstance(value, dict) else None
+            if not isinstance(value, dict):
+                continue
+            page = value.get("searchResult") or value.get("webOpenUrl") or value
             base = page.get("base", page) if isinstance(page, dict) else None
-            if not isinstance(page, dict) or not isinstance(base, dict):
+            if not isinstance(base, dict):
                 continue
             for key in _list_keys(value, page, call_id, position):
                 hit = make_hit(base, key)
@@ -1240,15 +1227,13 @@ def _list_keys(value: Mapping[str, Any], page: Mapping[str, Any], call_id: str, 
 
     N counts from 0. A search result is number `id` - 1, an opened page is where it stands in the contents.
     """
-    keys = []
-    if call_id:
-        number = page.get("id")
-        counted = "webOpenUrl" not in value and str(number).isdecimal() and len(str(number)) < 10
-        keys.append(f"tools://{call_id}#{int(str(number)) - 1 if counted else position}")
-    index = page.get("refIndex") or value.get("refIndex")
-    if isinstance(index, str) and index:
-        keys.append(index)
-    return keys or [""]
+    index = _get_word(page, "refIndex") or _get_word(value, "refIndex")
+    if not call_id:
+        return [index]
+    number = "" if "webOpenUrl" in value else _get_word(page, "id")
+    is_number = number.isdecimal() and len(number) < 10
+    key = f"tools://{call_id}#{int(number) - 1 if is_number else position}"
+    return [key, index] if index else [key]
 
 
 IDENTIFIER: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")  # an id of the service that may stand in a path as it is
@@ -1273,10 +1258,9 @@ def error_of_reply(
     error = reply.get("error", reply)
     if isinstance(error, dict) and isinstance(error.get("code"), str) and "error_type" not in reply:
         return error_of_connect(status, error, step, retry_after_seconds=retry_after_seconds)
-    kind, message = reply.get("error_type"), reply.get("message")
-    name = kind if isinstance(kind, str) else ""
+    name, message = _get_word(reply, "error_type"), _get_word(reply, "message")
     code = _CLASSIC_CODES.get(name) or _code_of_status(status)
-    return _make_error(code, step, status, name, message if isinstance(message, str) else words, retry_after_seconds)
+    return _make_error(code, step, status, name, message or words, retry_after_seconds)
 
 
 def error_of_connect(
@@ -1286,17 +1270,17 @@ def error_of_connect(
 
     A known reason decides, else the code; where both say nothing, the HTTP `status` does.
     """
-    name = str(error.get("code", "unknown"))
-    reasons, words = [error.get("reason")], [error.get("message")]
+    name = _get_word(error, "code") or "unknown"
+    reasons, words = [_get_word(error, "reason")], [_get_word(error, "message")]
     details = error.get("details")
     for detail in [error, *(details if isinstance(details, list) else [])]:
         debug = detail.get("debug") if isinstance(detail, dict) else None
         if isinstance(debug, dict):
             localized = debug.get("localizedMessage")
-            reasons.append(debug.get("reason"))
-            words.append(localized.get("message") if isinstance(localized, dict) else None)
-    said = [word for word in (*words, *reasons) if isinstance(word, str) and word]
-    reason = " ".join(map(str, reasons)).upper()
+            reasons.append(_get_word(debug, "reason"))
+            words.append(_get_word(localized, "message") if isinstance(localized, dict) else "")
+    said = [word for word in words + reasons if word]
+    reason = " ".join(reasons).upper()
     code = next((code for word, code in _REASON_CODES.items() if word in reason), "")
     code = code or _CONNECT_CODES.get(name) or _code_of_status(status)
     if "CAPTCHA" in reason:

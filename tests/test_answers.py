@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
@@ -25,7 +26,6 @@ from kimi_proxy import (
     SearchHit,
     ServerSentEvent,
     Text,
-    TextJoiner,
     Thinking,
     error_of_connect,
     error_of_reply,
@@ -627,10 +627,13 @@ def test_any_json_in_connect_is_events_or_a_clear_failure(values: list[Any]) -> 
         assert isinstance(events[-1], Finished)
 
 
-def test_a_joiner_holds_half_a_pair() -> None:
-    joiner = TextJoiner()
-    assert [joiner.feed("a\ud83d"), joiner.feed(None), joiner.feed("\udc4d"), joiner.finish()] == ["a", "", "👍", ""]
-    assert [joiner.feed("\ud83d"), joiner.finish(), joiner.finish()] == ["", "\ufffd", ""]
+@pytest.mark.parametrize("field", ["id", "messageId", "status", "tool"])
+def test_a_deeply_nested_value_is_ignored_or_a_clear_failure(field: str) -> None:
+    for depth in (200, 900, 960, 980, 100_000):
+        value = '{"block":{"text":"a","' + field + '":' + '{"name":' * depth + "1" + "}" * depth + '},"mask":[]}'
+        answering = ConnectAnswer("c1")
+        with suppress(ProxyError):
+            assert answering.feed(Envelope(0, value.encode())) == [Text("a")]
 
 
 async def ask(
