@@ -79,7 +79,6 @@ from functools import cache, lru_cache, partial
 from itertools import accumulate, cycle, groupby
 from math import isfinite, nan
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Final, Generic, Literal, NoReturn, Protocol, TypeVar, cast, get_args, get_origin, get_type_hints
 from urllib.parse import unquote, urljoin
 
@@ -3657,7 +3656,7 @@ class WholeAnswer(Encoder):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._blocks: list[tuple[str, list[str]] | ToolCall] = []
+        self._blocks: list[tuple[str, bytearray] | ToolCall] = []
         self._finished = Finished("stop")
 
     def finish(self) -> bytes:
@@ -3667,10 +3666,10 @@ class WholeAnswer(Encoder):
     def _add_text(self, kind: str, text: str) -> None:
         self.chunks += 1
         last = self._blocks[-1] if self._blocks else None
-        if isinstance(last, tuple) and last[0] == kind:
-            last[1].append(text)
-        else:
-            self._blocks.append((kind, [text]))
+        if isinstance(last, ToolCall) or last is None or last[0] != kind:
+            last = (kind, bytearray())  # thousands of small strings would take ten times the memory
+            self._blocks.append(last)
+        last[1].extend(text.encode("utf-8", "replace"))
 
     def _add_call(self, call: ToolCall) -> None:
         self._blocks.append(call)
@@ -3680,7 +3679,7 @@ class WholeAnswer(Encoder):
 
     def _join(self, *kinds: str) -> str:
         runs = [block for block in self._blocks if not isinstance(block, ToolCall)]
-        return "".join("".join(pieces) for kind, pieces in runs if kind in kinds)
+        return "".join(text.decode() for kind, text in runs if kind in kinds)
 
     def _render(self) -> dict[str, Any]:
         raise NotImplementedError
@@ -3697,12 +3696,12 @@ class WholeChat(WholeAnswer):
         text, thinking = self._join("text", "sources"), self._join("thinking")
         calls = [_render_call(block) for block in self._blocks if isinstance(block, ToolCall)]
         message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None}
-        more: dict[str, Any] = {
-            "tool_calls": calls,
-            "reasoning_content": thinking,
-            "annotations": self._renderer.annotations,
-        }
-        message |= {name: value for name, value in more.items() if value}
+        if calls:
+            message["tool_calls"] = calls
+        if thinking:
+            message["reasoning_content"] = thinking
+        if self._renderer.annotations:
+            message["annotations"] = self._renderer.annotations
         choice = {"index": 0, "message": message, "finish_reason": self._finished.reason}
         return {**self._render_head("chat.completion"), "choices": [choice], "usage": self._usage.render()}
 
@@ -3736,7 +3735,7 @@ class ChatStream(Encoder):
 
     def _make_template(self, name: str) -> tuple[bytes, bytes]:
         start = self._start()
-        template = split_event(self._render_chunk(self._render_choice({**start, name: ""})))
+        template = split_event(self._render_chunk({**start, name: ""}))
         if not start:
             self._templates[name] = template
         return template
@@ -3744,27 +3743,27 @@ class ChatStream(Encoder):
     def _add_call(self, call: ToolCall) -> None:
         calls = [{"index": self._calls, **_render_call(call)}]
         self._calls += 1
-        self._write(self._render_chunk(self._render_choice({**self._start(content=None), "tool_calls": calls})))
+        self._write(self._render_chunk({**self._start(content=None), "tool_calls": calls}))
 
     def _end(self, finished: Finished) -> None:
         delta = self._start(content="")
         if self._renderer.annotations:
             delta["annotations"] = self._renderer.annotations
-        usage = {"usage": self._usage.render()} if self._include_usage is None else {}
-        self._write(self._render_chunk(self._render_choice(delta, finished.reason), **usage))
+        usage = {"usage": self._usage.render()}
+        self._write(self._render_chunk(delta, finished.reason) | (usage if self._include_usage is None else {}))
         if self._include_usage:
-            self._write(self._render_chunk(usage=self._usage.render()))
+            self._write({**self._render_chunk({}), "choices": [], **usage})
 
     def _start(self, **fields: Any) -> dict[str, Any]:
         """What the first delta has beside its own fields."""
         role, self._role = self._role, {}
         return {**role, **fields} if role else {}
 
-    def _render_chunk(self, *choices: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    def _render_chunk(self, delta: dict[str, Any], reason: FinishReason | None = None) -> dict[str, Any]:
         usage = {"usage": None} if self._include_usage else {}
-        return {**self._render_head(self._object), **usage, "choices": choices, **fields}
+        return {**self._render_head(self._object), **usage, "choices": [self._render_choice(delta, reason)]}
 
-    def _render_choice(self, delta: dict[str, Any], reason: FinishReason | None = None) -> dict[str, Any]:
+    def _render_choice(self, delta: dict[str, Any], reason: FinishReason | None) -> dict[str, Any]:
         return {"index": 0, "delta": delta, "finish_reason": reason}
 
 
@@ -3792,7 +3791,7 @@ class CompletionStream(ChatStream):
     def _add_call(self, call: ToolCall) -> None:
         pass
 
-    def _render_choice(self, delta: dict[str, Any], reason: FinishReason | None = None) -> dict[str, Any]:
+    def _render_choice(self, delta: dict[str, Any], reason: FinishReason | None) -> dict[str, Any]:
         return _render_completion_choice(delta.get("content", ""), reason)
 
 
@@ -3842,22 +3841,22 @@ def _render_stop(finished: Finished) -> dict[str, str | None]:
     return {"stop_reason": reason, "stop_sequence": finished.stop_sequence or None}
 
 
-def _render_block(block: tuple[str, list[str]] | ToolCall) -> dict[str, Any]:
+def _render_block(block: tuple[str, bytearray] | ToolCall) -> dict[str, Any]:
     """A block of a message."""
     match block:
         case ToolCall():
             return {"type": "tool_use", "id": block.id, "name": block.name, "input": json.loads(block.arguments)}
-        case ("thinking", pieces):
-            return {"type": "thinking", "thinking": "".join(pieces), "signature": _SIGNATURE}
-        case (_, pieces):
-            return {"type": "text", "text": "".join(pieces)}
+        case ("thinking", text):
+            return {"type": "thinking", "thinking": text.decode(), "signature": _SIGNATURE}
+        case (_, text):
+            return {"type": "text", "text": text.decode()}
 
 
 class WholeMessage(WholeAnswer):
     """Anthropic's message object, with the same blocks as the stream's."""
 
     def _render(self) -> dict[str, Any]:
-        content = [_render_block(block) for block in self._blocks or [("text", [])]]
+        content = [_render_block(block) for block in self._blocks or [("text", bytearray())]]
         stop, tokens = _render_stop(self._finished), self._usage.completion_tokens
         return _render_message_object(self._conversation_id, self._model, content, stop, self._usage, tokens)
 
@@ -3933,51 +3932,44 @@ class MessagesStream(Encoder):
         return {"type": event, "index": self._index, **fields}
 
 
-class _Message:
-    """The message of a response that is being written. `start` is its position in all text shown."""
+_ITEM_NAMES: Final = {  # the prefix of an item's id, the index of its part, the events of its part and text
+    "message": ("msg", "content_index", "response.content_part", "response.output_text"),
+    "reasoning": ("rs", "summary_index", "response.reasoning_summary_part", "response.reasoning_summary_text"),
+}
 
-    prefix = "msg"
-    part_event = "response.content_part"
-    text_event = "response.output_text"
-    index = "content_index"
-    extra: Mapping[str, Any] = MappingProxyType({"logprobs": []})
 
-    def __init__(self, name: str, output_index: int, start: int) -> None:
-        self.id = f"{self.prefix}_{name}_{output_index}"
+class _Item:
+    """The item of a response that is being written. `start` is its position in all text shown."""
+
+    def __init__(self, type: str, response_id: str, output_index: int, start: int) -> None:
+        prefix, index, self.part_event, self.text_event = _ITEM_NAMES[type]
+        self.type = type
         self.start = start
-        self.text = io.StringIO()
+        self.text = bytearray()  # thousands of small strings would take ten times the memory
         self.annotations: list[dict[str, Any]] = []
-        self.path = {"item_id": self.id, "output_index": output_index, self.index: 0}
+        self.path = {"item_id": _name_item(prefix, response_id, output_index), "output_index": output_index, index: 0}
+        self.extra: dict[str, Any] = {"logprobs": []} if type == "message" else {}
         event = f"{self.text_event}.delta"
         # From delta to delta, only the text and the number differ.
         self.delta_start, _ = split_event({"type": event, **self.path, **self.extra, "delta": ""}, event)
 
     def render(self, status: str, *parts: Mapping[str, Any]) -> dict[str, Any]:
-        """The item, with its `parts` as far as they were told."""
-        return {"id": self.id, "type": "message", "status": status, "role": "assistant", "content": list(parts)}
+        """The item with its `parts`, as far as they were told."""
+        known = {"id": self.path["item_id"], "type": self.type}
+        if self.type == "reasoning":
+            return {**known, "summary": list(parts)}
+        return {**known, "status": status, "role": "assistant", "content": list(parts)}
 
     def render_part(self) -> dict[str, Any]:
         """The one part, as far as it has come."""
-        text, annotations = self.text.getvalue(), list(self.annotations)
-        return {"type": "output_text", "text": text, "annotations": annotations, "logprobs": []}
+        text = self.text.decode()
+        if self.type == "reasoning":
+            return {"type": "summary_text", "text": text}
+        return {"type": "output_text", "text": text, "annotations": list(self.annotations), **self.extra}
 
 
-class _Reasoning(_Message):
-    """The thinking of a response that is being written."""
-
-    prefix = "rs"
-    part_event = "response.reasoning_summary_part"
-    text_event = "response.reasoning_summary_text"
-    index = "summary_index"
-    extra = MappingProxyType({})
-
-    def render(self, status: str, *parts: Mapping[str, Any]) -> dict[str, Any]:
-        """The item, which has no status."""
-        return {"id": self.id, "type": "reasoning", "summary": list(parts)}
-
-    def render_part(self) -> dict[str, Any]:
-        """The one part, as far as it has come."""
-        return {"type": "summary_text", "text": self.text.getvalue()}
+def _name_item(prefix: str, response_id: str, output_index: int) -> str:
+    return f"{prefix}_{response_id.removeprefix('resp_')}_{output_index}"
 
 
 class ResponsesStream(Encoder):
@@ -3995,7 +3987,7 @@ class ResponsesStream(Encoder):
         self._head: dict[str, Any] = {**head, **echo}
         self._number = 0
         self._items: list[dict[str, Any]] = []
-        self._item: _Message | None = None
+        self._item: _Item | None = None
         self._calls: list[ToolCall] = []
         self._annotated = 0  # how many annotations were told
 
@@ -4007,11 +3999,10 @@ class ResponsesStream(Encoder):
         return self._flush()
 
     def _add_text(self, kind: str, text: str) -> None:
-        item_class = _Reasoning if kind == "thinking" else _Message
-        item = self._item
-        if type(item) is not item_class:
-            item = self._begin_item(item_class, self._renderer.length - len(text))
-        item.text.write(text)
+        item, item_type = self._item, "reasoning" if kind == "thinking" else "message"
+        if item is None or item.type != item_type:
+            item = self._begin_item(item_type, self._renderer.length - len(text))
+        item.text += text.encode("utf-8", "replace")
         for start in range(0, len(text), MAX_CHUNK_CHARACTERS):
             piece = encode_json(text[start : start + MAX_CHUNK_CHARACTERS]).encode()
             self._output += (item.delta_start, piece, b',"sequence_number":%d}\n\n' % self._number)
@@ -4027,8 +4018,8 @@ class ResponsesStream(Encoder):
         reason = _INCOMPLETE.get(finished.reason)
         status = "incomplete" if reason else "completed"
         self._begin()
-        if not self._calls and type(self._item) is not _Message:
-            self._begin_item(_Message, self._renderer.length)
+        if not self._calls and (self._item is None or self._item.type != "message"):
+            self._begin_item("message", self._renderer.length)
         self._tell_annotations()
         self._end_item(status)
         for call in self._calls:
@@ -4045,12 +4036,12 @@ class ResponsesStream(Encoder):
             self._tell("response.created", response=response)
             self._tell("response.in_progress", response=response)
 
-    def _begin_item(self, item_class: type[_Message], start: int) -> _Message:
+    def _begin_item(self, type: str, start: int) -> _Item:
         """End the item that is being written, and begin another."""
         self._begin()
         self._end_item("completed")
-        name, index = self._head["id"].removeprefix("resp_"), len(self._items)
-        item = self._item = item_class(name, index, start)
+        index = len(self._items)
+        item = self._item = _Item(type, self._head["id"], index, start)
         self._tell("response.output_item.added", output_index=index, item=item.render("in_progress"))
         self._tell(f"{item.part_event}.added", **item.path, part=item.render_part())
         return item
@@ -4066,7 +4057,7 @@ class ResponsesStream(Encoder):
 
     def _tell_call(self, call: ToolCall) -> None:
         index = len(self._items)
-        item_id = f"fc_{self._head['id'].removeprefix('resp_')}_{index}"
+        item_id = _name_item("fc", self._head["id"], index)
         item = {"id": item_id, "type": "function_call", "call_id": call.id, "name": call.name}
         path = {"item_id": item_id, "output_index": index}
         event = "response.function_call_arguments"
@@ -4083,7 +4074,7 @@ class ResponsesStream(Encoder):
     def _tell_annotations(self) -> None:
         """Tell the annotations that are new, with their positions in the message that is being written."""
         item, annotations = self._item, self._renderer.annotations
-        if type(item) is not _Message or self._annotated == len(annotations):
+        if item is None or item.type != "message" or self._annotated == len(annotations):
             return
         for annotation in annotations[self._annotated :]:
             citation = annotation["url_citation"]
