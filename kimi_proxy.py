@@ -5589,17 +5589,18 @@ def _digest_inline(attachment: Attachment) -> tuple[bytes, int]:
 
 # ==== 15. Kimi ==============================================================
 #
-# The service's calls. `Calls` makes one call: token, limits, and what a reply means; it alone repeats a call, where the
-# access token was dead or a kept connection turned out closed. `AnswerStream`
-# reads an answer. `Classic` and `Connect` know the paths, headers and bodies of the two dialects.
+# Calls of the service. `KimiClient` sends one `ApiRequest`: token, limits, and what a reply means; it repeats a call
+# only when the access token was dead or a kept connection turned out closed. `Classic` and `Connect` know the paths and
+# bodies of the two protocols. `AnswerStream` reads an answer.
 
 PARSE_SECONDS: Final = 120.0  # limit for Kimi to read a file that was uploaded
-
-_REPLY_LIMIT_BYTES: Final = 1_048_576
+END_SECONDS: Final = 1.0  # how long the end of the stream is awaited once the text is over
+MAX_REPLY_BYTES: Final = 1_048_576
+MAX_ERROR_BYTES: Final = 65_536
 _REGISTER_SECONDS: Final = 30.0  # [1]
 _FIRST_POLL_SECONDS: Final = 0.2  # doubled each time, to 3 s
 
-# One browser version throughout [ref]: the service may compare them.
+# One browser version throughout: the service may compare them.
 _BROWSER_HEADERS: Final[Mapping[str, str]] = {
     "User-Agent": "Mozilla/5.0 (Windows NT 10.0; Win64; x64) AppleWebKit/537.36 (KHTML, like Gecko) "
     "Chrome/122.0.0.0 Safari/537.36",
@@ -5637,7 +5638,7 @@ _SUFFIXES: Final = frozenset({"search", "silent", "math", "research", "thinking"
 
 
 def parse_models(value: Mapping[str, Any]) -> tuple[Model, ...]:
-    """The models in a reply of GetAvailableModels, the default one as `kimi` first [2+]; empty where it tells none."""
+    """The models in a reply of GetAvailableModels, the default one as `kimi` first [2+]; empty when it lists none."""
     listed = value.get("availableModels")
     default = value.get("defaultScenario")
     default = default if isinstance(default, dict) else {}
@@ -5667,47 +5668,47 @@ def choose_model(name: str, models: Sequence[Model]) -> tuple[Model, bool]:
     """The model that a client's `name` means, and whether the name was known.
 
     A 20-character id is an agent; `-search`, `-silent`, `-math`, `-research`, `-thinking` and `-k1` may be combined
-    [2+]. What is not known means the default: clients insist on names of their own.
+    [2+]. An unknown name means the default: clients insist on names of their own.
     """
-    for model in models:
-        if model.id == name:
-            return model, True
     known = {model.id: model for model in models}
+    if name in known:
+        return known[name], True
     first, *rest = name.split("-")
-    kept = [word for word in rest if word not in _SUFFIXES or "-".join([first, *rest]) in known]
+    kept = [word for word in rest if word not in _SUFFIXES]
     base = "-".join([first, *kept])
     default = known.get("kimi", KIMI)
     if _AGENT_ID.fullmatch(first):
         model, is_known = replace(default, id=name, agent_id=first, agent_mode=""), not kept
     else:
         model, is_known = known.get(base, default), base in known or base == "kimi"
-    wanted = set(rest) - set(kept)
-    if "thinking" in wanted:
+    suffixes = set(rest) & _SUFFIXES
+    if "thinking" in suffixes:
         model = known.get(f"{base}-thinking", replace(model, thinking=True))
-    if "k1" in wanted:
+    if "k1" in suffixes:
         model = replace(model, thinking=True)
-    use_math = model.use_math or "math" in wanted
-    return replace(model, use_math=use_math, use_research=model.use_research or "research" in wanted), is_known
+    use_math = model.use_math or "math" in suffixes
+    return replace(model, use_math=use_math, use_research=model.use_research or "research" in suffixes), is_known
 
 
-@dataclass(slots=True, repr=False)
+@dataclass(slots=True)
 class Question:
     """What the service is asked: the merged text, whether it may search the web, and of which model: `model_name` is
-    the client's name, `model` what that means for the account that is asked, set before it is.
+    the client's name, `model` what it means for the account that is asked, set before it is.
 
-    With a `segment_id` it is asked to go on with an answer that met its length limit (classic). `conversation_id` is
-    empty, `new` for a conversation that is kept, or the one to go on with, after its message `parent_id` (connect).
-    `attachments` become `file_ids` by being uploaded; the list is emptied when they are not needed any more.
+    With a `segment_id`, the service is asked to continue an answer that met its length limit (classic).
+    `conversation_id` is empty, `new` for a conversation that is kept, or the one to continue, after its message
+    `parent_id` (connect). `attachments` become `file_ids` when they are uploaded; the list is emptied when they are not
+    needed any more.
     """
 
-    text: str
+    text: str = field(repr=False)
     use_search: bool
     model_name: str = "kimi"
     model: Model = KIMI
     segment_id: str = ""
     conversation_id: str = ""
     parent_id: str = ""
-    attachments: list[Attachment] = field(default_factory=list)
+    attachments: list[Attachment] = field(default_factory=list, repr=False)
     file_ids: tuple[str, ...] = ()
 
     @property
@@ -5715,53 +5716,38 @@ class Question:
         """Whether it is asked in a conversation that exists."""
         return self.conversation_id not in ("", NEW_CONVERSATION)
 
-    def __repr__(self) -> str:
-        return f"Question({len(self.text)} characters)"
 
+@dataclass(slots=True)
+class ApiRequest:
+    """One call of the service. `step` names it for people; `headers` are added to the browser's.
 
-@dataclass(slots=True, repr=False)
-class Call:
-    """One call of the service. `step` names it for people; `headers` come on top of the browser's.
-
-    `with_ids`: the ids in the access token go along as headers [2+]. `seconds` is its limit where the ordinary one does
+    `with_ids`: the ids in the access token are sent as headers [2+]. `seconds` is its limit when the ordinary one does
     not fit; `lenient`: any body means success, unless it tells a failure [ref].
     """
 
     step: str
     method: str
-    url: str
-    headers: Mapping[str, str]
-    body: bytes = b""
+    url: str = field(repr=False)
+    headers: Mapping[str, str] = field(repr=False)
+    body: bytes = field(default=b"", repr=False)
     with_ids: bool = False
     seconds: float | None = None
     lenient: bool = False
 
-    def __repr__(self) -> str:
-        return f"Call({self.step})"
-
-
-@dataclass(slots=True)
-class _Attempt:
-    """What aiohttp's tracing tells of one request: whether it went out on a kept connection."""
-
-    on_kept_connection: bool = False
-
 
 async def _note_reuse(_: aiohttp.ClientSession, context: Any, params: aiohttp.TraceConnectionReuseconnParams) -> None:
-    if context.trace_request_ctx is not None:
-        context.trace_request_ctx.on_kept_connection = True
+    context.trace_request_ctx.append("kept")
 
 
 def open_service_session(proxy_url: str = "", *, reuse: bool = True) -> aiohttp.ClientSession:
-    """The pool for every call to the service: no cookies, since it serves many accounts, and no limit of its own.
+    """The connections for every call to the service: no cookies, since it serves many accounts, and no limit.
 
-    The calls go through the outgoing proxy at `proxy_url`, where there is one.
-
-    Without `reuse` each call has a connection of its own: a file can be read once, and would be lost on a kept
-    connection that turns out closed.
+    The calls go through the outgoing proxy at `proxy_url`, if any. Without `reuse` each call has a connection of its
+    own: a file can be read once, and would be lost on a kept connection that turns out closed.
     """
     trace = aiohttp.TraceConfig()
-    trace.on_connection_reuseconn.append(_note_reuse)
+    if reuse:
+        trace.on_connection_reuseconn.append(_note_reuse)
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30 if reuse else None, force_close=not reuse),
         trace_configs=[trace],
@@ -5778,7 +5764,7 @@ def _render_proxy_headers(proxy_url: str) -> dict[str, str] | None:
     if not proxy_url or url.user is None:
         return None
     credentials = base64.b64encode(f"{url.user}:{url.password or ''}".encode()).decode()
-    return {"Authorization": f"Basic {credentials}"}  # aiohttp makes Proxy-Authorization of it, where it has to stand
+    return {"Authorization": f"Basic {credentials}"}  # aiohttp sends it as Proxy-Authorization
 
 
 _NETWORK_ERRORS: Final = (TimeoutError, aiohttp.ClientError, ConnectionError)
@@ -5812,22 +5798,51 @@ def _retry_after(response: aiohttp.ClientResponse) -> int | None:
 
 
 async def _read_reply(response: aiohttp.ClientResponse, step: str) -> bytes:
-    """The body of a reply, read whole. A failure's is read to 64 KiB, a good one may not exceed the limit."""
-    limit_bytes = _REPLY_LIMIT_BYTES if response.status < 400 else 65_536
-    pieces, size = [], 0
+    """The whole body of a reply, of a failure's the first 64 KiB. Raises `ProxyError` for a good one over its limit."""
+    max_bytes = MAX_REPLY_BYTES if response.status < 400 else MAX_ERROR_BYTES
+    body = bytearray()
     while piece := await response.content.readany():
-        pieces.append(piece)
-        size += len(piece)
-        if size > limit_bytes:
+        body += piece
+        if len(body) > max_bytes:
             response.close()
             if response.status < 400:
-                raise ProxyError("service_failed", f"{step}: a reply of more than {limit_bytes} bytes")
+                raise ProxyError("service_failed", f"{step}: a reply of more than {max_bytes} bytes")
             break
-    return b"".join(pieces)
+    return bytes(body)
 
 
-class Calls:
-    """Makes one call of the service at a time, for an account."""
+async def _parse_reply(response: aiohttp.ClientResponse, step: str, *, lenient: bool = False) -> dict[str, Any]:
+    """The JSON object of a reply that means success, else the failure that it means."""
+    body = await _read_reply(response, step)
+    try:
+        value: Any = parse_json(body, surrogates=True) if body else {}
+    except WireError:
+        value = None
+    is_object = isinstance(value, dict)
+    if response.status < 300 and is_object and not isinstance(value.get("error_type"), str):
+        return cast(dict[str, Any], value)
+    if response.status < 300 and lenient and not is_object:
+        return {}
+    kind = quote_words(response.content_type)
+    words = "" if is_object else f"a body of type {kind}, no JSON object"
+    error = error_of_reply(response.status, value, step, retry_after_seconds=_retry_after(response), words=words)
+    is_page = not is_object and "html" in kind and response.status < 500
+    if is_page or response.status in _RETIRED_STATUSES:
+        raise ProtocolRetired(error.code, error.detail, upstream_status=error.upstream_status)
+    raise error
+
+
+_RETIRED_STATUSES: Final = frozenset({301, 302, 303, 307, 308, 404, 405, 410})
+
+
+def _make_stale(error: ProxyError, access_token: str) -> StaleToken:
+    stale = StaleToken(error.code, error.detail)
+    stale.access_token = access_token
+    return stale
+
+
+class KimiClient:
+    """Sends requests to the service, for an account."""
 
     def __init__(
         self,
@@ -5837,74 +5852,57 @@ class Calls:
         metrics: Metrics,
         settings: Settings,
     ) -> None:
-        self._metrics = metrics
         self._session = session
         self._transfers = transfers
-        self._proxy_headers = _render_proxy_headers(settings.proxy_url)
         self._accounts = accounts
+        self._metrics = metrics
         self._call_seconds = settings.call_seconds
+        self._proxy_headers = _render_proxy_headers(settings.proxy_url)
         self.silence_seconds = settings.silence_seconds
 
-    async def call(self, account: Account, call: Call) -> dict[str, Any]:
+    async def call(self, account: Account, request: ApiRequest) -> dict[str, Any]:
         """The JSON object that the service replies. Raises `ProxyError` for every other outcome.
 
-        A call whose access token is dead is made once more with a new one; one on a kept connection that turned out
-        closed too.
+        A call whose access token is dead is made once more with a new one.
         """
-        return await self._with_token(account, call, self._call_once)
 
-    async def _call_once(self, account: Account, call: Call, token: str) -> dict[str, Any]:
-        try:
-            async with asyncio.timeout(call.seconds or self._call_seconds):
-                response = await self._request_again(call, token, account)
-                try:
-                    return await self._parse(response, call.step, lenient=call.lenient)
-                finally:
-                    response.release()
-        except _NETWORK_ERRORS as error:
-            raise _error_of_network(call.step, error) from None
+        async def once(token: str) -> dict[str, Any]:
+            return await self._exchange(request, self._headers_of(request, token, account))
+
+        return await self._with_token(account, once)
+
+    async def refresh(self, request: ApiRequest, refresh_token: str) -> dict[str, Any]:
+        """The JSON object that a token refresh replies; a `refresh_token` is sent as Bearer.
+
+        Only a GET is ever repeated: otherwise the service may have changed the token already.
+        """
+        headers = self._headers_of(request, refresh_token)
+        return await self._exchange(request, headers, may_repeat=request.method == "GET")
 
     async def stream(
-        self, account: Account, call: Call, content_type: str, deadline: float
+        self, account: Account, request: ApiRequest, content_type: str
     ) -> tuple[aiohttp.ClientResponse, str]:
-        """The response to an answering call, its body unread, and the access token; the caller closes it.
+        """The response of `content_type` to a question, its body unread, and the access token that was used.
 
-        Raises `ProxyError`, also for a reply that is not of `content_type`, and where none comes within
-        `silence_seconds`, or by `deadline` (loop time).
+        The caller closes it, and limits the time. Raises `ProxyError`.
         """
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout_at(min(loop.time() + self.silence_seconds, deadline)):
-                return await self._with_token(account, call, partial(self._stream_once, content_type))
-        except TimeoutError:
-            raise ProxyError("answer_too_long" if loop.time() >= deadline else "service_silent", call.step) from None
 
-    async def _stream_once(
-        self, content_type: str, account: Account, call: Call, token: str
-    ) -> tuple[aiohttp.ClientResponse, str]:
-        try:
-            response = await self._request_again(call, token, account)
-            if response.status == 200 and response.content_type == content_type:
-                return response, token
-            async with response:
-                await self._parse(response, call.step)
-        except _NETWORK_ERRORS as error:
-            raise _error_of_network(call.step, error) from None
-        raise ProxyError("answer_broken", f"{call.step}: a reply of type {quote_words(response.content_type)}")
+        async def once(token: str) -> tuple[aiohttp.ClientResponse, str]:
+            try:
+                response = await self._send(request, self._headers_of(request, token, account))
+                if response.status == 200 and response.content_type == content_type:
+                    return response, token
+                async with response:
+                    await _parse_reply(response, request.step)
+            except _NETWORK_ERRORS as error:
+                raise _error_of_network(request.step, error) from None
+            kind = quote_words(response.content_type)
+            raise ProxyError("answer_broken", f"{request.step}: a reply of type {kind}")
 
-    async def refresh(self, call: Call, refresh_token: str) -> dict[str, Any]:
-        """The JSON object that a token refresh replies; with a `refresh_token`, it is the Bearer."""
-        try:
-            # One that is not a GET is made once: the service may have changed the token already.
-            request = self._request_again if call.method == "GET" else self._request
-            async with asyncio.timeout(self._call_seconds), await request(call, refresh_token) as response:
-                return await self._parse(response, call.step)
-        except _NETWORK_ERRORS as error:
-            raise _error_of_network(call.step, error) from None
+        return await self._with_token(account, once)
 
-    async def store(self, url: str, file: OpenFile) -> None:
-        """Put `file` to a signed URL, which needs no token and gets none. Raises `ProxyError`; time is the caller's."""
-        headers = {"Content-Type": file.content_type, "Content-Length": str(file.size_bytes)}
+    async def put_file(self, url: str, file: OpenFile) -> None:
+        """Put `file` to a signed URL, which needs no token and gets none. Raises `ProxyError`."""
         try:
             address = URL(url, encoded=True)
             has_host = bool(address.host and address.port)
@@ -5912,55 +5910,102 @@ class Calls:
             has_host = False
         if not has_host:
             raise ProxyError("service_failed", "signing an upload: the reply has no URL")
-        async with self._sending("PUT", address, headers, file.read(), file) as response:
+        headers = {"Content-Type": file.content_type, "Content-Length": str(file.size_bytes)}
+        async with self._send_file("PUT", address, headers, file.read(), file) as response:
             if response.status >= 300:
                 status = response.status
                 raise ProxyError("storage_failed", f"storing the file: HTTP {status}", upstream_status=status)
 
-    async def upload(self, account: Account, call: Call, file: OpenFile) -> dict[str, Any]:
+    async def post_file(self, account: Account, request: ApiRequest, file: OpenFile) -> dict[str, Any]:
         """The JSON object that the service replies to `file`, sent as the form field `file` (RFC 7578).
 
-        Raises `ProxyError`, `StaleToken` where the access token is dead: a file can be read once.
+        Raises `ProxyError`, `StaleToken` when the access token is dead: a file can be read only once.
         """
         token = await self._accounts.access_token(account)
         boundary = secrets.token_hex(16)
         head, tail = _render_form(boundary, file)
-        headers = {
-            **call.headers,
-            **_render_ids(account),
-            "Authorization": f"Bearer {token}",
+        headers = self._headers_of(request, token, account) | {
             "Content-Type": f"multipart/form-data; boundary={boundary}",
             "Content-Length": str(len(head) + file.size_bytes + len(tail)),
         }
         data = _enclose(head, file.read(), tail)
         try:
-            async with self._sending("POST", URL(call.url), headers, data, file) as response:
-                return await self._parse(response, call.step)
+            async with self._send_file("POST", URL(request.url), headers, data, file) as response:
+                return await _parse_reply(response, request.step)
         except ProxyError as error:
             if error.code != "token_dead":
                 raise
             await self._accounts.drop(account, token)
             raise _make_stale(error, token) from None
 
+    async def _with_token(self, account: Account, once: Callable[[str], Awaitable[Result]]) -> Result:
+        """What `once` returns for the account's access token, or for a new one when that was dead."""
+        token = await self._accounts.access_token(account)
+        try:
+            return await once(token)
+        except ProxyError as error:
+            if error.code != "token_dead":
+                raise
+        await self._accounts.drop(account, token)
+        return await once(await self._accounts.access_token(account))
+
+    @staticmethod
+    def _headers_of(request: ApiRequest, token: str, account: Account | None = None) -> dict[str, str]:
+        headers = dict(request.headers)
+        if request.with_ids and account is not None:
+            headers |= _render_ids(account)
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
+        return headers
+
+    async def _exchange(
+        self, request: ApiRequest, headers: Mapping[str, str], *, may_repeat: bool = True
+    ) -> dict[str, Any]:
+        try:
+            async with asyncio.timeout(request.seconds or self._call_seconds):
+                async with await self._send(request, headers, may_repeat=may_repeat) as response:
+                    return await _parse_reply(response, request.step, lenient=request.lenient)
+        except _NETWORK_ERRORS as error:
+            raise _error_of_network(request.step, error) from None
+
+    async def _send(
+        self, request: ApiRequest, headers: Mapping[str, str], *, may_repeat: bool = True
+    ) -> aiohttp.ClientResponse:
+        """The response; a request on a kept connection that turned out closed is sent once more."""
+        connection: list[str] = []
+        try:
+            return await self._send_once(request, headers, connection)
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+            # aiohttp itself repeats other methods than POST.
+            if not may_repeat or "kept" not in connection or request.method != "POST":
+                raise
+        logger.debug("! %s: a kept connection was closed, calling once more", request.step)
+        return await self._send_once(request, headers, [])
+
+    async def _send_once(
+        self, request: ApiRequest, headers: Mapping[str, str], connection: list[str]
+    ) -> aiohttp.ClientResponse:
+        body = request.body
+        started = time.monotonic()
+        response = await self._session.request(
+            request.method,
+            URL(request.url, encoded=True),
+            data=io.BytesIO(body) if len(body) > MEGABYTE else body or None,  # aiohttp sends the former in pieces
+            headers=headers,
+            allow_redirects=False,
+            proxy_headers=self._proxy_headers,
+            trace_request_ctx=connection,  # aiohttp's tracing tells there of a kept one
+        )
+        self._metrics.observe("kimi_proxy_upstream_seconds", time.monotonic() - started)
+        logger.debug("> %s HTTP %d", request.step, response.status)
+        return response
+
     @asynccontextmanager
-    async def _sending(
+    async def _send_file(
         self, method: str, url: URL, headers: Mapping[str, str], data: AsyncIterator[bytes], file: OpenFile
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """The response to a request with `file` in its body. Raises `ProxyError`, the file's own failure first."""
-        tracker = aiohttp.UploadTracker()
-        limit = asyncio.timeout(None)
-        written_bytes, moved_at = -1, 0.0
-
-        def check(now: float) -> float:
-            nonlocal written_bytes, moved_at
-            if file.waiting_for_source or tracker.bytes_written != written_bytes:
-                written_bytes, moved_at = tracker.bytes_written, now
-            if now - moved_at < FILE_SECONDS:
-                return now + FILE_SECONDS / 4
-            limit.reschedule(now)
-            return now + 3600
-
-        watchdog = Watchdog(check, 0)
+        progress = _UploadProgress(file)
         try:
             request = self._transfers.request(
                 method,
@@ -5968,10 +6013,10 @@ class Calls:
                 data=data,
                 headers=headers,
                 allow_redirects=False,
-                upload_tracker=tracker,
+                upload_tracker=progress.tracker,
                 proxy_headers=self._proxy_headers,
             )
-            async with limit, request as response:
+            async with progress.limit, request as response:
                 logger.debug("> %d of %d bytes of a file HTTP %d", file.sent_bytes, file.size_bytes, response.status)
                 yield response
                 if response.status < 300 and file.sent_bytes < file.size_bytes:
@@ -5981,76 +6026,34 @@ class Calls:
         except (aiohttp.ClientError, ConnectionError) as error:
             if file.failure is not None:
                 raise file.failure from None
+            reason = f"the connection broke ({type(error).__name__})"
             if isinstance(error, aiohttp.ClientConnectorError):
-                raise ProxyError("storage_failed", f"storing the file: {_render_connect_error(error)}") from None
-            raise ProxyError(
-                "storage_failed", f"storing the file: the connection broke ({type(error).__name__})"
-            ) from None
+                reason = _render_connect_error(error)
+            raise ProxyError("storage_failed", f"storing the file: {reason}") from None
         finally:
-            watchdog.stop()
+            progress.watchdog.stop()
 
-    async def _with_token(
-        self, account: Account, call: Call, once: Callable[[Account, Call, str], Awaitable[Result]]
-    ) -> Result:
-        token = await self._accounts.access_token(account)
-        try:
-            return await once(account, call, token)
-        except ProxyError as error:
-            if error.code != "token_dead":
-                raise
-        await self._accounts.drop(account, token)
-        return await once(account, call, await self._accounts.access_token(account))
 
-    async def _request_again(self, call: Call, token: str, account: Account | None = None) -> aiohttp.ClientResponse:
-        ids = _render_ids(account) if account is not None and call.with_ids else None
-        attempt = _Attempt()
-        try:
-            return await self._request(call, token, ids, attempt)
-        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
-            if not attempt.on_kept_connection or call.method != "POST":  # aiohttp itself repeats the others
-                raise
-            logger.debug("! %s: a kept connection was closed, calling once more", call.step)
-        return await self._request(call, token, ids)
+class _UploadProgress:
+    """Ends `limit` when the storage accepts no more of `file` for `FILE_SECONDS`, waiting for the file's own source
+    not counted.
+    """
 
-    async def _request(
-        self, call: Call, token: str, ids: Mapping[str, str] | None = None, attempt: _Attempt | None = None
-    ) -> aiohttp.ClientResponse:
-        headers = {**call.headers, **ids} if ids else dict(call.headers)
-        if token:
-            headers["Authorization"] = f"Bearer {token}"
-        started = time.monotonic()
-        response = await self._session.request(
-            call.method,
-            URL(call.url, encoded=True),
-            data=io.BytesIO(call.body) if len(call.body) > MEGABYTE else call.body or None,
-            headers=headers,
-            allow_redirects=False,
-            proxy_headers=self._proxy_headers,
-            trace_request_ctx=attempt,
-        )
-        self._metrics.observe("kimi_proxy_upstream_seconds", time.monotonic() - started)
-        logger.debug("> %s HTTP %d", call.step, response.status)
-        return response
+    def __init__(self, file: OpenFile) -> None:
+        self.tracker = aiohttp.UploadTracker()
+        self.limit = asyncio.timeout(None)
+        self.watchdog = Watchdog(self._check, 0)
+        self._file = file
+        self._written_bytes = -1
+        self._moved_at = 0.0
 
-    async def _parse(self, response: aiohttp.ClientResponse, step: str, *, lenient: bool = False) -> dict[str, Any]:
-        """The JSON object of a reply that means success, else the failure that it means."""
-        body = await _read_reply(response, step)
-        try:
-            value: Any = parse_json(body, surrogates=True) if body not in (b"", b"{}") else {}
-        except WireError:
-            value = None
-        is_object = isinstance(value, dict)
-        if response.status < 300 and is_object and not isinstance(value.get("error_type"), str):
-            return cast(dict[str, Any], value)
-        if response.status < 300 and lenient and not is_object:
-            return {}
-        kind = quote_words(response.content_type)
-        words = "" if is_object else f"a body of type {kind}, no JSON object"
-        error = error_of_reply(response.status, value, step, retry_after_seconds=_retry_after(response), words=words)
-        is_page = not is_object and "html" in kind and response.status < 500
-        if is_page or response.status in _RETIRED_STATUSES:
-            raise ProtocolRetired(error.code, error.detail, upstream_status=error.upstream_status)
-        raise error
+    def _check(self, now: float) -> float:
+        if self._file.waiting_for_source or self.tracker.bytes_written != self._written_bytes:
+            self._written_bytes, self._moved_at = self.tracker.bytes_written, now
+        if now - self._moved_at >= FILE_SECONDS:
+            self.limit.reschedule(now)
+            self.watchdog.stop()
+        return now + FILE_SECONDS / 4
 
 
 _IDS: Final = (("x-msh-device-id", "device_id"), ("x-msh-session-id", "ssid"), ("x-traffic-id", "sub"))
@@ -6078,70 +6081,6 @@ async def _enclose(head: bytes, pieces: AsyncIterator[bytes], tail: bytes) -> As
     async for piece in pieces:
         yield piece
     yield tail
-
-
-_RETIRED_STATUSES: Final = frozenset({301, 302, 303, 307, 308, 404, 405, 410})
-_TOKEN: Final = re.compile(r"[!-~]{1,8192}")
-
-
-def _take_tokens(value: Mapping[str, Any]) -> TokenPair:
-    """The tokens in a refresh's reply, in either spelling, bare or inside `data` [open]."""
-    data = value.get("data")
-    inner: Mapping[str, Any] = data if isinstance(data, dict) else value
-    access_token = inner.get("accessToken") or inner.get("access_token")
-    refresh_token = inner.get("refreshToken") or inner.get("refresh_token")
-    if not isinstance(access_token, str) or not _TOKEN.fullmatch(access_token):
-        raise ProxyError("service_failed", "refreshing the token: the reply has no access token")
-    if not isinstance(refresh_token, str) or not _TOKEN.fullmatch(refresh_token):
-        refresh_token = ""
-    return TokenPair(access_token, refresh_token)
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class StoredFile:
-    """A file whose bytes the service has, but which it cannot refer to yet. Which names it has is the dialect's."""
-
-    name: str
-    object_name: str = ""
-    file_id: str = ""
-
-    def __repr__(self) -> str:
-        return "StoredFile(…)"
-
-
-class Dialect(Protocol):
-    """What `Asking` needs of a dialect. `busy_code`: the failure by which it says that another answer is under way."""
-
-    name: str
-    base_url: str
-    busy_code: str
-
-    async def refresh(self, account: Account) -> TokenPair:
-        """A new pair of tokens."""
-
-    def open(self, account: Account, model: Model) -> Coroutine[Any, Any, str] | None:
-        """What opens a conversation, and gives its id; None where the answer's stream tells it."""
-
-    async def store(self, account: Account, file: OpenFile) -> StoredFile:
-        """Send the bytes of `file`; time is the caller's to watch."""
-
-    async def register(self, account: Account, stored: StoredFile) -> str:
-        """The id by which a question can refer to the file, once the service has read it."""
-
-    async def ask(self, account: Account, conversation_id: str, question: Question, deadline: float) -> AnswerStream:
-        """The answer, which fails at `deadline` (loop time); the caller drains or closes it."""
-
-    async def remove(self, account: Account, conversation_id: str) -> None:
-        """Remove the conversation, so that it does not show in the user's history."""
-
-
-def _make_stale(error: ProxyError, access_token: str) -> StaleToken:
-    stale = StaleToken(error.code, error.detail)
-    stale.access_token = access_token
-    return stale
-
-
-END_SECONDS: Final = 1.0  # after `done`, the end of the stream is awaited for so long
 
 
 class AnswerStream:
@@ -6271,9 +6210,61 @@ class AnswerStream:
         return due
 
 
-def _headers_of(base_url: str, place: str = "") -> dict[str, str]:
-    """The headers that say from which page a call comes [ref], [2+]."""
-    return {"Origin": _origin_of(base_url), "Referer": base_url + place, "Content-Type": "application/json"}
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file whose bytes the service has, but which it cannot refer to yet. The protocol decides which ids it has."""
+
+    name: str = field(repr=False)
+    object_name: str = field(default="", repr=False)
+    file_id: str = ""
+
+
+class _Protocol:
+    """What the two protocols share: they send JSON as the service's own web page does."""
+
+    _with_ids = False
+
+    def __init__(self, client: KimiClient, base_url: str) -> None:
+        self.base_url = base_url
+        self._client = client
+
+    def _request(
+        self, step: str, method: str, path: str, value: object = None, *, conversation_id: str = ""
+    ) -> ApiRequest:
+        """A request with a JSON body, from the page that a browser would send it from [ref], [2+]."""
+        headers = {
+            "Origin": _origin_of(self.base_url),
+            "Referer": f"{self.base_url}/chat/{conversation_id}" if conversation_id else self.base_url,
+            "Content-Type": "application/json",
+        }
+        body = b"" if value is None else encode_json(value).encode()
+        return ApiRequest(step, method, self.base_url + path, headers, body, self._with_ids)
+
+    async def _post(
+        self, account: Account, step: str, path: str, value: object, *, conversation_id: str = ""
+    ) -> dict[str, Any]:
+        """The JSON object that the service replies."""
+        request = self._request(step, "POST", path, value, conversation_id=conversation_id)
+        return await self._client.call(account, request)
+
+    async def _stream(
+        self,
+        account: Account,
+        request: ApiRequest,
+        content_type: str,
+        parser: SSEParser | EnvelopeParser,
+        answer: ClassicAnswer | ConnectAnswer,
+        deadline: float,
+    ) -> AnswerStream:
+        """The answer to a question; the head of the response has to come in time too."""
+        loop, silence_seconds = asyncio.get_running_loop(), self._client.silence_seconds
+        try:
+            async with asyncio.timeout_at(min(loop.time() + silence_seconds, deadline)):
+                response, token = await self._client.stream(account, request, content_type)
+        except TimeoutError:
+            code = "answer_too_long" if loop.time() >= deadline else "service_silent"
+            raise ProxyError(code, request.step) from None
+        return AnswerStream(response, parser, answer, token, silence_seconds, deadline)
 
 
 @cache
@@ -6281,134 +6272,28 @@ def _origin_of(base_url: str) -> str:
     return str(URL(base_url).origin())
 
 
-def _agent_of(model: Model) -> str:
-    """The `kimiplus_id` by which classic is asked for `model`: its thinking model is an agent, k1 [2+]."""
-    return model.agent_id or (_K1_AGENT if model.thinking else "")
+def _get_id(value: object, step: str) -> str:
+    """The `id` in an object of a reply. Raises `ProxyError` for none."""
+    found = value.get("id") if isinstance(value, dict) else None
+    if not isinstance(found, str) or not IDENTIFIER.fullmatch(found):
+        raise ProxyError("service_failed", f"{step}: the reply has no id")
+    return found
 
 
-class Classic:
-    """The classic dialect: paths and bodies [ref]."""
+_TOKEN: Final = re.compile(r"[!-~]{1,8192}")
 
-    name = "classic"
-    busy_code = "answer_running"  # [ref]
 
-    def __init__(self, calls: Calls, base_url: str) -> None:
-        self._calls = calls
-        self.base_url = base_url or "https://kimi.moonshot.cn"
-
-    async def refresh(self, account: Account) -> TokenPair:
-        """A new pair of tokens for `account`."""
-        url = f"{self.base_url}/api/auth/token/refresh"
-        call = Call("refreshing the token", "GET", url, _headers_of(self.base_url))
-        return _take_tokens(await self._calls.refresh(call, account.refresh_token))
-
-    async def open(self, account: Account, model: Model) -> str:
-        """The id of a new conversation. Raises `ProxyError` `quota_used_up` where the model's quota is."""
-        if model.use_research:
-            await self._check_quota(account)
-        value: dict[str, Any] = {"name": f"cmpl-{random.getrandbits(128):032x}", "is_example": False}
-        body = encode_json(value | ({"kimiplus_id": _agent_of(model)} if _agent_of(model) else {})).encode()
-        url = f"{self.base_url}/api/chat"
-        value = await self._calls.call(
-            account, Call("opening a conversation", "POST", url, _headers_of(self.base_url), body)
-        )
-        conversation_id = value.get("id")
-        if not isinstance(conversation_id, str) or not IDENTIFIER.fullmatch(conversation_id):
-            raise ProxyError("service_failed", "opening a conversation: the reply has no id")
-        return conversation_id
-
-    async def ask(self, account: Account, conversation_id: str, question: Question, deadline: float) -> AnswerStream:
-        """The answer, which fails at `deadline` (loop time); the caller drains or closes it."""
-        model = question.model
-        body: dict[str, Any] = {
-            "messages": [{"role": "user", "content": " " if question.segment_id else question.text}],
-            "refs": list(question.file_ids),
-            "use_search": question.use_search,
-        }
-        if question.segment_id:
-            body |= {"segment_id": question.segment_id, "action": "continue"}
-        options = {"kimiplus_id": _agent_of(model), "use_math": model.use_math, "use_research": model.use_research}
-        body |= {key: value for key, value in options.items() if value}
-        url = f"{self.base_url}/api/chat/{conversation_id}/completion/stream"
-        headers = _headers_of(self.base_url, f"/chat/{conversation_id}")
-        call = Call("asking", "POST", url, headers, encode_json(body).encode())
-        response, token = await self._calls.stream(account, call, "text/event-stream", deadline)
-        answer = ClassicAnswer(continues=bool(question.segment_id))
-        return AnswerStream(response, SSEParser(), answer, token, self._calls.silence_seconds, deadline)
-
-    async def store(self, account: Account, file: OpenFile) -> StoredFile:
-        """Have a URL signed, and put the bytes there. Pictures are `image` in later versions, `file` before [2+]."""
-        try:
-            signed = await self._sign(account, file.kind, file.name)
-        except ProtocolRetired:
-            raise
-        except ProxyError as error:
-            if file.kind == "file" or error.upstream_status not in (400, 422):
-                raise
-            signed = await self._sign(account, "file", file.name)
-        url, object_name, file_id = signed.get("url"), signed.get("object_name"), signed.get("file_id")
-        if not isinstance(url, str) or not url.startswith(("http://", "https://")) or not isinstance(object_name, str):
-            raise ProxyError("service_failed", "signing an upload: the reply has no URL")
-        await self._calls.store(url, file)
-        return StoredFile(file.name, object_name, file_id if isinstance(file_id, str) else "")
-
-    async def _sign(self, account: Account, action: str, name: str) -> dict[str, Any]:
-        return await self._post(account, "signing an upload", "/api/pre-sign-url", {"action": action, "name": name})
-
-    async def register(self, account: Account, stored: StoredFile) -> str:
-        """The file's id, once the service has read it. A picture has its id from the signing [2+]."""
-        body = {"type": "file", "name": stored.name, "object_name": stored.object_name}
-        if stored.file_id:
-            body = {"type": "image", "file_id": stored.file_id, "name": stored.name}
-        known = await self._register_until_ready(account, body)
-        file_id = known.get("id")
-        if not isinstance(file_id, str) or not IDENTIFIER.fullmatch(file_id):
-            raise ProxyError("service_failed", "registering a file: the reply has no id")
-        await self._post(
-            account,
-            "having a file read",
-            "/api/file/parse_process",
-            {"ids": [file_id]},
-            seconds=PARSE_SECONDS,
-            lenient=True,
-        )
-        return file_id
-
-    async def _register_until_ready(self, account: Account, body: Mapping[str, Any]) -> dict[str, Any]:
-        """The reply to a registration; repeated while its status says that the file is not there yet [1]."""
-        async for seconds_left in _poll(_REGISTER_SECONDS):
-            known = await self._post(account, "registering a file", "/api/file", body)
-            if known.get("status", "parsed") in ("initialized", "parsed") or not seconds_left:
-                break
-        return known
-
-    async def _post(
-        self,
-        account: Account,
-        step: str,
-        path: str,
-        value: object,
-        *,
-        seconds: float | None = None,
-        lenient: bool = False,
-    ) -> dict[str, Any]:
-        body = encode_json(value).encode()
-        url = self.base_url + path
-        call = Call(step, "POST", url, _headers_of(self.base_url), body, seconds=seconds, lenient=lenient)
-        return await self._calls.call(account, call)
-
-    async def _check_quota(self, account: Account) -> None:
-        url = f"{self.base_url}/api/chat/research/usage"
-        call = Call("asking for the research quota", "GET", url, _headers_of(self.base_url))
-        usage = await self._calls.call(account, call)
-        if usage.get("remain") == 0:
-            raise ProxyError("quota_used_up", f"{usage.get('used')} of {usage.get('total')} used")
-
-    async def remove(self, account: Account, conversation_id: str) -> None:
-        """Remove the conversation, so that it does not show in the user's history."""
-        url = f"{self.base_url}/api/chat/{conversation_id}"
-        headers = _headers_of(self.base_url, f"/chat/{conversation_id}")
-        await self._calls.call(account, Call("removing the conversation", "DELETE", url, headers))
+def _get_tokens(value: Mapping[str, Any]) -> TokenPair:
+    """The tokens in a refresh's reply, in either spelling, bare or inside `data` [open]."""
+    data = value.get("data")
+    inner: Mapping[str, Any] = data if isinstance(data, dict) else value
+    access_token = inner.get("accessToken") or inner.get("access_token")
+    refresh_token = inner.get("refreshToken") or inner.get("refresh_token")
+    if not isinstance(access_token, str) or not _TOKEN.fullmatch(access_token):
+        raise ProxyError("service_failed", "refreshing the token: the reply has no access token")
+    if not isinstance(refresh_token, str) or not _TOKEN.fullmatch(refresh_token):
+        refresh_token = ""
+    return TokenPair(access_token, refresh_token)
 
 
 async def _poll(seconds: float) -> AsyncIterator[float]:
@@ -6422,122 +6307,216 @@ async def _poll(seconds: float) -> AsyncIterator[float]:
     yield 0.0
 
 
+class Classic(_Protocol):
+    """The classic protocol: paths and bodies [ref].
+
+    `busy_code` is the failure by which the service says that another answer is running. `hits_inline`: search hits are
+    shown where they come in the text [ref].
+    """
+
+    name = "classic"
+    busy_code = "answer_running"  # [ref]
+    hits_inline = True
+
+    def __init__(self, client: KimiClient, base_url: str) -> None:
+        super().__init__(client, base_url or "https://kimi.moonshot.cn")
+
+    async def refresh(self, account: Account) -> TokenPair:
+        """A new pair of tokens for `account`."""
+        request = self._request("refreshing the token", "GET", "/api/auth/token/refresh")
+        return _get_tokens(await self._client.refresh(request, account.refresh_token))
+
+    async def models(self, account: Account) -> tuple[Model, ...]:
+        """The models, which the service does not list."""
+        return CLASSIC_MODELS
+
+    async def open(self, account: Account, model: Model) -> str:
+        """The id of a new conversation. Raises `ProxyError` `quota_used_up` when the model's quota is."""
+        step = "opening a conversation"
+        if model.use_research:
+            await self._check_quota(account)
+        value: dict[str, Any] = {"name": f"cmpl-{random.getrandbits(128):032x}", "is_example": False}
+        if agent_id := _agent_of(model):
+            value["kimiplus_id"] = agent_id
+        return _get_id(await self._post(account, step, "/api/chat", value), step)
+
+    async def _check_quota(self, account: Account) -> None:
+        request = self._request("asking for the research quota", "GET", "/api/chat/research/usage")
+        usage = await self._client.call(account, request)
+        if usage.get("remain") == 0:
+            raise ProxyError("quota_used_up", f"{usage.get('used')} of {usage.get('total')} used")
+
+    async def ask(self, account: Account, conversation_id: str, question: Question, deadline: float) -> AnswerStream:
+        """The answer, which fails at `deadline` (loop time); the caller drains or closes it."""
+        model = question.model
+        value: dict[str, Any] = {
+            "messages": [{"role": "user", "content": " " if question.segment_id else question.text}],
+            "refs": list(question.file_ids),
+            "use_search": question.use_search,
+        }
+        if question.segment_id:
+            value |= {"segment_id": question.segment_id, "action": "continue"}
+        options = {"kimiplus_id": _agent_of(model), "use_math": model.use_math, "use_research": model.use_research}
+        value |= {key: option for key, option in options.items() if option}
+        path = f"/api/chat/{conversation_id}/completion/stream"
+        request = self._request("asking", "POST", path, value, conversation_id=conversation_id)
+        answer = ClassicAnswer(continues=bool(question.segment_id))
+        return await self._stream(account, request, "text/event-stream", SSEParser(), answer, deadline)
+
+    async def remove(self, account: Account, conversation_id: str) -> None:
+        """Remove the conversation, so that it does not show in the user's history."""
+        path = f"/api/chat/{conversation_id}"
+        request = self._request("removing the conversation", "DELETE", path, conversation_id=conversation_id)
+        await self._client.call(account, request)
+
+    async def store_file(self, account: Account, file: OpenFile) -> StoredFile:
+        """Have a URL signed, and put the bytes there. Pictures are `image` in later versions, `file` before [2+]."""
+        try:
+            signed = await self._sign(account, file.kind, file.name)
+        except ProtocolRetired:
+            raise
+        except ProxyError as error:
+            if file.kind == "file" or error.upstream_status not in (400, 422):
+                raise
+            signed = await self._sign(account, "file", file.name)
+        url, object_name, file_id = signed.get("url"), signed.get("object_name"), signed.get("file_id")
+        if not isinstance(url, str) or not url.startswith(("http://", "https://")) or not isinstance(object_name, str):
+            raise ProxyError("service_failed", "signing an upload: the reply has no URL")
+        await self._client.put_file(url, file)
+        return StoredFile(file.name, object_name, file_id if isinstance(file_id, str) else "")
+
+    async def _sign(self, account: Account, action: str, name: str) -> dict[str, Any]:
+        return await self._post(account, "signing an upload", "/api/pre-sign-url", {"action": action, "name": name})
+
+    async def register_file(self, account: Account, stored: StoredFile) -> str:
+        """The file's id, once the service has read it. A picture has its id from the signing [2+]."""
+        value = {"type": "file", "name": stored.name, "object_name": stored.object_name}
+        if stored.file_id:
+            value = {"type": "image", "file_id": stored.file_id, "name": stored.name}
+        file_id = _get_id(await self._register_until_ready(account, value), "registering a file")
+        request = self._request("having a file read", "POST", "/api/file/parse_process", {"ids": [file_id]})
+        await self._client.call(account, replace(request, seconds=PARSE_SECONDS, lenient=True))
+        return file_id
+
+    async def _register_until_ready(self, account: Account, value: Mapping[str, Any]) -> dict[str, Any]:
+        """The reply to a registration; repeated while its status says that the file is not there yet [1]."""
+        async for seconds_left in _poll(_REGISTER_SECONDS):
+            known = await self._post(account, "registering a file", "/api/file", value)
+            if known.get("status", "parsed") in ("initialized", "parsed") or not seconds_left:
+                break
+        return known
+
+
+def _agent_of(model: Model) -> str:
+    """The `kimiplus_id` by which classic is asked for `model`: its thinking model is an agent, k1 [2+]."""
+    return model.agent_id or (_K1_AGENT if model.thinking else "")
+
+
 _SCENARIO: Final = "SCENARIO_K2D5"  # names change [2+]
-_SERVICES: Final = {
-    "refresh": "/api/account.gateway.v1.AuthService/RefreshToken",
-    "ask": "/apiv2/kimi.gateway.chat.v1.ChatService/Chat",
-    "remove": "/apiv2/kimi.chat.v1.ChatService/DeleteChat",
-    "models": "/apiv2/kimi.gateway.config.v1.ConfigService/GetAvailableModels",
-    "upload": "/apiv2-files/file/upload",
-    "progress": "/apiv2-files/kimi.gateway.file.v1.FileService/GetFileParseProgress",
-}
+_REFRESH: Final = "/api/account.gateway.v1.AuthService/RefreshToken"
+_MODELS: Final = "/apiv2/kimi.gateway.config.v1.ConfigService/GetAvailableModels"
+_CHAT: Final = "/apiv2/kimi.gateway.chat.v1.ChatService/Chat"
+_DELETE_CHAT: Final = "/apiv2/kimi.chat.v1.ChatService/DeleteChat"
+_UPLOAD: Final = "/apiv2-files/file/upload"
+_PROGRESS: Final = "/apiv2-files/kimi.gateway.file.v1.FileService/GetFileParseProgress"
 
 
-class Connect:
-    """The connect dialect: paths, headers and bodies [2+]."""
+class Connect(_Protocol):
+    """The connect protocol: paths, headers and bodies [2+]."""
 
     name = "connect"
-    busy_code = "rate_limited"  # it has no word of its own for it [2+]
+    busy_code = "rate_limited"  # it has no code of its own for it [2+]
+    hits_inline = False
+    _with_ids = True
 
-    def __init__(self, calls: Calls, base_url: str, auth_url: str) -> None:
-        self._calls = calls
-        self.base_url = base_url or "https://www.kimi.com"
+    def __init__(self, client: KimiClient, base_url: str, auth_url: str) -> None:
+        super().__init__(client, base_url or "https://www.kimi.com")
         self._auth_url = auth_url
 
     async def refresh(self, account: Account) -> TokenPair:
         """A new pair of tokens for `account`, by the new call, else by the old one, which is still in use [2+]."""
         for spelling in ("refresh_token", "refreshToken"):  # [open]
-            body = encode_json({spelling: account.refresh_token}).encode()
-            call = Call(
-                "refreshing the token", "POST", self._auth_url + _SERVICES["refresh"], _headers_of(self.base_url), body
-            )
+            request = self._request("refreshing the token", "POST", _REFRESH, {spelling: account.refresh_token})
+            request.url = self._auth_url + _REFRESH
             try:
-                return _take_tokens(await self._calls.refresh(call, ""))
+                return _get_tokens(await self._client.refresh(request, ""))
             except ProxyError as error:
                 logger.debug("! %s", error)
                 if error.upstream_status != 400:
                     break
-        url = f"{self.base_url}/api/auth/token/refresh"
-        old = Call("refreshing the token", "GET", url, _headers_of(self.base_url))
-        return _take_tokens(await self._calls.refresh(old, account.refresh_token))
+        old = self._request("refreshing the token", "GET", "/api/auth/token/refresh")
+        return _get_tokens(await self._client.refresh(old, account.refresh_token))
 
-    def open(self, account: Account, model: Model) -> None:
+    async def models(self, account: Account) -> tuple[Model, ...]:
+        """The models that the account may ask; empty when the service lists none."""
+        return parse_models(await self._post(account, "asking for the models", _MODELS, {}))
+
+    async def open(self, account: Account, model: Model) -> str:
         """Nothing: the answer's stream tells the conversation's id."""
+        return ""
 
     async def ask(self, account: Account, conversation_id: str, question: Question, deadline: float) -> AnswerStream:
         """The answer, which fails at `deadline` (loop time); the caller drains or closes it."""
-        model = question.model
-        scenario = model.scenario or _SCENARIO
-        body: dict[str, Any] = {
-            "scenario": scenario,
-            "tools": [{"type": "TOOL_TYPE_SEARCH", "search": {}}] if question.use_search else [],
-            "message": {
-                "role": "user",
-                "blocks": [
-                    {"message_id": "", "text": {"content": question.text}},
-                    *(
-                        {"message_id": "", "file": {"id": file_id, "status": "PROCESS_STATUS_SUCCESS"}}
-                        for file_id in question.file_ids
-                    ),
-                ],
-                "scenario": scenario,
-            },
-            "options": {"thinking": model.thinking},
-        }
-        body |= {
-            key: value for key, value in (("kimiplusId", model.agent_id), ("agentMode", model.agent_mode)) if value
-        }
-        if question.goes_on:
-            body["chat_id"] = conversation_id
-            body["message"]["parent_id"] = question.parent_id
-        headers = _headers_of(self.base_url) | {
+        request = self._request("asking", "POST", _CHAT)
+        request.headers = {
+            **request.headers,
             "Content-Type": "application/connect+json",
             "Connect-Protocol-Version": "1",
         }
-        data = encode_envelope(encode_json(body).encode())
-        call = Call("asking", "POST", self.base_url + _SERVICES["ask"], headers, data, with_ids=True)
-        response, token = await self._calls.stream(account, call, "application/connect+json", deadline)
+        request.body = encode_envelope(encode_json(_render_question(question, conversation_id)).encode())
         answer = ConnectAnswer(conversation_id)
-        return AnswerStream(response, EnvelopeParser(), answer, token, self._calls.silence_seconds, deadline)
-
-    async def store(self, account: Account, file: OpenFile) -> StoredFile:
-        """Send the bytes, as a form."""
-        headers = _headers_of(self.base_url)
-        call = Call("uploading a file", "POST", self.base_url + _SERVICES["upload"], headers)
-        known = (await self._calls.upload(account, call, file)).get("file")
-        file_id = known.get("id") if isinstance(known, dict) else None
-        if not isinstance(file_id, str) or not IDENTIFIER.fullmatch(file_id):
-            raise ProxyError("service_failed", "uploading a file: the reply has no id")
-        return StoredFile(file.name, file_id=file_id)
-
-    async def register(self, account: Account, stored: StoredFile) -> str:
-        """The file's id, once the service has read it."""
-        url = self.base_url + _SERVICES["progress"]
-        body = encode_json({"file_ids": [stored.file_id]}).encode()
-        call = Call("having a file read", "POST", url, _headers_of(self.base_url), body, with_ids=True)
-        async for _ in _poll(PARSE_SECONDS):
-            reply = await self._calls.call(account, call)
-            progresses = reply.get("progresses")
-            first = progresses[0] if isinstance(progresses, list) and progresses else {}
-            status = str(first.get("status") if isinstance(first, dict) else "").upper()
-            if status == "PROCESS_STATUS_SUCCESS":
-                return stored.file_id
-            if status in ("PROCESS_STATUS_FAIL", "PROCESS_STATUS_FAILED"):
-                raise ProxyError("file_unreadable")
-        raise ProxyError("service_silent", f"having a file read: not within {PARSE_SECONDS:g} s")
-
-    async def models(self, account: Account) -> tuple[Model, ...]:
-        """The models that the account may ask. Raises `ProxyError`."""
-        url = self.base_url + _SERVICES["models"]
-        call = Call("asking for the models", "POST", url, _headers_of(self.base_url), b"{}", with_ids=True)
-        return parse_models(await self._calls.call(account, call))
+        return await self._stream(account, request, "application/connect+json", EnvelopeParser(), answer, deadline)
 
     async def remove(self, account: Account, conversation_id: str) -> None:
         """Remove the conversation, so that it does not show in the user's history."""
-        body = encode_json({"chat_id": conversation_id}).encode()
-        url = self.base_url + _SERVICES["remove"]
-        headers = _headers_of(self.base_url, f"/chat/{conversation_id}")
-        await self._calls.call(account, Call("removing the conversation", "POST", url, headers, body, with_ids=True))
+        value = {"chat_id": conversation_id}
+        await self._post(account, "removing the conversation", _DELETE_CHAT, value, conversation_id=conversation_id)
+
+    async def store_file(self, account: Account, file: OpenFile) -> StoredFile:
+        """Send the bytes, as a form."""
+        request = self._request("uploading a file", "POST", _UPLOAD)
+        reply = await self._client.post_file(account, request, file)
+        return StoredFile(file.name, file_id=_get_id(reply.get("file"), request.step))
+
+    async def register_file(self, account: Account, stored: StoredFile) -> str:
+        """The file's id, once the service has read it."""
+        async for _ in _poll(PARSE_SECONDS):
+            reply = await self._post(account, "having a file read", _PROGRESS, {"file_ids": [stored.file_id]})
+            progresses = reply.get("progresses")
+            first = progresses[0] if isinstance(progresses, list) and progresses else {}
+            status = str(first.get("status") if isinstance(first, dict) else "").upper()
+            if status in ("PROCESS_STATUS_SUCCESS", "3"):
+                return stored.file_id
+            if status in ("PROCESS_STATUS_FAIL", "PROCESS_STATUS_FAILED", "4"):
+                raise ProxyError("file_unreadable")
+        raise ProxyError("service_silent", f"having a file read: not within {PARSE_SECONDS:g} s")
+
+
+def _render_question(question: Question, conversation_id: str) -> dict[str, Any]:
+    """The body of Chat. A new chat leaves `chat_id` and `parent_id` out [2+]."""
+    model = question.model
+    scenario = model.scenario or _SCENARIO
+    blocks: list[dict[str, Any]] = [{"message_id": "", "text": {"content": question.text}}]
+    for file_id in question.file_ids:
+        blocks.append({"message_id": "", "file": {"id": file_id, "status": "PROCESS_STATUS_SUCCESS"}})
+    message: dict[str, Any] = {"role": "user", "blocks": blocks, "scenario": scenario}
+    value: dict[str, Any] = {
+        "scenario": scenario,
+        "tools": [{"type": "TOOL_TYPE_SEARCH", "search": {}}] if question.use_search else [],
+        "message": message,
+        "options": {"thinking": model.thinking},
+    }
+    if model.agent_id:
+        value["kimiplusId"] = model.agent_id
+    if model.agent_mode:
+        value["agentMode"] = model.agent_mode
+    if question.goes_on:
+        value["chat_id"] = conversation_id
+        message["parent_id"] = question.parent_id
+    return value
+
+
+KimiProtocol = Classic | Connect
 
 
 # ==== 16. Asking ============================================================
@@ -6550,7 +6529,6 @@ _NO_MODELS_SECONDS: Final = 30.0
 _DEAD_SECONDS: Final = 600.0  # an account whose token was refused is not asked for so long, if there are others
 _MOST_FAILURES: Final = 3  # of removals, one after the other
 _CONTINUATIONS: Final = 3  # of one answer that meets its length limit (classic)
-_END_SECONDS: Final = 1.0  # what an ended answer still sends is read for so long, so that its connection is reused
 
 
 @dataclass(frozen=True, slots=True)
@@ -6623,7 +6601,9 @@ class Uploads:
         self._running: dict[bytes, asyncio.Future[ProxyError | None]] = {}
         self._uploaded: dict[str, UploadedFile] = {}
 
-    async def upload(self, account: Account, dialect: Dialect, attachments: Sequence[Attachment]) -> tuple[str, ...]:
+    async def upload(
+        self, account: Account, dialect: KimiProtocol, attachments: Sequence[Attachment]
+    ) -> tuple[str, ...]:
         """Kimi's ids of `attachments`, in their order.
 
         Raises `ProxyError`, the first failure's: the other uploads are cancelled then.
@@ -6645,7 +6625,9 @@ class Uploads:
                 raise failure
         return tuple(task.result() for task in work)
 
-    async def _find(self, gate: asyncio.Semaphore, account: Account, dialect: Dialect, attachment: Attachment) -> str:
+    async def _find(
+        self, gate: asyncio.Semaphore, account: Account, dialect: KimiProtocol, attachment: Attachment
+    ) -> str:
         """The id of one file: the one that is remembered, else a new one."""
         if attachment.uploaded is not None:
             owner, name, kimi_id = attachment.uploaded
@@ -6671,7 +6653,7 @@ class Uploads:
                 error.param = error.param or attachment.path
                 raise
 
-    async def _upload_and_keep(self, key: bytes, account: Account, dialect: Dialect, opening: Opening) -> str:
+    async def _upload_and_keep(self, key: bytes, account: Account, dialect: KimiProtocol, opening: Opening) -> str:
         running = self._running[key] = asyncio.get_running_loop().create_future()
         outcome = None
         try:
@@ -6688,7 +6670,7 @@ class Uploads:
             del self._kept[next(iter(self._kept))]
         return file_id
 
-    async def add(self, account: Account, dialect: Dialect, received: ReceivedFile) -> UploadedFile:
+    async def add(self, account: Account, dialect: KimiProtocol, received: ReceivedFile) -> UploadedFile:
         """Upload a client's file to Kimi, and remember it under an id of ours."""
         file, kimi_id = await _upload(account, dialect, partial(self._files.open_received, received))
         uploaded = UploadedFile(
@@ -6731,21 +6713,21 @@ class Uploads:
 Opening = Callable[[], AbstractAsyncContextManager[OpenFile]]
 
 
-async def _upload(account: Account, dialect: Dialect, opening: Opening) -> tuple[OpenFile, str]:
+async def _upload(account: Account, dialect: KimiProtocol, opening: Opening) -> tuple[OpenFile, str]:
     """Stream a file to Kimi and wait until it can be referred to: the file, and Kimi's id of it."""
     try:
         file, stored = await _store(account, dialect, opening)
     except StaleToken:
         file, stored = await _store(account, dialect, opening)
-    return file, await dialect.register(account, stored)
+    return file, await dialect.register_file(account, stored)
 
 
-async def _store(account: Account, dialect: Dialect, opening: Opening) -> tuple[OpenFile, StoredFile]:
+async def _store(account: Account, dialect: KimiProtocol, opening: Opening) -> tuple[OpenFile, StoredFile]:
     """Stream a file's bytes to Kimi."""
     file = None
     try:
         async with asyncio.timeout(TRANSFER_SECONDS), opening() as file:
-            return file, await dialect.store(account, file)
+            return file, await dialect.store_file(account, file)
     except TimeoutError:
         code = "file_silent" if file is None or file.waiting_for_source else "storage_silent"
         raise ProxyError(code, f"the file's way to Kimi takes more than {TRANSFER_SECONDS:g} s") from None
@@ -6808,7 +6790,7 @@ class Asking:
 
     def __init__(
         self,
-        calls: Calls,
+        client: KimiClient,
         accounts: Accounts,
         kept: KeptConversations,
         conversations: OpenConversations,
@@ -6826,10 +6808,10 @@ class Asking:
         self._ticker = ticker
         self._metrics = metrics
         self._settings = settings
-        self._classic: Dialect = Classic(calls, settings.base_url)
-        self._connect = Connect(calls, settings.base_url, settings.auth_url)
+        self._classic: KimiProtocol = Classic(client, settings.base_url)
+        self._connect = Connect(client, settings.base_url, settings.auth_url)
         self._models: dict[str, tuple[float, tuple[Model, ...]]] = {}
-        self._current: Dialect = self._connect if settings.protocol == "connect" else self._classic
+        self._current: KimiProtocol = self._connect if settings.protocol == "connect" else self._classic
 
     async def refresh(self, account: Account) -> TokenPair:
         """A new pair of tokens, in the dialect in use, or in `auto` with connect where classic seems retired."""
@@ -7014,7 +6996,7 @@ class Asking:
             raise ProxyError("invalid_request", "its files and its conversation belong to two accounts")
         return owners[:1] or accounts
 
-    def _dialect_of(self, account: Account) -> Dialect:
+    def _dialect_of(self, account: Account) -> KimiProtocol:
         """The dialect in use; an access token has meaning in connect alone."""
         return self._connect if account.is_access_token and self._may_change(self._current) else self._current
 
@@ -7053,14 +7035,14 @@ class Asking:
                 raise
             raise ProxyError("conversation_not_found", error.detail, param="conversation_id") from None
 
-    def _dialect_named(self, name: str) -> Dialect:
+    def _dialect_named(self, name: str) -> KimiProtocol:
         return self._connect if name == self._connect.name else self._classic
 
-    def _may_change(self, dialect: Dialect) -> bool:
+    def _may_change(self, dialect: KimiProtocol) -> bool:
         return self._settings.protocol == "auto" and dialect is self._classic
 
     async def _ask(
-        self, account: Account, dialect: Dialect, question: Question, sending: _Sending, chain: Chain
+        self, account: Account, dialect: KimiProtocol, question: Question, sending: _Sending, chain: Chain
     ) -> None:
         """Ask in one dialect, and once more where `chain` wants it. Files go first: a bad one opens no conversation."""
         if question.attachments:
@@ -7088,7 +7070,7 @@ class Asking:
     async def _ask_again(
         self,
         account: Account,
-        dialect: Dialect,
+        dialect: KimiProtocol,
         question: Question,
         conversation: _Conversation,
         filtering: _Filtering,
@@ -7112,7 +7094,9 @@ class Asking:
             logger.warning("! asking once more failed: %s", failure)
             await filtering.send(events)
 
-    async def _keep(self, account: Account, dialect: Dialect, question: Question, conversation: _Conversation) -> None:
+    async def _keep(
+        self, account: Account, dialect: KimiProtocol, question: Question, conversation: _Conversation
+    ) -> None:
         """Remember the conversation, where the client wants that."""
         if question.conversation_id:
             message_id = conversation.message_id
@@ -7120,7 +7104,7 @@ class Asking:
             await self._kept.keep(account, conversation.id, dialect.name, message_id)
 
     async def _converse(
-        self, account: Account, dialect: Dialect, question: Question, filtering: _Filtering
+        self, account: Account, dialect: KimiProtocol, question: Question, filtering: _Filtering
     ) -> _Conversation:
         """One question and its answer; the conversation, which is let go of, and stays where the client keeps it."""
         conversation = await self._begin(account, dialect, question)
@@ -7166,7 +7150,7 @@ class Asking:
                 return
             rest -= 1
             conversation.stream = None
-            self._tasks.start(stream.drain(_END_SECONDS), "read out")
+            self._tasks.start(stream.drain(END_SECONDS), "read out")
             question = replace(question, segment_id=segment_id)
 
     async def _relay(
@@ -7200,7 +7184,7 @@ class Asking:
             conversation.id = stream.answer.conversation_id
             self._conversations.add(account.digest, conversation.dialect.name, conversation.id)
 
-    async def _begin(self, account: Account, dialect: Dialect, question: Question) -> _Conversation:
+    async def _begin(self, account: Account, dialect: KimiProtocol, question: Question) -> _Conversation:
         """The conversation to ask in, opened where it has to be."""
         # A client that leaves while the opening call is under way must not leave a conversation behind: the call is
         # finished as a task of the application, and what it opened is removed. One that leaves before, while the token
@@ -7210,10 +7194,8 @@ class Asking:
             return _Conversation(dialect, question.conversation_id, kept=True)
         return _Conversation(dialect, await self._open(account, dialect, question.model))
 
-    async def _open(self, account: Account, dialect: Dialect, model: Model) -> str:
+    async def _open(self, account: Account, dialect: KimiProtocol, model: Model) -> str:
         opens = dialect.open(account, model)
-        if opens is None:
-            return ""
         opening = Errand(self._tasks, self._note_opened(account, dialect, opens), "open")
         try:
             return await opening
@@ -7221,13 +7203,14 @@ class Asking:
             opening.task.add_done_callback(partial(self._let_go_late, account, dialect))
             raise
 
-    async def _note_opened(self, account: Account, dialect: Dialect, opens: Coroutine[Any, Any, str]) -> str:
+    async def _note_opened(self, account: Account, dialect: KimiProtocol, opens: Coroutine[Any, Any, str]) -> str:
         """Open a conversation, and have it on the list as soon as its id is known."""
         opened = await opens
-        self._conversations.add(account.digest, dialect.name, opened)
+        if opened:
+            self._conversations.add(account.digest, dialect.name, opened)
         return opened
 
-    def _let_go_late(self, account: Account, dialect: Dialect, opening: asyncio.Task[str | None]) -> None:
+    def _let_go_late(self, account: Account, dialect: KimiProtocol, opening: asyncio.Task[str | None]) -> None:
         if not opening.cancelled() and opening.exception() is None and (opened := opening.result()):
             conversation = _Conversation(dialect, opened)
             self._tasks.start(self._let_go(account, conversation), "remove")
@@ -7254,7 +7237,7 @@ class Asking:
         """Let go of the answer. False where a conversation may be left whose id could not be read."""
         if conversation.stream is None and conversation.asking is not None:
             asking = conversation.asking
-            await asyncio.wait({asking}, timeout=_END_SECONDS)
+            await asyncio.wait({asking}, timeout=END_SECONDS)
             if not asking.done() or asking.cancelled() or asking.exception() is not None:
                 asking.cancel()
                 return bool(conversation.id)
@@ -7263,17 +7246,17 @@ class Asking:
         if stream is None:
             return True
         if conversation.ended:
-            await stream.drain(_END_SECONDS)
+            await stream.drain(END_SECONDS)
             return True
         with suppress(ProxyError, TimeoutError):
-            async with asyncio.timeout(_END_SECONDS):
+            async with asyncio.timeout(END_SECONDS):
                 while not conversation.id and await stream.read() is not None:
                     self._note_id(account, conversation, stream)
         stream.close()
         return bool(conversation.id)
 
     async def _remove(
-        self, account: Account, dialect: Dialect, conversation_id: str, *, may_be_gone: bool = False
+        self, account: Account, dialect: KimiProtocol, conversation_id: str, *, may_be_gone: bool = False
     ) -> bool:
         """Remove a conversation; whether it is gone then. A failure is logged, and the conversation left."""
         try:
@@ -7320,7 +7303,7 @@ class _Conversation:
     then `asking` is what brings the `stream`.
     """
 
-    dialect: Dialect
+    dialect: KimiProtocol
     id: str
     message_id: str = ""
     asking: asyncio.Task[AnswerStream | None] | None = None
@@ -8322,11 +8305,11 @@ async def _own_state(app: web.Application) -> AsyncIterator[None]:
     if deleted := await asyncio.to_thread(state_files.delete_unused, time.time()):
         logger.info("deleted %d state files that were unused for 100 days", deleted)
     accounts = Accounts(refresh, tasks, state_files)
-    calls = Calls(session, transfers, accounts, metrics, settings)
+    client = KimiClient(session, transfers, accounts, metrics, settings)
     kept = KeptConversations(state_files)
     uploads = Uploads(files, settings)
     conversations = OpenConversations(state_files)
-    asking = Asking(calls, accounts, kept, conversations, uploads, tasks, ticker, metrics, settings)
+    asking = Asking(client, accounts, kept, conversations, uploads, tasks, ticker, metrics, settings)
     if count := await asyncio.to_thread(conversations.recover):
         logger.info("%d conversations were left open by a process that ended", count)
         for token in app[_ACCESS].tokens:
@@ -9015,9 +8998,9 @@ class _Check:
             return await self._dialect.refresh(account)
 
         self._accounts = Accounts(refresh, tasks, state_files)
-        calls = Calls(*sessions, self._accounts, Metrics(), settings)
-        self._connect = Connect(calls, settings.base_url, settings.auth_url)
-        self._dialect: Dialect = self._connect if name == "connect" else Classic(calls, settings.base_url)
+        client = KimiClient(*sessions, self._accounts, Metrics(), settings)
+        self._connect = Connect(client, settings.base_url, settings.auth_url)
+        self._dialect: KimiProtocol = self._connect if name == "connect" else Classic(client, settings.base_url)
 
     async def run(self, token: str) -> bool:
         """Walk the steps until one fails; whether all went well."""
@@ -9030,8 +9013,9 @@ class _Check:
             if self._dialect is self._connect:
                 models = await self._step("models", self._connect.models(account))
                 question.model = choose_model("kimi", models)[0]
-            opens = self._dialect.open(account, question.model)
-            conversation_id = await self._step("open", opens) if opens is not None else ""
+            conversation_id = ""
+            if self._dialect is not self._connect:
+                conversation_id = await self._step("open", self._dialect.open(account, question.model))
             try:
                 await self._step("answer", self._answer(account, conversation_id, question))
             finally:
