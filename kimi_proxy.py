@@ -7381,95 +7381,43 @@ class KeptResponses:
 # While the proxy holds one, its own keys are asked for where there are any, and web pages are kept out: a page that a
 # user visits can make a browser call any address, or have its own name resolve to it (DNS rebinding).
 
-
-class SecretWords:
-    """The words in a setting or in a file; the file is read again when it changed.
-
-    Raises `SettingsError` where the file cannot be read, or `check` says of a word what is wrong with it. Later on what
-    was read before stays in use, with one warning.
-    """
-
-    def __init__(self, name: str, text: str, path: Path | None, check: Callable[[str], str]) -> None:
-        self._name = name
-        self._path = path
-        self._check = check
-        self._seen: tuple[int, int, int] | None = None
-        self._warned = False
-        if path is None:
-            self._words = self._split(text)
-            return
-        try:
-            self._words = self._read(path)
-        except SettingsError:
-            raise
-        except (OSError, ValueError) as error:
-            reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else type(error).__name__
-            raise SettingsError(f"{name}_FILE: cannot be read ({reason})") from None
-
-    def read(self) -> tuple[str, ...]:
-        """The words as they are now."""
-        if self._path is None:
-            return self._words
-        try:
-            if self._stat(self._path) != self._seen:
-                self._words = self._read(self._path)
-            self._warned = False
-        except (OSError, SettingsError) as error:
-            if not self._warned:
-                self._warned = True
-                reason = error if isinstance(error, SettingsError) else type(error).__name__
-                logger.warning("! %s_FILE is not usable any more, its last words stay in use (%s)", self._name, reason)
-        return self._words
-
-    def _read(self, path: Path) -> tuple[str, ...]:
-        seen = self._stat(path)
-        try:
-            words = self._split(path.read_text("utf-8-sig"))
-        except UnicodeDecodeError:
-            raise SettingsError(f"{self._name}_FILE: is not text in UTF-8") from None
-        if not words:
-            raise SettingsError(f"{self._name}_FILE: is empty")
-        self._seen = seen
-        return words
-
-    def _split(self, text: str) -> tuple[str, ...]:
-        words = tuple(dict.fromkeys(word for word in re.split(r"[,\s]+", text) if word))
-        for number, word in enumerate(words, 1):
-            if reason := self._check(word):
-                raise SettingsError(f"{self._name}: word {number} {reason}")
-        return words
-
-    @staticmethod
-    def _stat(path: Path) -> tuple[int, int, int]:
-        found = path.stat()
-        return found.st_mtime_ns, found.st_size, found.st_ino
-
-
-def find_secret_file(name: str, environ: Mapping[str, str]) -> Path | None:
-    """The file that a setting names; a relative name is first looked up in systemd's credentials (systemd.exec(5))."""
-    if not name:
-        return None
-    place = environ.get("CREDENTIALS_DIRECTORY")
-    if place and not Path(name).is_absolute() and (Path(place) / name).exists():
-        return Path(place) / name
-    return Path(name)
-
-
-def _check_token(word: str) -> str:
-    return "" if TOKEN_SHAPE.fullmatch(word) else "has characters that no token has"
-
-
-def _check_key(word: str) -> str:
-    name, colon, key = word.partition(":")
-    if not colon:
-        return "" if TOKEN_SHAPE.fullmatch(word) else "has characters that no key has"
-    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,32}", name):
-        return "has a name that is not of letters, digits, _, . and -"
-    return "" if TOKEN_SHAPE.fullmatch(key) else "has no key behind its name"
-
-
 _LOCAL_NAMES: Final = frozenset({"localhost", "localhost.localdomain"})
 _HOST: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]@]+)(?::[0-9]{1,5})?")
+
+
+def read_secrets(name: str, text: str, file_name: str, environ: Mapping[str, str]) -> tuple[str, ...]:
+    """The words of the setting `name`, or of its file, each once. Raises `SettingsError`."""
+    if text and file_name:
+        raise SettingsError(f"{name} and {name}_FILE: set one of them")
+    if file_name:
+        try:
+            text = _find_secret_file(file_name, environ).read_text("utf-8-sig")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or type(error).__name__
+            raise SettingsError(f"{name}_FILE: cannot be read ({reason})") from None
+    words = tuple(dict.fromkeys(text.replace(",", " ").split()))
+    if file_name and not words:
+        raise SettingsError(f"{name}_FILE: is empty")
+    for number, word in enumerate(words, 1):
+        if not TOKEN_SHAPE.fullmatch(word):
+            raise SettingsError(f"{name}: word {number} has characters that no token or key has")
+    return words
+
+
+def _find_secret_file(name: str, environ: Mapping[str, str]) -> Path:
+    """A relative name is first looked up in systemd's credentials (systemd.exec(5))."""
+    found = Path(environ.get("CREDENTIALS_DIRECTORY", ""), name)
+    return found if found.exists() else Path(name)
+
+
+def _split_key(number: int, word: str) -> tuple[str, bytes]:
+    """Name and digest of the `number`th key, `word`, which is `key` or `name:key`. Raises `SettingsError`."""
+    name, colon, key = word.partition(":")
+    if not colon:
+        name, key = f"#{number}", word
+    elif not key or not re.fullmatch(r"[A-Za-z0-9_.-]{1,32}", name):
+        raise SettingsError(f"PROXY_API_KEYS: word {number} must be a key or name:key; names: letters, digits, _ . -")
+    return name, hashlib.sha256(key.encode()).digest()
 
 
 def _name_of(host: str) -> str:
@@ -7491,27 +7439,22 @@ def is_loopback(host: str) -> bool:
 
 
 class Access:
-    """The held accounts, the proxy's own keys, and the names and pages that may use them.
+    """The held accounts' refresh tokens, the proxy's own keys, and the names and pages that may use them.
 
     `hosts` are the addresses that are listened on, if not the settings'. Raises `SettingsError` for keys that guard
     nothing, and for an account that anyone could use.
     """
 
     def __init__(self, settings: Settings, environ: Mapping[str, str], hosts: Sequence[str] = ()) -> None:
-        for one, other, name in (
-            (settings.refresh_token, settings.refresh_token_file, "KIMI_REFRESH_TOKEN"),
-            (settings.api_keys, settings.api_keys_file, "PROXY_API_KEYS"),
-        ):
-            if one and other:
-                raise SettingsError(f"{name} and {name}_FILE: set one of them")
-        token_file = find_secret_file(settings.refresh_token_file, environ)
-        key_file = find_secret_file(settings.api_keys_file, environ)
-        self._tokens = SecretWords("KIMI_REFRESH_TOKEN", settings.refresh_token, token_file, _check_token)
-        self._keys = SecretWords("PROXY_API_KEYS", settings.api_keys, key_file, _check_key)
-        self.holds = bool(self._tokens.read())
-        self.has_keys = bool(self._keys.read())
+        self._token_source = (settings.refresh_token, settings.refresh_token_file, environ)
+        self.tokens = read_secrets("KIMI_REFRESH_TOKEN", *self._token_source)
+        keys = read_secrets("PROXY_API_KEYS", settings.api_keys, settings.api_keys_file, environ)
+        self._keys = [_split_key(number, word) for number, word in enumerate(keys, 1)]
+        self.holds = bool(self.tokens)
+        self.has_keys = bool(self._keys)
         self._names = {*_LOCAL_NAMES, *map(_name_of, (settings.host, *settings.allowed_hosts))}
-        self._origins = frozenset(settings.cors_origins) - {"*"} if self.holds else frozenset(settings.cors_origins)
+        self._origins = frozenset(settings.cors_origins) - ({"*"} if self.holds else set())
+        self.allows_all_origins = "*" in self._origins
         if self.has_keys and not self.holds:
             raise SettingsError("PROXY_API_KEYS: there is no held account to guard; set KIMI_REFRESH_TOKEN too")
         for host in hosts or (settings.host,):
@@ -7519,19 +7462,18 @@ class Access:
                 reason = "whoever reaches it could use the held account; set PROXY_API_KEYS"
                 raise SettingsError(f"PROXY_HOST={host}: {reason}")
 
-    @property
-    def tokens(self) -> tuple[str, ...]:
-        """The refresh tokens of the held accounts."""
-        return self._tokens.read()
+    def reload_tokens(self) -> bool:
+        """Read the token file again, after a held token was refused; whether there are other tokens now."""
+        before = self.tokens
+        try:
+            self.tokens = read_secrets("KIMI_REFRESH_TOKEN", *self._token_source)
+        except SettingsError as error:
+            logger.warning("! the held tokens stay as they are: %s", error)
+        return self.tokens != before
 
     def allows_origin(self, origin: str) -> bool:
         """Whether pages of `origin` may call; while an account is held `*` allows none."""
-        return origin in self._origins or "*" in self._origins
-
-    @property
-    def allows_all_origins(self) -> bool:
-        """Whether pages of any origin may call."""
-        return "*" in self._origins
+        return self.allows_all_origins or origin in self._origins
 
     def check_page(self, host: str, origin: str | None) -> None:
         """Raise `ProxyError` for a request that a web page may have made: `host_denied`, `origin_denied`."""
@@ -7547,15 +7489,11 @@ class Access:
 
     def check_key(self, key: str) -> str:
         """The name of the client's key. Raises `ProxyError` `key_refused`; takes the same time for every key."""
-        digest, name = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest(), ""
-        for number, word in enumerate(self._keys.read(), 1):
-            own_name, colon, own = word.partition(":")
-            own = own if colon else word
-            if hmac.compare_digest(hashlib.sha256(own.encode()).digest(), digest):
-                name = own_name if colon else f"#{number}"
-        if not name:
+        digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+        names = [name for name, own in self._keys if hmac.compare_digest(own, digest)]
+        if not names:
             raise ProxyError("key_refused")
-        return name
+        return names[-1]
 
 
 # ==== 18. Server ============================================================
@@ -8158,6 +8096,8 @@ def _note_failure(request: web.Request, error: ProxyError) -> None:
     outcome = request[OUTCOME]
     outcome.failure, outcome.upstream_status = error.code, error.upstream_status
     request.app[STATE].metrics.count("kimi_proxy_failures_total", code=error.code)
+    if error.code == "token_dead":
+        request.app[STATE].access.reload_tokens()
 
 
 @web.middleware
@@ -8775,9 +8715,8 @@ def read_held_token(environ: Mapping[str, str]) -> str:
     Raises `SettingsError`.
     """
     settings = Settings.load(environ)
-    path = find_secret_file(settings.refresh_token_file, environ)
-    words = SecretWords("KIMI_REFRESH_TOKEN", settings.refresh_token, path, lambda _: "").read()
-    return words[0] if words else ""
+    tokens = read_secrets("KIMI_REFRESH_TOKEN", settings.refresh_token, settings.refresh_token_file, environ)
+    return tokens[0] if tokens else ""
 
 
 def ask_command(argv: Sequence[str]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 from conftest import LogRecorder, StartProxy, bearer, chat_body
 from kimi_simulator import HELLO, Simulator
 
-from kimi_proxy import Access, ProxyError, SecretWords, Settings, SettingsError, find_secret_file, is_loopback
+from kimi_proxy import Access, ProxyError, Settings, SettingsError, is_loopback
 
 CHAT = "/v1/chat/completions"
 
@@ -52,7 +51,7 @@ async def test_several_held_accounts_take_turns(simulator: Simulator, start_prox
     assert [simulator.account(token).count("ask") for token in tokens] == [2, 2]
 
 
-async def test_a_token_file_is_read_again_and_one_that_is_gone_changes_nothing(
+async def test_the_token_file_is_read_again_once_its_token_is_refused(
     simulator: Simulator, start_proxy: StartProxy, tmp_path: Path, log_lines: LogRecorder
 ) -> None:
     first, second = simulator.token("hello"), simulator.token("hello")
@@ -62,10 +61,15 @@ async def test_a_token_file_is_read_again_and_one_that_is_gone_changes_nothing(
     assert (await call(proxy))[0] == 200
     path.write_text(f"{second}\n\n")
     assert (await call(proxy))[0] == 200
-    path.unlink()
-    assert (await call(proxy))[0] == 200
-    assert [simulator.account(token).count("ask") for token in (first, second)] == [1, 2]
-    assert "KIMI_REFRESH_TOKEN_FILE is not usable any more" in log_lines.text
+    assert [simulator.account(token).count("ask") for token in (first, second)] == [2, 0]
+    await simulator.settle(first)
+    await start_proxy.close()
+    simulator.account(first).refresh_tokens.clear()
+    path.write_text(first)
+    proxy = await start_proxy(refresh_token_file=str(path))
+    path.write_text(second)
+    assert [(await call(proxy))[0] for _ in range(2)] in ([401, 200], [200, 200])
+    assert simulator.account(second).count("ask") > 0
     assert first not in log_lines.text and second not in log_lines.text
 
 
@@ -275,39 +279,25 @@ def test_secrets_of_no_use_are_one_line(name: str) -> None:
 def test_a_relative_file_is_looked_up_among_the_credentials_first(tmp_path: Path) -> None:
     (tmp_path / "token").write_text("\ufeffsecret")
     environ = {"CREDENTIALS_DIRECTORY": str(tmp_path)}
-    assert find_secret_file("token", environ) == tmp_path / "token"
-    assert find_secret_file("other", environ) == Path("other")
-    assert find_secret_file("/etc/token", environ) == Path("/etc/token")
-    assert find_secret_file("", environ) is None
     assert Access(Settings(refresh_token_file="token"), environ).tokens == ("secret",)
+    (tmp_path / "own").write_text("a,b\n c a")
+    for environ in ({}, {"CREDENTIALS_DIRECTORY": "/no/such/directory"}, {"CREDENTIALS_DIRECTORY": "/"}):
+        assert Access(Settings(refresh_token_file=str(tmp_path / "own")), environ).tokens == ("a", "b", "c")
 
 
-def test_a_file_is_read_again_when_it_changed(tmp_path: Path, log_lines: LogRecorder) -> None:
-    path = tmp_path / "keys"
-    path.write_text("a,b\n c")
-    words = SecretWords("X", "", path, lambda word: "is bad" if word == "bad" else "")
-    assert words.read() == ("a", "b", "c")
-    path.write_text("d")
-    os.utime(path, ns=(1, 1))
-    assert words.read() == ("d",)
-    for content in (b"bad", b"\xff", b" \n"):
-        path.write_bytes(content)
-        os.utime(path, ns=(2, 2))
-        assert words.read() == words.read() == ("d",)
-    path.unlink()
-    assert words.read() == ("d",)
-    assert log_lines.text.count("X_FILE is not usable any more") == 1
-    path.write_text("e")
-    assert words.read() == ("e",)
-
-
-async def test_a_rotated_key_file_is_used_at_once(
-    simulator: Simulator, start_proxy: StartProxy, tmp_path: Path
+def test_tokens_are_reloaded_from_their_file_and_stay_where_it_is_of_no_use(
+    tmp_path: Path, log_lines: LogRecorder
 ) -> None:
-    path = tmp_path / "keys"
-    path.write_text("me:first-key")
-    proxy = await start_proxy(refresh_token=simulator.token("hello"), api_keys_file=str(path))
-    assert (await call(proxy, bearer("first-key")))[0] == 200
-    path.write_text("me:second-key-now")
-    assert (await call(proxy, bearer("first-key")))[0] == 401
-    assert (await call(proxy, bearer("second-key-now")))[0] == 200
+    path = tmp_path / "token"
+    path.write_text("a")
+    access = Access(Settings(refresh_token_file=str(path)), {})
+    assert not access.reload_tokens() and access.tokens == ("a",)
+    path.write_text("b")
+    assert access.reload_tokens() and access.tokens == ("b",)
+    for content in ("b\xe4d", "\xff", " \n"):
+        path.write_text(content, "latin-1")
+        assert not access.reload_tokens() and access.tokens == ("b",)
+    path.unlink()
+    assert not access.reload_tokens() and access.tokens == ("b",)
+    assert log_lines.text.count("the held tokens stay as they are: KIMI_REFRESH_TOKEN") == 4
+    assert not Access(Settings(refresh_token="t"), {}).reload_tokens()
