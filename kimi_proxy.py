@@ -3452,7 +3452,7 @@ class ContentRenderer:
         self._cited: set[str] = set()
 
     def feed(self, event: Event) -> str:
-        """The text that `event` adds to the content. What the end adds is told by the two methods below."""
+        """The text that `event` adds to the content. The two methods below give what the end adds."""
         text = ""
         match event:
             case Thinking() | ToolCall() | Finished():
@@ -3553,7 +3553,7 @@ class Encoder:
     may. `response`: the Responses API's object once the answer is over, None in the other APIs.
 
     A subclass has `_add_text` (`kind`: `text`, `thinking`, or `sources` for their list), `_add_call` and `_end`, which
-    append what they tell to `_output`.
+    append bytes to `_output`.
     """
 
     content_type = "text/event-stream"
@@ -3572,7 +3572,7 @@ class Encoder:
         self._output: list[bytes] = []
 
     def feed(self, events: list[Event]) -> bytes:
-        """The bytes that tell `events`; none before there is something to show, so that a failure has its status."""
+        """The bytes for `events`. Empty until there is something to show: before that, a failure has its own status."""
         for event in events:
             self._feed(event)
         return self._flush()
@@ -3582,7 +3582,7 @@ class Encoder:
         return b""
 
     def fail(self, error: ProxyError) -> bytes:
-        """What ends an answer that failed after its first bytes were sent; nothing where there is no such form."""
+        """What ends an answer that failed after its first bytes were sent; empty for a whole answer."""
         return b""
 
     def _feed(self, event: Event) -> None:
@@ -3895,8 +3895,8 @@ class MessagesStream(Encoder):
 
     def _add_call(self, call: ToolCall) -> None:
         self._begin_block({"type": "tool_use", "id": call.id, "name": call.name, "input": {}})
-        self._tell("content_block_delta", delta={"type": "input_json_delta", "partial_json": call.arguments})
-        self._tell("content_block_stop")
+        self._emit("content_block_delta", delta={"type": "input_json_delta", "partial_json": call.arguments})
+        self._emit("content_block_stop")
 
     def _end(self, finished: Finished) -> None:
         if self._index < 0:
@@ -3914,17 +3914,17 @@ class MessagesStream(Encoder):
             message = _render_message_object(self._conversation_id, self._model, [], stop, self._usage, 1)
             self._write({"type": "message_start", "message": message}, "message_start")
         self._index += 1
-        self._tell("content_block_start", content_block=block)
+        self._emit("content_block_start", content_block=block)
 
     def _end_text(self) -> None:
         """End the open block of text or thinking, if there is one."""
         kind, self._kind = self._kind, ""
         if kind == "thinking":
-            self._tell("content_block_delta", delta={"type": "signature_delta", "signature": _SIGNATURE})
+            self._emit("content_block_delta", delta={"type": "signature_delta", "signature": _SIGNATURE})
         if kind:
-            self._tell("content_block_stop")
+            self._emit("content_block_stop")
 
-    def _tell(self, event: str, **fields: Any) -> None:
+    def _emit(self, event: str, **fields: Any) -> None:
         self._write(self._render(event, **fields), event)
 
     def _render(self, event: str, **fields: Any) -> dict[str, Any]:
@@ -3954,7 +3954,7 @@ class _Item:
         self.delta_start, _ = split_event({"type": event, **self.path, **self.extra, "delta": ""}, event)
 
     def render(self, status: str, *parts: Mapping[str, Any]) -> dict[str, Any]:
-        """The item with its `parts`, as far as they were told."""
+        """The item with the `parts` that are complete."""
         known = {"id": self.path["item_id"], "type": self.type}
         if self.type == "reasoning":
             return {**known, "summary": list(parts)}
@@ -3989,13 +3989,13 @@ class ResponsesStream(Encoder):
         self._items: list[dict[str, Any]] = []
         self._item: _Item | None = None
         self._calls: list[ToolCall] = []
-        self._annotated = 0  # how many annotations were told
+        self._annotated = 0  # how many annotations were emitted
 
     def fail(self, error: ProxyError) -> bytes:
         """The last event of an answer that failed; nothing where it was over before."""
         if self.response is None:
             self._begin()
-            self._tell("response.failed", response=self._render("failed", error=_render_response_error(error)))
+            self._emit("response.failed", response=self._render("failed", error=_render_response_error(error)))
         return self._flush()
 
     def _add_text(self, kind: str, text: str) -> None:
@@ -4008,33 +4008,33 @@ class ResponsesStream(Encoder):
             self._output += (item.delta_start, piece, b',"sequence_number":%d}\n\n' % self._number)
             self._number += 1
             self.chunks += 1
-        self._tell_annotations()
+        self._emit_annotations()
 
     def _add_call(self, call: ToolCall) -> None:
         self._calls.append(call)
 
     def _end(self, finished: Finished) -> None:
-        """Tell all that is left. An answer without calls has a message at its end, be it empty."""
+        """Emit all that is left. An answer without calls ends with a message, be it empty."""
         reason = _INCOMPLETE.get(finished.reason)
         status = "incomplete" if reason else "completed"
         self._begin()
         if not self._calls and (self._item is None or self._item.type != "message"):
             self._begin_item("message", self._renderer.length)
-        self._tell_annotations()
+        self._emit_annotations()
         self._end_item(status)
         for call in self._calls:
-            self._tell_call(call)
+            self._emit_call(call)
         details = {"reason": reason} if reason else None
         usage = _render_response_usage(self._usage)
         self.response = self._render(status, incomplete_details=details, usage=usage)
-        self._tell(f"response.{status}", response=self.response)
+        self._emit(f"response.{status}", response=self.response)
 
     def _begin(self) -> None:
-        """Tell the two events before all others, once."""
+        """Emit the two events before all others, once."""
         if self._number == 0:
             response = self._render("in_progress")
-            self._tell("response.created", response=response)
-            self._tell("response.in_progress", response=response)
+            self._emit("response.created", response=response)
+            self._emit("response.in_progress", response=response)
 
     def _begin_item(self, type: str, start: int) -> _Item:
         """End the item that is being written, and begin another."""
@@ -4042,8 +4042,8 @@ class ResponsesStream(Encoder):
         self._end_item("completed")
         index = len(self._items)
         item = self._item = _Item(type, self._head["id"], index, start)
-        self._tell("response.output_item.added", output_index=index, item=item.render("in_progress"))
-        self._tell(f"{item.part_event}.added", **item.path, part=item.render_part())
+        self._emit("response.output_item.added", output_index=index, item=item.render("in_progress"))
+        self._emit(f"{item.part_event}.added", **item.path, part=item.render_part())
         return item
 
     def _end_item(self, status: str) -> None:
@@ -4051,28 +4051,28 @@ class ResponsesStream(Encoder):
         if item is None:
             return
         part = item.render_part()
-        self._tell(f"{item.text_event}.done", **item.path, text=part["text"], **item.extra)
-        self._tell(f"{item.part_event}.done", **item.path, part=part)
-        self._tell_item(item.render(status, part))
+        self._emit(f"{item.text_event}.done", **item.path, text=part["text"], **item.extra)
+        self._emit(f"{item.part_event}.done", **item.path, part=part)
+        self._emit_item(item.render(status, part))
 
-    def _tell_call(self, call: ToolCall) -> None:
+    def _emit_call(self, call: ToolCall) -> None:
         index = len(self._items)
         item_id = _name_item("fc", self._head["id"], index)
         item = {"id": item_id, "type": "function_call", "call_id": call.id, "name": call.name}
         path = {"item_id": item_id, "output_index": index}
         event = "response.function_call_arguments"
         begun = {**item, "status": "in_progress", "arguments": ""}
-        self._tell("response.output_item.added", output_index=index, item=begun)
-        self._tell(f"{event}.delta", **path, delta=call.arguments)
-        self._tell(f"{event}.done", **path, name=call.name, arguments=call.arguments)
-        self._tell_item({**item, "status": "completed", "arguments": call.arguments})
+        self._emit("response.output_item.added", output_index=index, item=begun)
+        self._emit(f"{event}.delta", **path, delta=call.arguments)
+        self._emit(f"{event}.done", **path, name=call.name, arguments=call.arguments)
+        self._emit_item({**item, "status": "completed", "arguments": call.arguments})
 
-    def _tell_item(self, item: dict[str, Any]) -> None:
-        self._tell("response.output_item.done", output_index=len(self._items), item=item)
+    def _emit_item(self, item: dict[str, Any]) -> None:
+        self._emit("response.output_item.done", output_index=len(self._items), item=item)
         self._items.append(item)
 
-    def _tell_annotations(self) -> None:
-        """Tell the annotations that are new, with their positions in the message that is being written."""
+    def _emit_annotations(self) -> None:
+        """Emit the annotations that are new, with their positions in the message that is being written."""
         item, annotations = self._item, self._renderer.annotations
         if item is None or item.type != "message" or self._annotated == len(annotations):
             return
@@ -4081,11 +4081,11 @@ class ResponsesStream(Encoder):
             start, end = citation["start_index"] - item.start, citation["end_index"] - item.start
             value = {"type": "url_citation", **citation, "start_index": start, "end_index": end}
             fields = {**item.path, "annotation_index": len(item.annotations), "annotation": value}
-            self._tell("response.output_text.annotation.added", **fields)
+            self._emit("response.output_text.annotation.added", **fields)
             item.annotations.append(value)
         self._annotated = len(annotations)
 
-    def _tell(self, event: str, **fields: Any) -> None:
+    def _emit(self, event: str, **fields: Any) -> None:
         self._write({"type": event, "sequence_number": self._number, **fields}, event)
         self._number += 1
 
@@ -4104,10 +4104,6 @@ class WholeResponse(ResponsesStream):
     def finish(self) -> bytes:
         """The body."""
         return encode_json(self.response).encode()
-
-    def fail(self, error: ProxyError) -> bytes:
-        """Nothing: no bytes were sent."""
-        return b""
 
     def _flush(self) -> bytes:
         self._output.clear()
@@ -4164,22 +4160,22 @@ class Api:
         `created` in Unix seconds, `sources` as KIMI_SOURCES, `prompt` to count its tokens.
         """
         renderer = ContentRenderer(
-            self.choose_sources(request, sources),
+            self._choose_sources(request, sources),
             streamed=request.stream and self.streams_hits,
             sentence=request.response_format is None,
         )
         encoder = self.stream if request.stream else self.whole
         return encoder(request, created, response_id, renderer, Usage(prompt))
 
-    def choose_sources(self, request: ChatRequest, sources: str) -> str:
-        """How an answer shows its sources: as KIMI_SOURCES has it, but never as text for a program.
+    def _choose_sources(self, request: ChatRequest, sources: str) -> str:
+        """How an answer shows its sources: as KIMI_SOURCES has it, but never as text where a program reads it.
 
         Where there are no annotations, no mark refers to sources that are not shown.
         """
-        is_silent = "silent" in request.model.split("-")[1:] or request.response_format is not None
-        if not self.annotates:
-            return "text" if sources == "text" and not is_silent else "none"
-        return "annotations" if sources == "text" and (is_silent or request.tools) else sources
+        is_silent = "silent" in request.model.split("-")[1:] or request.tools or request.response_format is not None
+        if sources == "text" and is_silent:
+            sources = "annotations"
+        return "none" if sources == "annotations" and not self.annotates else sources
 
 
 APIS: Final[Mapping[str, Api]] = {

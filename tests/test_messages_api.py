@@ -791,6 +791,7 @@ def test_inline_hits_are_collected_there_too() -> None:
         {"sources": "none"},
         {"sources": "annotations"},
         {"output_config": {"format": {"type": "json_schema", "schema": {}}}},
+        {"tools": [FUNCTION]},
     ],
 )
 @pytest.mark.parametrize("inline", [True, False])
