@@ -571,17 +571,16 @@ class WireError(ValueError):
 
 @dataclass(slots=True)
 class ServerSentEvent:
-    """One event of an event stream: its type, its data and the last event id of the stream."""
+    """One event of an event stream: its type and its data."""
 
     event: str
     data: str = field(repr=False)
-    id: str = ""
 
 
 class SSEParser:
     """Parser of `text/event-stream` (WHATWG HTML, section 9.2.6 "Interpreting an event stream").
 
-    `limit_bytes` bounds one event, including its unfinished line. The `retry` field is ignored: nobody reconnects.
+    `limit_bytes` bounds one event, including its unfinished line. Nobody reconnects: `id` and `retry` are ignored.
     """
 
     def __init__(self, limit_bytes: int = 1_048_576) -> None:
@@ -592,7 +591,6 @@ class SSEParser:
         self._size = 0  # of the unfinished event, in bytes
         self._event = ""
         self._data: list[str] = []
-        self._id = ""
 
     def feed(self, data: bytes) -> Iterator[ServerSentEvent]:
         """Yield the events that `data` completes. Raises `WireError` beyond the limit."""
@@ -611,17 +609,12 @@ class SSEParser:
                 self._line.clear()
                 continue
             if self._data:
-                yield ServerSentEvent(self._event or "message", "\n".join(self._data), self._id)
-            self._reset()
+                yield ServerSentEvent(self._event or "message", "\n".join(self._data))
+            self._size, self._event, self._data = 0, "", []
         self._keep(rest)
 
     def finish(self) -> None:
-        """Drop an event without its blank line: the input ended."""
-        self._line.clear()
-        self._reset()
-
-    def _reset(self) -> None:
-        self._size, self._event, self._data = 0, "", []
+        """Nothing: at the end of the input, an event without its blank line is dropped."""
 
     def _keep(self, piece: str) -> None:
         if not piece:
@@ -638,8 +631,6 @@ class SSEParser:
             self._data.append(value)
         elif name == "event":
             self._event = value
-        elif name == "id" and "\0" not in value:
-            self._id = value
 
 
 def encode_sse(data: str, event: str = "") -> bytes:
@@ -1077,34 +1068,30 @@ class ConnectAnswer(Answer):
         return super()._end("content_filter" if self._moderated else reason)
 
     def _read_object(self, value: dict[str, Any]) -> list[Event]:
-        events: list[Event] = []
         operation = (_get_word(value, "op") or "set").lower()
         if operation not in ("set", "append"):
             self._note_unknown("operation", operation)
+        for key in value.keys() - _OBJECT_KEYS:
+            self._note_unknown("message", key)
+        self.done = self.done or "done" in value
+        if self._is_of_other(value):
+            return []
         self._read_status(value)
+        events: list[Event] = []
         for key, part in value.items():
-            if key in _IGNORED_KEYS:
+            if not isinstance(part, dict) or self._is_of_other(part):
                 continue
-            if key == "done":
-                self.done = True
-            elif key not in _OBJECT_KEYS:
-                self._note_unknown("message", key)
-            elif isinstance(part, dict) and not self._is_of_other(value) and not self._is_of_other(part):
-                events += self._read_part(key, part, append=operation == "append")
+            if key == "block":
+                events += self._read_block(part, operation == "append")
+            elif key == "chat":
+                events += self._read_chat(part)
+            elif key == "message":
+                events += self._read_message(part)
+            elif key == "ref":
+                events += self._read_hits([part.get("search")])
+            elif key == "notification" and "DEGRADE" in _get_word(part, "type").upper():
+                self.degraded = quote_words(_get_word(part, "message") or _get_word(part, "type"))
         return events
-
-    def _read_part(self, key: str, part: dict[str, Any], *, append: bool) -> list[Event]:
-        if key == "block":
-            return self._read_block(part, append)
-        if key == "chat":
-            return self._read_chat(part)
-        if key == "message":
-            return self._read_message(part)
-        if key == "ref":
-            return self._read_hits([part.get("search")])
-        if "DEGRADE" in _get_word(part, "type").upper():
-            self.degraded = quote_words(_get_word(part, "message") or _get_word(part, "type"))
-        return []
 
     def _is_of_other(self, value: Mapping[str, Any]) -> bool:
         """Whether a frame or block belongs to a message of somebody else, such as the echo of the user's own."""
@@ -1237,8 +1224,10 @@ def _list_keys(value: Mapping[str, Any], page: Mapping[str, Any], call_id: str, 
 
 IDENTIFIER: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")  # an id of the service that may stand in a path as it is
 _SANDBOX: Final = re.compile(r"python|shell|bash|sandbox", re.IGNORECASE)  # names of the model's own tools [2+]
-_OBJECT_KEYS: Final = frozenset({"block", "chat", "message", "notification", "ref"})
-_IGNORED_KEYS: Final = frozenset({"op", "mask", "eventOffset", "heartbeat", "messageId", "status", "timestamp"})
+_OBJECT_KEYS: Final = frozenset(
+    {"op", "mask", "eventOffset", "chat", "message", "block", "ref", "notification", "done"}
+    | {"heartbeat", "messageId", "status", "timestamp"}
+)
 _IGNORED_BLOCK_KEYS: Final = frozenset(
     {"id", "messageId", "message_id", "parentId", "status", "stage", "createTime", "updateTime"}
 )
@@ -1248,7 +1237,7 @@ _MODERATION_WORDS: Final = ("MODERAT", "SENSITIVE", "SAFETY", "CENSOR", "CONTENT
 def error_of_reply(
     status: int, value: object, step: str, *, retry_after_seconds: int | None = None, words: str = ""
 ) -> ProxyError:
-    """The failure that a reply of the service means, by its HTTP `status` and JSON `value`, at `step` [ref].
+    """The failure that a reply means, by its HTTP `status` and JSON `value`, at `step` [ref].
 
     A string `error_type` is a failure whatever the status. `words` stand in where `value` has none. An object of the
     connect protocol, which has `code` instead, means what `error_of_connect` says.
@@ -1258,7 +1247,7 @@ def error_of_reply(
     if isinstance(error, dict) and isinstance(error.get("code"), str) and "error_type" not in reply:
         return error_of_connect(status, error, step, retry_after_seconds=retry_after_seconds)
     name, message = _get_word(reply, "error_type"), _get_word(reply, "message")
-    code = _CLASSIC_CODES.get(name) or _code_of_status(status)
+    code = _CODES.get(name) or _code_of_status(status)
     return _make_error(code, step, status, name, message or words, retry_after_seconds)
 
 
@@ -1280,8 +1269,8 @@ def error_of_connect(
             words.append(_get_word(localized, "message") if isinstance(localized, dict) else "")
     said = [word for word in words + reasons if word]
     reason = " ".join(reasons).upper()
-    code = next((code for word, code in _REASON_CODES.items() if word in reason), "")
-    code = code or _CONNECT_CODES.get(name) or _code_of_status(status)
+    by_reason = next((code for word, code in _REASON_CODES.items() if word in reason), "")
+    code = by_reason or _CODES.get(name) or _code_of_status(status)
     if "CAPTCHA" in reason:
         said.append("open Kimi in a browser once, and solve its captcha")
     return _make_error(code, step, status, name, ", ".join(dict.fromkeys(said)), retry_after_seconds)
@@ -1306,13 +1295,11 @@ def _code_of_status(status: int) -> str:
 
 
 _QUOTA_SECONDS: Final = 1800
-_CLASSIC_CODES: Final[Mapping[str, str]] = {
+_CODES: Final[Mapping[str, str]] = {  # by classic's `error_type` [ref] or connect's `code` [2+]
     "auth.token.invalid": "token_dead",
     "auth.account_abnormal": "service_refused",
     "chat.user_stream_pushing": "answer_running",
     "chat.anonymous_usage_exceeded": "quota_used_up",
-}
-_CONNECT_CODES: Final[Mapping[str, str]] = {
     "unauthenticated": "token_dead",
     "resource_exhausted": "rate_limited",
     "permission_denied": "service_refused",

@@ -26,46 +26,43 @@ from kimi_proxy import (
     parse_json,
 )
 
-# What stands in a stream, and the events it must give: (event, data, id).
+# What stands in a stream, and the events it must give: (event, data).
 CASES = {
-    "one line": (b"data: a\n\n", [("message", "a", "")]),
-    "no space after the colon": (b"data:a\n\n", [("message", "a", "")]),
-    "one space only is taken": (b"data:  a\n\n", [("message", " a", "")]),
-    "several lines": (b"data: a\ndata\ndata: b\n\n", [("message", "a\n\nb", "")]),
-    "an empty data line is dispatched": (b"data\n\n", [("message", "", "")]),
-    "no data, no dispatch": (b"event: x\nid: 1\n\ndata: a\n\n", [("message", "a", "1")]),
-    "event type is for one event": (b"event: x\ndata: a\n\ndata: b\n\n", [("x", "a", ""), ("message", "b", "")]),
-    "an empty event type is message": (b"event: x\nevent:\ndata: a\n\n", [("message", "a", "")]),
-    "id stays": (b"id: 7\ndata: a\n\ndata: b\n\n", [("message", "a", "7"), ("message", "b", "7")]),
-    "an empty id resets": (b"id: 7\ndata: a\n\nid\ndata: b\n\n", [("message", "a", "7"), ("message", "b", "")]),
-    "id with NUL is ignored": (b"id: 7\nid: a\0b\ndata: a\n\n", [("message", "a", "7")]),
-    "comments": (b": hello\n:\ndata: a\n: more\n\n", [("message", "a", "")]),
-    "unknown fields": (b"name: x\nData: b\n data: c\ndata: a\n\n", [("message", "a", "")]),
-    "CRLF": (b"data: a\r\ndata: b\r\n\r\n", [("message", "a\nb", "")]),
-    "CR": (b"data: a\rdata: b\r\r", [("message", "a\nb", "")]),
-    "mixed ends": (b"data: a\r\ndata: b\rdata: c\n\r\n", [("message", "a\nb\nc", "")]),
-    "CR, then an empty line": (b"data: a\r\n\ndata: b\n\n", [("message", "a", ""), ("message", "b", "")]),
-    "byte order mark": (b"\xef\xbb\xbfdata: a\n\n", [("message", "a", "")]),
-    "a second byte order mark is text": (b"\xef\xbb\xbf\xef\xbb\xbfdata: a\n\ndata: b\n\n", [("message", "b", "")]),
-    "half a byte order mark is text": (b"\xef\xbbdata: a\n\ndata: b\n\n", [("message", "b", "")]),
-    "an unfinished event is dropped": (b"data: a\n\ndata: b\n", [("message", "a", "")]),
-    "an unfinished line is dropped": (b"data: a\n\ndata: b", [("message", "a", "")]),
-    "characters of several bytes": ("data: 你好👍\n\n".encode(), [("message", "你好👍", "")]),
-    "what is not UTF-8 is replaced": (b"data: a\xff\xe4\xbd\n\n", [("message", "a\ufffd\ufffd", "")]),
+    "one line": (b"data: a\n\n", [("message", "a")]),
+    "no space after the colon": (b"data:a\n\n", [("message", "a")]),
+    "one space only is taken": (b"data:  a\n\n", [("message", " a")]),
+    "several lines": (b"data: a\ndata\ndata: b\n\n", [("message", "a\n\nb")]),
+    "an empty data line is dispatched": (b"data\n\n", [("message", "")]),
+    "no data, no dispatch": (b"event: x\nid: 1\n\ndata: a\n\n", [("message", "a")]),
+    "event type is for one event": (b"event: x\ndata: a\n\ndata: b\n\n", [("x", "a"), ("message", "b")]),
+    "an empty event type is message": (b"event: x\nevent:\ndata: a\n\n", [("message", "a")]),
+    "comments": (b": hello\n:\ndata: a\n: more\n\n", [("message", "a")]),
+    "unknown fields": (b"name: x\nData: b\n data: c\ndata: a\n\n", [("message", "a")]),
+    "CRLF": (b"data: a\r\ndata: b\r\n\r\n", [("message", "a\nb")]),
+    "CR": (b"data: a\rdata: b\r\r", [("message", "a\nb")]),
+    "mixed ends": (b"data: a\r\ndata: b\rdata: c\n\r\n", [("message", "a\nb\nc")]),
+    "CR, then an empty line": (b"data: a\r\n\ndata: b\n\n", [("message", "a"), ("message", "b")]),
+    "byte order mark": (b"\xef\xbb\xbfdata: a\n\n", [("message", "a")]),
+    "a second byte order mark is text": (b"\xef\xbb\xbf\xef\xbb\xbfdata: a\n\ndata: b\n\n", [("message", "b")]),
+    "half a byte order mark is text": (b"\xef\xbbdata: a\n\ndata: b\n\n", [("message", "b")]),
+    "an unfinished event is dropped": (b"data: a\n\ndata: b\n", [("message", "a")]),
+    "an unfinished line is dropped": (b"data: a\n\ndata: b", [("message", "a")]),
+    "characters of several bytes": ("data: 你好👍\n\n".encode(), [("message", "你好👍")]),
+    "what is not UTF-8 is replaced": (b"data: a\xff\xe4\xbd\n\n", [("message", "a\ufffd\ufffd")]),
     "other line ends of Unicode are text": (
         "data: a\x0b\x0c\x1c\x85\u2028b\n\n".encode(),
-        [("message", "a\x0b\x0c\x1c\x85\u2028b", "")],
+        [("message", "a\x0b\x0c\x1c\x85\u2028b")],
     ),
-    "retry says no event": (b"retry: 10\n\ndata: a\n\n", [("message", "a", "")]),
+    "retry says no event": (b"retry: 10\n\ndata: a\n\n", [("message", "a")]),
     "nothing": (b"", []),
 }
 
 
-def parse_pieces(pieces: list[bytes]) -> list[tuple[str, str, str]]:
+def parse_pieces(pieces: list[bytes]) -> list[tuple[str, str]]:
     parser = SSEParser()
     events = [event for piece in pieces for event in parser.feed(piece)]
     parser.finish()
-    return [(event.event, event.data, event.id) for event in events]
+    return [(event.event, event.data) for event in events]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -78,16 +75,16 @@ def test_the_standards_rules_hold_whole_byte_by_byte_and_with_more_behind(name: 
     assert more[: len(expected)] == expected
 
 
-def parse_by_the_letter(data: bytes) -> list[tuple[str, str, str]]:
+def parse_by_the_letter(data: bytes) -> list[tuple[str, str]]:
     """The standard's algorithm, written down as it stands there, slow and over the whole stream."""
     text = data.decode("utf-8", "replace").removeprefix("\ufeff")
     *lines, _unfinished = re.split("\r\n|\n|\r", text)
-    buffer, event, last_id = "", "", ""
+    buffer, event = "", ""
     events = []
     for line in lines:
         if line == "":
             if buffer:
-                events.append((event or "message", buffer[:-1], last_id))
+                events.append((event or "message", buffer[:-1]))
             buffer, event = "", ""
             continue
         if line.startswith(":"):
@@ -98,8 +95,6 @@ def parse_by_the_letter(data: bytes) -> list[tuple[str, str, str]]:
             buffer += value + "\n"
         elif name == "event":
             event = value
-        elif name == "id" and "\0" not in value:
-            last_id = value
     return events
 
 
