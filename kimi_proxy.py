@@ -1071,8 +1071,9 @@ class ConnectAnswer(Answer):
         operation = (_get_word(value, "op") or "set").lower()
         if operation not in ("set", "append"):
             self._note_unknown("operation", operation)
-        for key in value.keys() - _OBJECT_KEYS:
-            self._note_unknown("message", key)
+        if not _OBJECT_KEYS.issuperset(value):
+            for key in value.keys() - _OBJECT_KEYS:
+                self._note_unknown("message", key)
         self.done = self.done or "done" in value
         if self._is_of_other(value):
             return []
@@ -1095,11 +1096,12 @@ class ConnectAnswer(Answer):
 
     def _is_of_other(self, value: Mapping[str, Any]) -> bool:
         """Whether a frame or block belongs to a message of somebody else, such as the echo of the user's own."""
-        return (_get_word(value, "messageId") or _get_word(value, "message_id")) in self._other_messages
+        identifier = value.get("messageId") or value.get("message_id")
+        return isinstance(identifier, str) and identifier in self._other_messages
 
     def _read_status(self, value: Mapping[str, Any]) -> None:
         """Note where the model waits for the user: the answer ends there, the stream does not [1]."""
-        if _get_word(value, "status").upper().endswith("ASK_USER_QUESTION"):
+        if "status" in value and _get_word(value, "status").upper().endswith("ASK_USER_QUESTION"):
             self._asks_user = True
 
     def _read_chat(self, chat: dict[str, Any]) -> list[Event]:
