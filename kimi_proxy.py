@@ -7970,7 +7970,7 @@ async def _receive_file(request: web.Request, spool: Spool) -> ReceivedFile:
         elif part.name == "purpose":
             purpose = (await part.read_chunk()).decode("utf-8", "replace")[:64]
     else:
-        raise ValueError("more fields than a form of ours has")
+        raise ValueError("too many fields")
     if not spool.size_bytes:
         raise ProxyError("invalid_request", "file: is missing" if name is None else "file: is empty", param="file")
     return ReceivedFile(name or "", content_type, purpose, spool)
