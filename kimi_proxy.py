@@ -76,7 +76,7 @@ from contextlib import (
 from contextvars import ContextVar
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from functools import cache, lru_cache, partial
-from itertools import accumulate, cycle, groupby
+from itertools import accumulate, cycle, groupby, islice
 from math import isfinite, nan
 from pathlib import Path
 from typing import Any, Final, Generic, Literal, NoReturn, Protocol, TypeVar, cast, get_args, get_origin, get_type_hints
@@ -1323,10 +1323,10 @@ _REASON_CODES: Final[Mapping[str, str]] = {  # by a word of the reason [2+], [1]
 
 # ==== 8. Tools ==============================================================
 #
-# What programs ask beyond text: calls of their functions, and answers in a form. Kimi's web service knows neither, so
-# both are described in the prompt and read back from the answer, in the form that open models were trained on:
-# `<tool_call>`, a JSON object, `</tool_call>`. Definitions, results and schemas are data from strangers: marks in them
-# are broken before they reach the prompt, and nothing in them is evaluated that could stop the loop.
+# What programs ask beyond text: calls of their functions, and answers in a given form. Kimi's web service knows
+# neither, so both are described in the prompt and read back from the answer, in the form that open models were trained
+# on: `<tool_call>`, a JSON object, `</tool_call>`. Definitions, results and schemas are data from strangers: tags in
+# them are escaped before they reach the prompt, and every search and check here takes bounded time.
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -1361,133 +1361,222 @@ class ResponseFormat:
         return f"ResponseFormat({self.kind})"
 
 
-_FENCE: Final = re.compile(r"\A\s*+```\w*+")
-_JSON_PARTS: Final = re.compile(r'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[{}\[\]]|,(?=\s*+(?:[}\]]|\Z))', re.DOTALL)
-_STRING_PARTS: Final = re.compile(r"\\.|[\x00-\x1f]", re.DOTALL)
+CALL_MARK: Final = "<tool_call>"
+CALL_END_MARK: Final = "</tool_call>"
+# Kimi's own form [2+]: the second mark, functions.NAME:0, <|tool_call_argument_begin|>, arguments, <|tool_call_end|>.
+CALL_MARKS: Final = (CALL_MARK, CALL_END_MARK, "<|tool_call_begin|>", "<|tool_calls_section_begin|>")
+CALL_MARKUP: Final = re.compile(r"</?tool_call>|<\|tool_call(?:s_section)?_(?:begin|argument_begin|end)\|>")
+_CALL_START: Final = re.compile(r"<tool_call>|<\|tool_call_begin\|>(?:([^<]{0,200})<\|tool_call_argument_begin\|>)?")
+_VALUE_OR_MARK: Final = re.compile(rf"[{{\[]|{CALL_MARKUP.pattern}")
+_NEXT_VALUE: Final = re.compile(r"[\s,]*+(?=[{\[])")
+_BRACKET: Final = re.compile(r"[{\[]")
 _CLOSERS: Final = {"{": "}", "[": "]"}
-
-
-def repair_json(text: str) -> Any:
-    """The JSON value that `text` is, or becomes by the repairs that models need. Raises `ValueError` without content.
-
-    Repaired are: a code fence around it, a trailing comma, raw control characters such as line ends in strings, and
-    braces and brackets missing at the end; nothing else. Linear time.
-    """
-    try:
-        return _read_json(text)
-    except WireError as error:
-        first_error = error
-    try:
-        return _read_json(_mend_json(_FENCE.sub("", text, count=1).rstrip().removesuffix("```")))
-    except ValueError:
-        raise first_error from None
+_FENCE: Final = re.compile(r"\A\s*+```\w*+|```\s*+\Z")
+_JSON_PARTS: Final = re.compile(
+    rf'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[{{}}\[\]]|,(?=\s*+(?:[}}\]<`]|\Z))|```|{CALL_MARKUP.pattern}', re.DOTALL
+)
+_LENIENT_DECODER: Final = json.JSONDecoder(strict=False)  # takes raw line ends in strings
 
 
 def _read_json(text: str) -> Any:
-    return parse_json(text.encode("utf-8", "replace"))
-
-
-def _mend_json(text: str) -> str:
-    missing: list[str] = []
-
-    def mend(found: re.Match[str]) -> str:
-        part = found[0]
-        if part in _CLOSERS:
-            missing.append(_CLOSERS[part])
-        elif part in "}]" and missing:
-            missing.pop()
-        return "" if part == "," else _STRING_PARTS.sub(_escape_control, part) if part[0] == '"' else part
-
-    return _JSON_PARTS.sub(mend, text) + "".join(reversed(missing))
-
-
-def _escape_control(found: re.Match[str]) -> str:
-    return found[0] if len(found[0]) > 1 else f"\\u{ord(found[0]):04x}"
-
-
-_LONGEST_REFERENCE: Final = 1000  # characters; a longer one leads nowhere
-_DEEPEST_VALUE: Final = 64
-_DEEPEST_CHECK: Final = 200  # three checks a level of a value: itself, a reference, an alternative
-_MOST_STEPS: Final = 100_000
-
-_NUMBER: Final = (int, float)
-_TYPE_CHECKS: Final[Mapping[str, Callable[[Any], bool]]] = {
-    "string": lambda value: isinstance(value, str),
-    "number": lambda value: isinstance(value, _NUMBER) and not isinstance(value, bool),
-    "integer": lambda value: _TYPE_CHECKS["number"](value) and (isinstance(value, int) or value.is_integer()),
-    "boolean": lambda value: isinstance(value, bool),
-    "null": lambda value: value is None,
-    "array": lambda value: isinstance(value, list),
-    "object": lambda value: isinstance(value, dict),
-}
-
-
-def _is_multiple(value: float, unit: float) -> bool:
-    if unit <= 0 or (isinstance(value, int) and isinstance(unit, int)):
-        return unit <= 0 or value % unit == 0
     try:
-        count = value / unit
-    except OverflowError:
-        return True
-    return not isfinite(count) or abs(count - round(count)) < 1e-9 * max(1.0, abs(count))
+        return parse_json(encode_json(_LENIENT_DECODER.decode(text)).encode())  # which refuses NaN
+    except RecursionError:
+        raise ValueError("nested too deep") from None
 
 
+def _cut_value(text: str, start: int) -> tuple[str, int]:
+    """The object or array that begins at `start`, and where it ends: without trailing commas, with all its brackets."""
+    pieces: list[str] = []
+    missing: list[str] = []
+    at, end = start, len(text)
+    for part in _JSON_PARTS.finditer(text, start):
+        if part[0] in _CLOSERS:
+            missing.append(_CLOSERS[part[0]])
+        elif part[0] == ",":
+            pieces.append(text[at : part.start()])
+            at = part.end()
+        elif part[0][0] in "<`":
+            end = part.start()
+            break
+        elif part[0] in "}]" and missing.pop() and not missing:
+            end = part.end()
+            break
+    return "".join([*pieces, text[at:end], *reversed(missing)]), end
+
+
+def find_json(text: str) -> Iterator[Any]:
+    """The JSON values in `text`: the whole of it, or each object and array amid words and code fences.
+
+    Repaired are trailing commas, raw control characters in strings, and brackets missing at the end; nothing else.
+    Raises `ValueError` with the first mistake where there is no value. Linear time.
+    """
+    text = _FENCE.sub("", text)
+    mistake: ValueError | None = None
+    try:
+        yield _read_json(text)
+        return
+    except ValueError as error:
+        mistake = error
+    found, at = False, 0
+    while start := _BRACKET.search(text, at):
+        value, at = _cut_value(text, start.start())
+        try:
+            value = _read_json(value)
+        except ValueError as error:
+            mistake = error if start.start() == 0 else mistake
+            continue
+        found = True
+        yield value
+    if not found:
+        raise mistake
+
+
+def repair_json(text: str) -> Any:
+    """The first JSON value in `text`, by the rules of `find_json`. Raises `ValueError` where there is none."""
+    return next(find_json(text))
+
+
+def find_calls(text: str, *, repair: bool = True) -> Iterator[Any]:
+    """What stands behind each mark of a call in `text`: a JSON value, or the `ValueError` that reading it gave.
+
+    Marks in JSON strings are none. Without `repair`, a value has to be complete. Linear time.
+    """
+    at = 0
+    while start := _CALL_START.search(text, at):
+        found = _VALUE_OR_MARK.search(text, start.end())
+        at = found.start() if found else len(text)
+        if found is None or found[0] not in _CLOSERS:
+            yield {"name": start[1]} if start[1] else ValueError(f"no JSON object follows {start[0]}")
+        while following := _NEXT_VALUE.match(text, at):
+            value_text, at = _cut_value(text, following.end())
+            try:
+                value = _read_json(value_text if repair else text[following.end() : at])
+            except ValueError as error:
+                yield ValueError(f"the text behind {CALL_MARK} is no JSON object ({error})")
+                continue
+            if start[1]:
+                value = {"name": start[1], "arguments": value}
+            yield from value if isinstance(value, list) else [value]
+
+
+def read_call(value: Any) -> tuple[str, dict[str, Any]]:
+    """Name and arguments of a call, as a model wrote it. Raises `ValueError` with its mistake, for the model."""
+    if isinstance(value, dict) and isinstance(value.get("function"), dict):
+        value = value["function"]
+    name = value.get("name") if isinstance(value, dict) else None
+    if not isinstance(name, str) or not name:
+        raise ValueError("a call must be an object with a `name` and `arguments`")
+    arguments = value.get("arguments", value.get("parameters"))
+    if isinstance(arguments, str) and arguments.strip():
+        with suppress(ValueError):
+            arguments = repair_json(arguments)
+    elif arguments is None or isinstance(arguments, str):
+        arguments = {}
+    if not isinstance(arguments, dict):
+        raise ValueError(f"the `arguments` in the call of {quote_value(name)} must be a JSON object")
+    return re.sub(r"\Afunctions\.|:\d+\Z", "", name.strip()), arguments
+
+
+MAX_REFERENCE: Final = 1000  # characters; a longer one leads nowhere
+MAX_CHECK_DEPTH: Final = 200  # three checks a level of a value: itself, a reference, an alternative
+MAX_CHECK_STEPS: Final = 100_000
+
+_JSON_TYPES: Final[Mapping[str, Any]] = {
+    "string": str, "number": (int, float), "integer": (int, float), "boolean": bool, "null": type(None),
+    "array": list, "object": dict,
+}  # fmt: skip
 _BOUNDS: Final[Sequence[tuple[str, str, Callable[[Any, Any], bool], str]]] = (
     ("minimum", "number", lambda value, limit: value >= limit, "must be at least {}"),
     ("maximum", "number", lambda value, limit: value <= limit, "must be at most {}"),
     ("exclusiveMinimum", "number", lambda value, limit: value > limit, "must be more than {}"),
     ("exclusiveMaximum", "number", lambda value, limit: value < limit, "must be less than {}"),
-    ("multipleOf", "number", _is_multiple, "must be a multiple of {}"),
+    ("multipleOf", "integer", lambda value, unit: unit < 1 or value % unit == 0, "must be a multiple of {}"),
     ("minLength", "string", lambda value, limit: len(value) >= limit, "must have at least {} characters"),
     ("maxLength", "string", lambda value, limit: len(value) <= limit, "must have at most {} characters"),
     ("minItems", "array", lambda value, limit: len(value) >= limit, "must have at least {} items"),
     ("maxItems", "array", lambda value, limit: len(value) <= limit, "must have at most {} items"),
-    ("minProperties", "object", lambda value, limit: len(value) >= limit, "must have at least {} properties"),
-    ("maxProperties", "object", lambda value, limit: len(value) <= limit, "must have at most {} properties"),
 )
 
 
 def check_schema(value: Any, schema: Any) -> str | None:
-    """How the JSON `value` first breaks `schema`, as a short sentence that names the place, or None.
+    """How the JSON `value` first breaks `schema`, as a short sentence that names the path, or None.
 
-    Of JSON Schema (2020-12, and the older forms of the same) it knows type, enum, const, the bounds of numbers and
-    lengths, properties, required, additionalProperties, items, prefixItems, anyOf, oneOf, allOf, not and local `$ref`.
-    All else allows anything: above all `pattern` and `format`, since a hostile one would stop the loop, a reference
-    that leads nowhere, and a keyword of the wrong type. Too deep a value and too much work are violations.
+    Of JSON Schema (2020-12) it knows type, enum, const, bounds, properties, required, additionalProperties, items,
+    anyOf, allOf, local `$ref`, and oneOf, which it takes as anyOf. All else allows anything: above all `pattern`, since
+    a hostile one would stop the loop, and keywords of the wrong type. Too much work is a violation.
     """
-    if unfit := _find_unfit(value):
-        return unfit
     try:
         wrong = _SchemaCheck(schema).check(value, schema, "$", 0)
     except _CheckStoppedError as stopped:
         return str(stopped)
     except RecursionError:
-        return _TOO_LARGE
+        return "it is nested too deep"
     return None if wrong is None else wrong[:500]
 
 
-_TOO_LARGE: Final = "the value and its schema are too large to be checked"
+def mend_value(value: Any, schema: Any) -> Any:
+    """`value` as `schema` plainly wants it; unchanged where it fits, or where something would be lost.
+
+    Nulls of optional properties are left out, and numbers and booleans written as strings, strings written without
+    quotes, and arrays and objects written as JSON text get the type that the schema names.
+    """
+    if check_schema(value, schema) is None:
+        return value
+    try:
+        return _SchemaCheck(schema).mend(value, schema, 0)
+    except (_CheckStoppedError, RecursionError):
+        return value
 
 
 class _CheckStoppedError(Exception):
     """The check cannot go on. The text says why."""
 
 
-def _find_unfit(value: Any) -> str | None:
-    """What makes a value unfit for any schema: its depth, or a number that JSON cannot tell again."""
-    level = [value]
-    for _ in range(_DEEPEST_VALUE + 1):
-        if any(isinstance(one, float) and not isfinite(one) for one in level):
-            return "a number is too large"
-        level = [
-            child
-            for one in level
-            if isinstance(one, (dict, list))
-            for child in (one.values() if isinstance(one, dict) else one)
-        ]
-        if not level:
-            return None
-    return f"the value is nested more than {_DEEPEST_VALUE} deep"
+def _list_children(value: Any, schema: dict[str, Any]) -> list[tuple[str | int, Any, Any]]:
+    """Each property of an object or item of an array: its key, itself, and the schema it has to fit."""
+    if isinstance(value, dict):
+        known = schema.get("properties")
+        known = known if isinstance(known, dict) else {}
+        # What `patternProperties` name is not additional, and which those are is not known without their patterns.
+        others = True if "patternProperties" in schema else schema.get("additionalProperties", True)
+        return [(name, one, known.get(name, others)) for name, one in value.items()]
+    return (
+        [(index, one, schema.get("items", True)) for index, one in enumerate(value)] if isinstance(value, list) else []
+    )
+
+
+def _list_of(schema: dict[str, Any], *keywords: str) -> list[Any]:
+    return [one for word in keywords if isinstance(schema.get(word), list) for one in schema[word]]
+
+
+def _list_types(schema: dict[str, Any]) -> list[str]:
+    names = schema.get("type")
+    return [
+        name
+        for name in (names if isinstance(names, list) else [names])[:9]
+        if isinstance(name, str) and name in _JSON_TYPES
+    ]
+
+
+def _is_one_of(value: Any, types: Sequence[str]) -> bool:
+    """Whether the value is of one of these types; true is no number, 1.0 is an integer."""
+    return not types or any(
+        isinstance(value, _JSON_TYPES[name])
+        and (name == "boolean" or not isinstance(value, bool))
+        and (name != "integer" or value == value // 1)
+        for name in types
+    )
+
+
+def _convert(value: Any, types: Sequence[str]) -> Any:
+    """`value` in one of `types`, where it is of none and nothing is lost; else as it is."""
+    if isinstance(value, str) and not _is_one_of(value, types):
+        with suppress(ValueError):
+            read = _read_json({"True": "true", "False": "false"}.get(value, value))
+            return read if _is_one_of(read, types) else value
+    is_scalar = isinstance(value, (bool, int, float))
+    return encode_json(value) if is_scalar and "string" in types and not _is_one_of(value, types) else value
 
 
 def quote_value(value: Any) -> str:
@@ -1498,30 +1587,16 @@ def quote_value(value: Any) -> str:
     return text if len(text) <= 60 else text[:59] + "…"
 
 
-def quote_choices(options: list[Any]) -> str:
-    """Some of several values for an error: about 60 characters of them."""
-    text = ""
-    for option in options:
-        more = f", {quote_value(option)}" if text else quote_value(option)
-        if len(text) + len(more) > 59:
-            return f"{text}, …" if text else "…"
-        text += more
-    return text
+def quote_choices(options: Sequence[Any]) -> str:
+    """Some of several values for an error: at most 60 characters of them."""
+    text = ", ".join(map(quote_value, options[:10]))
+    return text if len(text) <= 60 and len(options) <= 10 else text[:59] + "…"
 
 
-def _step_into(place: str, key: str | int) -> str:
+def _step_into(path: str, key: str | int) -> str:
     if isinstance(key, int):
-        return f"{place}[{key}]"
-    return f"{place}.{key}" if key.isidentifier() and len(key) <= 40 else f"{place}[{quote_value(key[:40])}]"
-
-
-# fmt: off
-_KNOWN_KEYWORDS: Final = frozenset({
-    "type", "enum", "const", "properties", "required", "additionalProperties", "items", "prefixItems", "anyOf", "oneOf",
-    "allOf", "not", "$ref", "title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly",
-    "$comment", "$defs", "definitions", "$schema", "$id", *(keyword for keyword, *_ in _BOUNDS),
-})
-# fmt: on
+        return f"{path}[{key}]"
+    return f"{path}.{key}" if key.isidentifier() and len(key) <= 40 else f"{path}[{quote_value(key[:40])}]"
 
 
 class _SchemaCheck:
@@ -1529,187 +1604,123 @@ class _SchemaCheck:
 
     def __init__(self, root: Any) -> None:
         self._root = root
-        self._steps = _MOST_STEPS
+        self._steps = MAX_CHECK_STEPS
 
-    def check(self, value: Any, schema: Any, place: str, depth: int) -> str | None:
-        """How `value`, which stands at `place`, breaks `schema`."""
+    def check(self, value: Any, schema: Any, path: str, depth: int) -> str | None:
+        """How `value`, which stands at `path`, breaks `schema`."""
         self._spend(1)
-        if depth > _DEEPEST_CHECK:
-            raise _CheckStoppedError(f"at {place[-100:]}: the schema refers to itself too often")
+        if depth > MAX_CHECK_DEPTH:
+            raise _CheckStoppedError(f"at {path[-100:]}: the schema refers to itself too often")
         if schema is False:
-            return f"at {place}: nothing is allowed here"
+            return f"at {path}: nothing is allowed here"
         if not isinstance(schema, dict):
             return None
         return (
-            self._check_type(value, schema, place)
-            or self._check_choice(value, schema, place)
-            or self._check_bounds(value, schema, place)
-            or self._check_properties(value, schema, place, depth + 1)
-            or self._check_items(value, schema, place, depth + 1)
-            or self._check_combinations(value, schema, place, depth + 1)
+            self._check_itself(value, schema, path)
+            or self._check_children(value, schema, path, depth + 1)
+            or self._check_combinations(value, schema, path, depth + 1)
         )
+
+    def mend(self, value: Any, schema: Any, depth: int) -> Any:
+        """`value` as `mend_value` describes it."""
+        self._spend(1)
+        if not isinstance(schema, dict) or depth > MAX_CHECK_DEPTH:
+            return value
+        if "$ref" in schema:
+            value = self.mend(value, self._resolve(schema["$ref"]), depth + 1)
+        for one in _list_of(schema, "allOf"):
+            value = self.mend(value, one, depth + 1)
+        if self._check_any(value, schema, "$", depth + 1):
+            choices = (self.mend(value, one, depth + 1) for one in _list_of(schema, "anyOf", "oneOf"))
+            value = next((one for one in choices if not self._check_any(one, schema, "$", depth + 1)), value)
+        value = _convert(value, _list_types(schema))
+        required = _list_of(schema, "required")
+        mended = {
+            name: self.mend(one, inner, depth + 1)
+            for name, one, inner in _list_children(value, schema)
+            if not (isinstance(value, dict) and one is None and name not in required)
+            or self.check(one, inner, "$", depth + 1) is None
+        }
+        return mended if isinstance(value, dict) else list(mended.values()) if isinstance(value, list) else value
 
     def _spend(self, steps: int) -> None:
         self._steps -= steps
         if self._steps < 0:
-            raise _CheckStoppedError(_TOO_LARGE)
+            raise _CheckStoppedError("the value and its schema are too large to be checked")
 
-    def _check_type(self, value: Any, schema: dict[str, Any], place: str) -> str | None:
-        wanted = schema.get("type")
-        names = wanted if isinstance(wanted, list) else [wanted]
-        self._spend(len(names))
-        known = [name for name in names if isinstance(name, str) and name in _TYPE_CHECKS]
-        if not known or any(_TYPE_CHECKS[name](value) for name in known):
-            return None
-        return f"at {place}: must be of type {' or '.join(known[:7])}, not {quote_value(value)}"
-
-    def _check_choice(self, value: Any, schema: dict[str, Any], place: str) -> str | None:
+    def _check_itself(self, value: Any, schema: dict[str, Any], path: str) -> str | None:
+        if not _is_one_of(value, types := _list_types(schema)):
+            return f"at {path}: must be of type {' or '.join(types)}, not {quote_value(value)}"
         options = schema.get("enum")
         if isinstance(options, list) and not any(self._is_same(value, option) for option in options):
-            return f"at {place}: must be one of {quote_choices(options)}"
+            return f"at {path}: must be one of {quote_choices(options)}"
         if "const" in schema and not self._is_same(value, schema["const"]):
-            return f"at {place}: must be {quote_value(schema['const'])}"
+            return f"at {path}: must be {quote_value(schema['const'])}"
+        for keyword, kind, fits, text in _BOUNDS:
+            limit = schema.get(keyword)
+            if _is_one_of(limit, ["number"]) and _is_one_of(value, [kind]) and not fits(value, limit):
+                return f"at {path}: {text.format(quote_value(limit))}"
         return None
 
     def _is_same(self, value: Any, other: Any) -> bool:
-        """Whether two values are equal as JSON: 1 is 1.0, and true is not 1."""
         self._spend(1)
-        if isinstance(value, bool) or isinstance(other, bool):
-            return value is other
-        if isinstance(value, list) and isinstance(other, list):
-            return len(value) == len(other) and all(map(self._is_same, value, other))
-        if isinstance(value, dict) and isinstance(other, dict):
-            return value.keys() == other.keys() and all(self._is_same(one, other[key]) for key, one in value.items())
-        return bool(value == other)
+        return value == other and isinstance(value, bool) == isinstance(other, bool)
 
-    def _check_bounds(self, value: Any, schema: dict[str, Any], place: str) -> str | None:
-        for keyword, kind, fits, text in _BOUNDS:
-            limit = schema.get(keyword)
-            if (
-                limit is not None
-                and _TYPE_CHECKS["number"](limit)
-                and _TYPE_CHECKS[kind](value)
-                and not fits(value, limit)
-            ):
-                return f"at {place}: {text.format(quote_value(limit))}"
-        return None
-
-    def _check_properties(self, value: Any, schema: dict[str, Any], place: str, depth: int) -> str | None:
-        if not isinstance(value, dict):
-            return None
-        required = schema.get("required")
-        required = required if isinstance(required, list) else []
+    def _check_children(self, value: Any, schema: dict[str, Any], path: str, depth: int) -> str | None:
+        required = _list_of(schema, "required") if isinstance(value, dict) else []
         self._spend(len(required))
         for name in required:
             if isinstance(name, str) and name not in value:
-                return f"at {place}: the property {quote_value(name)} is missing"
-        known = schema.get("properties")
-        known = known if isinstance(known, dict) else {}
-        # What `patternProperties` name is not additional, and which those are is not known without their patterns.
-        others = True if "patternProperties" in schema else schema.get("additionalProperties", True)
-        for name, one in value.items():
-            if name not in known and others is False:
-                return f"at {place}: the property {quote_value(name)} is not allowed"
-            if wrong := self.check(one, known.get(name, others), _step_into(place, name), depth):
+                return f"at {path}: the property {quote_value(name)} is missing"
+        for key, one, inner in _list_children(value, schema):
+            if inner is False and isinstance(key, str):
+                return f"at {path}: the property {quote_value(key)} is not allowed"
+            if wrong := self.check(one, inner, _step_into(path, key), depth):
                 return wrong
         return None
 
-    def _check_items(self, value: Any, schema: dict[str, Any], place: str, depth: int) -> str | None:
-        if not isinstance(value, list):
-            return None
-        rest, first = schema.get("items", True), schema.get("prefixItems")
-        if isinstance(rest, list):  # the older form of prefixItems
-            rest, first = True, rest
-        first = first if isinstance(first, list) else []
-        for index, one in enumerate(value):
-            wrong = self.check(one, first[index] if index < len(first) else rest, _step_into(place, index), depth)
-            if wrong:
-                return wrong
-        return None
-
-    def _check_combinations(self, value: Any, schema: dict[str, Any], place: str, depth: int) -> str | None:
-        if "$ref" in schema and (wrong := self.check(value, self._resolve(schema["$ref"]), place, depth)):
+    def _check_combinations(self, value: Any, schema: dict[str, Any], path: str, depth: int) -> str | None:
+        if "$ref" in schema and (wrong := self.check(value, self._resolve(schema["$ref"]), path, depth)):
             return wrong
-        for one in self._list(schema, "allOf"):
-            if wrong := self.check(value, one, place, depth):
+        for one in _list_of(schema, "allOf"):
+            if wrong := self.check(value, one, path, depth):
                 return wrong
-        refused = schema.get("not", False)
-        is_known = isinstance(refused, (dict, bool)) and self._is_known(refused)
-        if is_known and self.check(value, refused, place, depth) is None:
-            return f"at {place}: must not fit the schema under `not`"
-        return self._check_any(value, schema, place, depth) or self._check_one(value, schema, place, depth)
+        return self._check_any(value, schema, path, depth)
 
-    def _check_any(self, value: Any, schema: dict[str, Any], place: str, depth: int) -> str | None:
+    def _check_any(self, value: Any, schema: dict[str, Any], path: str, depth: int) -> str | None:
         first = None
-        for one in self._list(schema, "anyOf"):
-            wrong = self.check(value, one, place, depth)
+        for one in _list_of(schema, "anyOf", "oneOf"):
+            wrong = self.check(value, one, path, depth)
             if wrong is None:
                 return None
             first = first or wrong
-        return first and f"at {place}: fits none of the schemas under `anyOf` (of the first: {first[:200]})"
-
-    def _check_one(self, value: Any, schema: dict[str, Any], place: str, depth: int) -> str | None:
-        schemas = self._list(schema, "oneOf")
-        wrongs = [self.check(value, one, place, depth) for one in schemas]
-        fitting = wrongs.count(None)
-        if not wrongs or fitting == 1 or (fitting and not all(map(self._is_known, schemas))):
-            return None
-        if fitting:
-            return f"at {place}: fits {fitting} of the schemas under `oneOf`, and must fit just one"
-        return f"at {place}: fits none of the schemas under `oneOf` (of the first: {str(wrongs[0])[:200]})"
-
-    def _is_known(self, schema: Any) -> bool:
-        """Whether a schema says nothing but what is checked: a value that fits it may else not fit it after all."""
-        waiting = [schema]
-        while waiting:
-            self._spend(1)
-            one = waiting.pop()
-            if not isinstance(one, dict):
-                continue
-            self._spend(len(one))
-            reference = one.get("$ref", "#")
-            if one.keys() - _KNOWN_KEYWORDS or not (isinstance(reference, str) and reference.startswith("#")):
-                return False
-            inner = one.get("properties")
-            waiting += inner.values() if isinstance(inner, dict) else ()
-            waiting += [one.get("items"), one.get("not"), one.get("additionalProperties")]
-            for keyword in ("anyOf", "oneOf", "allOf", "prefixItems"):
-                waiting += self._list(one, keyword)
-        return True
-
-    def _list(self, schema: dict[str, Any], keyword: str) -> list[Any]:
-        schemas = schema.get(keyword)
-        return schemas if isinstance(schemas, list) else []
+        return first and f"at {path}: fits none of the schemas under `anyOf` (of the first: {first[:200]})"
 
     def _resolve(self, reference: Any) -> Any:
         """What a local reference leads to (RFC 6901, section 6); True, which allows anything, where that is nothing."""
-        is_local = isinstance(reference, str) and (reference + "/").startswith("#/")
-        if not is_local or len(reference) > _LONGEST_REFERENCE:
+        if not isinstance(reference, str) or not f"{reference}/".startswith("#/") or len(reference) > MAX_REFERENCE:
             return True
         found = self._root
-        parts = unquote(reference[1:]).split("/")[1:]
-        self._spend(len(parts) + len(reference) // 16)
-        for part in parts:
-            if isinstance(found, list):
-                index = int(part) if re.fullmatch("[0-9]{1,8}", part) else len(found)
-                found = found[index] if index < len(found) else True
+        for part in unquote(reference[1:]).split("/")[1:]:
+            self._spend(1)
+            if isinstance(found, list) and part.isdecimal() and int(part) < len(found):
+                found = found[int(part)]
+            elif isinstance(found, dict):
+                found = found.get(part.replace("~1", "/").replace("~0", "~"), True)
             else:
-                name = part.replace("~1", "/").replace("~0", "~")
-                found = found.get(name, True) if isinstance(found, dict) else True
+                return True
         return found
 
 
-CALL_MARK: Final = "<tool_call>"
-CALL_END_MARK: Final = "</tool_call>"
-_MARK: Final = re.compile(r"<(/?(?:tool_call|tool_response|tools)>)", re.IGNORECASE)
+_TAG: Final = re.compile(r"<(/?(?:tool_call|tool_response|tools)>|\|tool_call)", re.IGNORECASE)
 
 
-def break_marks(text: str) -> str:
-    """`text` in which no mark of the tools' form is left: `< tool_call>` for `<tool_call>`, and the like.
+def escape_tags(text: str) -> str:
+    """`text` in which no tag of the tools' form is left: `< tool_call>` for `<tool_call>`, and the like.
 
     For what strangers wrote (definitions, results, schemas, earlier arguments): a quotation is no call.
     """
-    return _MARK.sub(r"< \1", text) if "<" in text else text
+    return _TAG.sub(r"< \1", text) if "<" in text else text
 
 
 def render_tool_call(name: str, arguments: str) -> str:
@@ -1719,12 +1730,12 @@ def render_tool_call(name: str, arguments: str) -> str:
         call = encode_json({"name": name, "arguments": value})
     except (WireError, RecursionError):
         call = encode_json({"name": name, "arguments": arguments})
-    return f"{CALL_MARK}\n{break_marks(call)}\n{CALL_END_MARK}"
+    return f"{CALL_MARK}\n{escape_tags(call)}\n{CALL_END_MARK}"
 
 
 def render_tool_response(name: str, content: str) -> str:
     """The result of a call, for the prompt."""
-    response = break_marks(encode_json({"name": name, "content": content}))
+    response = escape_tags(encode_json({"name": name, "content": content}))
     return f"<tool_response>\n{response}\n</tool_response>"
 
 
@@ -1764,8 +1775,8 @@ def describe_tools(tools: Sequence[Tool], choice: ToolChoice, parallel: bool) ->
     ]
     rule = "Call several tools at once by several such pairs of marks, one call in each."
     return _TOOLS_TEXT.format(
-        definitions=break_marks("\n".join(definitions)),
-        choice=_CHOICES[choice.mode].format(name=break_marks(encode_json(choice.name))),
+        definitions=escape_tags("\n".join(definitions)),
+        choice=_CHOICES[choice.mode].format(name=escape_tags(encode_json(choice.name))),
         parallel=rule if parallel else "Make one call at most, and wait for its result.",
     )
 
@@ -1774,7 +1785,7 @@ def describe_format(format: ResponseFormat) -> str:
     """The part of the prompt that asks for JSON alone, and tells its schema where there is one."""
     what, schema = "object", ""
     if format.kind == "json_schema" and format.schema is not None:
-        what, schema = "value", f"It must fit this JSON schema:\n{break_marks(encode_json(format.schema))}\n"
+        what, schema = "value", f"It must fit this JSON schema:\n{escape_tags(encode_json(format.schema))}\n"
     return (
         f"# Form of the answer\n\nAnswer with one JSON {what} and nothing else: no words around it, no code fence.\n"
         f"{schema}"
@@ -1785,7 +1796,7 @@ def describe_failure(error: str, previous: str) -> str:
     """The part of a second prompt that tells the model what was wrong with its answer `previous`, and what to do."""
     quoted = f"\n\nYour answer was:\n{previous}" if previous else ""
     return (
-        f"Your last answer could not be used: {break_marks(error)}.{quoted}\n\n"
+        f"Your last answer could not be used: {escape_tags(error)}.{quoted}\n\n"
         "Answer again, in the form that was asked for and without this mistake. Write nothing else: no apology, no "
         "explanation.\n"
     )
@@ -1793,168 +1804,267 @@ def describe_failure(error: str, previous: str) -> str:
 
 # ==== 9. Filters ============================================================
 #
-# Events in, events out: what changes an answer on its way. An answer that needs none has an empty chain.
-
-_CITATION: Final = re.compile("\ue3a0cite[\ue3a3\U0001f6e0]([^\ue3a0\ue3a8]{0,500})\ue3a8|\\[\\^([0-9]{1,4})\\^\\]")
-_MAY_CITE: Final = re.compile("[\ue3a0[]")
-_CITATION_START: Final = re.compile("\ue3a0[^\ue3a8]{0,510}\\Z|\\[(?:\\^(?:[0-9]{1,4}\\^?)?)?\\Z")
+# Events in, events out: what changes an answer on its way. Every chain begins with `ThinkFilter` and `CitationFilter`;
+# the others follow where the request asks for them.
 
 
-class Filter(Protocol):
-    """One change of an answer's events."""
+class Filter:
+    """One change of an answer's events; this one changes nothing."""
+
+    ended = False  # it has ended the answer: the service need not go on with it
+    retry_reason = ""  # the model's mistake, where the answer is over and has to be asked for once more
+    may_retry = False  # whether it ever sets that
+    has_fallback = False  # it can show the first answer, should the second fail
 
     def feed(self, event: Event) -> list[Event]:
         """What becomes of one event. `Finished` flows through, after all that was held."""
+        return [event]
+
+    def begin_retry(self) -> None:
+        """Expect another answer, the last one."""
 
 
-class CitationFilter:
+def _texts(text: str) -> list[Event]:
+    return [Text(text)] if text else []
+
+
+def _join_texts(events: Sequence[Event]) -> list[Event]:
+    """The same events, with neighbouring texts made one."""
+    joined: list[Event] = []
+    pieces: list[str] = []
+    for event in events:
+        if type(event) is Text:
+            pieces.append(event.text)
+            continue
+        joined += [*_texts("".join(pieces)), event]
+        pieces = []
+    return joined + _texts("".join(pieces))
+
+
+def _list_starts(*marks: str) -> str:
+    """A pattern for all that may go on to become one of `marks`."""
+    starts = {mark[:size] for mark in marks for size in range(1, len(mark))}
+    return "|".join(map(re.escape, sorted(starts, key=len, reverse=True)))
+
+
+_THINK_START: Final = re.compile(r"\s{0,100}+<think>")
+_MAY_THINK: Final = re.compile(rf"\s{{0,100}}+(?:{_list_starts('<think>')})?")
+_THINK_END: Final = "</think>"
+_MAY_END_THINKING: Final = re.compile(rf"(?:{_list_starts(_THINK_END)})\Z")
+
+
+class ThinkFilter(Filter):
+    """Turns `<think>…</think>` at the start of the text into `Thinking` [1]. Holds what may become a tag."""
+
+    def __init__(self) -> None:
+        self.begin_retry()
+
+    def begin_retry(self) -> None:
+        """Expect another answer."""
+        self._phase: Literal["start", "thinking", "after", "text"] = "start"
+        self._held = ""
+
+    def feed(self, event: Event) -> list[Event]:
+        """What becomes of one event."""
+        if self._phase == "text":
+            return [event]
+        if type(event) is Text:
+            return self._take_text(event.text)
+        if self._held and isinstance(event, Finished):
+            return [Text(self._held) if self._phase == "start" else Thinking(self._held), event]
+        return [event]
+
+    def _take_text(self, text: str) -> list[Event]:
+        text, self._held = self._held + text, ""
+        if self._phase == "start":
+            if found := _THINK_START.match(text):
+                self._phase, text = "thinking", text[found.end() :]
+            elif _MAY_THINK.fullmatch(text):
+                self._held = text
+                return []
+            else:
+                self._phase = "text"
+                return [Text(text)]
+        thought = ""
+        if self._phase == "thinking":
+            thought, end, text = text.partition(_THINK_END)
+            if end:
+                self._phase = "after"
+            elif found := _MAY_END_THINKING.search(thought):
+                thought, self._held = thought[: found.start()], found[0]
+        text = text.lstrip()
+        if text:
+            self._phase = "text"
+        return [*([Thinking(thought)] if thought else []), *_texts(text)]
+
+
+MAX_CITATION: Final = 16_384  # characters between <REF> and </REF>, quotation included; longer ones are cut there
+_MAX_KEYS: Final = 1000  # characters of them in which keys are looked for
+_MAY_CITE: Final = re.compile("[\ue3a0\U0001f6e0[<]")
+_CITATION: Final = re.compile(
+    "<REF>cite[\u2726:]|\ue3a0cite[\ue3a3\U0001f6e0]([^\ue3a0\ue3a8]{0,500})\ue3a8"
+    "|\\[\\^([0-9]{1,4})\\^\\]|\U0001f6e0([^\\s\U0001f6e0]{1,100}#[0-9]{1,6})\U0001f6e0"
+)
+_MAY_BECOME_CITATION: Final = re.compile(
+    f"(?:{_list_starts('<REF>cite:')}|\ue3a0[^\ue3a8]{{0,510}}"
+    "|\\[(?:\\^(?:[0-9]{1,4}\\^?)?)?|\U0001f6e0[^\\s\U0001f6e0]{0,107})\\Z"
+)
+_MAX_BEGUN: Final = 520  # characters that it may match
+_CUT_CITATION: Final = re.compile("\ue3a0|<REF>cite|\U0001f6e0\\w+:")
+_REF_END: Final = "</REF>"
+_REF_KEY: Final = re.compile("tools://[^\\s#<>\u2726]{1,200}#[0-9]{1,6}")
+
+
+class CitationFilter(Filter):
     """Turns the marks by which a text cites hits into `Citation` events, and lists the hits before `Finished` [2+].
 
-    A mark is U+E3A0 `cite` U+E3A3 key … U+E3A8 (U+1F6E0 for U+E3A3 [open]), or the older `[^n^]`. Numbers are given in
-    the order of first use, and the hits that no mark cites follow. A mark without a hit known by then is dropped. Text
-    that may become a mark is held, some 500 characters at most. An answer with inline hits passes unchanged.
+    A mark is `<REF>cite✦tools://KEY:~:text=QUOTATION</REF>` (or with a colon for ✦ [1]), U+E3A0 `cite` U+E3A3 KEY …
+    U+E3A8 (U+1F6E0 for U+E3A3 [open]), `[^n^]`, or U+1F6E0 KEY U+1F6E0 [open]. Numbers are given in the order of first
+    use; hits that no mark cites follow. A mark that names no hit known by then, or is never closed, is dropped, but
+    `[^n^]` stays text while there is no hit at all. An answer with inline hits passes unchanged.
     """
 
     def __init__(self) -> None:
         self._inline = False
-        self._held = ""
-        self._hits: dict[str, SearchHit] = {}
-        self._keys: dict[str, str] = {}
-        self._cited: list[str] = []
+        self.begin_retry()
+
+    def begin_retry(self) -> None:
+        """Expect another answer."""
+        self._held = ""  # may become a mark, or end one
+        self._in_ref = False
+        self._ref = ""  # the first characters of an open <REF> mark
+        self._ref_size = 0
+        self._hits: dict[str, SearchHit] = {}  # by URL
+        self._order: list[SearchHit] = []
+        self._urls: dict[str, str] = {}  # by key
+        self._numbers: dict[str, int] = {}  # of cited URLs
+
+    @property
+    def sources(self) -> list[Event]:
+        """The list of all hits so far, in the order of their numbers; empty where there are none."""
+        urls = dict.fromkeys([*self._numbers, *self._hits])
+        return [Sources(tuple(self._hits[url] for url in urls))] if urls else []
 
     def feed(self, event: Event) -> list[Event]:
         """What becomes of one event."""
-        if type(event) is Text:
-            if self._inline or (not self._held and _MAY_CITE.search(event.text) is None):
-                return [event]
-            return self._take_text(event.text)
         if isinstance(event, Opened):
             self._inline = event.hits_inline
         if self._inline:
             return [event]
-        match event:
-            case SearchHit():
-                self._hits.setdefault(event.url, event)
-                if event.key:
-                    self._keys[event.key] = event.url
-                return []
-            case Finished():
-                return [*self._release(), event]
-            case _:
-                return [event]
+        if type(event) is Text:
+            quick = not self._held and not self._in_ref and _MAY_CITE.search(event.text) is None
+            return [event] if quick else self._take_text(event.text)
+        if isinstance(event, SearchHit):
+            self._add(event)
+            return []
+        if isinstance(event, Finished):
+            shown = "" if self._in_ref or _CUT_CITATION.match(self._held) else self._held
+            self._held, self._in_ref = "", False
+            return [*_texts(shown), *self.sources, event]
+        return [event]
+
+    def _add(self, hit: SearchHit) -> None:
+        if hit.url not in self._hits:
+            self._hits[hit.url] = hit
+            self._order.append(hit)
+        if hit.key:
+            self._urls[hit.key] = hit.url
 
     def _take_text(self, text: str) -> list[Event]:
-        text = self._held + text
-        held = _CITATION_START.search(text) if "\ue3a0" in text or "[" in text[-8:] else None
-        self._held = "" if held is None else held[0]
-        if held is not None:
-            text = text[: held.start()]
-        return self._split(text)
-
-    def _split(self, text: str) -> list[Event]:
+        text, self._held = self._held + text, ""
         events: list[Event] = []
         at = 0
-        for mark in _CITATION.finditer(text):
-            if mark.start() > at:
-                events.append(Text(text[at : mark.start()]))
+        while at < len(text):
+            if self._in_ref:
+                at = self._read_ref(text, at, events)
+                continue
+            mark = _CITATION.search(text, at)
+            end = mark.start() if mark else len(text)
+            tail = max(at, len(text) - _MAX_BEGUN)
+            begun = _MAY_BECOME_CITATION.search(text, tail) if tail < end else None
+            if begun and begun.start() < end:
+                mark, end, self._held = None, begun.start(), begun[0]
+            events += _texts(text[at:end])
+            if mark is None:
+                break
             at = mark.end()
-            urls = self._resolve(mark)
-            events += [Citation(self._number(url), self._hits[url]) for url in urls]
-        if at < len(text):
-            events.append(Text(text[at:]))
+            events += self._read_mark(mark)
         return events
 
-    def _resolve(self, mark: re.Match[str]) -> list[str]:
-        """The URLs of the known hits that a mark names, each once."""
-        if mark[2] is not None:
-            urls = list(self._hits)
-            number = int(mark[2])
-            return urls[number - 1 : number] if number else []
-        keys = re.split("[\ue3a3\U0001f6e0]", mark[1])
-        return list(dict.fromkeys(self._keys[key] for key in keys if key in self._keys))
+    def _read_ref(self, text: str, at: int, events: list[Event]) -> int:
+        """Read on in an open <REF> mark, of which only the start is kept; up to where."""
+        room = MAX_CITATION - self._ref_size
+        end = text.find(_REF_END, at, at + room + len(_REF_END))
+        if end < 0 and len(text) - at < room + len(_REF_END):  # may still be closed
+            rest = max(at, len(text) - len(_REF_END) + 1)
+            self._ref = (self._ref + text[at:rest])[:_MAX_KEYS]
+            self._ref_size += rest - at
+            self._held = text[rest:]
+            return len(text)
+        self._in_ref = False
+        if end < 0:
+            return at + room
+        keys = (self._ref + text[at:end])[:_MAX_KEYS].partition(":~:")[0]
+        events += self._cite(_REF_KEY.findall(keys))
+        return end + len(_REF_END)
 
-    def _number(self, url: str) -> int:
-        if url not in self._cited:
-            self._cited.append(url)
-        return self._cited.index(url) + 1
+    def _read_mark(self, mark: re.Match[str]) -> list[Event]:
+        keys, number, key = mark.groups()
+        if number is not None:
+            hits = self._order[int(number) - 1 : int(number)] if int(number) else []
+            return self._number(hit.url for hit in hits) if self._hits else [Text(mark[0])]
+        if keys is None and key is None:
+            self._in_ref, self._ref, self._ref_size = True, "", 0
+            return []
+        return self._cite([key] if key else re.split("[\ue3a3\U0001f6e0]", keys))
 
-    def _release(self) -> list[Event]:
-        held, self._held = self._held, ""
-        events: list[Event] = [Text(held)] if held and not held.startswith("\ue3a0") else []
-        urls = [*self._cited, *(url for url in self._hits if url not in self._cited)]
-        return [*events, Sources(tuple(self._hits[url] for url in urls))] if urls else events
+    def _cite(self, keys: Iterable[str]) -> list[Event]:
+        """The citations of the known hits that a mark names; a key may be known without its `tools://`, or with it."""
+        others = (key.removeprefix("tools://") if key.startswith("tools://") else f"tools://{key}" for key in keys)
+        urls = (self._urls.get(key) or self._urls.get(other) for key, other in zip(keys, others, strict=True))
+        return self._number(url for url in urls if url)
+
+    def _number(self, urls: Iterable[str]) -> list[Event]:
+        """Citations of these URLs, each once."""
+        numbers = {url: self._numbers.setdefault(url, len(self._numbers) + 1) for url in urls}
+        return [Citation(number, self._hits[url]) for url, number in numbers.items()]
 
 
-def apply_filters(filters: Sequence[Filter], events: list[Event]) -> list[Event]:
-    """What the chain of `filters` makes of `events`."""
-    for one in filters:
-        if len(events) == 1:  # nearly always
-            events = one.feed(events[0])
-            continue
-        events = [result for event in events for result in one.feed(event)]
-    return events
-
-
-# One row a kind of character, found by the first byte of its UTF-8: those bytes, then hundredths of a token for the
-# first of its kind, for one that follows its own kind, for one behind a space, and for one behind ASCII punctuation.
-# Fitted to DeepSeek's tokenizer: a space and one mark belong to the word behind them, a line end to the mark before.
-_WEIGHTS: Final = (
-    (range(ord("a"), ord("z") + 1), 88, 3, 90, 31),
-    (range(ord("A"), ord("Z") + 1), 12, 42, 14, 0),
-    (range(ord("0"), ord("9") + 1), 75, 24, 173, 75),
-    (b" \t", 2, 7, 7, 2),
-    (b"\n\r", 115, 28, 115, 47),
-    (range(0xC2, 0xCC), 50, 50, 50, 50),  # accented Latin letters
-    (range(0xCC, 0xE0), 60, 35, 60, 60),  # Greek to Arabic
-    (range(0xE0, 0xE2), 90, 60, 90, 90),  # Indic, Thai, Georgian and others
-    (range(0xE2, 0xE3), 95, 62, 150, 95),  # general punctuation, arrows, frames
-    (range(0xE3, 0xE4), 95, 60, 190, 95),  # Chinese punctuation, kana
-    (range(0xE4, 0xEA), 58, 58, 155, 58),  # Chinese characters
-    (range(0xEA, 0xEE), 80, 70, 80, 80),  # Hangul
-    (range(0xEE, 0xF0), 95, 62, 190, 95),  # wide forms of ASCII
-    (range(0xF0, 0xF8), 200, 200, 200, 200),  # emoji, rare Chinese characters
-    (b"", 107, 30, 125, 30),  # ASCII punctuation, and whatever stands in no row
+_TOKEN_WEIGHTS: Final = (  # first bytes of a character in UTF-8, and hundredths of a token
+    (range(256), 57),  # ASCII punctuation, and whatever stands in no row below
+    (range(ord("a"), ord("z") + 1), 25),
+    (range(ord("A"), ord("Z") + 1), 32),
+    (range(ord("0"), ord("9") + 1), 52),
+    (b" \t", 2),
+    (b"\n\r", 33),
+    (range(0xC2, 0xE0), 35),  # other alphabets
+    (range(0xE0, 0xE4), 72),  # Indic, Thai, kana, wide punctuation
+    (range(0xE4, 0xEA), 62),  # Chinese
+    (range(0xEA, 0xF8), 84),  # Hangul, wide forms, emoji
 )
-_SPACES: Final = 3
-_MARKS: Final = len(_WEIGHTS) - 1
-_START: Final = 15  # stands before the first character, where no row does
 
 
-def _list_kinds() -> bytes:
-    """The row of `_WEIGHTS` for every first byte."""
-    kinds = bytearray([_MARKS] * 256)
-    for kind, (first_bytes, *_) in enumerate(_WEIGHTS):
-        for byte in first_bytes:
-            kinds[byte] = kind
-    return bytes(kinds)
-
-
-def _list_pair_weights() -> bytes:
-    """What a character of one kind weighs behind one of another, at 16 × the kind before + its own."""
+def _list_weights() -> bytes:
     weights = bytearray(256)
-    for kind, (_, first, later, behind_space, behind_mark) in enumerate(_WEIGHTS):
-        for before in range(16):
-            special = {_SPACES: behind_space, _MARKS: behind_mark, kind: later}
-            weights[16 * before + kind] = special.get(before, first)
+    for first_bytes, weight in _TOKEN_WEIGHTS:
+        for byte in first_bytes:
+            weights[byte] = weight
     return bytes(weights)
 
 
-_KINDS_OF_BYTES: Final = _list_kinds()
-_PAIR_WEIGHTS: Final = _list_pair_weights()
-_LATER_BYTES: Final = bytes(range(0x80, 0xC0))  # of a character in UTF-8, which is told by its first
+_WEIGHTS_OF_BYTES: Final = _list_weights()
+_LATER_BYTES: Final = bytes(range(0x80, 0xC0))  # of a character in UTF-8
 
 
 class TokenCounter:
     """An estimate of the tokens in a text that comes in pieces; the same for any split, in linear time.
 
-    A character's weight depends on its kind and on the kind before it alone, by the table `_WEIGHTS`; the sum is
-    rounded up. Within 15 % of DeepSeek's own tokenizer for texts of 300 characters and more in simplified Chinese,
-    English or both, prose and code; traditional Chinese is estimated up to a fifth too low.
+    Each character weighs what its row of `_TOKEN_WEIGHTS` says; the sum is rounded up. Within 25 % of DeepSeek's own
+    tokenizer for texts of 300 characters and more in Chinese, English or both, prose and code.
     """
 
     def __init__(self) -> None:
         self._hundredths = 0
-        self._before = _START
 
     @property
     def tokens(self) -> int:
@@ -1975,12 +2085,9 @@ class TokenCounter:
         self._hundredths += sum(weights)
         return text
 
-    def _weigh(self, text: str) -> bytes:
-        """The weight of each character, behind what was weighed before."""
-        kinds = bytes((self._before,)) + text.encode("utf-8", "surrogatepass").translate(_KINDS_OF_BYTES, _LATER_BYTES)
-        self._before = kinds[-1]
-        number = int.from_bytes(kinds)  # shifting it pairs each kind with the one before it, all at once
-        return (number | number >> 4).to_bytes(len(kinds))[1:].translate(_PAIR_WEIGHTS)
+    @staticmethod
+    def _weigh(text: str) -> bytes:
+        return text.encode("utf-8", "surrogatepass").translate(_WEIGHTS_OF_BYTES, _LATER_BYTES)
 
 
 def estimate_tokens(text: str) -> int:
@@ -1990,536 +2097,380 @@ def estimate_tokens(text: str) -> int:
     return counter.tokens
 
 
-class LengthFilter:
+class LengthFilter(Filter):
     """Cuts what the model writes, text and the calls that are still text here, at `limit_tokens`; thinking is free.
 
-    The cut falls on the same character for any split; then follow `Finished("length")` and nothing more. In a second
-    try the limit is that answer's alone.
+    The cut falls on the same character for any split; then follow `Finished("length")` and nothing more. In a retry
+    the limit is that answer's alone.
     """
 
     def __init__(self, limit_tokens: int) -> None:
-        self.ended = False
         self._limit_tokens = limit_tokens
-        self._counter = TokenCounter()
+        self.begin_retry()
 
-    def begin_second_try(self) -> None:
+    def begin_retry(self) -> None:
         """Expect another answer."""
         self._counter = TokenCounter()
         self.ended = False
 
     def feed(self, event: Event) -> list[Event]:
         """What becomes of one event."""
-        if self.ended:
-            return []
-        if type(event) is not Text:
-            return [event]
+        if self.ended or type(event) is not Text:
+            return [] if self.ended else [event]
         fitting = self._counter.take(event.text, self._limit_tokens)
         if len(fitting) == len(event.text):
             return [event]
         self.ended = True
-        return [*([Text(fitting)] if fitting else []), Finished("length")]
+        return [*_texts(fitting), Finished("length")]
 
 
-class _CallText:
-    """The text of one call, from behind its mark to its end, and no further.
+_CALL_BEGIN: Final = re.compile(rf"\s{{0,40}}+(?:```\w{{0,20}}+\s{{0,20}}+)?(?:{'|'.join(map(re.escape, CALL_MARKS))})")
+_MAY_BEGIN_CALL: Final = re.compile(
+    rf"\s{{0,40}}+(?:`{{1,2}}|(?:```\w{{0,20}}+\s{{0,20}}+)?(?:{_list_starts(*CALL_MARKS)})?)\Z"
+)
+_CODE: Final = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
 
-    It ends with its JSON object (`end` is then `object`), or before a mark outside of strings: `end` is that mark.
+
+def _is_quoted(text: str) -> bool:
+    """Whether all marks of calls in `text` stand in code, with words around it."""
+    words = _CODE.sub("", text)
+    return bool(words.strip()) and not CALL_MARKUP.search(words)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class _Call:
+    name: str  # empty where the model's text names none
+    arguments: dict[str, Any]
+    wrong: str = ""  # in words for the model
+
+
+class ToolCallFilter(Filter):
+    """Turns the calls in an answer's text into `ToolCall` events with new ids of `make_id`, once the answer is over.
+
+    Text before the first mark of a call flows, but for what may become one; from there on all is held, and everything
+    where `choice` demands a call. With a valid call, every call that has a name and arguments is passed on, and no
+    text behind the first mark. Without one, where a call is demanded or tried, `retry_reason` tells the model's
+    mistake, no `Finished` comes, and the caller feeds another answer. Of that one only the calls are used. Then what
+    calls there are go to the client, which answers better to an imperfect one than to none; without any the first
+    answer's text follows, freed of marks. Demanded calls have to be valid, else `tool_call_failed` is raised, before
+    anything was shown. Marks quoted as code are text. An answer cut by length or moderation is neither repaired nor
+    asked for again.
     """
 
-    def __init__(self) -> None:
-        self.end = ""
-        self._pieces: list[str] = []
-        self._depth = 0
-        self._in_string = False
-        self._escaped = False
-        self._mark = ""
-
-    @property
-    def text(self) -> str:
-        """What was read, without the mark that ended it."""
-        text = "".join(self._pieces)
-        return text if self.end in ("", "object") else text.removesuffix(self.end)
-
-    def feed(self, text: str, at: int) -> int:
-        """Read `text` from `at`; up to where."""
-        start = at
-        while at < len(text) and not self.end:
-            if self._escaped:
-                self._escaped = False
-                at += 1
-            elif self._mark:
-                at = self._match_mark(text, at)
-            else:
-                found = (_STRING_STOP if self._in_string else _CALL_STOP).search(text, at)
-                at = found.end() if found else len(text)
-                if found:
-                    self._take(found[0])
-        self._pieces.append(text[start:at])
-        return at
-
-    def _take(self, character: str) -> None:
-        if character == "\\":
-            self._escaped = True
-        elif character == '"':
-            self._in_string = self._depth > 0 and not self._in_string
-        elif character == "<":
-            self._mark = "<"
-        else:
-            self._depth += 1 if character in "{[" else -1
-            self.end = "object" if self._depth <= 0 else ""
-
-    def _match_mark(self, text: str, at: int) -> int:
-        """Read one more character of what may become a mark; none where it does not."""
-        longer = self._mark + text[at]
-        if not (CALL_MARK.startswith(longer) or CALL_END_MARK.startswith(longer)):
-            self._mark = ""
-            return at
-        self._mark = longer
-        if longer in (CALL_MARK, CALL_END_MARK):
-            self.end = longer
-        return at + 1
-
-
-_CALL_STOP: Final = re.compile(r'["{}\[\]<]')
-_STRING_STOP: Final = re.compile(r'["\\]')
-
-
-def _join_texts(events: Sequence[Event]) -> list[Event]:
-    """The same events, with neighbouring texts made one."""
-    joined: list[Event] = []
-    pieces: list[str] = []
-    for event in events:
-        if type(event) is Text:
-            pieces.append(event.text)
-            continue
-        joined += [Text("".join(pieces)), event] if pieces else [event]
-        pieces = []
-    return [*joined, Text("".join(pieces))] if pieces else joined
-
-
-class ToolCallFilter:
-    """Reads the calls of `tools` out of the text: `<tool_call>`, an object with `name` and `arguments`, `</tool_call>`.
-
-    Text before the first call flows, but for white space and what may become a mark. From a mark on the text is held
-    until the call's object is complete; where it is valid a `ToolCall` with a new id of `make_id` takes its place, and
-    no text is passed on behind it. The closing mark may be missing, and is not looked for in strings. Where `choice`
-    demands a call, all text is held until there is one.
-
-    Where the first call is not valid, or a demanded one is missing, all is held to the end. Then `again` tells the
-    model's mistake, and no `Finished` comes: the caller begins a second try, and feeds another answer. Of that one only
-    the calls are used; without one the held text follows, or `tool_call_failed` is raised where a call is demanded,
-    before anything, thinking included, was shown. An
-    answer cut by length or moderation has no second try, and neither repairs nor calls that were not complete.
-    """
+    may_retry = True
 
     def __init__(self, tools: Sequence[Tool], choice: ToolChoice, parallel: bool, make_id: Callable[[], str]) -> None:
-        self.again = ""
         self._tools = {tool.name: tool for tool in tools if choice.mode != "named" or tool.name == choice.name}
         self._demanded = choice.mode in ("required", "named")
         self._parallel = parallel
         self._make_id = make_id
-        self._calls = 0
-        self._tries_left = 1
-        self._second = False
-        self._first_answer: list[Event] = []
+        self._retried = False
         self._sources: list[Event] = []
+        self._fallback: list[Event] = []  # what there is to show of the first answer, in a retry
         self._begin()
 
     def _begin(self) -> None:
-        """Expect an answer's first text."""
-        self._error = ""  # what is wrong with the call since which all is held
-        self._mistake = ""
-        self._matched = 0  # characters of the mark that stand at the end of what is held
-        self._call: _CallText | None = None
+        self._texts: list[str] = []
+        self._tail = ""  # the end of the text, which may begin a call
         self._held: list[Event] = []
-        self._before: list[Event] = []  # the text before a call that is demanded
+        self._holds = self._demanded or self.has_fallback
 
-    def begin_second_try(self) -> None:
+    def begin_retry(self) -> None:
         """Expect another answer: for its calls alone where this filter asked for it, else as the first."""
-        self._second = bool(self.again)
-        if self._second:
-            self._first_answer = [*self._before, *self._held]
-        self.again = ""
-        self._tries_left = 0
+        self.has_fallback = bool(self.retry_reason)
+        self.retry_reason = ""
+        self._retried = True
         self._begin()
-
-    @property
-    def may_stand_alone(self) -> bool:
-        """Whether, in a second try that this filter asked for, the first answer can be shown in its place."""
-        return self._second and not self._demanded and not self._calls
 
     def feed(self, event: Event) -> list[Event]:
         """What becomes of one event. Raises `ProxyError`: `tool_call_failed`, when a second answer ends."""
-        match event:
-            case Opened() | SearchHit():
-                return [] if self._second else [event]
-            case Thinking():
-                return self._show([event])
-            case Text():
-                return self._take_text(event.text)
-            case Citation():
-                return self._take_citation(event)
-            case Sources():
-                self._sources = self._sources if self._second else [event]
-                return []
-            case ToolCall():
-                return [event]
-            case Finished():
-                return self._finish(event)
+        if type(event) is Text:
+            return self._take_text(event.text)
+        if isinstance(event, Finished):
+            return self._finish(event)
+        if isinstance(event, Sources):
+            self._sources = self._sources if self.has_fallback else [event]
+            return []
+        if self.has_fallback:
+            return []
+        if isinstance(event, Citation) or (isinstance(event, Thinking) and self._demanded):
+            tail, self._tail = self._tail, ""
+            self._held += [event] if self._holds else []
+            return [] if self._holds else [*_texts(tail), event]
+        return [event]
 
     def _take_text(self, text: str) -> list[Event]:
-        events: list[Event] = []
-        at = 0
-        while at < len(text):
-            if self._error:
-                self._held.append(Text(text[at:]))
-                break
-            if self._call is not None:
-                at = self._read_call(self._call, text, at, events)
-            elif self._calls and not self._parallel:
-                break
-            elif self._matched:
-                at = self._match_mark(text, at, events)
-            else:
-                at = self._seek_mark(text, at, events)
-        return events
-
-    def _take_citation(self, event: Citation) -> list[Event]:
-        if self._error or self._call is not None:
-            self._held.append(event)
+        self._texts.append(text)
+        if self._holds:
+            self._held.append(Text(text))
             return []
-        self._matched = 0
-        return self._show([*self._take_held(), event])
-
-    def _seek_mark(self, text: str, at: int, events: list[Event]) -> int:
-        """Show `text` from `at` to the first `<`, and hold that, with the white space before it; up to where."""
-        start = text.find("<", at)
-        end = len(text) if start < 0 else start
-        shown = text[at:end].rstrip()
-        if shown:
-            events += self._show([*self._take_held(), Text(shown)])
-        self._matched = int(start >= 0)
-        if at + len(shown) < end + self._matched:
-            self._held.append(Text(text[at + len(shown) : end + self._matched]))
-        return end + self._matched
-
-    def _match_mark(self, text: str, at: int, events: list[Event]) -> int:
-        """Read on in what may be a mark, and show it where it is none; up to where."""
-        wanted = CALL_MARK[self._matched :]
-        piece = text[at : at + len(wanted)]
-        alike = 0
-        while alike < len(piece) and piece[alike] == wanted[alike]:
-            alike += 1
-        if alike:
-            self._held.append(Text(piece[:alike]))
-        self._matched += alike
-        if self._matched == len(CALL_MARK):
-            self._matched = 0
-            self._call = _CallText()
-        elif alike < len(piece):
-            self._matched = 0
-            events += self._show(self._take_held())
-        return at + alike
-
-    def _read_call(self, call: _CallText, text: str, at: int, events: list[Event]) -> int:
-        """Read on in a call, and judge it where it ends; up to where."""
-        end = call.feed(text, at)
-        self._held.append(Text(text[at:end]))
-        if call.end:
-            events += self._judge(call)
-            if call.end == CALL_MARK and not self._error and (self._parallel or not self._calls):
-                self._held.append(Text(CALL_MARK))
-                self._call = _CallText()
-        return end
-
-    def _judge(self, call: _CallText) -> list[Event]:
-        """The call as an event with what was kept before it; or nothing, and the error is kept where it counts."""
-        self._call = None
-        try:
-            event = self._parse(call.text)
-        except ValueError as error:
-            self._mistake = str(error)
-            if not self._calls and not self._second:
-                self._error = self._mistake
-            else:
-                self._held = []
-            return []
-        self._calls += 1
-        before, self._before, self._held = self._before, [], []
-        return [*_join_texts(before), event]
-
-    def _parse(self, text: str) -> ToolCall:
-        """The call in the text between the marks. Raises `ValueError` with what is wrong, in words for the model."""
-        try:
-            value = repair_json(text)
-        except ValueError as error:
-            raise ValueError(f"the text behind {CALL_MARK} is no JSON object ({error})") from None
-        name = value.get("name") if isinstance(value, dict) else None
-        if not isinstance(name, str) or name not in self._tools:
-            known = quote_choices(list(self._tools))
-            raise ValueError(f"a call must be an object with a `name` that is one of {known}, and `arguments`")
-        arguments = value.get("arguments", value.get("parameters", {}))
-        if isinstance(arguments, str):
-            with suppress(ValueError):
-                arguments = repair_json(arguments)
-        if not isinstance(arguments, dict):
-            raise ValueError(f"the `arguments` in the call of {quote_value(name)} must be a JSON object")
-        if wrong := check_schema(arguments, self._tools[name].parameters):
-            raise ValueError(f"the `arguments` in the call of {quote_value(name)}: {wrong}")
-        return ToolCall(self._make_id(), name, encode_json(arguments))
-
-    def _take_held(self) -> list[Event]:
-        held, self._held = self._held, []
-        return _join_texts(held)
-
-    def _show(self, events: list[Event]) -> list[Event]:
-        """What of the answer's own text is passed on now."""
-        if self._second:
-            return []
-        if self._calls:
-            return [event for event in events if isinstance(event, Thinking)]
-        if self._demanded:
-            self._before += events
-            return []
-        return events
+        text, self._tail = self._tail + text, ""
+        if mark := _CALL_BEGIN.search(text):
+            self._holds = True
+            self._held.append(Text(text[mark.start() :]))
+            return _texts(text[: mark.start()])
+        start = _MAY_BEGIN_CALL.search(text, max(0, len(text) - 120))
+        self._tail = start[0] if start else ""
+        return _texts(text[: len(text) - len(self._tail)])
 
     def _finish(self, event: Finished) -> list[Event]:
         cut = event.reason != "stop"
-        events = self._judge(self._call) if self._call is not None and not cut else []
-        if self._calls:
-            return [*events, *self._sources, event if cut else Finished("tool_calls")]
-        if self._second:
-            self._held = self._first_answer
-            if not self._demanded:
-                event = Finished("stop")
-        if not cut and (self._demanded or self._error):
-            if self._tries_left:
-                self.again = self._error or f"it must call {quote_choices(list(self._tools))}, and calls no tool"
+        text = "".join(self._texts)
+        calls = self._find_calls(text, repair=not cut)
+        shown = self._render(calls, is_quoted=_is_quoted(text))
+        if all(call.wrong for call in calls) and (calls or self._demanded) and not cut:
+            wrong = next((call.wrong for call in calls), "")
+            if not self._retried:
+                self._fallback = shown
+                self.retry_reason = wrong or f"it must call {quote_choices(list(self._tools))}, and calls no tool"
                 return []
             if self._demanded:
-                raise ProxyError("tool_call_failed", self._mistake)
-        return [*_join_texts([*self._before, *self._held]), *self._sources, event]
+                raise ProxyError("tool_call_failed", wrong)
+        if self.has_fallback and not any(isinstance(one, ToolCall) for one in shown):
+            shown, cut = self._fallback, cut and self._demanded
+        if not cut:
+            event = Finished("tool_calls" if any(isinstance(one, ToolCall) for one in shown) else "stop")
+        return [*shown, *self._sources, event]
+
+    def _find_calls(self, text: str, *, repair: bool) -> list[_Call]:
+        """The calls in an answer, quoted ones left out. JSON without marks may be the call that is demanded."""
+        calls = [self._judge(value) for value in find_calls(text, repair=repair)]
+        if not calls and self._demanded and repair:
+            with suppress(ValueError):
+                calls = [call for value in find_json(text) if not (call := self._judge_bare(value)).wrong][:1]
+        return [] if _is_quoted(text) and all(call.wrong for call in calls) else calls
+
+    def _judge_bare(self, value: Any) -> _Call:
+        """JSON without marks: the call itself, or the arguments of the only function there is."""
+        if len(self._tools) == 1 and not (isinstance(value, dict) and "name" in value and "arguments" in value):
+            value = {"name": next(iter(self._tools)), "arguments": value}
+        return self._judge(value)
+
+    def _judge(self, value: Any) -> _Call:
+        try:
+            if isinstance(value, ValueError):
+                raise value
+            name, arguments = read_call(value)
+        except ValueError as error:
+            return _Call("", {}, str(error))
+        if name not in self._tools:
+            return _Call(
+                name, arguments, f"a call must have a `name` that is one of {quote_choices(list(self._tools))}"
+            )
+        arguments = mend_value(arguments, self._tools[name].parameters)
+        wrong = check_schema(arguments, self._tools[name].parameters)
+        return _Call(name, arguments, f"the `arguments` in the call of {quote_value(name)}: {wrong}" if wrong else "")
+
+    def _render(self, calls: Sequence[_Call], *, is_quoted: bool) -> list[Event]:
+        """The calls, with what comes before them; else what was held, as text."""
+        held = _join_texts([*self._held, *_texts(self._tail)])
+        good = [call for call in calls if call.name and not (self._demanded and call.wrong)]
+        if not good:
+            return (
+                held
+                if is_quoted
+                else [
+                    one
+                    for event in held
+                    for one in (_texts(CALL_MARKUP.sub(" ", event.text)) if type(event) is Text else [event])
+                ]
+            )
+        if not self._parallel:
+            good = sorted(good, key=lambda call: bool(call.wrong))[:1]
+        made = [ToolCall(self._make_id(), call.name, encode_json(call.arguments)) for call in good]
+        return [*([] if self.has_fallback else self._cut_held(held)), *made]
+
+    @staticmethod
+    def _cut_held(held: Sequence[Event]) -> list[Event]:
+        """What of the held events comes before the first call."""
+        for index, event in enumerate(held):
+            if type(event) is Text and (mark := _CALL_BEGIN.search(event.text)):
+                rest = [one for one in held[index:] if isinstance(one, Thinking)]
+                return [*held[:index], *_texts(event.text[: mark.start()]), *rest]
+        return [one for one in held if isinstance(one, Thinking)]
 
 
-class StopFilter:
+class StopFilter(Filter):
     """Ends the answer before the first of `stops` in its text: the one complete first, at the same end the longer.
 
-    Works on `Text` alone, and holds of it no more than what may become a stop sequence, in linear time however these
-    overlap: an automaton (Aho and Corasick, 1975) whose state is the longest end of the text that begins one. What is
-    held is then a start of that one, and needs no storing. After a stop follow `Finished` and nothing more.
+    Works on `Text` alone, and holds of it no more than what may become a stop sequence. After a stop follow `Finished`
+    and nothing more.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self.ended = False
-        self._state = 0
-        self._starts = [("", 0)]  # a state's text: a stop sequence, and how much of it
-        self._next: list[dict[str, int]] = [{}]
-        self._fallback = [0]  # the state of the longest other end of a state's text
-        self._found = [""]  # the longest stop sequence that ends with a state's text
-        for stop in filter(None, stops):
-            self._add(stop)
-        self._link()
-        self._first = re.compile("[" + "".join(map(re.escape, self._next[0])) + "]") if self._next[0] else None
+        self._held = ""
+        self._begun = {stop: 0 for stop in stops if stop}  # how much of each the held text ends with
 
-    def begin_second_try(self) -> None:
-        """Expect another answer; where no `Finished` came of the first, its text goes on behind what is held."""
+    def begin_retry(self) -> None:
+        """Expect another answer; its text goes on behind what is held."""
         self.ended = False
 
     def feed(self, event: Event) -> list[Event]:
         """What becomes of one event."""
         if self.ended:
             return []
-        match event:
-            case Opened() | Thinking() | SearchHit():
-                return [event]
-            case Text():
-                return self._take_text(event.text)
-            case Citation() | Sources() | ToolCall() | Finished():
-                return [*self._release(), event]
-
-    def _add(self, stop: str) -> None:
-        state = 0
-        for end, character in enumerate(stop, 1):
-            following = self._next[state].setdefault(character, len(self._next))
-            if following == len(self._next):
-                self._starts.append((stop, end))
-                self._next.append({})
-                self._fallback.append(0)
-                self._found.append("")
-            state = following
-        self._found[state] = stop
-
-    def _link(self) -> None:
-        """Fill the fallbacks, short texts first."""
-        row = list(self._next[0].values())
-        while row:
-            for state in row:
-                for character, following in self._next[state].items():
-                    self._fallback[following] = fallback = self._step(self._fallback[state], character)
-                    self._found[following] = self._found[following] or self._found[fallback]
-            row = [following for state in row for following in self._next[state].values()]
-
-    def _step(self, state: int, character: str) -> int:
-        while state and character not in self._next[state]:
-            state = self._fallback[state]
-        return self._next[state].get(character, 0)
+        if type(event) is Text:
+            return self._take_text(event.text)
+        if isinstance(event, (Opened, Thinking, SearchHit)):
+            return [event]
+        return [*_texts(self._drop_held()), event]
 
     def _take_text(self, text: str) -> list[Event]:
-        if self._first is None:
-            return [Text(text)]
-        state, at = self._state, 0
-        while at < len(text):
-            if not state:
-                found = self._first.search(text, at)
-                if found is None:
-                    break
-                at = found.start()
-            state = self._step(state, text[at])
-            at += 1
-            if stop := self._found[state]:
-                self.ended = True
-                return [*self._show(text[:at], len(stop)), Finished("stop", stop)]
-        events = self._show(text, self._starts[state][1])
-        self._state = state
-        return events
+        at = {stop: len(self._held) - size for stop, size in self._begun.items()}
+        text = self._held + text
+        ends = [(end + len(stop), -len(stop), stop) for stop in at if (end := text.find(stop, at[stop])) >= 0]
+        if ends:
+            self.ended = True
+            end, size, stop = min(ends)
+            self._drop_held()
+            return [*_texts(text[: end + size]), Finished("stop", stop)]
+        self._begun = {stop: len(text) - self._find_start(text, stop, at[stop]) for stop in at}
+        start = len(text) - max(self._begun.values(), default=0)
+        self._held = text[start:]
+        return _texts(text[:start])
 
-    def _show(self, text: str, held: int) -> list[Event]:
-        """What was held and `text` behind it, without the last `held` characters."""
-        stop, length = self._starts[self._state]
-        shown = length + len(text) - held
-        return [Text(stop[: min(shown, length)] + text[: max(0, shown - length)])] if shown else []
+    def _drop_held(self) -> str:
+        held, self._held = self._held, ""
+        self._begun = dict.fromkeys(self._begun, 0)
+        return held
 
-    def _release(self) -> list[Event]:
-        events = self._show("", 0)
-        self._state = 0
-        return events
+    @staticmethod
+    def _find_start(text: str, stop: str, at: int) -> int:
+        """Where from `at` on the end of `text` begins that may become `stop`; the end where none may."""
+        at = text.find(stop[0], max(at, len(text) - len(stop) + 1))
+        while at >= 0 and not stop.startswith(text[at:]):
+            at = text.find(stop[0], at + 1)
+        return at if at >= 0 else len(text)
 
 
-class StructureFilter:
+MAX_VALUES: Final = 100  # of those that stand amid words
+
+
+class StructureFilter(Filter):
     """Holds the text to its end, and passes it on as one piece where it is the JSON that `format` asks for.
 
-    Text that parses is passed on as the model wrote it, repaired text as compact JSON. Where it does not fit, `again`
-    tells the mistake, and no `Finished` comes: the caller begins a second try, and feeds another answer; a second
-    failure raises `structured_output_failed`. An answer that calls tools, or was cut by length, moderation or a stop
-    sequence, is passed on as it is. Citations are dropped: they have no place in JSON.
+    Text that is JSON is passed on as the model wrote it, JSON amid words or repaired as compact JSON. Where none fits,
+    `retry_reason` tells the mistake, no `Finished` comes, and the caller feeds another answer; a second failure raises
+    `structured_output_failed`. An answer that calls tools, or was cut by length, moderation or a stop sequence, is
+    passed on as it is. Citations are dropped: they have no place in JSON.
     """
 
+    may_retry = True
+
     def __init__(self, format: ResponseFormat) -> None:
-        self.again = ""
         self._format = format
-        self._tries_left = 1
+        self._retried = False
+        self._begin()
+
+    def _begin(self) -> None:
         self._held: list[str] = []
         self._thoughts: list[Event] = []
         self._sources: list[Event] = []
 
-    def begin_second_try(self) -> None:
+    def begin_retry(self) -> None:
         """Expect another answer; where this filter did not ask for it, its text goes on behind what is held."""
-        if self.again:
-            self._held, self._thoughts, self._sources = [], [], []
-        self.again = ""
-        self._tries_left = 0
+        if self.retry_reason:
+            self._begin()
+        self.retry_reason = ""
+        self._retried = True
 
     def feed(self, event: Event) -> list[Event]:
         """What becomes of one event. Raises `ProxyError`: `structured_output_failed`, when a second answer ends."""
         match event:
-            case Opened() | SearchHit():
-                return [event]
             case Thinking():
                 self._thoughts.append(event)
-                return []
             case Text():
                 self._held.append(event.text)
-                return []
-            case Citation():
-                return []
             case Sources():
                 self._sources = [event]
-                return []
             case ToolCall():
                 return [*self._release(), event]
             case Finished():
                 return self._finish(event)
+            case Citation():
+                return []
+            case Opened() | SearchHit():
+                return [event]
+        return []
 
     def _finish(self, event: Finished) -> list[Event]:
         if event.reason == "stop" and not event.stop_sequence:
             try:
                 self._held = [self._read("".join(self._held))]
             except ValueError as error:
-                if not self._tries_left:
+                if self._retried:
                     raise ProxyError("structured_output_failed", str(error)) from None
-                self.again = str(error)
+                self.retry_reason = str(error)
                 return []
         return [*self._release(), *self._sources, event]
 
     def _read(self, text: str) -> str:
-        """The JSON in the text. Raises `ValueError` with what is wrong, in words for the model."""
+        """The JSON in the text that fits. Raises `ValueError` with what is wrong, in words for the model."""
         try:
-            value = repair_json(text)
+            values = list(islice(find_json(text), MAX_VALUES))
         except ValueError as error:
             raise ValueError(f"it is not JSON ({error})") from None
-        if self._format.kind == "json_object" and not isinstance(value, dict):
-            raise ValueError(f"it must be a JSON object, not {quote_value(value)}")
-        schema = True if self._format.schema is None else self._format.schema
-        if wrong := check_schema(value, schema):
-            raise ValueError(f"its JSON does not fit the schema: {wrong}")
+        mistakes = [self._find_mistake(value) for value in values]
+        if "" not in mistakes:
+            raise ValueError(mistakes[0])
         with suppress(WireError):
             parse_json(text.encode("utf-8", "replace"))
             return text
-        return encode_json(value)
+        return encode_json(values[mistakes.index("")])
+
+    def _find_mistake(self, value: Any) -> str:
+        if self._format.kind == "json_object" and not isinstance(value, dict):
+            return f"it must be a JSON object, not {quote_value(value)}"
+        wrong = check_schema(value, True if self._format.schema is None else self._format.schema)
+        return f"its JSON does not fit the schema: {wrong}" if wrong else ""
 
     def _release(self) -> list[Event]:
-        text, thoughts = "".join(self._held), self._thoughts
+        events = [*self._thoughts, *_texts("".join(self._held))]
         self._held, self._thoughts = [], []
-        return [*thoughts, Text(text)] if text else thoughts
+        return events
 
 
-_LONGEST_PREVIOUS: Final = 20_000  # characters
+MAX_PREVIOUS: Final = 20_000  # characters of an answer that a retry quotes
 
 
 class Chain:
-    """The filters of one answer, in order, and the one second try that they may ask for.
+    """The filters of one answer, in order, and the one retry that they may ask for.
 
-    Exactly one `Finished` comes out, and nothing after it. Where the last event of an answer leaves `again` set, which
-    tells the model's mistake, the caller calls `begin_second_try`, asks again, and feeds that answer too.
+    Exactly one `Finished` comes out, and nothing after it. Where an answer is over and leaves `retry_reason` set, the
+    caller calls `begin_retry`, asks again, and feeds that answer too.
     """
 
     def __init__(self, filters: Sequence[Filter] = ()) -> None:
         self.filters = filters
-        self._ending = [one for one in filters if isinstance(one, (LengthFilter, StopFilter))]
-        self._two_tries = [one for one in filters if isinstance(one, _KINDS_WITH_TWO_TRIES)]
         self._over = False
-        self._second = False
+        self._retried = False
         self._previous: list[str] = []
-        self._room = _LONGEST_PREVIOUS if any(isinstance(one, _KINDS_THAT_ASK) for one in filters) else 0
+        self._room = MAX_PREVIOUS if any(one.may_retry for one in filters) else 0
 
     def feed(self, events: list[Event]) -> list[Event]:
         """What becomes of `events`. Raises `ProxyError` as the filters do."""
-        if not self.filters:
-            return events
         if self._over:
             return []
-        if self._second:
+        if self._retried:
             events = [event for event in events if not isinstance(event, Opened)]
         if self._room:
             self._keep(events)
-        events = apply_filters(self.filters, events)
-        for index, event in enumerate(events):
-            if isinstance(event, Finished):
-                self._over = True
-                return events[: index + 1]
+        for one in self.filters:
+            events = [result for event in events for result in one.feed(event)]
+        self._over = bool(events) and isinstance(events[-1], Finished)
+        if self._over and self.ended and not any(isinstance(event, Sources) for event in events):
+            events[-1:-1] = [found for one in self.filters if isinstance(one, CitationFilter) for found in one.sources]
         return events
 
     @property
     def ended(self) -> bool:
         """Whether a filter ended the answer, so that the service need not go on with it."""
-        return bool(self._ending) and any(one.ended for one in self._ending)
+        return any(one.ended for one in self.filters)
 
     @property
-    def again(self) -> str:
-        """What to tell the model when an answer is over that needs a second try; else empty."""
-        if self._over:
-            return ""
-        return next((one.again for one in self.filters if isinstance(one, _KINDS_THAT_ASK) and one.again), "")
+    def retry_reason(self) -> str:
+        """What to tell the model when an answer is over that has to be asked for once more; else empty."""
+        return "" if self._over else next((one.retry_reason for one in self.filters if one.retry_reason), "")
 
     @property
     def previous(self) -> str:
@@ -2528,28 +2479,21 @@ class Chain:
 
     def give_up(self) -> list[Event]:
         """What the first answer still has, when the second could not be had; empty where that is of no use."""
-        if not any(isinstance(one, ToolCallFilter) and one.may_stand_alone for one in self.filters):
-            return []
-        return self.feed([Finished("stop")])
+        return self.feed([Finished("stop")]) if any(one.has_fallback for one in self.filters) else []
 
-    def begin_second_try(self) -> None:
+    def begin_retry(self) -> None:
         """Expect another answer, the last one."""
-        self._second = True
+        self._retried = True
         self._previous = []
         self._room = 0
-        for one in self._two_tries:
-            one.begin_second_try()
+        for one in self.filters:
+            one.begin_retry()
 
-    def _keep(self, events: list[Event]) -> None:
+    def _keep(self, events: Sequence[Event]) -> None:
         for event in events:
             if type(event) is Text and self._room:
-                piece = event.text[: self._room]
-                self._previous.append(piece)
-                self._room -= len(piece)
-
-
-_KINDS_THAT_ASK: Final = (ToolCallFilter, StructureFilter)
-_KINDS_WITH_TWO_TRIES: Final = (LengthFilter, StopFilter, *_KINDS_THAT_ASK)
+                self._previous.append(event.text[: self._room])
+                self._room -= len(self._previous[-1])
 
 
 # ==== 10. Requests ==========================================================
@@ -3397,7 +3341,7 @@ def wrap_urls(text: str) -> str:
 
 def make_chain(request: ChatRequest, make_id: Callable[[], str]) -> Chain:
     """The filters that `request` needs, in their order; `make_id` gives the ids of calls."""
-    filters: list[LengthFilter | ToolCallFilter | StopFilter | StructureFilter] = []
+    filters: list[Filter] = [ThinkFilter(), CitationFilter()]
     if request.max_tokens is not None:
         filters.append(LengthFilter(request.max_tokens))
     if request.tools and request.tool_choice.mode != "none":
@@ -6754,15 +6698,10 @@ class _Filtering:
     def __init__(self, chain: Chain, send: _Sending) -> None:
         self.chain = chain
         self.send = send
-        self.citations: list[Filter] = []
 
     async def __call__(self, events: list[Event]) -> None:
         """Send what the filters leave of `events`. Raises `ProxyError` as they do."""
-        had_ended = self.chain.ended
-        shown = self.chain.feed(apply_filters(self.citations, events))
-        if self.chain.ended and not had_ended and shown and isinstance(shown[-1], Finished):
-            rest = apply_filters(self.citations, [Finished("stop")])
-            shown[-1:-1] = [event for event in rest if isinstance(event, Sources)]
+        shown = self.chain.feed(events)
         if shown:
             await self.send(shown)
 
@@ -7039,7 +6978,7 @@ class Asking:
             sending.brought = UploadResult(account, dialect.name, ())
         filtering = _Filtering(chain, sending)
         conversation = await self._converse(account, dialect, question, filtering)
-        if not chain.again:
+        if not chain.retry_reason:
             await self._keep(account, dialect, question, conversation)
             return
         logger.debug("= the answer cannot be used, asking once more")
@@ -7062,13 +7001,13 @@ class Asking:
     ) -> None:
         """The second try, told what was wrong with the first; in the same conversation where that is kept."""
         chain = filtering.chain
-        words = describe_failure(chain.again, "" if question.conversation_id else chain.previous)
+        words = describe_failure(chain.retry_reason, "" if question.conversation_id else chain.previous)
         if question.conversation_id:
             parent_id = conversation.message_id
             second = replace(question, text=words, conversation_id=conversation.id, parent_id=parent_id)
         else:
             second = replace(question, text=f"{question.text}system:{words}")
-        chain.begin_second_try()
+        chain.begin_retry()
         await conversation.closed.wait()  # the service may give the account one answer at a time
         try:
             await self._converse(account, dialect, second, filtering)
@@ -7093,7 +7032,6 @@ class Asking:
     ) -> _Conversation:
         """One question and its answer; the conversation, which is let go of, and stays where the client keeps it."""
         conversation = await self._begin(account, dialect, question)
-        filtering.citations = [CitationFilter()] if dialect is self._connect else []
         try:
             if conversation.id:
                 await filtering([Opened(conversation.id, hits_inline=dialect is self._classic)])

@@ -544,12 +544,15 @@ async def test_a_bad_call_is_asked_for_once_more(simulator: Simulator, proxy: st
     assert len(account.asked) == len(account.conversations) == 2
 
 
-async def test_a_call_that_is_bad_twice_is_text(simulator: Simulator, proxy: str, http: aiohttp.ClientSession) -> None:
+async def test_a_call_that_is_bad_twice_is_handed_on(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession
+) -> None:
     token = simulator.token("tool-worse")
     _, answer, _ = await ask(http, proxy, token, tools=[WEATHER])
     (choice,) = answer["choices"]
-    assert choice["finish_reason"] == "stop" and "no_such_function" in choice["message"]["content"]
-    assert "tool_calls" not in choice["message"]
+    (call,) = choice["message"]["tool_calls"]
+    assert call["function"] == {"name": "no_such_function", "arguments": "{}"}
+    assert (choice["finish_reason"], choice["message"]["content"]) == ("tool_calls", "Let me see.")
     assert len((await simulator.settle(token)).asked) == 2
 
 
@@ -558,7 +561,8 @@ async def test_a_second_try_that_fails_leaves_the_first_answer(
 ) -> None:
     token = simulator.token("tool-worse", "again-status=500")
     status, answer, _ = await ask(http, proxy, token, tools=[WEATHER])
-    assert status == 200 and "no_such_function" in answer["choices"][0]["message"]["content"]
+    (call,) = answer["choices"][0]["message"]["tool_calls"]
+    assert (status, call["function"]["name"]) == (200, "no_such_function")
     token = simulator.token("json-worse", "again-status=500")
     status, answer, _ = await ask(http, proxy, token, response_format=FORM)
     assert (status, answer["error"]["code"]) == (502, "service_failed")
