@@ -5065,8 +5065,6 @@ def _life_seconds(claims: Mapping[str, Any]) -> float:
 FILE_SECONDS: Final = 60.0  # limit for an origin to send more, and for the storage to accept more
 TRANSFER_SECONDS: Final = 120.0  # limit for a whole file
 MAX_REDIRECTS: Final = 5
-
-
 PUBLIC: Final = "public"
 
 
