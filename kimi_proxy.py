@@ -79,7 +79,20 @@ from functools import cache, lru_cache, partial
 from itertools import accumulate, cycle, groupby, islice
 from math import isfinite, nan
 from pathlib import Path
-from typing import Any, Final, Generic, Literal, NoReturn, Protocol, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    Final,
+    Generic,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    Protocol,
+    TypeVar,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 from urllib.parse import unquote, urljoin
 
 import aiohttp
@@ -301,10 +314,7 @@ _PREFIXES: Final = {
     -2003: "远程文件URL非法",
     -2004: "远程文件超出大小",
 }
-_LOG_IN: Final = (
-    "Kimi refused this refresh token. Log in at the Kimi web page and copy a new one: browser developer tools, "
-    "Application, Local Storage, refresh_token"
-)
+_STORAGE: Final = "browser developer tools, Application, Local Storage, refresh_token"
 FAILURES: Final[Mapping[str, Failure]] = {
     "invalid_json": Failure(400, -2000, "the body is not the JSON it should be"),
     "invalid_request": Failure(400, -2000, "the request is not valid"),
@@ -313,7 +323,10 @@ FAILURES: Final[Mapping[str, Failure]] = {
     "file_unreadable": Failure(400, -2000, "Kimi cannot read this file; try another format"),
     "previous_response_not_found": Failure(400, -2000, "no such response of this account; send the whole input"),
     "token_missing": Failure(401, -2002, "send `Authorization: Bearer <refresh token>`"),
-    "token_dead": Failure(401, -2002, _LOG_IN),
+    "token_malformed": Failure(401, -2002, f"copy one at the Kimi web page: {_STORAGE}"),
+    "token_dead": Failure(
+        401, -2002, f"Kimi refused this refresh token. Log in at the Kimi web page and copy a new one: {_STORAGE}"
+    ),
     "token_expired": Failure(401, -2002, "this access token has expired; send a refresh token, which renews itself"),
     "key_refused": Failure(401, -2002, "send one of the proxy's own API keys as Bearer token"),
     "host_denied": Failure(403, -2000, "the proxy holds an account, and may not be called by this name"),
@@ -4349,20 +4362,82 @@ TOKEN_SECONDS: Final = 300.0  # the life of an access token that does not tell i
 MAX_ACCOUNTS: Final = 1000  # in memory; the one that is unused for longest is forgotten first
 MAX_ACCOUNT_REQUESTS: Final = 64  # answers of one account at once
 QUEUE_SECONDS: Final = 60.0  # how long a request waits for its turn
-SERIALIZED_SECONDS: Final = 600.0  # how long an account answers one request at a time, after the service asked for it
+SERIALIZED_SECONDS: Final = 600.0  # how long an account answers one request at a time once Kimi asked for that
 LOCK_SECONDS: Final = 30.0  # how long one process waits for another that holds an account's state
 _REFUSAL_SECONDS: Final = 10.0  # programs repeat a 401 many times; the service is asked once in this time
-_UNUSED_SECONDS: Final = 100 * 86_400
-_ENDING_SECONDS: Final = 7 * 86_400
-_STORED_TOKEN: Final = re.compile(r"[!-~]{1,8192}")  # what may stand in a header
+_DAY_SECONDS: Final = 86_400
 
 
 @dataclass(frozen=True, slots=True)
 class TokenPair:
-    """What a refresh gives: an access token, and the refresh token to use from now on (empty: the same)."""
+    """What a refresh gives: an access token, and the refresh token to use from now on (empty: the same).
+
+    The rest is ours: the refresh token that gave them, which may still be good where the newest is not [open]; when
+    they came (Unix seconds), and how long the access token lives.
+    """
 
     access_token: str = field(repr=False)
     refresh_token: str = field(repr=False)
+    previous_refresh_token: str = field(default="", repr=False)
+    received: float = 0.0
+    life_seconds: float = 0.0
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the access token can be used."""
+        return 0 <= time.time() - self.received < self.life_seconds
+
+
+_PREFIX: Final = re.compile(
+    r"[\"'`]*(?:authorization:\s*)?(?:bearer\s+)*(?:(?:refresh|access)_?token\s*[=:]\s*)?[\"'`]*", re.IGNORECASE
+)
+_BEARER: Final = re.compile(r"\bbearer\s+", re.IGNORECASE)
+_COOKIE: Final = re.compile(r"(?:^|[;\s])kimi-auth=([^;\s]+)")
+_LOOKS: Final = (
+    (re.compile(r"https?://.*"), "a URL"),
+    (re.compile(r"sk-[\w-]{16,}"), "a key of Kimi's API platform, which is another service"),
+    (re.compile(r"\{.*", re.DOTALL), "JSON without a refresh_token"),
+    (re.compile(r"null|undefined|none|bearer|\[object Object\]|<.*>|\W*", re.IGNORECASE), "a placeholder"),
+    (re.compile(r".*;.*", re.DOTALL), "cookies without kimi-auth"),
+    (re.compile(r".*\s.*", re.DOTALL), "several words"),
+)
+
+
+def read_pasted_token(text: str) -> str:
+    """The token in what a user pasted: bare, quoted, behind `Bearer`, in a cookie or in JSON [2+].
+
+    Raises `ProxyError` `token_malformed`, which says what it looks like instead.
+    """
+    text = text.strip()
+    if text.startswith("{"):
+        token = _find_in_json(text)
+    elif found := _COOKIE.search(text):
+        token = found[1]
+    else:
+        token = _PREFIX.sub("", text, count=1)
+    token = token.strip("\"'` ")
+    looks_like = next((words for pattern, words in _LOOKS if pattern.fullmatch(token or text)), "")
+    if not looks_like and TOKEN_SHAPE.fullmatch(token):
+        return token
+    raise ProxyError("token_malformed", f"this looks like {looks_like}" if looks_like else "it has other characters")
+
+
+def read_pasted_tokens(text: str, separators: str = ",") -> tuple[str, ...]:
+    """The tokens in what a user pasted, each once; cookies and JSON hold one. Raises `ProxyError` `token_malformed`."""
+    is_one = text.lstrip().startswith("{") or ";" in text
+    words = [text] if is_one else re.split(f"[{separators}]+", _BEARER.sub("", text))
+    return tuple(dict.fromkeys(read_pasted_token(word) for word in words if word.strip()))
+
+
+def _find_in_json(text: str) -> str:
+    try:
+        value: Any = parse_json(text.encode("utf-8", "surrogateescape"))
+    except ValueError:
+        return ""
+    inner = value.get("data")
+    fields = inner if isinstance(inner, dict) else value
+    names = ("refresh_token", "refreshToken", "access_token", "accessToken")
+    return next((fields[name] for name in names if isinstance(fields.get(name), str)), "")
 
 
 def read_claims(token: str) -> dict[str, Any]:
@@ -4377,9 +4452,23 @@ def read_claims(token: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def _read_time(claims: Mapping[str, Any], name: str) -> float | None:
+    value = claims.get(name)
+    return float(value) if isinstance(value, int | float) and abs(value) < 1e12 else None
+
+
 def is_access_token(claims: Mapping[str, Any]) -> bool:
     """Whether these are the claims of Kimi's own access token, which can be used as it is [2+]."""
     return claims.get("app_id") == "kimi" and claims.get("typ") == "access"
+
+
+def region_of(claims: Mapping[str, Any]) -> str:
+    """Which twin a token is for: `cn` is kimi.com, `global` is kimi.ai; empty where its claims do not tell [2+]."""
+    audience = claims.get("aud")
+    told = {*map(str, audience if isinstance(audience, list) else [audience]), str(claims.get("region"))}
+    if told & {"kimi.ai", "www.kimi.ai", "overseas", "global"}:
+        return "global"
+    return "cn" if told & {"kimi.com", "www.kimi.com", "kimi.moonshot.cn", "cn", "china", "domestic"} else ""
 
 
 class AnswerSlots:
@@ -4417,8 +4506,8 @@ class AnswerSlots:
             return
         if not self.serialized:
             raise ProxyError("queue_full", f"{MAX_ACCOUNT_REQUESTS} answers of this account run already")
-        if len(self._waiting) >= queue_length:
-            raise ProxyError("queue_full", f"{len(self._waiting)} wait already; see PROXY_QUEUE_LENGTH")
+        if self.waiting >= queue_length:
+            raise ProxyError("queue_full", f"{self.waiting} wait already; see PROXY_QUEUE_LENGTH")
         turn = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         try:
@@ -4460,31 +4549,32 @@ class Account:
     """One account: the `token` that the client sends, and what came of it. `label` names it in the log.
 
     `digest`, the SHA-256 of that token, names it in what is kept. `tokens` is the newest pair, which `is_saved` unless
-    it could not be written; `refresh_token` is the one to use next, `dropped` the access token that was refused last.
-    `is_access_token`: the client gave an access token, which cannot be renewed. `claims` are the access token's. Of
-    several accounts, one is not asked before `cooldown_until` (loop time); it was asked last at `used_at`.
+    it could not be written; `refresh_token` is the one to use next. `is_access_token`: the client gave an access token,
+    which cannot be renewed. `claims` are the access token's. Of several accounts, one is not asked before
+    `cooldown_until` (loop time); it was asked last at `used_at`.
     """
 
     def __init__(self, token: str, digest: bytes, label: str) -> None:
-        self.token = token
+        self.token = self.refresh_token = token
         self.digest = digest
         self.label = label
         claims = read_claims(token)
         self.is_access_token = is_access_token(claims)
         self.claims = claims if self.is_access_token else {}
         self.lock = asyncio.Lock()
-        self.tokens: StoredTokens | None = None
+        self.tokens: TokenPair | None = None
         self.is_saved = True
-        self.refresh_token = token
-        self.access_token = ""
-        self.dropped = ""
-        self.expires_at = 0.0
         self.refreshing: asyncio.Task[str | ProxyError] | None = None
         self.refusal: ProxyError | None = None
         self.refused_until = 0.0
         self.slots = AnswerSlots()
         self.cooldown_until = 0.0
         self.used_at = 0.0
+
+    def refuse(self, error: ProxyError) -> None:
+        """Answer with `error` for a while, without asking the service."""
+        self.refusal = error.copy()
+        self.refused_until = asyncio.get_running_loop().time() + _REFUSAL_SECONDS
 
     def __repr__(self) -> str:
         return f"Account({self.label})"
@@ -4538,15 +4628,14 @@ class StateFiles:
             value: Any = parse_json(path.read_bytes() or b"{}")
             return parse(value) if value.pop("service", self._service) == self._service else None
         except FileNotFoundError:
-            return None
+            pass
         except OSError as error:
             self.note_failure(error)
-            return None
         except (ValueError, ArithmeticError, KeyError, TypeError, AttributeError) as error:
             logger.warning("! a state file cannot be read, and is set aside as *.bad (%s)", type(error).__name__)
             with suppress(OSError):
                 path.replace(path.with_suffix(".bad"))
-            return None
+        return None
 
     async def write_json(self, name: str, value: Mapping[str, Any]) -> bool:
         """Whether `value` is kept: then it survives a crash."""
@@ -4578,17 +4667,15 @@ class StateFiles:
 
         Where no lock can be made (no directory, a full or a read-only one, Windows), there is none.
         """
-        path, descriptor = Path(), None
-        if self.directory is not None and os.name == "posix":
-            path = self.directory / f"{name}.lock"
-            descriptor = await self._wait_for_lock(path)
+        has_locks = self.directory is not None and os.name == "posix"
+        held = await self._wait_for_lock(cast(Path, self.directory) / f"{name}.lock") if has_locks else None
         try:
             yield
         finally:
-            if descriptor is not None:
-                _release_lock(path, descriptor, delete=True)
+            if held is not None:
+                _release_lock(*held, delete=True)
 
-    async def _wait_for_lock(self, path: Path) -> int | None:
+    async def _wait_for_lock(self, path: Path) -> tuple[Path, int] | None:
         deadline = time.monotonic() + LOCK_SECONDS
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -4600,14 +4687,14 @@ class StateFiles:
         except OSError as error:
             self.note_failure(error)
             return None
-        return descriptor
+        return path, descriptor
 
     def delete_unused(self, now: float) -> int:
         """Delete what was not used for 100 days before `now` (Unix seconds); how many files that were."""
         deleted = 0
         for path in self.directory.glob("tokens/*") if self.directory is not None else ():
             with suppress(OSError):
-                if now - path.stat().st_mtime > _UNUSED_SECONDS:
+                if now - path.stat().st_mtime > 100 * _DAY_SECONDS:
                     path.unlink()
                     deleted += 1
         return deleted
@@ -4618,14 +4705,8 @@ class StateFiles:
         if not self._warned:
             self._warned = True
             reason = os.strerror(error.errno) if error.errno else type(error).__name__
-            place = self.directory
-            logger.warning(
-                "! state cannot be kept in %s (%s): a restart may lose tokens and open conversations", place, reason
-            )
-
-
-def _name_state(digest: bytes) -> str:
-    return f"tokens/{digest.hex()}"
+            words = "! state cannot be kept in %s (%s): a restart may lose tokens and open conversations"
+            logger.warning(words, self.directory, reason)
 
 
 def take_lock(path: Path) -> int | None:
@@ -4654,34 +4735,17 @@ def _release_lock(path: Path, descriptor: int, *, delete: bool) -> None:
     os.close(descriptor)
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTokens:
-    """An account's newest pair, when it came (Unix seconds), and how long its access token lives.
-
-    `previous_refresh_token` gave it: that may still be good where the newest is not [open].
-    """
-
-    access_token: str = field(repr=False)
-    refresh_token: str = field(repr=False)
-    previous_refresh_token: str = field(repr=False)
-    received: float
-    life_seconds: float
-
-    @property
-    def is_live(self) -> bool:
-        """Whether its access token can be used."""
-        return 0 <= time.time() - self.received < self.life_seconds
+_STORED_TOKEN: Final = re.compile(r"[!-~]{1,8192}")  # what may stand in a header
 
 
-def parse_stored_tokens(value: dict[str, Any]) -> StoredTokens:
-    """The tokens in a state file. Raises `ValueError` and others for what is not of our making."""
+def _parse_tokens(value: dict[str, Any]) -> TokenPair:
     access_token, refresh_token = value["access_token"], value["refresh_token"]
     previous = value.get("previous_refresh_token", refresh_token)
     received, life_seconds = float(value["received"]), float(value["life_seconds"])
-    tokens = (access_token, refresh_token, previous)
-    if not all(map(_STORED_TOKEN.fullmatch, tokens)) or not isfinite(received + life_seconds):
+    are_tokens = all(map(_STORED_TOKEN.fullmatch, (access_token, refresh_token, previous)))
+    if not are_tokens or not isfinite(received + life_seconds):
         raise ValueError("not of our making")
-    return StoredTokens(access_token, refresh_token, previous, received, life_seconds)
+    return TokenPair(access_token, refresh_token, previous, received, life_seconds)
 
 
 class KeptConversations:
@@ -4709,7 +4773,7 @@ class KeptConversations:
 
     async def keep(self, account: Account, conversation_id: str, protocol: str, message_id: str) -> None:
         """Remember the conversation as the one used last."""
-        name = f"{_name_state(account.digest)}.chats"
+        name = f"tokens/{account.digest.hex()}.chats"
         async with self._state.lock(name):
             kept = await self._read(account)
             kept.pop(conversation_id, None)
@@ -4722,7 +4786,7 @@ class KeptConversations:
             del self._unsaved[next(iter(self._unsaved))]
 
     async def _read(self, account: Account) -> dict[str, tuple[str, str]]:
-        kept = await self._state.read_json(f"{_name_state(account.digest)}.chats.json", _parse_kept)
+        kept = await self._state.read_json(f"tokens/{account.digest.hex()}.chats.json", _parse_kept)
         return (kept or {}) | self._unsaved.get(account.digest, {})
 
 
@@ -4730,22 +4794,18 @@ def _parse_kept(value: dict[str, Any]) -> dict[str, tuple[str, str]]:
     return {one: (str(protocol), str(message_id)) for one, (protocol, message_id) in value.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class OpenConversation:
-    """A conversation that is open at the service: its protocol, its account's digest, and since when (Unix seconds)."""
+class OpenConversation(NamedTuple):
+    """A conversation that is open at the service: its protocol, its account's digest in hex, since when (Unix)."""
 
     id: str
     protocol: str
-    account: bytes
+    account: str
     since: int
 
 
 def _parse_open(value: dict[str, Any]) -> dict[str, OpenConversation]:
-    found = {
-        one: OpenConversation(one, str(protocol), bytes.fromhex(account), int(since))
-        for one, (protocol, account, since) in value.items()
-    }
-    if not all(map(IDENTIFIER.fullmatch, found)) or any(len(one.account) != 32 for one in found.values()):
+    found = {one: OpenConversation(one, str(two), three, int(four)) for one, two, three, four in value.get("open", ())}
+    if not all(IDENTIFIER.fullmatch(one.id) and len(bytes.fromhex(one.account)) == 32 for one in found.values()):
         raise ValueError("not of our making")
     return found
 
@@ -4760,7 +4820,7 @@ class OpenConversations:
     """
 
     _MAX = 10_000
-    _MAX_SECONDS = 7 * 86_400
+    _MAX_DAYS = 7
     _PAUSE_SECONDS = 600.0  # after a removal that failed
 
     def __init__(self, state: StateFiles) -> None:
@@ -4779,12 +4839,12 @@ class OpenConversations:
     @property
     def orphan_owners(self) -> set[bytes]:
         """The digests of their accounts."""
-        return {self._open[one].account for one in self._due}
+        return {bytes.fromhex(self._open[one].account) for one in self._due}
 
     def add(self, account: bytes, protocol: str, conversation_id: str) -> None:
         """Note a conversation that was opened for the account with that digest."""
         if self._directory is not None:
-            self._open[conversation_id] = OpenConversation(conversation_id, protocol, account, int(time.time()))
+            self._open[conversation_id] = OpenConversation(conversation_id, protocol, account.hex(), int(time.time()))
             self._drop_old()
             self._write()
 
@@ -4800,37 +4860,28 @@ class OpenConversations:
             self._due[conversation_id] = time.monotonic() + self._PAUSE_SECONDS
 
     def orphans(self, account: bytes) -> list[OpenConversation]:
-        """What is to be removed of that account, the oldest first; given once, to be discarded or postponed."""
-        now = time.monotonic()
-        found = [self._open[one] for one, due in self._due.items() if due <= now and self._open[one].account == account]
+        """What is to be removed of that account; given once, to be discarded or postponed."""
+        now, owner = time.monotonic(), account.hex()
+        found = [self._open[one] for one, due in self._due.items() if due <= now and self._open[one].account == owner]
         for one in found:
             del self._due[one.id]
         return found
 
     def recover(self) -> int:
         """Take over what processes that died left open, before anything is added; how many conversations that are."""
-        files: list[tuple[Path, int]] = []
-        found: dict[str, OpenConversation] = {}
         for path in self._directory.glob("*.json") if self._directory is not None else ():
             try:
                 descriptor = take_lock(path)
             except OSError as error:
                 self._state.note_failure(error)
                 continue
-            if descriptor is None:
-                continue
-            opened = self._state.read_now(path, _parse_open)
-            if opened is None:  # another service's
-                os.close(descriptor)
-            else:
-                found |= opened
-                files.append((path, descriptor))
-        self._open = {one.id: one for one in sorted(found.values(), key=lambda one: one.since)}
+            if descriptor is not None:
+                opened = self._state.read_now(path, _parse_open)  # None where it is another service's
+                merged = sorted((self._open | (opened or {})).items(), key=lambda item: item[1].since)
+                self._open = dict(merged)
+                self._drop_old()
+                _release_lock(path, descriptor, delete=opened is not None and self._write())
         self._due = dict.fromkeys(self._open, 0.0)
-        self._drop_old()
-        is_safe = not self._open or self._write()
-        for path, descriptor in files:
-            _release_lock(path, descriptor, delete=is_safe)
         return len(self._open)
 
     def close(self) -> None:
@@ -4841,32 +4892,28 @@ class OpenConversations:
 
     def _drop_old(self) -> None:
         """Give up what could not be removed for 7 days, and the oldest of too many."""
-        count, since = len(self._open), time.time() - self._MAX_SECONDS
-        while self._open:
-            oldest = next(iter(self._open.values()))
-            if oldest.since >= since and len(self._open) <= self._MAX:
-                break
-            del self._open[oldest.id]
-            self._due.pop(oldest.id, None)
-        if dropped := count - len(self._open):
-            self._state.metrics.count("kimi_proxy_orphans_dropped_total", dropped)
-            logger.warning("! %d conversations could not be removed for 7 days, and may be left at Kimi", dropped)
+        first = time.time() - self._MAX_DAYS * _DAY_SECONDS
+        dropped = {one.id for one in self._open.values() if one.since < first} | {*list(self._open)[: -self._MAX]}
+        for one in dropped:
+            del self._open[one]
+            self._due.pop(one, None)
+        if dropped:
+            self._state.metrics.count("kimi_proxy_orphans_dropped_total", len(dropped))
+            words = "! %d conversations could not be removed for 7 days, and may be left at Kimi"
+            logger.warning(words, len(dropped))
 
     def _write(self) -> bool:
         """Write all that is open; whether that went well. A failure leaves what stood there."""
-        data = self._state.encode({one.id: (one.protocol, one.account.hex(), one.since) for one in self._open.values()})
+        data = self._state.encode({"open": [*self._open.values()]})
         try:
             self._file = self._file or self._make_file()
             descriptor = self._file[1]
-            # One write, with blanks over the end of what stood there: being killed does not tear it.
-            is_whole = os.pwrite(descriptor, data.ljust(len(self._data)), 0) >= len(data)
-            if is_whole:
-                self._data = data
-            else:
-                os.pwrite(descriptor, self._data, 0)
-            os.ftruncate(descriptor, len(self._data))
-            if not is_whole:
+            # With blanks over the end of what stood there, a process that is killed in between tears nothing.
+            if (written := os.pwrite(descriptor, data.ljust(len(self._data)), 0)) < len(data):
+                os.pwrite(descriptor, self._data.ljust(written), 0)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.ftruncate(descriptor, len(data))
+            self._data = data
         except OSError as error:
             self._state.note_failure(error)
             return False
@@ -4875,11 +4922,10 @@ class OpenConversations:
     def _make_file(self) -> tuple[Path, int]:
         assert self._directory is not None
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for _ in range(3):  # a process that starts may take it for a dead one's before it is locked
+        while True:  # a process that starts may take it for a dead one's before it is locked
             path = self._directory / f"{os.getpid()}-{secrets.token_hex(8)}.json"
             if (descriptor := take_lock(path)) is not None:
                 return path, descriptor
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
 
 class Accounts:
@@ -4909,10 +4955,7 @@ class Accounts:
         return account
 
     async def recall(self, digest: bytes) -> Account | None:
-        """The account of a token that is not known, by its digest: in memory, or by the tokens that are kept of it.
-
-        None where there is neither.
-        """
+        """The account with that digest, in memory or by the tokens that are kept of it; None where there is neither."""
         if digest not in self._accounts and (kept := await self._read(digest)) is not None:
             # A client may have brought the token itself in this time.
             self._accounts.setdefault(digest, self._make(kept.refresh_token, digest))
@@ -4920,16 +4963,15 @@ class Accounts:
 
     async def access_token(self, account: Account) -> str:
         """A live access token. Raises `ProxyError`: `token_dead` or `token_expired` where the service gives none."""
-        now = asyncio.get_running_loop().time()
-        if account.refusal is not None and now < account.refused_until:
+        if account.refusal is not None and asyncio.get_running_loop().time() < account.refused_until:
             raise account.refusal.copy()
         if account.is_access_token:
-            expires = account.claims.get("exp")
-            if isinstance(expires, int | float) and expires <= time.time():
+            expires = _read_time(account.claims, "exp")
+            if expires is not None and expires <= time.time():
                 raise ProxyError("token_expired")
             return account.token
-        if account.access_token and now < account.expires_at:
-            return account.access_token
+        if account.tokens is not None and account.tokens.is_live:
+            return account.tokens.access_token
         if account.refreshing is None:
             account.refreshing = self._tasks.start(self._renew(account), "refresh")
         outcome = await asyncio.shield(account.refreshing)
@@ -4938,20 +4980,19 @@ class Accounts:
         return outcome
 
     async def drop(self, account: Account, access_token: str) -> None:
-        """Forget `access_token`, which the service no longer takes; a newer one stays."""
+        """Use `access_token` no more, as the service refused it; another one stays."""
         if account.is_access_token:
-            self._note_refused(account, ProxyError("token_expired"))
+            account.refuse(ProxyError("token_expired"))
             return
         async with account.lock:
-            account.dropped = access_token
-            if account.access_token == access_token:
-                account.access_token = ""
+            if account.tokens is not None and account.tokens.access_token == access_token:
+                account.tokens = replace(account.tokens, life_seconds=0.0)
 
     async def save(self) -> None:
         """Try once more, at the end, to write the tokens that could not be written."""
         for account in [one for one in self._accounts.values() if not one.is_saved]:
             with suppress(ProxyError):
-                async with account.lock, self._state.lock(_name_state(account.digest)):
+                async with account.lock, self._state.lock(f"tokens/{account.digest.hex()}"):
                     kept, own = await self._read(account.digest), account.tokens
                     if own is not None and (kept is None or kept.received < own.received):
                         await self._write(account, own)
@@ -4959,75 +5000,56 @@ class Accounts:
     async def _renew(self, account: Account) -> str | ProxyError:
         """An access token that another process fetched, else a new one; or the failure, which all share that wait."""
         try:
-            async with account.lock, self._state.lock(_name_state(account.digest)):
-                kept = await self._read(account.digest)
-                if kept is None or not self._is_news(account, kept):
-                    kept = await self._fetch(account, kept)
-                    self._use(account, kept)  # first: whatever the disk does, it must not get lost
-                    await self._write(account, kept)
-                else:
-                    self._use(account, kept)
-                return kept.access_token
+            async with account.lock, self._state.lock(f"tokens/{account.digest.hex()}"):
+                pairs = [pair for pair in (account.tokens, await self._read(account.digest)) if pair is not None]
+                pairs.sort(key=lambda pair: pair.received, reverse=True)
+                if pairs and pairs[0].is_live:
+                    self._use(account, pairs[0])
+                    return pairs[0].access_token
+                tokens = await self._fetch(account, pairs)
+                self._use(account, tokens)  # first: whatever the disk does, it must not get lost
+                await self._write(account, tokens)
+                return tokens.access_token
         except ProxyError as error:
             if error.code == "token_dead":
-                self._note_refused(account, error)
+                account.refuse(error)
             return error.copy()
         finally:
             account.refreshing = None
 
-    @staticmethod
-    def _note_refused(account: Account, error: ProxyError) -> None:
-        account.refusal = error.copy()
-        account.refused_until = asyncio.get_running_loop().time() + _REFUSAL_SECONDS
-
-    @staticmethod
-    def _is_news(account: Account, kept: StoredTokens) -> bool:
-        """Whether another process fetched a pair that this one can use."""
-        is_newer = account.tokens is None or kept.received > account.tokens.received
-        return kept.is_live and is_newer and kept.access_token != account.dropped
-
-    async def _fetch(self, account: Account, kept: StoredTokens | None) -> StoredTokens:
+    async def _fetch(self, account: Account, pairs: Sequence[TokenPair]) -> TokenPair:
         """A new pair, by the newest refresh token; where that is refused, each older one is tried once [open]."""
-        pairs = sorted(filter(None, (account.tokens, kept)), key=lambda pair: pair.received, reverse=True)
-        newest_first = [pair.refresh_token for pair in pairs]
-        known = dict.fromkeys((*newest_first, *(pair.previous_refresh_token for pair in pairs), account.token))
+        newest = [pair.refresh_token for pair in pairs]
         refusal = ProxyError("token_dead")
-        for account.refresh_token in known:
+        for refresh_token in dict.fromkeys((*newest, *(pair.previous_refresh_token for pair in pairs), account.token)):
+            account.refresh_token = refresh_token
             try:
-                pair = await self._refresh(account)
+                new = await self._refresh(account)
             except ProxyError as error:
                 if error.code != "token_dead":
                     raise
                 refusal = error
             else:
-                return self._make_stored(account, pair)
+                life_seconds = _life_seconds(read_claims(new.access_token))
+                next_token = new.refresh_token or refresh_token
+                return TokenPair(new.access_token, next_token, refresh_token, time.time(), life_seconds)
         raise refusal
 
     @staticmethod
-    def _make_stored(account: Account, pair: TokenPair) -> StoredTokens:
-        """What to keep of a pair that `account.refresh_token` gave."""
-        refresh_token = pair.refresh_token or account.refresh_token
-        ends = read_claims(refresh_token).get("exp")
-        if isinstance(ends, int | float) and ends - time.time() < _ENDING_SECONDS:
-            logger.warning("! the refresh token of account %s ends within 7 days: log in anew", account.label)
-        life_seconds = _life_seconds(read_claims(pair.access_token))
-        return StoredTokens(pair.access_token, refresh_token, account.refresh_token, time.time(), life_seconds)
-
-    @staticmethod
-    def _use(account: Account, tokens: StoredTokens) -> None:
-        account.tokens = tokens
-        account.refusal = None
-        account.access_token, account.refresh_token = tokens.access_token, tokens.refresh_token
+    def _use(account: Account, tokens: TokenPair) -> None:
+        account.tokens, account.refresh_token = tokens, tokens.refresh_token
         account.claims = read_claims(tokens.access_token)
-        age = max(0.0, time.time() - tokens.received)
-        account.expires_at = asyncio.get_running_loop().time() + tokens.life_seconds - age
+        account.refusal = None
         logger.debug("= account %s has a new access token", account.label)
+        ends = _read_time(read_claims(tokens.refresh_token), "exp")
+        if ends is not None and ends - time.time() < 7 * _DAY_SECONDS:
+            logger.warning("! the refresh token of account %s ends within 7 days: log in anew", account.label)
 
-    async def _read(self, digest: bytes) -> StoredTokens | None:
-        return await self._state.read_json(f"{_name_state(digest)}.json", parse_stored_tokens)
+    async def _read(self, digest: bytes) -> TokenPair | None:
+        return await self._state.read_json(f"tokens/{digest.hex()}.json", _parse_tokens)
 
-    async def _write(self, account: Account, tokens: StoredTokens) -> None:
-        is_kept = await self._state.write_json(f"{_name_state(account.digest)}.json", asdict(tokens))
+    async def _write(self, account: Account, tokens: TokenPair) -> None:
+        is_kept = await self._state.write_json(f"tokens/{account.digest.hex()}.json", asdict(tokens))
         account.is_saved = is_kept or self._state.directory is None
 
     def _make(self, token: str, digest: bytes) -> Account:
@@ -5048,10 +5070,10 @@ def _life_seconds(claims: Mapping[str, Any]) -> float:
 
     The difference, since the clock of a small machine may be wrong; TOKEN_SECONDS where there is none.
     """
-    issued, expires = claims.get("iat"), claims.get("exp")
-    if not isinstance(issued, int | float) or not isinstance(expires, int | float) or expires <= issued:
+    issued, expires = _read_time(claims, "iat"), _read_time(claims, "exp")
+    if issued is None or expires is None or expires <= issued:
         return TOKEN_SECONDS
-    life = float(min(expires - issued, 30 * 86_400))
+    life = min(expires - issued, 30.0 * _DAY_SECONDS)
     return life - 60 if life > 120 else life / 2
 
 
@@ -7650,13 +7672,11 @@ def read_tokens(request: web.Request) -> tuple[str, ...]:
 
 @lru_cache(maxsize=1024)
 def _split_tokens(credential: str) -> tuple[str, ...]:
-    tokens = tuple(dict.fromkeys(word.strip() for word in credential.split(",") if word.strip()))
+    tokens = read_pasted_tokens(credential)
     if not tokens:
         raise ProxyError("token_missing")
     if len(tokens) > _MOST_TOKENS:
         raise ProxyError("token_missing", f"at most {_MOST_TOKENS} tokens in a request")
-    if not all(map(TOKEN_SHAPE.fullmatch, tokens)):
-        raise ProxyError("token_missing", "the token has characters that no token has")
     return tokens
 
 

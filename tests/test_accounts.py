@@ -35,6 +35,9 @@ from kimi_proxy import (
     is_access_token,
     name_service,
     read_claims,
+    read_pasted_token,
+    read_pasted_tokens,
+    region_of,
 )
 
 
@@ -283,7 +286,7 @@ async def test_where_the_newest_token_is_refused_each_older_one_is_tried_once(
         await accounts.drop(account, await accounts.access_token(account))
     if restarts:
         accounts = make_accounts(service, directory=tmp_path)
-        await accounts.drop(accounts.get("r"), "access-2")
+        await accounts.drop(accounts.get("r"), await accounts.access_token(accounts.get("r")))
     service.valid = good
     for _ in range(2):
         try:
@@ -633,6 +636,8 @@ async def test_processes_on_one_directory_never_destroy_each_others_tokens(tmp_p
         ({"exp": 1900}, 300),
         ({"iat": 1900, "exp": 1000}, 300),
         ({"iat": "x", "exp": 1}, 300),
+        ({"iat": 1.5, "exp": 10**400}, 300),
+        ({"iat": 0, "exp": 10**11}, 30 * 86_400 - 60),
     ],
 )
 async def test_an_access_tokens_life_is_what_it_tells_counted_from_its_receipt(
@@ -645,7 +650,7 @@ async def test_an_access_tokens_life_is_what_it_tells_counted_from_its_receipt(
     accounts = make_accounts(Telling())
     account = accounts.get("r")
     await accounts.access_token(account)
-    assert account.expires_at - asyncio.get_running_loop().time() == pytest.approx(life, abs=2)
+    assert account.tokens is not None and account.tokens.life_seconds == life
 
 
 async def test_a_refresh_token_that_ends_soon_is_told(log_lines: LogRecorder) -> None:
@@ -657,6 +662,79 @@ async def test_a_refresh_token_that_ends_soon_is_told(log_lines: LogRecorder) ->
     account = accounts.get("r")
     await accounts.access_token(account)
     assert f"account {account.label} ends within 7 days" in log_lines.text
+
+
+@pytest.mark.parametrize("token", ["eyJhbGciOi.e30.c2ln-_", "opaque+/=", "t"])
+@pytest.mark.parametrize(
+    "pasted",
+    [
+        *("{}", "  {}\r\n", '"{}"', "'{}'", "`{}`", "Bearer {}", "bearer   Bearer {}", '"Bearer {}"', 'Bearer "{}"'),
+        *("Authorization: Bearer {}", "refresh_token={}", 'refresh_token: "{}"', "access_token={}"),
+        *("kimi-auth={}", "Cookie: kimi-auth={}", "_ga=GA1.2; kimi-auth={}; theme=dark", "a=b;kimi-auth={}"),
+        *(
+            '{{"refresh_token": "{}"}}',
+            '{{"access_token": "x", "refresh_token":"{}"}}',
+            '{{"data": {{"refreshToken": "{}"}}}}',
+        ),
+        *('\n{{\n  "accessToken": "{}"\n}}\n', '{{"refresh_token": null, "access_token": "{}"}}'),
+    ],
+)
+def test_a_token_is_read_from_what_a_user_pastes(token: str, pasted: str) -> None:
+    assert read_pasted_token(pasted.format(token)) == token
+    assert read_pasted_tokens(pasted.format(token)) == (token,)
+
+
+@pytest.mark.parametrize(
+    ("pasted", "looks_like"),
+    [
+        ("https://www.kimi.com/chat/x", "a URL"),
+        ("sk-abcdefghijklmnopqrstuvwx", "a key of Kimi's API platform"),
+        *(
+            (one, "a placeholder")
+            for one in ("null", "undefined", "<refresh token>", "\u2026", "...", '""', "Bearer", "''")
+        ),
+        ("[object Object]", "a placeholder"),
+        *(
+            (one, "JSON without a refresh_token")
+            for one in ("{}", '{"token": "x"}', "{", '{"refresh_token": 7}', '{"data":[]}')
+        ),
+        ("_ga=GA1.2; theme=dark", "cookies without kimi-auth"),
+        ("the token", "several words"),
+        ("eyJ\r\nX-Evil: 1", "several words"),
+        *((one, "other characters") for one in ("tok\u00e9n", "t\x7f", "t\x00", "t,", "a" * 8193)),
+    ],
+)
+def test_what_is_no_token_is_told_by_its_looks(pasted: str, looks_like: str) -> None:
+    with pytest.raises(ProxyError) as caught:
+        read_pasted_token(pasted)
+    assert (caught.value.code, caught.value.status) == ("token_malformed", 401)
+    assert looks_like in caught.value.message and "Local Storage" in caught.value.message
+    for secret in ("abcdefgh", "GA1.2", "Evil", "chat/x"):
+        assert secret not in caught.value.message
+
+
+def test_several_tokens_are_read_with_whatever_is_pasted_around_each() -> None:
+    assert read_pasted_tokens('a, Bearer b,"c",, kimi-auth=d,a') == ("a", "b", "c", "d")
+    assert read_pasted_tokens("Bearer a\nb,c  d\n", r",\s") == ("a", "b", "c", "d")
+    assert read_pasted_tokens(" , ") == ()
+    with pytest.raises(ProxyError):
+        read_pasted_tokens("a b")
+
+
+@pytest.mark.parametrize(
+    ("claims", "region"),
+    [
+        ({"aud": ["kimi.ai"], "region": "overseas"}, "global"),
+        ({"aud": "kimi.ai"}, "global"),
+        ({"region": "overseas"}, "global"),
+        ({"aud": ["kimi.com"]}, "cn"),
+        ({"aud": "kimi.com", "region": "cn"}, "cn"),
+        ({"region": "cn"}, "cn"),
+        *((claims, "") for claims in list[dict[str, Any]]([{}, {"aud": ["kimi"]}, {"aud": 7, "region": []}])),
+    ],
+)
+def test_a_tokens_region_is_told_by_its_claims(claims: dict[str, Any], region: str) -> None:
+    assert region_of(claims) == region
 
 
 async def test_an_access_token_of_kimis_is_told_from_others(service: Service) -> None:
@@ -840,7 +918,7 @@ def files_in(directory: Path) -> list[Path]:
 def noted_in(directory: Path) -> set[str]:
     """The ids in the one file that there is."""
     (path,) = files_in(directory)
-    return set(json.loads(path.read_text())) - {"service"}
+    return {one for one, *_ in json.loads(path.read_text())["open"]}
 
 
 def test_what_is_open_is_left_to_the_next_process_and_given_once(tmp_path: Path) -> None:
@@ -899,20 +977,20 @@ def test_a_file_is_for_its_owner_alone_and_names_ids_and_digests(tmp_path: Path)
     (path,) = files_in(tmp_path)
     assert (stat.S_IMODE(path.stat().st_mode), stat.S_IMODE(path.parent.stat().st_mode)) == (0o600, 0o700)
     known = json.loads(path.read_text())
-    assert abs(known["c1"].pop() - time.time()) < 60
-    assert known == {"service": "kimi", "c1": ["connect", B.hex()]}
+    assert abs(known["open"][0].pop() - time.time()) < 60
+    assert known == {"service": "kimi", "open": [["c1", "connect", B.hex()]]}
     opened.close()
 
 
-WRONG_OPEN: list[dict[str, Any]] = [
-    *({"c1": bad} for bad in list[Any]([1, [], {}, None, ["classic"], ["classic", "00" * 31, 4e9]])),
-    *({"c1": ["classic", "00" * 32, bad]} for bad in list[Any](["x", [], None, float("inf")])),
-    *({bad: ["classic", "00" * 32, 4e9]} for bad in ("../x", "", "a" * 65)),
-    {"c1": ["classic", "zz" * 32, 4e9]},
+WRONG_OPEN: list[Any] = [
+    *(1, None, "c1", [1], [[]], [["c1", "classic"]], [["c1", "classic", "00" * 31, 4e9]]),
+    *([["c1", "classic", "00" * 32, bad]] for bad in list[Any](["x", [], None, float("inf")])),
+    *([[bad, "classic", "00" * 32, 4e9]] for bad in list[Any](["../x", "", "a" * 65, 7, []])),
+    *([["c1", "classic", bad, 4e9]] for bad in list[Any](["zz" * 32, 7, None])),
 ]
 
 
-@pytest.mark.parametrize("content", [*BROKEN, *(json.dumps(wrong).encode() for wrong in WRONG_OPEN)])
+@pytest.mark.parametrize("content", [*BROKEN, *(json.dumps({"open": wrong}).encode() for wrong in WRONG_OPEN)])
 def test_a_file_of_no_use_is_set_aside(tmp_path: Path, log_lines: LogRecorder, content: bytes) -> None:
     (tmp_path / "conversations").mkdir()
     (tmp_path / "conversations" / "1-x.json").write_bytes(content)
@@ -929,8 +1007,8 @@ def test_after_7_days_and_beyond_10000_the_oldest_are_dropped(tmp_path: Path, lo
     (tmp_path / "conversations").mkdir()
     now, day = int(time.time()), 86_400
     since = [now - 8 * day, now - 6 * day, *(now - day for _ in range(10_000))]
-    value = {f"c{number}": ["classic", A.hex(), one] for number, one in enumerate(since)}
-    (tmp_path / "conversations" / "1-x.json").write_text(json.dumps(value))
+    opened = [[f"c{number}", "classic", A.hex(), one] for number, one in enumerate(since)]
+    (tmp_path / "conversations" / "1-x.json").write_text(json.dumps({"open": opened}))
     metrics = Metrics()
     heir = OpenConversations(StateFiles(tmp_path, metrics))
     assert heir.recover() == 10_000

@@ -163,10 +163,25 @@ async def test_one_token_twice_is_one_account(simulator: Simulator, proxy: str) 
     assert simulator.account(token).count("ask") == 1
 
 
-@pytest.mark.parametrize("header", ["Bearer ,", "Bearer  , ,", "Bearer a b", "Bearer tok\u00e9n"])
-async def test_a_list_without_a_token_is_refused(proxy: str, http: aiohttp.ClientSession, header: str) -> None:
+@pytest.mark.parametrize(
+    ("header", "code"),
+    [
+        *((one, "token_missing") for one in ("Bearer ,", "Bearer  , ,")),
+        *((one, "token_malformed") for one in ("Bearer a b", "Bearer tok\u00e9n", "Bearer {}", "Bearer a,null")),
+    ],
+)
+async def test_a_list_without_a_token_is_refused(
+    proxy: str, http: aiohttp.ClientSession, header: str, code: str
+) -> None:
     async with http.post(proxy + CHAT, json=chat_body(), headers={"Authorization": header}) as response:
-        assert (response.status, (await response.json())["error"]["code"]) == (401, "token_missing")
+        assert (response.status, (await response.json())["error"]["code"]) == (401, code)
+
+
+@pytest.mark.parametrize("pasted", ["Bearer {}", '"{}"', "_ga=1; kimi-auth={}; b=c", '{{"refresh_token": "{}"}}'])
+async def test_what_a_user_pastes_around_a_token_does_no_harm(simulator: Simulator, proxy: str, pasted: str) -> None:
+    token = simulator.token("hello")
+    assert (await ask(proxy, pasted.format(token)))[0] == 200
+    assert asks(simulator, token) == [1]
 
 
 async def test_files_are_brought_to_the_account_that_is_asked_in_the_end(
@@ -665,7 +680,7 @@ def leave_orphans(simulator: Simulator, directory: Path, token: str, dialect: st
     place = directory / "conversations"
     place.mkdir(exist_ok=True, parents=True)
     known = (dialect, hashlib.sha256(token.encode()).hexdigest(), int(time.time() - days * 86_400))
-    value = {"service": "127.0.0.1"} | dict.fromkeys(ids, known)
+    value = {"service": "127.0.0.1", "open": [(one, *known) for one in ids]}
     (place / f"{len(list(place.iterdir()))}-died.json").write_text(json.dumps(value))
 
 
@@ -675,7 +690,7 @@ def files_in(directory: Path) -> list[Path]:
 
 def left_in(directory: Path) -> int:
     """How many conversations are noted as open."""
-    return sum(len(json.loads(path.read_text())) - 1 for path in files_in(directory))
+    return sum(len(json.loads(path.read_text())["open"]) for path in files_in(directory))
 
 
 def orphans_left(simulator: Simulator, token: str) -> int:
@@ -906,9 +921,7 @@ async def test_a_conversation_is_noted_while_it_is_open_and_of_no_other_process(
         await response.content.readuntil(b"\n\n")
         (path,) = files_in(tmp_path)
         text = path.read_text()
-        value = json.loads(text)
-        assert value.pop("service") == "127.0.0.1"
-        ((conversation_id, opened),) = value.items()
+        ((conversation_id, *opened),) = json.loads(text)["open"]
         assert {conversation_id} == set(simulator.account(token).conversations)
         assert opened[:2] == [dialect, hashlib.sha256(token.encode()).hexdigest()]
         assert token not in text and "sesame" not in text

@@ -316,7 +316,7 @@ async def test_cors_can_be_kept_to_named_origins(start_proxy: StartProxy, http: 
         ("Bearer", "token_missing"),
         ("Bearer   ", "token_missing"),
     ]
-    + [("Bearer nobody", "token_dead"), ("Bearer a b", "token_missing")],
+    + [("Bearer nobody", "token_dead"), ("Bearer a b", "token_malformed")],
 )
 async def test_no_or_a_dead_token_is_a_401_that_says_what_to_do(
     proxy: str, http: aiohttp.ClientSession, header: str | None, code: str
