@@ -4419,7 +4419,9 @@ def read_pasted_token(text: str) -> str:
     looks_like = next((words for pattern, words in _LOOKS if pattern.fullmatch(token or text)), "")
     if not looks_like and TOKEN_SHAPE.fullmatch(token):
         return token
-    raise ProxyError("token_malformed", f"this looks like {looks_like}" if looks_like else "it has other characters")
+    raise ProxyError(
+        "token_malformed", f"this looks like {looks_like}" if looks_like else "it has characters that no token has"
+    )
 
 
 def read_pasted_tokens(text: str, separators: str = ",") -> tuple[str, ...]:
@@ -7338,12 +7340,16 @@ def read_secrets(name: str, text: str, file_name: str, environ: Mapping[str, str
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or type(error).__name__
             raise SettingsError(f"{name}_FILE: cannot be read ({reason})") from None
-    words = tuple(dict.fromkeys(text.replace(",", " ").split()))
+    try:
+        is_key = name == "PROXY_API_KEYS"
+        words = tuple(dict.fromkeys(re.findall(r"[^,\s]+", text))) if is_key else read_pasted_tokens(text, r",\s")
+    except ProxyError as error:
+        raise SettingsError(f"{name}: {error.detail}; {error.failure.text}") from None
     if file_name and not words:
         raise SettingsError(f"{name}_FILE: is empty")
     for number, word in enumerate(words, 1):
         if not TOKEN_SHAPE.fullmatch(word):
-            raise SettingsError(f"{name}: word {number} has characters that no token or key has")
+            raise SettingsError(f"{name}: word {number} has characters that no key has")
     return words
 
 

@@ -301,3 +301,27 @@ def test_tokens_are_reloaded_from_their_file_and_stay_where_it_is_of_no_use(
     assert not access.reload_tokens() and access.tokens == ("b",)
     assert log_lines.text.count("the held tokens stay as they are: KIMI_REFRESH_TOKEN") == 4
     assert not Access(Settings(refresh_token="t"), {}).reload_tokens()
+
+
+@pytest.mark.parametrize(
+    "pasted", ["Bearer {}", '"{}"\n', "_ga=1; kimi-auth={}; b=c", '{{\n"refresh_token": "{}"\n}}\n']
+)
+async def test_a_held_token_is_read_from_what_a_user_pastes(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession, tmp_path: Path, pasted: str
+) -> None:
+    token = simulator.token("hello")
+    path = tmp_path / "token"
+    path.write_text(pasted.format(token))
+    proxy = await start_proxy(refresh_token_file=str(path))
+    async with http.post(proxy + "/v1/chat/completions", json=chat_body()) as response:
+        assert response.status == 200
+    assert len(simulator.account(token).asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("pasted", "looks_like"), [("null", "a placeholder"), ("_ga=1; b=c", "cookies without kimi-auth"), ("{}", "JSON")]
+)
+def test_a_held_token_that_is_none_is_told_by_its_looks(pasted: str, looks_like: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        Access(Settings(refresh_token=pasted), {})
+    assert looks_like in str(caught.value) and "Local Storage" in str(caught.value)

@@ -701,7 +701,7 @@ def test_a_token_is_read_from_what_a_user_pastes(token: str, pasted: str) -> Non
         ("_ga=GA1.2; theme=dark", "cookies without kimi-auth"),
         ("the token", "several words"),
         ("eyJ\r\nX-Evil: 1", "several words"),
-        *((one, "other characters") for one in ("tok\u00e9n", "t\x7f", "t\x00", "t,", "a" * 8193)),
+        *((one, "characters that no token has") for one in ("tok\u00e9n", "t\x7f", "t\x00", "t,", "a" * 8193)),
     ],
 )
 def test_what_is_no_token_is_told_by_its_looks(pasted: str, looks_like: str) -> None:
