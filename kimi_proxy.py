@@ -1286,6 +1286,7 @@ def error_of_connect(
     reason = " ".join(reasons).upper()
     by_reason = next((code for word, code in _REASON_CODES.items() if word in reason), "")
     code = by_reason or _CODES.get(name) or _code_of_status(status)
+    status = _CONNECT_STATUSES.get(name, status) if status == 200 else status
     if "CAPTCHA" in reason:
         said.append("open Kimi in a browser once, and solve its captcha")
     return _make_error(code, step, status, name, ", ".join(dict.fromkeys(said)), retry_after_seconds)
@@ -1324,6 +1325,8 @@ _CODES: Final[Mapping[str, str]] = {  # by classic's `error_type` [ref] or conne
     "unavailable": "service_failed",
     "internal": "service_failed",
 }
+# The HTTP status that an error has when it comes within a stream (Connect protocol, "Error Codes").
+_CONNECT_STATUSES: Final[Mapping[str, int]] = {"invalid_argument": 400, "not_found": 404, "unimplemented": 501}
 _REASON_CODES: Final[Mapping[str, str]] = {  # by a word of the reason [2+], [1]
     "OVERLOAD": "service_busy",
     "QUOTA": "quota_used_up",
@@ -4566,6 +4569,7 @@ class Account:
         self.lock = asyncio.Lock()
         self.tokens: TokenPair | None = None
         self.is_saved = True
+        self.twin = ""  # where its refresh token was taken, when it does not tell itself: see `TWINS`
         self.refreshing: asyncio.Task[str | ProxyError] | None = None
         self.refusal: ProxyError | None = None
         self.refused_until = 0.0
@@ -5551,28 +5555,50 @@ MAX_ERROR_BYTES: Final = 65_536
 _REGISTER_SECONDS: Final = 30.0  # [1]
 _FIRST_POLL_SECONDS: Final = 0.2  # doubled each time, to 3 s
 
-# One browser version throughout: the service may compare them.
+MSH_VERSION: Final = "2.2.0"  # of the service's web page, September 2026
+
+# One browser version throughout, and the web page that runs in it: the service may compare them. The page's headers go
+# with the ids of an account.
 _BROWSER_HEADERS: Final[Mapping[str, str]] = {
     "User-Agent": "Mozilla/5.0 (Windows NT 10.0; Win64; x64) AppleWebKit/537.36 (KHTML, like Gecko) "
-    "Chrome/122.0.0.0 Safari/537.36",
-    "Sec-Ch-Ua": '"Chromium";v="122", "Not(A:Brand";v="24", "Google Chrome";v="122"',
+    "Chrome/146.0.0.0 Safari/537.36",
+    "Sec-Ch-Ua": '"Chromium";v="146", "Not-A.Brand";v="24", "Google Chrome";v="146"',
     "Sec-Ch-Ua-Mobile": "?0",
     "Sec-Ch-Ua-Platform": '"Windows"',
     "Accept-Language": "zh-CN,zh;q=0.9,en;q=0.8",
+}
+_PAGE_HEADERS: Final[Mapping[str, str]] = {
+    "x-msh-platform": "web",
+    "x-msh-version": MSH_VERSION,
+    "x-language": "zh-CN",
+    "r-timezone": "Asia/Shanghai",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model as it is asked for. `scenario` and `agent_mode` are connect's names for it, `agent_id` a kimiplus id."""
+    """A model as it is asked for.
+
+    `scenario`, `agent_mode`, `service_id` and `key` are connect's names for it, `agent_id` is a kimiplus id. `efforts`
+    are the constants by which connect is told how much to think, in the service's order.
+    """
 
     id: str
     scenario: str = ""
     thinking: bool = False
     agent_id: str = ""
     agent_mode: str = ""
+    service_id: str = ""
+    key: str = ""
+    efforts: tuple[str, ...] = ()
+    default_effort: str = ""
     use_math: bool = False
     use_research: bool = False
+
+    @property
+    def is_agent(self) -> bool:
+        """Whether it works with tools and a sandbox of its own, which costs credits."""
+        return bool(self.agent_id or self.agent_mode)
 
 
 KIMI: Final = Model("kimi")
@@ -5582,46 +5608,87 @@ CLASSIC_MODELS: Final = (
     Model("kimi-math", use_math=True),
     Model("kimi-research", use_research=True),
 )
-CONNECT_MODELS: Final = (KIMI, Model("kimi-thinking", thinking=True))
+CONNECT_MODELS: Final = (KIMI, Model("kimi-thinking", thinking=True))  # when the service lists none
+_FALLBACKS: Final = (("SCENARIO_CHAT", "k2d6-chat"), ("SCENARIO_K2D5", ""))  # what those are asked as, newest first
 _K1_AGENT: Final = "crm40ee9e5jvhsn7ptcg"  # [2+]
 _AGENT_ID: Final = re.compile(r"[0-9a-z]{20}")
 _SUFFIXES: Final = frozenset({"search", "silent", "math", "research", "thinking", "k1"})
 
 
 def parse_models(value: Mapping[str, Any]) -> tuple[Model, ...]:
-    """The models in a reply of GetAvailableModels, the default one as `kimi` first [2+]; empty when it lists none."""
+    """The models in a reply of GetAvailableModels, the default one as `kimi` first [2+]; empty when it lists none.
+
+    The default is never an agent: those cost credits.
+    """
     listed = value.get("availableModels")
+    entries = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
+    models = [_parse_model(entry) for entry in entries if isinstance(entry.get("scenario"), str)]
+    if not models:
+        return ()
     default = value.get("defaultScenario")
     default = default if isinstance(default, dict) else {}
-    models: dict[str, Model] = {}
-    for entry in listed if isinstance(listed, list) else []:
-        if not isinstance(entry, dict) or not isinstance(entry.get("scenario"), str):
-            continue
-        words = {
-            key: str(entry.get(key) or "") for key in ("displayName", "key", "scenario", "kimiPlusId", "agentMode")
-        }
-        name = re.sub(r"[^a-z0-9.]+", "-", (words["displayName"] or words["key"] or words["scenario"]).lower()).strip(
-            "-"
-        )
-        thinking = entry.get("thinking") is True
-        name = name if name.startswith("kimi") else f"kimi-{name}"
-        name = f"{name}-thinking" if thinking and "thinking" not in name else name
-        model = Model(name, words["scenario"], thinking, words["kimiPlusId"], words["agentMode"])
-        models.setdefault(name, model)
-        if (model.scenario, thinking) == (default.get("scenario"), default.get("thinking") is True):
-            models = {"kimi": replace(model, id="kimi"), **models}
-    if models and "kimi" not in models:
-        models = {"kimi": replace(next(iter(models.values())), id="kimi"), **models}
-    return tuple(models.values())
+    chats = [model for model in models if not model.is_agent] or [KIMI]
+    names = default.get("scenario"), default.get("thinking") is True
+    named = [model for model in chats if model.service_id and model.service_id == default.get("model")]
+    named += [model for model in chats if (model.scenario, model.thinking) == names]
+    found = {"kimi": replace((named + chats)[0], id="kimi")}
+    for model in models:
+        found.setdefault(model.id, model)
+    return tuple(found.values())
+
+
+def _parse_model(entry: Mapping[str, Any]) -> Model:
+    texts = {key: value for key, value in entry.items() if isinstance(value, str)}
+    key, scenario, service_id = texts.get("key", ""), texts["scenario"], texts.get("id", "")
+    thinking = entry.get("thinking") is True
+    name = re.sub(r"[^a-z0-9.]+", "-", (texts.get("displayName") or key or scenario).lower()).strip("-")
+    name = name if name.startswith("kimi") else f"kimi-{name}"
+    options = entry.get("reasoningEffortOptions")
+    efforts = [one.get("effort") for one in options if isinstance(one, dict)] if isinstance(options, list) else []
+    return Model(
+        id=f"{name}-thinking" if thinking and "thinking" not in name else name,
+        scenario=scenario,
+        thinking=thinking,
+        agent_id=texts.get("kimiPlusId", ""),
+        agent_mode=texts.get("agentMode", ""),
+        service_id=service_id if re.match("[a-z]", service_id) else "",  # a number in older lists, of no use
+        key=key,
+        efforts=tuple(effort for effort in efforts if isinstance(effort, str)),
+        default_effort=texts.get("defaultReasoningEffort", ""),
+    )
+
+
+_EFFORTS: Final = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+
+
+def choose_effort(model: Model, wanted: str) -> str:
+    """The listed constant that is nearest to the effort that a client `wanted`; empty when the model lists none.
+
+    No thinking means NONE when it is listed, else the lowest. Of two that are as near, the lower one is cheaper.
+    """
+
+    def rank(effort: str) -> int:
+        level = effort.rpartition("_")[2].lower()
+        return _EFFORTS.index(level) if level in _EFFORTS else len(_EFFORTS)
+
+    if wanted not in _EFFORTS:
+        if not model.thinking or rank(model.default_effort):
+            return model.default_effort if model.efforts else ""
+        wanted = "high"  # the client's name of the model says `thinking`
+    if wanted in ("none", "minimal"):
+        return min(model.efforts, key=rank, default="")
+    thinking = [effort for effort in model.efforts if rank(effort)] or model.efforts
+    return min(thinking, key=lambda effort: (abs(rank(effort) - rank(wanted)), rank(effort)), default="")
 
 
 def choose_model(name: str, models: Sequence[Model]) -> tuple[Model, bool]:
-    """The model that a client's `name` means, and whether the name was known.
+    """The model that a client's `name` means, and whether the name was known: ours, or one of the service's.
 
     A 20-character id is an agent; `-search`, `-silent`, `-math`, `-research`, `-thinking` and `-k1` may be combined
     [2+]. An unknown name means the default: clients insist on names of their own.
     """
-    known = {model.id: model for model in models}
+    known = {name: model for model in models for name in (model.key, model.service_id) if name}
+    known |= {model.id: model for model in models}
     if name in known:
         return known[name], True
     first, *rest = name.split("-")
@@ -5646,16 +5713,19 @@ class Question:
     """What the service is asked: the merged text, whether it may search the web, and of which model: `model_name` is
     the client's name, `model` what it means for the account that is asked, set before it is.
 
-    With a `segment_id`, the service is asked to continue an answer that met its length limit (classic).
-    `conversation_id` is empty, `new` for a conversation that is kept, or the one to continue, after its message
-    `parent_id` (connect). `attachments` become `file_ids` when they are uploaded; the list is emptied when they are not
-    needed any more.
+    `effort` is how much the client wants it to think, empty when it does not say. With `has_tools` the client offers
+    tools, and the service's own stay away. With a `segment_id`, the service is asked to continue an answer that met its
+    length limit (classic). `conversation_id` is empty, `new` for a conversation that is kept, or the one to continue,
+    after its message `parent_id` (connect). `attachments` become `file_ids` when they are uploaded; the list is emptied
+    when they are not needed any more.
     """
 
     text: str = field(repr=False)
     use_search: bool
     model_name: str = "kimi"
     model: Model = KIMI
+    effort: str = ""
+    has_tools: bool = False
     segment_id: str = ""
     conversation_id: str = ""
     parent_id: str = ""
@@ -5679,7 +5749,7 @@ class ApiRequest:
     step: str
     method: str
     url: str = field(repr=False)
-    headers: Mapping[str, str] = field(repr=False)
+    headers: dict[str, str] = field(repr=False)
     body: bytes = field(default=b"", repr=False)
     with_ids: bool = False
     seconds: float | None = None
@@ -5778,7 +5848,8 @@ async def _parse_reply(response: aiohttp.ClientResponse, step: str, *, lenient: 
     words = "" if is_object else f"a body of type {kind}, no JSON object"
     error = error_of_reply(response.status, value, step, retry_after_seconds=_retry_after(response), words=words)
     is_page = not is_object and "html" in kind and response.status < 500
-    if is_page or response.status in _RETIRED_STATUSES:
+    is_connect = is_object and isinstance(value.get("code"), str)  # its own 404: there is no such conversation
+    if is_page or (response.status in _RETIRED_STATUSES and not is_connect):
         raise ProtocolRetired(error.code, error.detail, upstream_status=error.upstream_status)
     raise error
 
@@ -6012,8 +6083,8 @@ _ID: Final = re.compile(r"[!-~]{1,256}")
 
 
 def _render_ids(account: Account) -> dict[str, str]:
-    """The headers with the ids in the account's access token, or with one of our own where it tells none [2+]."""
-    headers = {"x-msh-platform": "web"}
+    """The page's headers, with the ids in the account's access token, or one of our own where it tells none [2+]."""
+    headers = dict(_PAGE_HEADERS)
     for header, claim in _IDS:
         value = account.claims.get(claim)
         headers[header] = value if isinstance(value, str) and _ID.fullmatch(value) else account.label
@@ -6060,6 +6131,7 @@ class AnswerStream:
         self._debug = logger.isEnabledFor(logging.DEBUG)
         self._loop = asyncio.get_running_loop()
         self._failure: ProxyError | None = None  # raised by the next read
+        self._first: list[Event] | None = None  # returned by the next read
         self._waits = False
         self._progress = -1  # of `answer`, when silence began
         self._silent_since = now = self._loop.time()
@@ -6072,6 +6144,9 @@ class AnswerStream:
         Raises `ProxyError`, after the events that came before the failure were returned: `StaleToken` where the access
         token died meanwhile.
         """
+        if self._first is not None:
+            events, self._first = self._first, None
+            return events
         if self._failure is not None:
             raise self._failure
         if self.answer.ended:
@@ -6082,6 +6157,13 @@ class AnswerStream:
             self._progress = self.answer.progress
             self._silent_since = self._loop.time()
         return self._feed(await self._read_bytes())
+
+    async def peek(self) -> None:
+        """Wait for the first events, which the next `read` returns. Raises `ProxyError` for a failure before them."""
+        events: list[Event] | None = []
+        while events == []:
+            events = await self.read()
+        self._first = events
 
     async def drain(self, seconds: float) -> None:
         """Read what is left, for so long at most, so that the connection can be used again; else close it."""
@@ -6179,23 +6261,28 @@ class _Protocol:
         self.base_url = base_url
         self._client = client
 
+    def base_url_for(self, account: Account) -> str:
+        """Where the service of `account` is."""
+        return self.base_url
+
     def _request(
-        self, step: str, method: str, path: str, value: object = None, *, conversation_id: str = ""
+        self, account: Account, step: str, method: str, path: str, value: object = None, *, conversation_id: str = ""
     ) -> ApiRequest:
         """A request with a JSON body, from the page that a browser would send it from [ref], [2+]."""
+        base_url = self.base_url_for(account)
         headers = {
-            "Origin": _origin_of(self.base_url),
-            "Referer": f"{self.base_url}/chat/{conversation_id}" if conversation_id else self.base_url,
+            "Origin": _origin_of(base_url),
+            "Referer": f"{base_url}/chat/{conversation_id}" if conversation_id else base_url,
             "Content-Type": "application/json",
         }
         body = b"" if value is None else encode_json(value).encode()
-        return ApiRequest(step, method, self.base_url + path, headers, body, self._with_ids)
+        return ApiRequest(step, method, base_url + path, headers, body, self._with_ids)
 
     async def _post(
         self, account: Account, step: str, path: str, value: object, *, conversation_id: str = ""
     ) -> dict[str, Any]:
         """The JSON object that the service replies."""
-        request = self._request(step, "POST", path, value, conversation_id=conversation_id)
+        request = self._request(account, step, "POST", path, value, conversation_id=conversation_id)
         return await self._client.call(account, request)
 
     async def _stream(
@@ -6274,7 +6361,7 @@ class Classic(_Protocol):
 
     async def refresh(self, account: Account) -> TokenPair:
         """A new pair of tokens for `account`."""
-        request = self._request("refreshing the token", "GET", "/api/auth/token/refresh")
+        request = self._request(account, "refreshing the token", "GET", "/api/auth/token/refresh")
         return _get_tokens(await self._client.refresh(request, account.refresh_token))
 
     async def models(self, account: Account) -> tuple[Model, ...]:
@@ -6292,7 +6379,7 @@ class Classic(_Protocol):
         return _get_id(await self._post(account, step, "/api/chat", value), step)
 
     async def _check_quota(self, account: Account) -> None:
-        request = self._request("asking for the research quota", "GET", "/api/chat/research/usage")
+        request = self._request(account, "asking for the research quota", "GET", "/api/chat/research/usage")
         usage = await self._client.call(account, request)
         if usage.get("remain") == 0:
             raise ProxyError("quota_used_up", f"{usage.get('used')} of {usage.get('total')} used")
@@ -6310,14 +6397,17 @@ class Classic(_Protocol):
         options = {"kimiplus_id": _agent_of(model), "use_math": model.use_math, "use_research": model.use_research}
         value |= {key: option for key, option in options.items() if option}
         path = f"/api/chat/{conversation_id}/completion/stream"
-        request = self._request("asking", "POST", path, value, conversation_id=conversation_id)
+        request = self._request(account, "asking", "POST", path, value, conversation_id=conversation_id)
         answer = ClassicAnswer(continues=bool(question.segment_id))
         return await self._stream(account, request, "text/event-stream", SSEParser(), answer, deadline)
+
+    async def stop(self, account: Account, conversation_id: str, message_id: str) -> None:
+        """Nothing: the service stops an answer when its stream is closed."""
 
     async def remove(self, account: Account, conversation_id: str) -> None:
         """Remove the conversation, so that it does not show in the user's history."""
         path = f"/api/chat/{conversation_id}"
-        request = self._request("removing the conversation", "DELETE", path, conversation_id=conversation_id)
+        request = self._request(account, "removing the conversation", "DELETE", path, conversation_id=conversation_id)
         await self._client.call(account, request)
 
     async def store_file(self, account: Account, file: OpenFile) -> StoredFile:
@@ -6345,7 +6435,7 @@ class Classic(_Protocol):
         if stored.file_id:
             value = {"type": "image", "file_id": stored.file_id, "name": stored.name}
         file_id = _get_id(await self._register_until_ready(account, value), "registering a file")
-        request = self._request("having a file read", "POST", "/api/file/parse_process", {"ids": [file_id]})
+        request = self._request(account, "having a file read", "POST", "/api/file/parse_process", {"ids": [file_id]})
         await self._client.call(account, replace(request, seconds=PARSE_SECONDS, lenient=True))
         return file_id
 
@@ -6363,17 +6453,23 @@ def _agent_of(model: Model) -> str:
     return model.agent_id or (_K1_AGENT if model.thinking else "")
 
 
-_SCENARIO: Final = "SCENARIO_K2D5"  # names change [2+]
+# The twins of the service: base URL, and where tokens are refreshed. A token is for one of them [2+].
+TWINS: Final[Mapping[str, tuple[str, str]]] = {
+    "cn": ("https://www.kimi.com", "https://auth.kimi.com"),
+    "global": ("https://www.kimi.ai", "https://auth.kimi.ai"),
+}
 _REFRESH: Final = "/api/account.gateway.v1.AuthService/RefreshToken"
 _MODELS: Final = "/apiv2/kimi.gateway.config.v1.ConfigService/GetAvailableModels"
-_CHAT: Final = "/apiv2/kimi.gateway.chat.v1.ChatService/Chat"
-_DELETE_CHAT: Final = "/apiv2/kimi.chat.v1.ChatService/DeleteChat"
+_CANCEL: Final = "/apiv2/kimi.gateway.chat.v1.ChatService/CancelChat"
 _UPLOAD: Final = "/apiv2-files/file/upload"
 _PROGRESS: Final = "/apiv2-files/kimi.gateway.file.v1.FileService/GetFileParseProgress"
+# Names of which the second is tried when the service does not know the first.
+_CHAT: Final = ("/apiv2/kimi.gateway.chat.v1.ChatService/Chat", "/apiv2/kimi.chat.v1.ChatService/Chat")
+_DELETE: Final = ("/apiv2/kimi.chat.v1.ChatService/DeleteChat", "/apiv2/kimi.gateway.chat.v1.ChatService/DeleteChat")
 
 
 class Connect(_Protocol):
-    """The connect protocol: paths, headers and bodies [2+]."""
+    """The connect protocol: paths, headers and bodies [2+]. URLs that the settings name win over an account's twin."""
 
     name = "connect"
     busy_code = "rate_limited"  # it has no code of its own for it [2+]
@@ -6381,21 +6477,50 @@ class Connect(_Protocol):
     _with_ids = True
 
     def __init__(self, client: KimiClient, base_url: str, auth_url: str) -> None:
-        super().__init__(client, base_url or "https://www.kimi.com")
-        self._auth_url = auth_url
+        super().__init__(client, base_url or TWINS["cn"][0])
+        self._has_base_url = bool(base_url)
+        self._auth_url = "" if auth_url == Settings().auth_url else auth_url
+        self._fallback = 0  # which of `_FALLBACKS` is in use
+
+    def base_url_for(self, account: Account) -> str:
+        """Where the service of `account` is: as its token tells, or as the last refresh found out."""
+        return self.base_url if self._has_base_url else TWINS[self._twin_of(account)][0]
+
+    @staticmethod
+    def _twin_of(account: Account) -> str:
+        claims = account.claims or read_claims(account.refresh_token)
+        return region_of(claims) or account.twin or "cn"
 
     async def refresh(self, account: Account) -> TokenPair:
-        """A new pair of tokens for `account`, by the new call, else by the old one, which is still in use [2+]."""
-        for spelling in ("refresh_token", "refreshToken"):  # [open]
-            request = self._request("refreshing the token", "POST", _REFRESH, {spelling: account.refresh_token})
-            request.url = self._auth_url + _REFRESH
+        """A new pair of tokens for `account`; from the other twin, when its token is refused and does not tell [2+]."""
+        try:
+            return await self._refresh_here(account)
+        except ProxyError as error:
+            told = region_of(account.claims or read_claims(account.refresh_token))
+            if error.code != "token_dead" or told or account.twin or self._has_base_url:
+                raise
+            refusal = error
+        account.twin = "global"
+        try:
+            return await self._refresh_here(account)
+        except ProxyError as error:
+            logger.debug("! kimi.ai does not know the token either: %s", error)
+            account.twin = ""
+            raise refusal from None
+
+    async def _refresh_here(self, account: Account) -> TokenPair:
+        """A new pair by the new call, else by the old one, which is still in use [2+]."""
+        step = "refreshing the token"
+        for spelling in ("refresh_token", "refreshToken"):  # both are taken [2+]
+            request = self._request(account, step, "POST", _REFRESH, {spelling: account.refresh_token})
+            request.url = (self._auth_url or TWINS[self._twin_of(account)][1]) + _REFRESH
             try:
                 return _get_tokens(await self._client.refresh(request, ""))
             except ProxyError as error:
                 logger.debug("! %s", error)
                 if error.upstream_status != 400:
                     break
-        old = self._request("refreshing the token", "GET", "/api/auth/token/refresh")
+        old = self._request(account, step, "GET", "/api/auth/token/refresh")
         return _get_tokens(await self._client.refresh(old, account.refresh_token))
 
     async def models(self, account: Account) -> tuple[Model, ...]:
@@ -6408,24 +6533,51 @@ class Connect(_Protocol):
 
     async def ask(self, account: Account, conversation_id: str, question: Question, deadline: float) -> AnswerStream:
         """The answer, which fails at `deadline` (loop time); the caller drains or closes it."""
-        request = self._request("asking", "POST", _CHAT)
-        request.headers = {
-            **request.headers,
-            "Content-Type": "application/connect+json",
-            "Connect-Protocol-Version": "1",
-        }
-        request.body = encode_envelope(encode_json(_render_question(question, conversation_id)).encode())
-        answer = ConnectAnswer(conversation_id)
-        return await self._stream(account, request, "application/connect+json", EnvelopeParser(), answer, deadline)
+        model = question.model
+        if model.scenario:
+            return await self._ask(account, conversation_id, question, model, deadline)
+        while True:
+            scenario, service_id = _FALLBACKS[self._fallback]
+            named = replace(model, scenario=scenario, service_id=service_id)
+            stream = await self._ask(account, conversation_id, question, named, deadline)
+            try:
+                await stream.peek()
+            except ProxyError as error:
+                if error.upstream_status != 400 or scenario == _FALLBACKS[-1][0]:
+                    raise
+                logger.debug("! %s", error)
+                self._fallback = len(_FALLBACKS) - 1
+            else:
+                return stream
+
+    async def _ask(
+        self, account: Account, conversation_id: str, question: Question, model: Model, deadline: float
+    ) -> AnswerStream:
+        value = _render_question(question, model, conversation_id)
+
+        async def ask_at(path: str) -> AnswerStream:
+            request = self._request(account, "asking", "POST", path)
+            request.headers |= {"Content-Type": "application/connect+json", "Connect-Protocol-Version": "1"}
+            request.body = encode_envelope(encode_json(value).encode())
+            answer = ConnectAnswer(conversation_id)
+            kind = "application/connect+json"
+            return await self._stream(account, request, kind, EnvelopeParser(), answer, deadline)
+
+        return await _try_paths(_CHAT, ask_at)
+
+    async def stop(self, account: Account, conversation_id: str, message_id: str) -> None:
+        """Stop an answer that is running; `message_id` is the answer's [2+]."""
+        value = {"chat_id": conversation_id, "message_id": message_id}
+        await self._post(account, "stopping the answer", _CANCEL, value, conversation_id=conversation_id)
 
     async def remove(self, account: Account, conversation_id: str) -> None:
         """Remove the conversation, so that it does not show in the user's history."""
-        value = {"chat_id": conversation_id}
-        await self._post(account, "removing the conversation", _DELETE_CHAT, value, conversation_id=conversation_id)
+        step, value = "removing the conversation", {"chat_id": conversation_id}
+        await _try_paths(_DELETE, lambda path: self._post(account, step, path, value, conversation_id=conversation_id))
 
     async def store_file(self, account: Account, file: OpenFile) -> StoredFile:
         """Send the bytes, as a form."""
-        request = self._request("uploading a file", "POST", _UPLOAD)
+        request = self._request(account, "uploading a file", "POST", _UPLOAD)
         reply = await self._client.post_file(account, request, file)
         return StoredFile(file.name, file_id=_get_id(reply.get("file"), request.step))
 
@@ -6436,26 +6588,39 @@ class Connect(_Protocol):
             progresses = reply.get("progresses")
             first = progresses[0] if isinstance(progresses, list) and progresses else {}
             status = str(first.get("status") if isinstance(first, dict) else "").upper()
-            if status in ("PROCESS_STATUS_SUCCESS", "3"):
+            if status in ("PROCESS_STATUS_SUCCESS", "3"):  # numbers [1]
                 return stored.file_id
             if status in ("PROCESS_STATUS_FAIL", "PROCESS_STATUS_FAILED", "4"):
                 raise ProxyError("file_unreadable")
         raise ProxyError("service_silent", f"having a file read: not within {PARSE_SECONDS:g} s")
 
 
-def _render_question(question: Question, conversation_id: str) -> dict[str, Any]:
+async def _try_paths(paths: tuple[str, str], call: Callable[[str], Awaitable[Result]]) -> Result:
+    """What `call` returns for the first of `paths` that the service knows."""
+    try:
+        return await call(paths[0])
+    except ProxyError as error:
+        if error.upstream_status not in (404, 501):
+            raise
+        refusal = error
+    try:
+        return await call(paths[1])
+    except ProxyError as error:
+        raise refusal if error.upstream_status in (404, 501) else error from None
+
+
+def _render_question(question: Question, model: Model, conversation_id: str) -> dict[str, Any]:
     """The body of Chat. A new chat leaves `chat_id` and `parent_id` out [2+]."""
-    model = question.model
-    scenario = model.scenario or _SCENARIO
     blocks: list[dict[str, Any]] = [{"message_id": "", "text": {"content": question.text}}]
     for file_id in question.file_ids:
         blocks.append({"message_id": "", "file": {"id": file_id, "status": "PROCESS_STATUS_SUCCESS"}})
-    message: dict[str, Any] = {"role": "user", "blocks": blocks, "scenario": scenario}
+    message: dict[str, Any] = {"role": "user", "blocks": blocks, "scenario": model.scenario}
+    searches = question.use_search and not question.has_tools
     value: dict[str, Any] = {
-        "scenario": scenario,
-        "tools": [{"type": "TOOL_TYPE_SEARCH", "search": {}}] if question.use_search else [],
+        "scenario": model.scenario,
+        "tools": [{"type": "TOOL_TYPE_SEARCH", "search": {}}] if searches else [],
         "message": message,
-        "options": {"thinking": model.thinking},
+        "options": _render_options(question, model),
     }
     if model.agent_id:
         value["kimiplusId"] = model.agent_id
@@ -6465,6 +6630,19 @@ def _render_question(question: Question, conversation_id: str) -> dict[str, Any]
         value["chat_id"] = conversation_id
         message["parent_id"] = question.parent_id
     return value
+
+
+def _render_options(question: Question, model: Model) -> dict[str, Any]:
+    options: dict[str, Any] = {"thinking": model.thinking}
+    if effort := choose_effort(model, question.effort):
+        options |= {"thinking": not effort.endswith("_NONE"), "reasoning_effort": effort}
+    elif question.effort in _EFFORTS:
+        options["thinking"] = question.effort not in ("none", "minimal")
+    if model.service_id:
+        options["model"] = model.service_id
+    if question.has_tools:
+        options["enable_plugin"] = False  # keeps the model's own tools away [2+]
+    return options
 
 
 KimiProtocol = Classic | Connect

@@ -83,6 +83,16 @@ was before [2+]. A ``mask`` may be a list [1]; statuses and stage names come in 
 user's own message is echoed, in ``message.blocks`` [1] or in blocks with its ``messageId`` [open]. A tool block of the
 model's own sandbox (``ipython``) is neither text nor a call [1].
 
+*The calls since autumn 2026.* ``POST /apiv2/kimi.gateway.chat.v1.ChatService/CancelChat`` ``{"chat_id",
+"message_id"}`` stops an answer; the message is the assistant's [2+]. DeleteChat is also seen with ``gateway`` in its
+package [2+], Chat without it [1]: where one name is answered by 404 or 501, the other may be known. Headers besides the
+ids: ``x-msh-version: 2.2.0`` [1], ``x-language``, ``r-timezone`` [2+], of Chrome 146. Models have ``id``, ``key``,
+``displayName``, ``scenario``, and agents ``kimiPlusId`` and ``agentMode``; ``reasoningEffortOptions[{effort}]`` and
+``defaultReasoningEffort`` instead of ``thinking``; ``defaultScenario{scenario, model}``. They are asked with their
+scenario, ``kimiplusId``, ``agentMode``, ``options.model`` (the ``id``) and ``options.reasoning_effort`` [1, a capture].
+``options.enable_plugin: false`` keeps the model's own tools away [2+]. kimi.ai is a twin with tokens of its own, whose
+claims tell ``"aud":["kimi.ai"]`` and ``"region":"overseas"`` [2+].
+
 *What* ``resource_exhausted`` *means* is told by the reason [2+]: ``REASON_SERVER_OVERLOADED_FOR_FREE_USER`` and
 ``REASON_COMPLETION_OVERLOADED``: the service is full; ``QUOTA_EXCEEDED_WINDOW_5H``, ``…_7D``: a quota is used up; any
 other: another answer is under way. Where the code is ``unknown`` or missing, the HTTP status tells: 401, 429, 503.
@@ -700,6 +710,11 @@ FAULTS: Final[dict[str, str]] = {
     "bomb": "STEP, 200 with JSON without end",
     "no-id": "an opening reply without an id",
     "opaque": "access tokens that are no JSON Web Tokens",
+    "new-models": "connect: the list of models as it is since September 2026, and strict about what is asked with it",
+    "old-scenario": "connect: `SCENARIO_CHAT` is not known, and refused within the stream",
+    "other-names": "connect: Chat and DeleteChat have the name with the other package",
+    "no-stop": "connect: CancelChat fails",
+    "overseas": "the refresh token is for the twin of the service, whose tokens tell so",
     "rotate": "each refresh gives a new refresh token, and the one before is refused",
     "one-at-a-time": "a second answer at once is refused",
     "cut": "the answer's connection reset after N pieces",
@@ -858,7 +873,7 @@ class Account:
         return first
 
 
-def make_access_token(dice: random.Random, opaque: bool, life_seconds: float = 900) -> str:
+def make_access_token(dice: random.Random, opaque: bool, life_seconds: float = 900, overseas: bool = False) -> str:
     """An access token: a JSON Web Token as the service makes it, or opaque."""
     body = "".join(dice.choices("abcdefghijklmnopqrstuvwxyz0123456789", k=40))
     if opaque:
@@ -866,6 +881,7 @@ def make_access_token(dice: random.Random, opaque: bool, life_seconds: float = 9
     now = int(time.time())
     claims = {"iss": "user-center", "app_id": "kimi", "typ": "access", "iat": now, "exp": int(now + life_seconds)}
     claims |= {"device_id": f"7{body[:12]}", "ssid": f"17{body[12:20]}", "sub": f"d{body[20:30]}", "jti": body}
+    claims |= {"aud": ["kimi.ai"], "region": "overseas"} if overseas else {}
     parts = ({"alg": "HS512", "typ": "JWT"}, claims)
     encoded = [base64.urlsafe_b64encode(json.dumps(part).encode()).decode().rstrip("=") for part in parts]
     return ".".join([*encoded, "c2lnbmF0dXJl"])
@@ -889,6 +905,7 @@ _BROWSER: Final = re.compile(r"Mozilla/5\.0 .* Chrome/(\d+)\.0\.0\.0 Safari/537\
 _HTML: Final = b"<!doctype html><title>502</title>" + b"<p>the page of some machine in between</p>" * 250
 
 
+# As lists of models were until August 2026 [2+], and as one was in September [1, a capture].
 MODELS: Final = [
     {"scenario": "SCENARIO_K2D6", "displayName": "K2.6", "key": "k2d6", "id": "1", "thinking": False},
     {"scenario": "SCENARIO_K2D6", "displayName": "K2.6 Thinking", "key": "k2d6-t", "id": "2", "thinking": True},
@@ -900,6 +917,36 @@ MODELS: Final = [
         "agentMode": "TYPE_NORMAL",
         "description": "…",
     },
+]
+NEW_MODELS: Final[list[dict[str, Any]]] = [
+    {
+        "id": "k2d6-chat",
+        "displayName": "Instant",
+        "key": "k2d6",
+        "scenario": "SCENARIO_CHAT",
+        "reasoningEffortOptions": [{"effort": f"REASONING_EFFORT_{name}"} for name in ("NONE", "LOW")],
+        "defaultReasoningEffort": "REASONING_EFFORT_LOW",
+    },
+    *(
+        {
+            "id": identifier,
+            "displayName": title,
+            "key": key,
+            "scenario": f"SCENARIO_OK_COMPUTER{'_SWARM' * (mode == 'TYPE_ULTRA')}",
+            "kimiPlusId": "ok-computer",
+            "agentMode": mode,
+            "reasoningEffortOptions": [
+                {"effort": f"REASONING_EFFORT_{name}", "displayName": name.title()} for name in ("LOW", "HIGH", "MAX")
+            ],
+            "defaultReasoningEffort": "REASONING_EFFORT_HIGH",
+            "minMembershipLevel": "LEVEL_PLUS",
+        }
+        for identifier, title, key, mode in (
+            ("k28-agent-preview", "K2.8", "k28-preview", "TYPE_NORMAL"),
+            ("k3-agent", "K3", "k3", "TYPE_NORMAL"),
+            ("k3-agent-swarm", "K3 Swarm", "k3-agent-ultra", "TYPE_ULTRA"),
+        )
+    ),
 ]
 _CONNECT_TYPES: Final = {
     "chat.user_stream_pushing": "resource_exhausted",
@@ -918,7 +965,16 @@ class Refusal(Exception):
 class Simulator:
     """The service, on a port of this machine, while the context lasts. Violations are raised at its end."""
 
-    def __init__(self, *, port: int = 0, seed: int | None = None, unsteady: bool = True, retired: str = "") -> None:
+    def __init__(
+        self,
+        *,
+        port: int = 0,
+        seed: int | None = None,
+        unsteady: bool = True,
+        retired: str = "",
+        overseas: bool = False,
+    ) -> None:
+        self.overseas = overseas  # kimi.ai, whose tokens are of no use at kimi.com, and the other way round
         self.refresh_retired = False  # the old refresh too
         self.retired = retired  # how the classic calls answer: redirect, html, or a status
         self.seed = seed if seed is not None else int(os.environ.get("KIMI_SIMULATOR_SEED") or secrets.randbits(32))
@@ -953,8 +1009,10 @@ class Simulator:
         app.router.add_get("/api/chat/research/usage", self._research_usage)
         app.router.add_post("/apiv2/kimi.gateway.config.v1.ConfigService/GetAvailableModels", self._list_models)
         app.router.add_post("/api/account.gateway.v1.AuthService/RefreshToken", self._connect_refresh)
-        app.router.add_post("/apiv2/kimi.gateway.chat.v1.ChatService/Chat", self._connect_ask)
-        app.router.add_post("/apiv2/kimi.chat.v1.ChatService/DeleteChat", self._connect_remove)
+        for package in ("kimi.gateway.chat.v1", "kimi.chat.v1"):
+            app.router.add_post(f"/apiv2/{package}.ChatService/Chat", self._connect_ask)
+            app.router.add_post(f"/apiv2/{package}.ChatService/DeleteChat", self._connect_remove)
+        app.router.add_post("/apiv2/kimi.gateway.chat.v1.ChatService/CancelChat", self._connect_stop)
         app.router.add_post("/api/pre-sign-url", self._sign)
         app.router.add_post("/api/file", self._register)
         app.router.add_post("/api/file/parse_process", self._parse)
@@ -1003,7 +1061,7 @@ class Simulator:
     def make_access_token(self, token: str, life_seconds: float = 900) -> str:
         """An access token of the account, as its owner may copy it from the page."""
         account = self.account(token)
-        account.access_tokens.append(make_access_token(account.dice, opaque=False, life_seconds=life_seconds))
+        account.access_tokens.append(make_access_token(account.dice, False, life_seconds, self.overseas))
         return account.access_tokens[-1]
 
     @property
@@ -1045,7 +1103,7 @@ class Simulator:
         return web.json_response({"access_token": access_token, "refresh_token": refresh_token})
 
     def _make_tokens(self, account: Account, token: str) -> tuple[str, str]:
-        access_token = make_access_token(account.dice, account.order.has("opaque"))
+        access_token = make_access_token(account.dice, account.order.has("opaque"), overseas=self.overseas)
         account.access_tokens.append(access_token)
         self._changed.set()
         refresh_token = token
@@ -1079,6 +1137,9 @@ class Simulator:
         account = self._account_of_access(request, "models", await self._body(request, {}))
         self._check_connect_headers(account, request)
         await self._order(account, "models", request)
+        if account.order.has("new-models"):
+            default = {"scenario": "SCENARIO_CHAT", "model": "k2d6-chat"}
+            return web.json_response({"availableModels": NEW_MODELS, "defaultScenario": default})
         return web.json_response({"availableModels": MODELS, "defaultScenario": {"scenario": "SCENARIO_K2D6"}})
 
     async def _connect_ask(self, request: web.Request) -> web.StreamResponse:
@@ -1092,9 +1153,13 @@ class Simulator:
         self._check_connect_headers(account, request)
         if sorted(body.keys() - {"kimiplusId", "agentMode", "chat_id"}) != ["message", "options", "scenario", "tools"]:
             self._violate(f"keys of Chat: {sorted(body)}")
+        self._check_other_name(account, request, usual="kimi.gateway.chat.v1")
+        self._check_question(account, body)
         block, *file_blocks = body["message"]["blocks"]
         files = self._files_of(account, [one["file"]["id"] for one in file_blocks])
         await self._order(account, "ask", request)
+        if account.order.has("old-scenario") and body["scenario"] == "SCENARIO_CHAT":
+            raise Refusal(self._connect_failure("invalid_argument", "no such scenario"))
         if account.order.has("stale-once") and account.fires("stale-once"):
             raise Refusal(self._connect_failure("unauthenticated", "the access token is dead"))
         if account.order.has("one-at-a-time") and account.streams_open:
@@ -1111,6 +1176,31 @@ class Simulator:
             account.conversations[chat_id] = Conversation([body], told=False)
         asked = block["text"]["content"]
         return await self._run_stream(request, account, asked, chat_id, files)
+
+    def _check_other_name(self, account: Account, request: web.Request, usual: str) -> None:
+        """Refuse the name that a call is known by, where the service shall know it by the other."""
+        if account.order.has("other-names") and f"/{usual}." in request.path:
+            raise Refusal(web.Response(status=404))
+
+    def _check_question(self, account: Account, body: dict[str, Any]) -> None:
+        """What is asked has to fit the model that it is asked of."""
+        options, scenario = body["options"], body["scenario"]
+        if options.keys() - {"thinking", "reasoning_effort", "model", "enable_plugin"}:
+            self._violate(f"options of Chat: {sorted(options)}")
+        if body["message"]["scenario"] != scenario:
+            self._violate("two scenarios")
+        if not account.order.has("new-models"):
+            return
+        named = [model for model in NEW_MODELS if model["id"] == options.get("model")]
+        asked = {"scenario": scenario, "kimiPlusId": body.get("kimiplusId"), "agentMode": body.get("agentMode")}
+        if not named or any(named[0].get(key) != value for key, value in asked.items()):
+            self._violate(f"a model asked as another: {asked} {options}")
+            return
+        efforts = [option["effort"] for option in named[0]["reasoningEffortOptions"]]
+        if options.get("reasoning_effort") not in efforts:
+            self._violate(f"an effort that the model does not have: {options}")
+        if options["thinking"] is options["reasoning_effort"].endswith("_NONE"):
+            self._violate(f"thinking and effort do not fit: {options}")
 
     def _files_of(self, account: Account, file_ids: list[str]) -> list[File]:
         """The files that a question refers to."""
@@ -1347,11 +1437,23 @@ class Simulator:
         body = await self._body(request, {"chat_id": str})
         account = self._account_of_access(request, "remove", body)
         self._check_connect_headers(account, request)
+        self._check_other_name(account, request, usual="kimi.chat.v1")
         conversation = account.conversations.get(body["chat_id"])
         if conversation is None:
             self._violate("a chat that is not the account's")
             return _failure(404, "chat.not_found", "no such chat")
         return await self._take_away(account, conversation, request)
+
+    async def _connect_stop(self, request: web.Request) -> web.StreamResponse:
+        body = await self._body(request, {"chat_id": str, "message_id": str})
+        account = self._account_of_access(request, "stop", body)
+        self._check_connect_headers(account, request)
+        conversation = account.conversations.get(body["chat_id"])
+        if conversation is None or conversation.removed or body["message_id"] != "m-assistant":
+            self._violate("a stop of another answer, or after its removal")
+        if account.order.has("no-stop"):
+            return web.json_response(connect_error("internal", "not stopped")["error"], status=500)
+        return web.json_response({})
 
     def _check_connect_headers(self, account: Account, request: web.Request) -> None:
         claims = read_claims(self._bearer(request))
@@ -1359,8 +1461,11 @@ class Simulator:
         for header, claim in named.items():
             if not request.headers.get(header) or (claims and request.headers[header] != claims[claim]):
                 self._violate(f"{header} of {request.path}")
-        if request.headers.get("x-msh-platform") != "web":
-            self._violate("x-msh-platform")
+        page = {"x-msh-platform": "web", "x-msh-version": "2.2.0"}
+        if not page.items() <= {name.lower(): value for name, value in request.headers.items()}.items():
+            self._violate("x-msh-platform or x-msh-version")
+        if not request.headers.get("x-language") or not request.headers.get("r-timezone"):
+            self._violate("x-language or r-timezone")
 
     def _connect_failure(self, code: str, message: str) -> web.Response:
         body = make_envelope(connect_error(code, message), 2)
@@ -1600,7 +1705,7 @@ class Simulator:
         if headers.get("Origin") != self.url or not headers.get("Sec-Ch-Ua-Platform"):
             self._violate("no Origin, or no platform")
         place = request.match_info.get("id")
-        if request.path.endswith("DeleteChat"):
+        if request.path.endswith(("DeleteChat", "CancelChat")):
             place = (await request.json()).get("chat_id")
         if headers.get("Referer") != (f"{self.url}/chat/{place}" if place else self.url):
             self._violate(f"Referer of {request.method} {request.path}")
@@ -1642,7 +1747,10 @@ class Simulator:
         for account in self._accounts.values():
             if token in account.refresh_tokens:
                 return account
-        if "~rotated-" in token or parse_order(token) is None or token in self._accounts:
+        order = parse_order(token)
+        if "~rotated-" in token or order is None or token in self._accounts:
+            return None
+        if order.has("overseas") is not self.overseas:
             return None
         return self.account(token)
 

@@ -6,27 +6,39 @@ import asyncio
 import base64
 import json
 import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, cast
 from unittest.mock import AsyncMock
 
 import aiohttp
 import pytest
 from conftest import LogRecorder, StartProxy, bearer, chat_body
-from kimi_simulator import MODELS, Account, Simulator, connect_error, make_envelope
+from kimi_simulator import MODELS, NEW_MODELS, Account, Simulator, connect_error, make_envelope
 
+import kimi_proxy
 from kimi_proxy import (
     KIMI,
+    Accounts,
     AnswerStream,
+    BackgroundTasks,
     ClassicAnswer,
+    Connect,
     ConnectAnswer,
     EnvelopeParser,
+    KimiClient,
+    Metrics,
     Model,
     Opened,
     ProxyError,
     Question,
+    Settings,
     SSEParser,
     StaleToken,
+    StateFiles,
     Text,
+    choose_effort,
     choose_model,
     encode_envelope,
     open_service_session,
@@ -272,10 +284,10 @@ async def test_sources_are_shown_as_set(
     )
 
 
-K26 = Model("kimi-k2.6", "SCENARIO_K2D6")
-K26_THINKING = Model("kimi-k2.6-thinking", "SCENARIO_K2D6", thinking=True)
+K26 = Model("kimi-k2.6", "SCENARIO_K2D6", key="k2d6")
+K26_THINKING = Model("kimi-k2.6-thinking", "SCENARIO_K2D6", thinking=True, key="k2d6-t")
 COMPUTER = Model("kimi-ok-computer", "SCENARIO_OK_COMPUTER", agent_id="ok-computer", agent_mode="TYPE_NORMAL")
-DEFAULT = Model("kimi", "SCENARIO_K2D6")
+DEFAULT = Model("kimi", "SCENARIO_K2D6", key="k2d6")
 ALL = (DEFAULT, K26, K26_THINKING, COMPUTER)
 AGENT = "abcdefghij0123456789"
 K1 = "crm40ee9e5jvhsn7ptcg"
@@ -300,18 +312,55 @@ CHOICES: dict[str, tuple[Model, bool]] = {
     "kimi-k2.6-search-silent": (K26, True),
     "kimi-k2.6-thinking": (K26_THINKING, True),
     "kimi-k2.6-thinking-search": (K26_THINKING, True),
-    "kimi-thinking": (Model("kimi", "SCENARIO_K2D6", thinking=True), True),
+    "kimi-thinking": (replace(DEFAULT, thinking=True), True),
     "kimi-ok-computer": (COMPUTER, True),
-    "kimi-math": (Model("kimi", "SCENARIO_K2D6", use_math=True), True),
-    "kimi-research-search": (Model("kimi", "SCENARIO_K2D6", use_research=True), True),
-    "kimi-k1-math": (Model("kimi", "SCENARIO_K2D6", thinking=True, use_math=True), True),
-    AGENT: (Model(AGENT, "SCENARIO_K2D6", agent_id=AGENT), True),
-    f"{AGENT}-search": (Model(f"{AGENT}-search", "SCENARIO_K2D6", agent_id=AGENT), True),
+    "kimi-math": (replace(DEFAULT, use_math=True), True),
+    "kimi-research-search": (replace(DEFAULT, use_research=True), True),
+    "kimi-k1-math": (replace(DEFAULT, thinking=True, use_math=True), True),
+    AGENT: (replace(DEFAULT, id=AGENT, agent_id=AGENT), True),
+    f"{AGENT}-search": (replace(DEFAULT, id=f"{AGENT}-search", agent_id=AGENT), True),
     "kimi-k9": (DEFAULT, False),
     "gpt-4o": (DEFAULT, False),
     "claude-search-3": (DEFAULT, False),
     "": (DEFAULT, False),
 }
+
+
+NEW = {model.id: model for model in parse_models({"availableModels": NEW_MODELS})}
+
+
+def test_the_newer_list_has_models_by_all_their_names_and_no_agent_as_default() -> None:
+    assert list(NEW) == ["kimi", "kimi-instant", "kimi-k2.8", "kimi-k3", "kimi-k3-swarm"]
+    assert [NEW[name].is_agent for name in NEW] == [False, False, True, True, True]
+    models = tuple(NEW.values())
+    for name in ("kimi-k3", "k3-agent", "k3", "k3-agent-search"):
+        assert choose_model(name, models) == (NEW["kimi-k3"], True)
+    for default in ({}, {"model": "k3-agent"}, {"scenario": "SCENARIO_OK_COMPUTER"}, {"model": "k9"}):
+        assert parse_models({"availableModels": NEW_MODELS, "defaultScenario": default})[0].service_id == "k2d6-chat"
+    assert parse_models({"availableModels": NEW_MODELS[1:]})[0] == KIMI
+
+
+EFFORTS = {
+    "kimi-instant": {"": "LOW", "none": "NONE", "minimal": "NONE", "low": "LOW", "medium": "LOW", "max": "LOW"},
+    "kimi-k3": {
+        "": "HIGH",
+        "none": "LOW",
+        "minimal": "LOW",
+        "low": "LOW",
+        "medium": "LOW",
+        "high": "HIGH",
+        "max": "MAX",
+    },
+}
+
+
+@pytest.mark.parametrize("name", EFFORTS)
+def test_the_nearest_effort_that_the_model_has_is_asked_for(name: str) -> None:
+    chosen = {wanted: choose_effort(NEW[name], wanted) for wanted in EFFORTS[name]}
+    assert chosen == {wanted: f"REASONING_EFFORT_{effort}" for wanted, effort in EFFORTS[name].items()}
+    assert choose_effort(KIMI, "high") == ""
+    quiet = replace(NEW[name], default_effort="REASONING_EFFORT_NONE", thinking=True)
+    assert not choose_effort(quiet, "").endswith("NONE")
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -411,6 +460,200 @@ async def test_a_continuation_that_fails_ends_the_answer_as_cut(
     assert (status, body["choices"][0]["finish_reason"]) == (200, "length")
     assert body["choices"][0]["message"]["content"] == "第一"
     await simulator.settle(token)
+
+
+# Calls by a protocol of its own, without a proxy in front.
+
+
+@asynccontextmanager
+async def speak_connect(simulator: Simulator, **settings: Any) -> AsyncIterator[tuple[Connect, Accounts]]:
+    """The connect protocol, and the accounts that it refreshes."""
+    chosen = Settings(**{"base_url": simulator.url, "auth_url": simulator.url, **settings})
+    tasks = BackgroundTasks()
+    async with open_service_session() as session, open_service_session(reuse=False) as transfers:
+
+        async def refresh(account: Any) -> Any:
+            return await protocol.refresh(account)
+
+        accounts = Accounts(refresh, tasks, StateFiles(None, Metrics()))
+        client = KimiClient(session, transfers, accounts, Metrics(), chosen)
+        protocol = Connect(client, chosen.base_url, chosen.auth_url)
+        yield protocol, accounts
+        await tasks.drain(1)
+
+
+async def read_all(protocol: Connect, accounts: Accounts, token: str, question: Question) -> AnswerStream:
+    """Ask, read the whole answer, and remove its conversation."""
+    account = accounts.get(token)
+    stream = await protocol.ask(account, "", question, asyncio.get_running_loop().time() + 5)
+    try:
+        while await stream.read() is not None:
+            pass
+    finally:
+        await stream.drain(1.0)
+    await protocol.remove(account, stream.answer.conversation_id)
+    return stream
+
+
+@pytest.mark.parametrize(
+    ("name", "effort", "options"),
+    [
+        ("kimi", "", {"thinking": True, "reasoning_effort": "REASONING_EFFORT_LOW", "model": "k2d6-chat"}),
+        ("kimi", "none", {"thinking": False, "reasoning_effort": "REASONING_EFFORT_NONE", "model": "k2d6-chat"}),
+        ("k3", "max", {"thinking": True, "reasoning_effort": "REASONING_EFFORT_MAX", "model": "k3-agent"}),
+        (
+            "kimi-k3-swarm",
+            "",
+            {"thinking": True, "reasoning_effort": "REASONING_EFFORT_HIGH", "model": "k3-agent-swarm"},
+        ),
+    ],
+)
+async def test_a_listed_model_is_asked_with_all_that_tells_it_apart(
+    simulator: Simulator, name: str, effort: str, options: dict[str, Any]
+) -> None:
+    token = simulator.token("hello", "new-models")
+    async with speak_connect(simulator) as (protocol, accounts):
+        models = await protocol.models(accounts.get(token))
+        question = Question("hi", True, model=choose_model(name, models)[0], effort=effort)
+        await read_all(protocol, accounts, token, question)
+    (asked,) = (await simulator.settle(token)).asked  # the simulator compares it with its list
+    assert asked["options"] == options and asked["tools"]
+
+
+async def test_with_tools_of_the_client_those_of_the_service_stay_away(simulator: Simulator) -> None:
+    token = simulator.token("hello")
+    async with speak_connect(simulator) as (protocol, accounts):
+        await read_all(protocol, accounts, token, Question("hi", True, has_tools=True))
+    (asked,) = simulator.account(token).asked
+    assert (asked["tools"], asked["options"]["enable_plugin"]) == ([], False)
+
+
+async def test_older_models_think_when_the_client_wants_it(simulator: Simulator) -> None:
+    token = simulator.token("hello")
+    async with speak_connect(simulator) as (protocol, accounts):
+        for effort, model in (("high", K26), ("none", K26_THINKING), ("", K26_THINKING)):
+            await read_all(protocol, accounts, token, Question("hi", True, model=model, effort=effort))
+    assert [body["options"] for body in simulator.account(token).asked] == [
+        {"thinking": thinking} for thinking in (True, False, True)
+    ]
+
+
+async def test_without_a_list_the_newest_scenario_is_asked_and_then_the_older_one(simulator: Simulator) -> None:
+    known, unknown = simulator.token("hello"), simulator.token("hello", "old-scenario")
+    async with speak_connect(simulator) as (protocol, accounts):
+        await read_all(protocol, accounts, known, Question("hi", True))
+        for _ in range(2):
+            await read_all(protocol, accounts, unknown, Question("hi", True))
+    (asked,) = simulator.account(known).asked
+    assert (asked["scenario"], asked["options"]) == ("SCENARIO_CHAT", {"thinking": False, "model": "k2d6-chat"})
+    account = await simulator.settle(unknown)
+    assert [(body["scenario"], body["options"]) for body in account.asked] == [
+        ("SCENARIO_K2D5", {"thinking": False})
+    ] * 2
+    assert account.count("ask") == 3  # what works is asked at once the next time
+
+
+async def test_another_refusal_is_no_reason_to_ask_as_an_older_model(simulator: Simulator) -> None:
+    token = simulator.token("hello", "error-type=ask:unheard.of")
+    async with speak_connect(simulator) as (protocol, accounts):
+        with pytest.raises(ProxyError) as caught:
+            await read_all(protocol, accounts, token, Question("hi", True))
+    assert caught.value.code == "service_failed" and simulator.account(token).count("ask") == 1
+
+
+async def test_calls_have_another_name_when_the_first_is_not_known(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession
+) -> None:
+    proxy = await start_proxy(protocol="connect")
+    token = simulator.token("hello", "other-names")
+    assert (await answer(http, proxy, token))[0] == 200
+    account = await simulator.settle(token)
+    assert (account.count("ask"), account.count("remove")) == (2, 2)
+
+
+@pytest.mark.parametrize("status", [404, 501, 500])
+async def test_the_first_failure_is_told_where_neither_name_is_known(simulator: Simulator, status: int) -> None:
+    token = simulator.token("hello", f"status=ask:{status}")
+    async with speak_connect(simulator) as (protocol, accounts):
+        with pytest.raises(ProxyError) as caught:
+            await read_all(protocol, accounts, token, Question("hi", True))
+    assert caught.value.upstream_status == status
+    assert simulator.account(token).count("ask") == (1 if status == 500 else 2)
+
+
+async def test_an_answer_is_stopped_by_the_ids_of_chat_and_message(simulator: Simulator) -> None:
+    for faults in ((), ("no-stop",)):
+        token = simulator.token("long", "pace=0.01", *faults)
+        async with speak_connect(simulator) as (protocol, accounts):
+            account = accounts.get(token)
+            stream = await protocol.ask(account, "", Question("hi", True), asyncio.get_running_loop().time() + 5)
+            while not stream.answer.message_id:
+                await stream.read()
+            known = stream.answer.conversation_id
+            try:
+                await protocol.stop(account, known, stream.answer.message_id)
+                assert not faults
+            except ProxyError:
+                assert faults
+            stream.close()
+            await protocol.remove(account, known)
+        record = await simulator.settle(token)
+        assert [call.step for call in record.calls][-3:] == ["ask", "stop", "remove"]
+
+
+# The twins of the service.
+
+
+@pytest.fixture
+async def overseas(simulator: Simulator, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Simulator]:
+    """The service at kimi.ai, beside the other one."""
+    async with Simulator(overseas=True) as other:
+        twins = {"cn": (simulator.url, simulator.url), "global": (other.url, other.url)}
+        monkeypatch.setattr(kimi_proxy, "TWINS", twins)
+        yield other
+
+
+OPEN = {"base_url": "", "auth_url": "https://auth.kimi.com"}  # as without settings
+
+
+@pytest.mark.parametrize("faults", [(), ("opaque",), ("old-refresh",), ("rotate",)])
+async def test_a_token_that_does_not_tell_its_region_is_tried_at_both_twins(
+    simulator: Simulator,
+    overseas: Simulator,
+    start_proxy: StartProxy,
+    http: aiohttp.ClientSession,
+    faults: tuple[str, ...],
+) -> None:
+    proxy = await start_proxy(protocol="connect", **OPEN)
+    token = overseas.token("hello", "overseas", *faults)
+    for _ in range(2):
+        assert (await answer(http, proxy, token))[0] == 200
+    account = await overseas.settle(token)
+    assert (account.count("refresh"), account.count("ask"), account.count("remove")) == (1, 2, 2)
+    at_home = simulator.token("hello")
+    assert (await answer(http, proxy, at_home))[0] == 200
+    await simulator.settle(at_home)
+
+
+async def test_an_access_token_goes_to_the_twin_that_it_tells(
+    simulator: Simulator, overseas: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession
+) -> None:
+    proxy = await start_proxy(protocol="connect", **OPEN)
+    token = overseas.token("hello", "overseas")
+    assert (await answer(http, proxy, overseas.make_access_token(token)))[0] == 200
+    await overseas.settle(token)
+    assert simulator.connections == 0
+
+
+@pytest.mark.parametrize("named", [True, False])
+async def test_a_token_that_both_refuse_is_dead_and_a_url_of_the_user_is_no_twin(
+    simulator: Simulator, overseas: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession, named: bool
+) -> None:
+    proxy = await start_proxy(protocol="connect", **({} if named else OPEN))
+    token = simulator.token("no-such-script")
+    status, body = await answer(http, proxy, token)
+    assert (status, body["error"]["code"]) == (401, "token_dead")
+    assert bool(overseas.connections) is not named
 
 
 # The stream of an answer.
