@@ -1347,11 +1347,20 @@ _REASON_CODES: Final[Mapping[str, str]] = {  # by a word of the reason [2+], [1]
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Tool:
-    """A tool of the client. `parameters` is the JSON schema of a call's arguments; True takes any object."""
+    """A tool of the client. `parameters` is the JSON schema of a call's arguments; True takes any object.
+
+    The `name` of one in a `namespace` begins with that and a dot: so the model knows it.
+    """
 
     name: str
     description: str
     parameters: dict[str, Any] | bool
+    namespace: str = ""
+
+    @property
+    def own_name(self) -> str:
+        """The name within the namespace."""
+        return self.name.removeprefix(f"{self.namespace}.") if self.namespace else self.name
 
     def __repr__(self) -> str:
         return f"Tool({len(self.name)} characters)"
@@ -2519,18 +2528,12 @@ class Chain:
 # ignored, since clients send many; a wrong type in a known one is an error that names the field.
 
 MAX_ATTACHMENTS: Final = 20
+MAX_MARKED_URLS: Final = 100
 MAX_STOPS: Final = 16
 MAX_STOP_LENGTH: Final = 1000
 MAX_DEPTH: Final = 100  # levels of JSON in a schema or in the arguments of a call
-MAX_PART_DEPTH: Final = 3  # of parts within parts
 NEW_CONVERSATION: Final = "new"
 RESULT_ROLES: Final = ("tool", "function")
-_ROLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,31}")
-_FUNCTION_NAME: Final = re.compile(r"[^\s\x00-\x1f<>\"{}]{1,128}")
-_URL: Final = re.compile(
-    r"https?://(?:www\.)?[-a-zA-Z0-9@:%._+~#=]{2,256}\.[a-z]{2,6}\b[-a-zA-Z0-9@:%_+.~#?&/=]*", re.IGNORECASE | re.ASCII
-)
-
 AttachmentKind = Literal["file", "image"]
 FindItem = Callable[[str], Mapping[str, Any] | None]
 
@@ -2570,6 +2573,17 @@ class FunctionCall:
 
 
 @dataclass(frozen=True, slots=True)
+class Mention:
+    """A part of a message that is more than its text: the reference to a tool, or (`is_unknown`) a kind without a text
+    that nobody here knows, at `path`.
+    """
+
+    name: str
+    path: str
+    is_unknown: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
     """One message of the conversation: its text parts, one a line, what is attached to it, and the calls it makes.
 
@@ -2583,6 +2597,12 @@ class Message:
     calls: tuple[FunctionCall, ...] = ()
     tool_call_id: str = field(default="", repr=False)
     tool_name: str = field(default="", repr=False)
+    mentions: tuple[Mention, ...] = field(default=(), repr=False)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it says nothing."""
+        return not (self.text or self.attachments or self.calls or self.role in RESULT_ROLES)
 
     @property
     def size(self) -> int:
@@ -2608,7 +2628,9 @@ class ChatRequest:
     """A chat that a client asks for, by any API. `use_search` is None where neither the request nor its model says.
 
     `conversation_id`: `new` opens a conversation that is kept, an id continues one; else empty. `max_tokens` is None
-    where there is no limit. `left_out`: names of the tools that nobody here can run, for the log.
+    where there is no limit. `left_out`: names of the tools that nobody here can run, for the log. `effort` of thinking:
+    the client's word, `none` where it is switched off, `enabled` where it is on without a word, else empty.
+    `legacy_functions`: calls are answered in the old form, `function_call`.
     """
 
     model: str
@@ -2624,12 +2646,19 @@ class ChatRequest:
     stop: tuple[str, ...] = ()
     max_tokens: int | None = None
     left_out: tuple[str, ...] = ()
+    effort: str = ""
+    legacy_functions: bool = False
     responses: ResponsesOptions | None = None
 
     @property
     def attachments(self) -> list[Attachment]:
         """What is attached to the messages that the service is sent."""
         return [attachment for message in self.sent_messages for attachment in message.attachments]
+
+    @property
+    def unknown_parts(self) -> list[str]:
+        """The kinds of what is in the messages and could not be told, for the log."""
+        return [one.name for message in self.messages for one in message.mentions if one.is_unknown]
 
     @property
     def sent_messages(self) -> tuple[Message, ...]:
@@ -2654,13 +2683,11 @@ class ChatRequest:
 
 # -- Reading JSON by its path
 
-_KINDS: Final[Mapping[type, str]] = {
-    str: "a string",
-    list: "a list",
-    dict: "an object",
-    bool: "true or false",
-    int: "a whole number",
-}
+_KINDS: Final[Mapping[type, str]] = {str: "a string", list: "a list", dict: "an object", bool: "true or false"}
+_BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
+_ESCAPES: Final = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\(u[dD][89a-fA-F][0-9a-fA-F]{2})|\\.", re.DOTALL
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -2684,11 +2711,13 @@ class Node:
     def get_field(self, name: str, kind: type, default: Any = None) -> Any:
         """The value of a field, or `default` where it is missing or null. Raises `ProxyError` for another type."""
         found = self.value.get(name)
-        if found is None:
-            return default
-        if not isinstance(found, kind) or (kind is int and isinstance(found, bool)):
+        if found is not None and not isinstance(found, kind):
             raise self[name].invalid_param(f"must be {_KINDS[kind]}")
-        return found
+        return default if found is None else found
+
+    def get_text(self, name: str) -> str:
+        """The string in a field, an empty one where it is missing."""
+        return str(self.get_field(name, str, ""))
 
     def get_object(self, name: str) -> Node:
         """The object in a field, an empty one where it is missing."""
@@ -2721,9 +2750,13 @@ class Node:
 
 
 def _parse_body(body: bytes | bytearray) -> Node:
-    """The JSON object in a body. Raises `ProxyError` `invalid_json`."""
+    """The JSON object in a body; half of a surrogate pair becomes U+FFFD. Raises `ProxyError` `invalid_json`."""
+    data = body[3:] if body.startswith(_BYTE_ORDER_MARK) else body
     try:
-        value = parse_json(body)
+        try:
+            value = parse_json(data)
+        except WireError:
+            value = parse_json(_ESCAPES.sub(lambda found: rb"\ufffd" if found[1] else found[0], data))
     except WireError as error:
         raise ProxyError("invalid_json", f"the body: {error}") from None
     if not isinstance(value, dict):
@@ -2737,24 +2770,17 @@ def _parse_body(body: bytes | bytearray) -> Node:
 def parse_chat_request(body: bytes | bytearray) -> ChatRequest:
     """The request in the body of `POST /v1/chat/completions` (OpenAI API reference, "Create chat completion").
 
-    Raises `ProxyError`: `invalid_json`, or `invalid_request` with the field's name as `param`.
+    Raises `ProxyError`: `invalid_json`, or `invalid_request` with the field's name as `param`; as all of these do.
     """
     root = _parse_body(body)
-    _check_answers(root)
-    return _make_request(
-        root,
-        _parse_messages(root),
-        conversation_id=root.get_field("conversation_id", str, ""),
-        response_format=_parse_format(root.get_object("response_format")),
-        stop=_parse_stop(root["stop"]),
-        max_tokens=_parse_limit(root, "max_completion_tokens", "max_tokens"),
-    )
+    request = _make_request(root, [message for turn in _parse_turns(root) for message in turn])
+    return replace(request, conversation_id=root.get_text("conversation_id"))
 
 
 def parse_completion_request(body: bytes | bytearray) -> ChatRequest:
     """The request in the body of the older `POST /v1/completions` (OpenAI API reference, "Create completion").
 
-    Its one prompt is a user's message. Raises `ProxyError`: `invalid_json`, or `invalid_request` with its `param`.
+    Its one prompt is a user's message.
     """
     root = _parse_body(body)
     prompt = root.value.get("prompt")
@@ -2762,87 +2788,99 @@ def parse_completion_request(body: bytes | bytearray) -> ChatRequest:
         prompt = prompt[0]
     if not isinstance(prompt, str) or not prompt:
         raise root["prompt"].invalid_param("must be one text; several, and numbers of tokens, are not known here")
-    _check_answers(root)
-    stop, limit = _parse_stop(root["stop"]), _parse_limit(root, "max_tokens")
-    return _make_request(root, [Message("user", prompt)], stop=stop, max_tokens=limit)
+    return _make_request(root, [Message("user", prompt)])
 
 
 def parse_messages_request(body: bytes | bytearray) -> ChatRequest:
     """The request in the body of `POST /v1/messages` (Anthropic API reference, "Create a Message") or of its
-    `/count_tokens`, which has no `max_tokens`.
+    `/count_tokens`.
 
-    A tool's result is a message of role `tool` that stands before the other words of its message. Raises `ProxyError`:
-    `invalid_json`, or `invalid_request` with the field's name as `param`.
+    A tool's result is a message of role `tool` that stands before the other words of its message. What the system says
+    after the user's last turn is moved before it: the model answers what it reads last.
     """
     root = _parse_body(body)
     system = _make_message("system", _parse_content(root["system"]))
-    return _make_request(
-        root,
-        [*([system] if system.text or system.attachments else []), *_parse_messages(root)],
-        response_format=_parse_format(root.get_object("output_config").get_object("format")),
-        stop=_parse_stop(root["stop_sequences"]),
-        max_tokens=_parse_limit(root, "max_tokens"),
-    )
+    turns = [*([] if system.is_empty else [[system]]), *_parse_turns(root)]
+    last = max((index for index, turn in enumerate(turns) if turn[-1].role in ("user", "tool")), default=len(turns))
+    late = [turn for turn in turns[last:] if turn[-1].role == "system"]
+    ordered = [*turns[:last], *late, *(turn for turn in turns[last:] if turn[-1].role != "system")]
+    return _make_request(root, [message for turn in ordered for message in turn])
 
 
 def parse_responses_request(body: bytes | bytearray, find_item: FindItem = lambda item_id: None) -> ChatRequest:
     """The request in the body of `POST /v1/responses` (OpenAI API reference, "Create a model response").
 
     `find_item` gives the item of an earlier answer that one of the input refers to by its id, or None.
-
-    Raises `ProxyError`: `invalid_json`, or `invalid_request` with the field's name as `param`.
     """
     root = _parse_body(body)
-    previous = root.get_field("previous_response_id", str, "")
-    instructions = root.get_field("instructions", str, "")
-    messages = _parse_input(root, find_item)
-    if not messages and not previous:
+    if root.has("conversation"):
+        raise root["conversation"].invalid_param("is not known here: use previous_response_id, or send all items")
+    previous, instructions = root.get_text("previous_response_id"), root.get_text("instructions")
+    items = _parse_items(root, find_item)
+    messages = _join_calls(message for item in items for message in _parse_item(item))
+    if not previous and all(one.is_empty and one.mentions and one.role != "user" for one in messages):
         raise root["input"].invalid_param("must be a text, or a list with at least one message")
-    text = root.get_object("text")
-    request = _make_request(
-        root,
-        [Message("system", instructions), *messages] if instructions else messages,
-        param="input",
-        response_format=_parse_format(text.get_object("format")),
-        max_tokens=_parse_limit(root, "max_output_tokens"),
-    )
-    store = root.get_field("store", bool, True)
-    return replace(request, responses=ResponsesOptions(previous, store, _make_echo(root, request), instructions))
+    tools = [tool for item in items if item.get_text("type") in _TOOL_ITEMS for tool in item.get_items("tools")]
+    before = [Message("system", instructions)] if instructions else []
+    request = _make_request(root, [*before, *messages], more_tools=tools, param="input")
+    options = ResponsesOptions(previous, root.get_field("store", bool, True), _make_echo(root, request), instructions)
+    return replace(request, responses=options)
 
 
-def _check_answers(root: Node) -> None:
-    if root.get_field("n", int, 1) != 1:
+def _check_last(messages: Sequence[Message]) -> None:
+    """Raise `ProxyError` for a part of an unknown kind in what a person says last; in the history it is only logged."""
+    for one in messages[-1].mentions if messages and messages[-1].role == "user" else ():
+        if one.is_unknown:
+            known = "text, image_url, file, image, document, tool_use, tool_result, thinking"
+            reason = f"unknown kind of part: {one.name or '(none)'}; known: {known}"
+            sound = "input_audio: Kimi's web service takes no sound"
+            raise Node(None, one.path).invalid_param(sound if one.name == "input_audio" else reason)
+
+
+def _make_request(
+    root: Node, messages: Sequence[Message], *, more_tools: Sequence[Node] = (), param: str = "messages"
+) -> ChatRequest:
+    """A request from the fields of any API; `param` is the name of the one with its messages."""
+    if root.value.get("n") not in (None, 1) or root.value.get("n") is True:
         raise root["n"].invalid_param("only 1 answer at a time")
-
-
-def _make_request(root: Node, messages: Sequence[Message], *, param: str = "messages", **fields: Any) -> ChatRequest:
-    """A request from the fields that all APIs have; `param` is the name of the one with its messages."""
-    model = root.get_field("model", str, "kimi").strip() or "kimi"
+    _check_last(messages)
+    model = root.get_text("model").strip() or "kimi"
+    suffixes = model.split("-")[1:]
     options = root.get_object("stream_options") if root.has("stream_options") else None
-    tools, left_out, searches = _parse_tools(root.get_items("tools"))
-    foreign = (*left_out, "web_search") if searches else left_out
-    choice, tools = _parse_tool_choice(root["tool_choice"], tools, foreign)
+    is_legacy = root.has("functions") and not root.has("tools")
+    loaded = {one.name for message in messages for one in message.mentions if not one.is_unknown}
+    nodes = [*root.get_items("functions" if is_legacy else "tools"), *more_tools]
+    tools, left_out, searches = _parse_tools(nodes, loaded)
+    choice_node = root["function_call" if is_legacy else "tool_choice"]
+    choice, tools = _parse_tool_choice(choice_node, tools, (*left_out, "web_search") if searches else left_out)
+    is_serial = isinstance(choice_node.value, dict) and choice_node.value.get("disable_parallel_tool_use") is True
     use_search = root.get_field("use_search", bool)
-    if use_search is None and (searches or "search" in model.split("-")[1:]):
-        use_search = True
-    _check_attachments(messages, param)
+    if use_search is None and (searches or not {"search", "nosearch"}.isdisjoint(suffixes)):
+        use_search = "nosearch" not in suffixes
     return ChatRequest(
         model=model,
-        messages=tuple(messages),
+        messages=_limit_attachments(messages, param),
         stream=root.get_field("stream", bool, False),
         include_usage=options.get_field("include_usage", bool, False) if options is not None else None,
         use_search=use_search,
         tools=tools,
         tool_choice=choice,
-        parallel_tool_calls=_parse_parallel(root),
+        parallel_tool_calls=root.get_field("parallel_tool_calls", bool, True) and not is_serial,
+        response_format=_parse_format(root),
+        stop=_parse_stop(root["stop" if root.has("stop") else "stop_sequences"]),
+        max_tokens=_parse_limit(root),
         left_out=left_out,
-        **fields,
+        effort=_parse_effort(root),
+        legacy_functions=is_legacy,
     )
 
 
-def _parse_format(form: Node) -> ResponseFormat | None:
-    """What `response_format`, `text.format` or `output_config.format` asks for; chat nests the schema once more."""
-    kind = form.get_field("type", str, "text")
+def _parse_format(root: Node) -> ResponseFormat | None:
+    """The form of the answer, wherever an API has it; chat nests the schema once more."""
+    text, config = root.get_object("text"), root.get_object("output_config")
+    places = (root, "response_format"), (text, "format"), (root, "output_format"), (config, "format")
+    form = next((place.get_object(name) for place, name in places if place.has(name)), Node({}, ""))
+    kind = form.get_text("type") or "text"
     if kind not in ("text", "json_object", "json_schema"):
         raise form["type"].invalid_param("must be text, json_object or json_schema")
     if kind != "json_schema":
@@ -2850,7 +2888,7 @@ def _parse_format(form: Node) -> ResponseFormat | None:
     own = form.get_object("json_schema") if form.has("json_schema") else form
     if not own.has("schema"):
         raise own["schema"].invalid_param("is missing")
-    return ResponseFormat("json_schema", _parse_schema(own["schema"]), own.get_field("name", str, ""))
+    return ResponseFormat("json_schema", _parse_schema(own["schema"]), own.get_text("name"))
 
 
 def _parse_schema(schema: Node) -> Any:
@@ -2865,146 +2903,161 @@ def _parse_schema(schema: Node) -> Any:
 def _parse_stop(node: Node) -> tuple[str, ...]:
     stops = [node.value] if isinstance(node.value, str) else node.value or []
     if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(stop, str) for stop in stops):
-        raise node.invalid_param(f"must be a string, or a list of up to {MAX_STOPS}")
+        raise node.invalid_param(f"must be a string, or a list of up to {MAX_STOPS} strings")
     if any(len(stop) > MAX_STOP_LENGTH for stop in stops):
         raise node.invalid_param(f"may have {MAX_STOP_LENGTH} characters")
     return tuple(stop for stop in dict.fromkeys(stops) if stop)
 
 
-def _parse_limit(root: Node, *names: str) -> int | None:
-    """The limit of the answer, by the first of its `names` that the request has."""
-    for name in names:
-        if (limit := root.get_field(name, int)) is not None:
-            if limit < 1:
-                raise root[name].invalid_param("must be at least 1")
-            return int(limit)
-    return None
+def _parse_limit(root: Node) -> int | None:
+    """The limit of the answer by its first name that is there; 0 and less, as some clients send it, is none."""
+    names = ("max_completion_tokens", "max_output_tokens", "max_tokens")
+    name = next((name for name in names if root.has(name)), "")
+    limit = root.value.get(name, 0)
+    if isinstance(limit, bool) or not isinstance(limit, int | float) or limit % 1:
+        raise root[name].invalid_param("must be a whole number")
+    return int(limit) if limit > 0 else None
+
+
+def _parse_effort(root: Node) -> str:
+    """The effort of thinking, wherever an API has it; what is no word means nothing."""
+    paths = ("thinking", "type"), ("reasoning_effort",), ("reasoning", "effort"), ("output_config", "effort")
+    switch, *words = (_find_word(root.value, *path) for path in paths)
+    if switch == "disabled":
+        return "none"
+    return next(filter(None, words), "enabled" if switch in ("enabled", "adaptive") else "")
+
+
+def _find_word(value: Any, *path: str) -> str:
+    """The string at a path of names, or an empty one."""
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value if isinstance(value, str) else ""
 
 
 # -- Tools
 
+_FUNCTION_NAME: Final = re.compile(r"[^\s\x00-\x1f<>\"{}]{1,128}")
+_TOOL_ITEMS: Final = ("additional_tools", "tool_search_output")
+_DEFERRED_PLACEHOLDER: Final = "DeferredToolPlaceholder"  # Claude Code's own, in the place of tools not loaded yet
 
-def _parse_tools(nodes: Sequence[Node]) -> tuple[tuple[Tool, ...], tuple[str, ...], bool]:
-    """The functions among tools, each name once; the names of what is left out; whether a web search is among them."""
+
+def _parse_tools(nodes: Sequence[Node], loaded: Collection[str]) -> tuple[tuple[Tool, ...], tuple[str, ...], bool]:
+    """The functions among tools, each name once; the names of what is left out; whether a web search is among them.
+
+    A deferred function counts once the messages have `loaded` it, unless searching for it would be the API's work.
+    """
     tools: dict[str, Tool] = {}
     left_out: list[str] = []
     searches = False
-    for node in nodes:
-        kind = node.get_field("type", str, "function")
+    is_deferring = not any(node.get_text("type").startswith("tool_search") for node in nodes)
+    for namespace, node in _flatten_tools(nodes):
+        kind = node.get_text("type") or "function"
         if kind.startswith("web_search") or _read_function_name(node.value) == "$web_search":
             searches = True
         elif kind == "function" or (kind == "custom" and node.has("input_schema")):
-            tool = _parse_tool(node.get_object("function") if node.has("function") else node)
-            tools.setdefault(tool.name, tool)
+            tool = _parse_tool(node.get_object("function") if node.has("function") else node, namespace)
+            is_deferred = tool.name == _DEFERRED_PLACEHOLDER or (is_deferring and node.value.get("defer_loading"))
+            if not is_deferred or tool.name in loaded:
+                tools.setdefault(tool.name, tool)
         else:
-            left_out += _read_foreign_names(node.value, kind)
+            own = node.value[kind] if isinstance(node.value.get(kind), dict) else node.value  # chat nests it
+            words = (own.get("name"), own.get("server_label"), kind)
+            names = (word for word in words if isinstance(word, str) and _FUNCTION_NAME.fullmatch(word))
+            left_out.append(next(names, "(other)"))
     return tuple(tools.values()), tuple(dict.fromkeys(left_out)), searches
 
 
-def _parse_tool(node: Node) -> Tool:
-    """A function from its name, description and schema."""
-    name = node.get_field("name", str, "")
+def _flatten_tools(nodes: Sequence[Node]) -> Iterator[tuple[str, Node]]:
+    """The tools with the name of the namespace that each is in."""
+    for node in nodes:
+        if node.get_text("type") == "namespace":
+            yield from ((node.get_text("name"), inner) for inner in node.get_items("tools"))
+        else:
+            yield "", node
+
+
+def _parse_tool(node: Node, namespace: str) -> Tool:
+    """A function from its name, description and schema. In a namespace the model knows it as `namespace.name`."""
+    name = _join_name(namespace, node.get_text("name"))
     if not _FUNCTION_NAME.fullmatch(name):
         raise node["name"].invalid_param("must be a name without whitespace, 128 characters at most")
     schema = node["input_schema"] if node.has("input_schema") else node["parameters"]
-    return Tool(name, node.get_field("description", str, ""), _parse_schema(schema))
+    return Tool(name, node.get_text("description"), _parse_schema(schema), namespace)
 
 
-def _read_foreign_names(value: dict[str, Any], kind: str) -> list[str]:
-    """What a tool of another kind is called, or else its kind, and its own tools. For the log: only what is a name."""
-    own = value.get(kind)
-    own = own if isinstance(own, dict) else value  # chat completions have it within a field of the kind's name
-    nested = own.get("tools")
-    inner = [tool.get("name") for tool in nested if isinstance(tool, dict)] if isinstance(nested, list) else []
-    first, rest = (
-        [name for name in names if isinstance(name, str) and _FUNCTION_NAME.fullmatch(name)]
-        for names in ((own.get("name"), own.get("server_label"), kind), inner)
-    )
-    return [*(first[:1] or ["(other)"]), *rest]
-
-
-def _parse_parallel(root: Node) -> bool:
-    choice = root["tool_choice"]
-    is_serial = isinstance(choice.value, dict) and choice.get_field("disable_parallel_tool_use", bool, False)
-    return bool(root.get_field("parallel_tool_calls", bool, True) and not is_serial)
+def _join_name(namespace: str, name: str) -> str:
+    return f"{namespace}.{name}" if namespace and name else name
 
 
 def _parse_tool_choice(
     node: Node, tools: tuple[Tool, ...], foreign: Collection[str]
 ) -> tuple[ToolChoice, tuple[Tool, ...]]:
-    """What `tool_choice` means for `tools`, and those that it allows; `auto` where it wants `foreign` ones."""
-    value = node.value
-    kind = value
+    """What a choice means in any API's words, and the tools that it allows; `auto` where it wants `foreign` ones."""
+    mode = value = node.value
+    name = _read_function_name(value)
     if isinstance(value, dict):
-        kind = value.get("type") or ("auto" if _read_function_name(value) is None else "function")
-    if kind == "allowed_tools":
-        own = value.get(kind)
-        own = own if isinstance(own, dict) else value  # chat completions have it within, the Responses API has it not
+        mode = value.get("type") or ("auto" if name is None else "function")
+    if mode == "allowed_tools":
+        own = value.get(mode) if isinstance(value.get(mode), dict) else value  # chat nests it
         listed = own.get("tools")
         names = [_read_function_name(tool) for tool in listed] if isinstance(listed, list) else []
-        allowed = tuple(tool for tool in tools if tool.name in names)
-        if not allowed:
-            return ToolChoice("none"), tools
-        return _choose_tool(Node(own.get("mode"), node.path), allowed, foreign), allowed
-    is_word = kind in ("auto", "none", "any", "required")
-    if kind in ("function", "tool") or is_word or not isinstance(value, dict):
-        return _choose_tool(Node(kind, node.path) if is_word else node, tools, foreign), tools
-    return ToolChoice(), tools  # another kind of tool
-
-
-def _choose_tool(node: Node, tools: Sequence[Tool], foreign: Collection[str]) -> ToolChoice:
-    """What a choice means: a word, or a function by name."""
-    if node.value is None or node.value in ("auto", "none"):
-        return ToolChoice("none") if node.value == "none" else ToolChoice()
-    if node.value in ("required", "any"):
+        allowed = tuple(tool for tool in tools if {tool.name, tool.own_name, tool.namespace} & {*names})
+        mode, tools = (own.get("mode"), allowed) if allowed else ("none", tools)
+    if mode in ("required", "any"):
         if not tools and not foreign:
             raise node.invalid_param("there are no functions in tools")
-        return ToolChoice("required") if tools else ToolChoice()
-    name = _read_function_name(node.value)
-    if not isinstance(name, str):
+        return ToolChoice("required") if tools else ToolChoice(), tools
+    if mode in ("function", "tool") and isinstance(name, str):
+        if named := next((tool.name for tool in tools if name in (tool.name, tool.own_name)), ""):
+            return ToolChoice("named", named), tools
+        if name not in foreign:
+            raise node.invalid_param("names a function that is not in tools")
+    elif mode in ("function", "tool") or not (mode in (None, "auto", "none") or isinstance(value, dict)):
         raise node.invalid_param('must be auto, none, required, or {"type": "function", "function": {"name"}}')
-    if name in [tool.name for tool in tools]:
-        return ToolChoice("named", name)
-    if name not in foreign:
-        raise node.invalid_param("names a function that is not in tools")
-    return ToolChoice()
+    return ToolChoice("none") if mode == "none" else ToolChoice(), tools  # another kind of tool means auto
 
 
 def _read_function_name(value: object) -> Any:
-    """The `name` in an object, or in its `function`; None where there is none."""
+    """The `name` in an object, or in its `function`, with its namespace; None where there is none."""
     function = value.get("function", value) if isinstance(value, dict) else None
-    return function.get("name") if isinstance(function, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        return None
+    return _join_name(_find_word(function, "namespace"), function["name"])
 
 
 # -- Messages and their parts
 
-_Piece = str | Attachment | FunctionCall | Message  # what one part may be; a Message is the result of a call
-# What comes back of the model's thinking was for the client, and a server tool's work is that of another service.
-_DROPPED_PARTS: Final = ("thinking", "redacted_thinking", "reasoning")
-_DROPPED_ENDS: Final = ("_tool_use", "_tool_result")  # of server_tool_use, mcp_tool_use, web_search_tool_result …
+_Piece = str | Attachment | FunctionCall | Mention | Message  # what one part may be; a Message is the result of a call
+_ROLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,31}")
+_DROPPED_KINDS: Final = ("thinking", "redacted_thinking", "reasoning")  # what was for the client alone
 
 
-def _parse_messages(root: Node) -> list[Message]:
-    nodes = root["messages"]
-    if not nodes.value or not isinstance(nodes.value, list):
-        raise nodes.invalid_param("must be a list with at least one message")
-    return [message for node in root.get_items("messages") for message in _parse_message(node)]
+def _parse_turns(root: Node) -> list[list[Message]]:
+    """The messages, those of one of the client's together."""
+    if not root.value.get("messages"):
+        raise root["messages"].invalid_param("must be a list with at least one message")
+    return [_parse_message(node) for node in root.get_items("messages")]
 
 
 def _parse_message(node: Node) -> list[Message]:
     """The message in a `{"role", "content"}` of any API, behind the results of tools that are among its parts."""
-    role = node.get_field("role", str, "") or "user"
+    role = node.get_text("role") or "user"
     if not _ROLE.fullmatch(role):
         raise node["role"].invalid_param("must be a short word such as user")
-    called = node.get_field("tool_call_id", str, "")
-    pieces = [*_parse_content(node["content"]), node.get_field("refusal", str, "")]
+    called, name = node.get_text("tool_call_id"), node.get_text("name")
+    is_result = bool(called) or role in RESULT_ROLES
+    pieces = [*_parse_content(node["content"], depth=int(is_result)), node.get_text("refusal")]
     pieces += map(_parse_call, node.get_items("tool_calls"))
-    if called or role in RESULT_ROLES:
-        name = node.get_field("name", str, "")
-        return [_make_message("tool" if called else role, pieces, tool_call_id=called, tool_name=name)]
+    if node.has("function_call"):
+        pieces.append(_parse_call(node.get_object("function_call")))
     results = [piece for piece in pieces if isinstance(piece, Message)]
+    if is_result:
+        return [*results, _make_message("tool" if called else role, pieces, tool_call_id=called, tool_name=name)]
     message = _make_message(role, pieces)
-    return [*results, message] if message.text or message.attachments or message.calls or not results else results
+    if name:
+        message = replace(message, text=f"{quote_words(name)[:64]}: {message.text}")
+    return [*results, message] if not message.is_empty or message.mentions or not results else results
 
 
 def _make_message(role: str, pieces: Sequence[_Piece], **fields: str) -> Message:
@@ -3014,66 +3067,91 @@ def _make_message(role: str, pieces: Sequence[_Piece], **fields: str) -> Message
         "\n".join(piece for piece in pieces if isinstance(piece, str) and piece),
         tuple(piece for piece in pieces if isinstance(piece, Attachment)),
         tuple(piece for piece in pieces if isinstance(piece, FunctionCall)),
+        mentions=tuple(piece for piece in pieces if isinstance(piece, Mention)),
         **fields,
     )
 
 
 def _parse_content(content: Node, depth: int = 0) -> list[_Piece]:
-    """The parts of a content: a string, a list of parts, or null."""
-    if content.value is None or isinstance(content.value, str):
-        return [content.value or ""]
-    if not isinstance(content.value, list):
+    """The parts of a content: a string, a list of parts, one part, or null. `depth` is 1 in the result of a tool, which
+    may be any object too, and 2 in a document.
+    """
+    value = content.value
+    if value is None or isinstance(value, str):
+        return [value or ""]
+    if isinstance(value, dict) and (depth == 1 or "type" in value):
+        return _parse_part(content, depth)
+    if not isinstance(value, list):
         raise content.invalid_param("must be a string, a list of parts, or null")
     return [piece for part in content.split() for piece in _parse_part(part, depth)]
 
 
 def _parse_part(part: Node, depth: int) -> list[_Piece]:
-    """What one part of a content says, in any API's spelling; `depth` counts the parts around it."""
+    """What one part of a content says, in any API's spelling."""
     if isinstance(part.value, str):
         return [part.value]
     if not isinstance(part.value, dict):
         raise part.invalid_param("must be an object")
-    kind = part.get_field("type", str, "")
+    kind = part.get_text("type")
     match kind:
-        case "text" | "input_text" | "output_text":
-            return [part.get_field("text", str, "")]
-        case "refusal":
-            return [part.get_field("refusal", str, "")]
-        case "image_url" | "input_image":
+        case "text" | "input_text" | "output_text" | "refusal":
+            return [part.get_text("refusal" if kind == "refusal" else "text")]
+        case "image_url" | "input_image" | "image":
             return [_parse_attachment("image", part)]
         case "file" | "input_file":
             return [_parse_attachment("file", part)]
-        case "image" | "document":
-            return _parse_source("image" if kind == "image" else "file", part)
+        case "document" | "search_result" if depth < 2:
+            return _parse_document(part)
         case "tool_use" if not depth:
             return [_parse_call(part)]
         case "tool_result" if not depth:
             return [_parse_result(part, "tool_use_id", "content")]
-        case _ if kind in _DROPPED_PARTS or kind.endswith(_DROPPED_ENDS):
-            return []
-        case "input_audio":
-            raise part["type"].invalid_param("input_audio: Kimi's web service takes no sound")
+        case "tool_reference":
+            name = part.get_text("tool_name")
+            return [f"The tool {name} can be called now.", Mention(name, part.path)]
+        case "" if depth == 1:
+            return [_render_json(part)]
         case _:
-            known = "text, image_url, file, image, document, tool_use, tool_result, thinking"
-            name = quote_words(kind)[:40] or "(none)"
-            raise part["type"].invalid_param(f"unknown kind of part: {name}; known: {known}")
+            return [] if kind in _DROPPED_KINDS else _tell_unknown(part, kind)
+
+
+def _tell_unknown(part: Node, kind: str) -> list[_Piece]:
+    """The text of a part of an unknown kind, or else what kind it is."""
+    content = part.value.get("content")
+    inner = content if isinstance(content, list) else [content]
+    texts = [part.value.get("text"), *(one.get("text") if isinstance(one, dict) else one for one in inner)]
+    found = [text for text in texts if isinstance(text, str) and text]
+    return [*found] if found else [Mention(quote_words(kind)[:40], part["type"].path, is_unknown=True)]
+
+
+def _parse_document(part: Node) -> list[_Piece]:
+    """A document of Anthropic's or the result of a search: its title, where it is from, and what it says."""
+    source, about = part.value.get("source"), [part.get_text("title"), part.get_text("context")]
+    if isinstance(source, str):
+        return [*about, source, *_parse_content(part["content"], depth=2)]
+    source = part.get_object("source")
+    kind = source.get_text("type")
+    if kind in ("text", "content"):
+        return [*about, *_parse_content(source["data" if kind == "text" else "content"], depth=2)]
+    return [about[1], _parse_attachment("file", part)]
 
 
 def _parse_call(node: Node) -> FunctionCall:
     """A call that the model made earlier: one of `tool_calls`, a `tool_use` part, or an item of the Responses API."""
     kind = next((kind for kind in ("function", "custom") if node.has(kind)), "")
     own = node.get_object(kind) if kind else node
-    call_id = node.get_field("call_id", str, "") or node.get_field("id", str, "")
-    arguments = next((own[name] for name in ("arguments", "input") if own.has(name)), Node("", ""))
-    return FunctionCall(call_id, own.get_field("name", str, ""), _render_json(arguments))
+    name = own.get_text("name") or _CALL_NAMES.get(node.get_text("type"), "")
+    field_name = next((name for name in ("arguments", "input", "action", "operation") if own.has(name)), "")
+    arguments = _render_json(own[field_name]) if field_name else ""
+    call_id = node.get_text("call_id") or node.get_text("id")
+    return FunctionCall(call_id, _join_name(own.get_text("namespace"), name), arguments)
 
 
 def _parse_result(node: Node, id_field: str, content_field: str) -> Message:
     """What a tool gave back, with the pictures and files in it."""
-    pieces = _parse_content(node[content_field], 1)
     error = "Error: " if node.get_field("is_error", bool, False) else ""
-    message = _make_message("tool", pieces, tool_call_id=node.get_field(id_field, str, ""))
-    return replace(message, text=error + message.text)
+    message = _make_message("tool", _parse_content(node[content_field], depth=1))
+    return replace(message, text=error + message.text, tool_call_id=node.get_text(id_field) or node.get_text("id"))
 
 
 def _render_json(node: Node) -> str:
@@ -3087,131 +3165,137 @@ def _render_json(node: Node) -> str:
 
 # -- Attachments
 
+_DATA_HEAD: Final = re.compile(r'data:((?:[^,"]|"[^"]*")*),', re.IGNORECASE)
+_PARAMETER: Final = re.compile(r'(?:[^;"]|"[^"]*")+')
+
 
 def _parse_attachment(kind: AttachmentKind, part: Node) -> Attachment:
-    """The attachment in OpenAI's parts: `image_url`, `file_url`, or `file_data` and `file_id`, which chat nests."""
-    own = part.get_object("file") if part.has("file") else part
-    name = own.get_field("filename", str, "")
-    for field_name in ("image_url", "file_url"):
+    """The attachment of a part: by URL, by a file's id, or as base64, within `file`, `source` or the part itself."""
+    own = next((part.get_object(name) for name in ("file", "source") if part.has(name)), part)
+    name = own.get_text("filename") or part.get_text("filename") or part.get_text("title")
+    for field_name in ("image_url", "file_url", "url"):
         if own.has(field_name):
-            return _name_attachment(_parse_url(kind, own[field_name]), name)
-    if file_id := own.get_field("file_id", str, ""):
+            return _parse_url(kind, own[field_name], name)
+    if file_id := own.get_text("file_id"):
         return Attachment(kind, own["file_id"].path, file_id=file_id)
+    node = own["data" if own.has("data") else "file_data"]
+    if own.get_text("data") or own.get_text("file_data"):
+        if node.value[:5].lower() == "data:":
+            return _parse_data(kind, node, name)
+        content_type = (own.get_text("media_type") or own.get_text("mimeType")).strip().lower()
+        return Attachment(kind, node.path, data=node.value, name=name, content_type=content_type)
+    if own.path.endswith(".source"):
+        raise own["url" if own.value.get("type") == "url" else "data"].invalid_param("is missing")
     if kind == "image":
         raise own["image_url"].invalid_param("must be a URL")
-    data = own.get_field("file_data", str, "")
-    if not data:
-        raise own["file_data"].invalid_param("must be a data URL, or base64; else give file_id")
-    if data[:5].lower() == "data:":
-        return _name_attachment(_parse_data(kind, own["file_data"]), name)
-    return Attachment(kind, own["file_data"].path, data=data, name=name)
+    raise own["file_data"].invalid_param("must be a data URL, or base64; else give file_id")
 
 
-def _parse_source(kind: AttachmentKind, part: Node) -> list[_Piece]:
-    """The attachment in Anthropic's `{"source": {"type": …}, "title"}`; a document that is plain text is the text."""
-    source, title = part.get_object("source"), part.get_field("title", str, "")
-    form = source.get_field("type", str, "")
-    if form == "url":
-        return [_name_attachment(_parse_url(kind, source["url"]), title)]
-    if form not in ("base64", "text") or (form == "text" and kind == "image"):
-        raise source["type"].invalid_param("must be base64 or url, or text in a document")
-    data = source.get_field("data", str, "")
-    if form == "text":
-        return [title, data]
-    if not data:
-        raise source["data"].invalid_param("must be base64")
-    content_type = source.get_field("media_type", str, "").strip().lower()
-    return [Attachment(kind, source["data"].path, data=data, name=title, content_type=content_type)]
-
-
-def _name_attachment(attachment: Attachment, name: str) -> Attachment:
-    return replace(attachment, name=name) if name else attachment
-
-
-def _parse_url(kind: AttachmentKind, node: Node) -> Attachment:
+def _parse_url(kind: AttachmentKind, node: Node, name: str) -> Attachment:
     """The attachment at `{"url"}`, which may be a `data:` URL; some clients give the bare string."""
     if isinstance(node.value, dict):
         node = node["url"]
-    if not isinstance(node.value, str) or not node.value:
+    url = node.value.strip() if isinstance(node.value, str) else ""
+    if not url:
         raise node.invalid_param("must be a URL")
-    if node.value[:5].lower() == "data:":
-        return _parse_data(kind, node)
-    return Attachment(kind, node.path, url=node.value)
+    if url[:5].lower() == "data:":
+        return _parse_data(kind, Node(url, node.path), name)
+    return Attachment(kind, node.path, url=url, name=name)
 
 
-def _parse_data(kind: AttachmentKind, node: Node) -> Attachment:
+def _parse_data(kind: AttachmentKind, node: Node, name: str) -> Attachment:
     """The attachment in a `data:` URL (RFC 2397), in base64; what stands behind its comma is not copied."""
     url: str = node.value
-    head, comma, _ = url[:1024].partition(",")
-    content_type, *parameters = head[5:].split(";")
-    if not comma or not parameters or parameters[-1].strip().lower() != "base64":
+    head = _DATA_HEAD.match(url[:1024])
+    content_type, _, rest = head[1].partition(";") if head is not None else ("", "", "")
+    parameters = [parameter.strip() for parameter in _PARAMETER.findall(rest)]
+    if head is None or not parameters or parameters[-1].lower() != "base64":
         raise node.invalid_param("a data URL must look like data:TYPE;base64,…")
-    named = dict(parameter.strip().partition("=")[::2] for parameter in parameters)
-    name = unquote(named.get("name") or named.get("filename") or "")
-    if url.find("%", len(head) + 1) >= 0:
-        url = head + comma + _undo_percent(url[len(head) + 1 :])
-    return Attachment(kind, node.path, "", url, len(head) + 1, name, content_type.strip().lower())
+    named = dict(parameter.partition("=")[::2] for parameter in parameters)
+    name = name or unquote((named.get("name") or named.get("filename") or "").strip('"'))
+    if url.find("%", head.end()) >= 0:
+        url = head[0] + _undo_percent(url[head.end() :])
+    return Attachment(kind, node.path, "", url, head.end(), name, content_type.strip().lower())
 
 
 def _undo_percent(text: str) -> str:
     """Base64 without the percent signs that may stand for its letters (RFC 3986); each is replaced in one go."""
     for letter in "+/=-_ \r\n":
-        for code in {f"%{ord(letter):02X}", f"%{ord(letter):02x}"}:
-            text = text.replace(code, letter)
+        text = text.replace(f"%{ord(letter):02X}", letter).replace(f"%{ord(letter):02x}", letter)
     return text
 
 
-def _check_attachments(messages: Sequence[Message], param: str) -> None:
-    if sum(len(message.attachments) for message in messages) > MAX_ATTACHMENTS:
-        raise Node(None, param).invalid_param(f"at most {MAX_ATTACHMENTS} files and pictures in a request")
+def _limit_attachments(messages: Sequence[Message], param: str) -> tuple[Message, ...]:
+    """The messages with the newest attachments; of older ones a word stands in the text. The same one counts once.
+
+    Raises `ProxyError` where the last message alone has too many.
+    """
+    seen: set[Attachment] = set()
+    limited: list[Message] = []
+    for message in reversed(messages):
+        kept: list[Attachment] = []
+        words: list[str] = []
+        for one in reversed(message.attachments):
+            key = replace(one, path="")
+            if key not in seen and len(seen) < MAX_ATTACHMENTS:
+                kept.insert(0, one)
+                seen.add(key)
+            elif key not in seen:
+                words.append(f"[{one.kind} left out]")
+        if words and not limited:
+            raise Node(None, param).invalid_param(f"at most {MAX_ATTACHMENTS} files and pictures in a message")
+        text = "\n".join(filter(None, [message.text, *words]))
+        limited.append(replace(message, text=text, attachments=tuple(kept)) if message.attachments else message)
+    return tuple(reversed(limited))
 
 
 # -- The Responses API
 
-
-def _parse_input(root: Node, find_item: FindItem) -> list[Message]:
-    """The messages of `input`. A call is told in the message of the words before it.
-
-    Left out are the model's thinking and items of the service's own tools, which Kimi's web service has not.
-    """
-    node = root["input"]
-    if node.value is None or isinstance(node.value, str):
-        return [Message("user", node.value)] if node.value else []
-    if not isinstance(node.value, list):
-        raise node.invalid_param("must be a string or a list of items")
-    items = _resolve_references(root.get_items("input"), find_item)
-    return _join_calls(message for item in items for message in _parse_item(item))
+_CALL_NAMES: Final = {"local_shell_call": "local_shell", "shell_call": "shell", "apply_patch_call": "apply_patch"}
+_CALL_ITEMS: Final = ("function_call", "custom_tool_call", "mcp_call", *_CALL_NAMES)
 
 
-def _resolve_references(items: Iterable[Node], find_item: FindItem) -> Iterator[Node]:
-    """The items, references replaced. Each item can be referred to once: many references would be an unbounded text."""
+def _parse_items(root: Node, find_item: FindItem) -> list[Node]:
+    """The items of `input`, references replaced. Each can be referred to once: many would be an unbounded text."""
+    text = root.value.get("input")
+    if text is None or isinstance(text, str):
+        return [Node({"content": text}, "input")] if text else []
+    if not isinstance(text, list):
+        raise root["input"].invalid_param("must be a string or a list of items")
     seen: set[str] = set()
-    for item in items:
+    items: list[Node] = []
+    for item in root.get_items("input"):
         is_reference = "id" in item.value and "role" not in item.value and "content" not in item.value
-        if item.get_field("type", str, "item_reference" if is_reference else "message") != "item_reference":
-            yield item
+        if (item.get_text("type") or ("item_reference" if is_reference else "message")) != "item_reference":
+            items.append(item)
             continue
-        item_id = item.get_field("id", str, "")
+        item_id = item.get_text("id")
         if item_id in seen:
             raise item.invalid_param("refers to an item a second time")
         seen.add(item_id)
         found = find_item(item_id)
         if found is None:
-            raise item.invalid_param("names no item that is kept for this account: send the item itself")
-        yield Node(found, item.path)
+            reason = "refers to an item of no answer that is kept for this account: send the item itself"
+            raise item.invalid_param(reason)
+        items.append(Node(found, item.path))
+    return items
 
 
 def _parse_item(item: Node) -> list[Message]:
-    """The messages that one item of `input` is."""
-    match item.get_field("type", str, "message"):
-        case "message":
-            return _parse_message(item)
-        case "function_call":
-            return [Message("assistant", "", calls=(_parse_call(item),))]
-        case "function_call_output":
-            return [_parse_result(item, "call_id", "output")]
-        case _:
-            return []
+    """The messages that one item of `input` is: words, a call, a result, or both of the service's own tools."""
+    kind = item.get_text("type") or "message"
+    if kind == "message":
+        return _parse_message(item)
+    if kind in _CALL_ITEMS:
+        result = next((name for name in ("output", "error") if kind == "mcp_call" and item.has(name)), "")
+        results = [_parse_result(item, "call_id", result)] if result else []
+        return [Message("assistant", "", calls=(_parse_call(item),)), *results]
+    if kind.removesuffix("_output") in _CALL_ITEMS:
+        return [_parse_result(item, "call_id", "output")]
+    if kind in (*_DROPPED_KINDS, *_TOOL_ITEMS):
+        return []
+    role = item.get_text("role")
+    return [_make_message(role if _ROLE.fullmatch(role) else "assistant", _tell_unknown(item, kind))]
 
 
 def _join_calls(messages: Iterable[Message]) -> list[Message]:
@@ -3226,62 +3310,37 @@ def _join_calls(messages: Iterable[Message]) -> list[Message]:
     return joined
 
 
-_ECHO_CONSTANTS: Final[Mapping[str, Any]] = {
-    "background": False,
-    "max_tool_calls": None,
-    "prompt_cache_key": None,
-    "safety_identifier": None,
-    "service_tier": "default",
-    "temperature": 1.0,
-    "top_logprobs": 0,
-    "top_p": 1.0,
-    "truncation": "disabled",
-    "user": None,
-}
-
-
 def _make_echo(root: Node, request: ChatRequest) -> dict[str, Any]:
     """What a response object repeats of its request (OpenAI API reference, "The response object"); fields without an
     effect are constants, and a wrong type in one is no error.
     """
-    metadata, reasoning = (found if isinstance(found := root[name].value, dict) else {} for name in _ECHO_OBJECTS)
+    metadata, text = root.value.get("metadata"), root.get_object("text")
+    words = metadata.items() if isinstance(metadata, dict) else ()
+    absent = dict.fromkeys(("max_tool_calls", "prompt_cache_key", "safety_identifier", "user"))
+    function = {"type": "function", "description": None, "parameters": None, "strict": None}
+    tools = [tool.check_json() for tool in root.get_items("tools")]
     return {
-        **_ECHO_CONSTANTS,
+        **absent,
+        "background": False,
         "instructions": root.value.get("instructions") or None,
         "max_output_tokens": request.max_tokens,
-        "metadata": {name: word for name, word in metadata.items() if isinstance(word, str)},
+        "metadata": {name: word for name, word in words if isinstance(word, str)},
         "parallel_tool_calls": request.parallel_tool_calls,
         "previous_response_id": root.value.get("previous_response_id") or None,
-        "reasoning": {name: _echo_word(reasoning.get(name)) for name in ("effort", "summary")},
+        "reasoning": {name: _find_word(root.value, "reasoning", name) or None for name in ("effort", "summary")},
+        "service_tier": "default",
         "store": root.get_field("store", bool, True),
-        "text": _echo_text(root.get_object("text"), request.response_format),
+        "temperature": 1.0,
+        "text": {
+            "format": text["format"].check_json() or {"type": "text"},
+            "verbosity": _find_word(text.value, "verbosity") or "medium",
+        },
         "tool_choice": root["tool_choice"].check_json() or "auto",
-        "tools": [_echo_tool(tool.check_json()) for tool in root.get_items("tools")],
+        "tools": [{**function, **tool} if tool.get("type", "function") == "function" else tool for tool in tools],
+        "top_logprobs": 0,
+        "top_p": 1.0,
+        "truncation": "disabled",
     }
-
-
-_ECHO_OBJECTS: Final = ("metadata", "reasoning")
-
-
-def _echo_word(value: object) -> str | None:
-    return value if isinstance(value, str) and value else None
-
-
-def _echo_text(text: Node, form: ResponseFormat | None) -> dict[str, Any]:
-    """`text` with the form of the answer."""
-    shown: dict[str, Any] = {"type": form.kind if form is not None else "text"}
-    if form is not None and form.kind == "json_schema":
-        strict = text.get_object("format").value.get("strict") is True
-        shown |= {"name": form.name, "schema": form.schema, "strict": strict, "description": None}
-    verbosity = text.value.get("verbosity")
-    return {"format": shown, "verbosity": verbosity if verbosity in ("low", "medium", "high") else "medium"}
-
-
-def _echo_tool(tool: dict[str, Any]) -> dict[str, Any]:
-    """A tool with the fields that the API's own object always has."""
-    if tool.get("type", "function") != "function":
-        return tool
-    return {"type": "function", "description": None, "parameters": None, "strict": None, **tool}
 
 
 def extend_request(request: ChatRequest, before: Sequence[Message]) -> ChatRequest:
@@ -3291,8 +3350,7 @@ def extend_request(request: ChatRequest, before: Sequence[Message]) -> ChatReque
     """
     first = len(request.messages) - len(request.own_messages)
     messages = (*request.messages[:first], *before, *request.messages[first:])
-    _check_attachments(messages, "input")
-    return replace(request, messages=messages)
+    return replace(request, messages=_limit_attachments(messages, "input"))
 
 
 def answer_message(response: Mapping[str, Any]) -> Message:
@@ -3307,52 +3365,85 @@ def answer_message(response: Mapping[str, Any]) -> Message:
 
 # -- The prompt
 
+_FENCE_LINE: Final = re.compile(r"[ \t>]*(?:[-*+][ \t]+|\d+[.)][ \t]+)?(`{3,}+(?!.*`)|~{3,})")
+_INLINE: Final = re.compile(
+    r"""
+    ```.*?``` | ``(?:[^`]|`(?!`))*`` | `[^`]*`
+    | "[^"]*" | “[^“”]*” | ‘[^‘’]*’ | 「[^「」]*」 | 『[^『』]*』 | «[^«»]*» | (?<!\w)'[^']*'(?!\w)
+    | <url\s[^<>]*>[^<>]*</url> | <[^<>]*>
+    | \[[^\[\]]*\]\([^()]*(?:\([^()]*\)[^()]*)*\) | ^[ ]{0,3}\[[^\[\]]+\]:.*
+    | (?P<url>https?://(?:www\.)?[-a-z0-9@:%._+~#=]{2,256}\.[a-z]{2,6}\b[-a-z0-9@:%_+.~#?&/=]*)
+    """,
+    re.VERBOSE | re.IGNORECASE | re.ASCII,
+)
 
-def merge_messages(messages: Sequence[Message], start: int = 0) -> str:
+
+class UrlMarker:
+    """Marks the bare URLs in what a person wrote, up to `limit`, so that the service reads those pages [ref].
+
+    None in code (fences, indented lines, backticks), in quotation marks, angle brackets and Markdown links: a model
+    that sees the mark there writes it into the user's files.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._left = limit
+
+    def mark(self, text: str) -> str:
+        """The text with each bare URL in the tag by which Kimi's own page marks it [ref]."""
+        if "://" not in text:
+            return text
+        lines: list[str] = []
+        fence = ""
+        for line in text.split("\n"):
+            found = _FENCE_LINE.match(line)
+            if found and (not fence or found[1].startswith(fence)):
+                fence = "" if fence else found[1]
+            is_prose = not (fence or found or line.startswith(("    ", "\t"))) and "://" in line
+            lines.append(_INLINE.sub(self._mark_one, line) if is_prose else line)
+        return "\n".join(lines)
+
+    def _mark_one(self, found: re.Match[str]) -> str:
+        if found["url"] is None or self._left == 0:
+            return found[0]
+        self._left -= 1
+        return f'<url id="" type="url" status="" title="" wc="">{found[0]}</url>'
+
+
+def merge_messages(messages: Sequence[Message], start: int = 0, *, mark_urls: bool = True) -> str:
     """The messages from `start` on as the one text that the service takes: `role:text` and a line end each [ref].
 
-    The result of a call is told by the name of the latest call before it that had its id. A URL in a user's message is
-    wrapped so that the service reads the page [ref], in the user's alone [2+].
+    The result of a call is told by the name of the latest call before it that had its id. URLs are marked in the
+    user's messages alone [2+], in the newest first.
     """
+    marker = UrlMarker(MAX_MARKED_URLS if mark_urls else 0)
+    texts = [marker.mark(one.text) if one.role == "user" else one.text for one in reversed(messages)]
     names: dict[str, str] = {}
     lines: list[str] = []
-    for message in messages:
+    for message, text in zip(messages, reversed(texts), strict=True):
         names.update((call.id, call.name) for call in message.calls)
-        lines.append(f"{message.role}:{_render_message(message, names)}\n")
+        words = [text] if text else []
+        if message.role in RESULT_ROLES:
+            words = [render_tool_response(names.get(message.tool_call_id) or message.tool_name, text)]
+        words += (render_tool_call(call.name, call.arguments) for call in message.calls)
+        is_told = not (message.is_empty and message.mentions)
+        lines.append("".join([message.role, ":", "\n".join(words), "\n"]) if is_told else "")
     return "".join(lines[start:])
-
-
-def _render_message(message: Message, names: Mapping[str, str]) -> str:
-    """The text of a message, with its calls and its result in the form of the model."""
-    text = message.text
-    if message.role in RESULT_ROLES:
-        text = render_tool_response(names.get(message.tool_call_id) or message.tool_name, text)
-    elif message.role == "user":
-        text = wrap_urls(text)
-    calls = [render_tool_call(call.name, call.arguments) for call in message.calls]
-    return "\n".join([text, *calls] if text else calls)
 
 
 def render_prompt(request: ChatRequest) -> str:
     """The one text that the service is sent: what it may call, the messages, and the form of the answer.
 
-    In a conversation that exists a last message that is alone goes without its role.
+    In a conversation that exists a last message that is alone goes without its role. URLs are marked for people alone.
     """
     tools = describe_tools(request.tools, request.tool_choice, parallel=request.parallel_tool_calls)
     form = describe_format(request.response_format) if request.response_format is not None else ""
+    is_plain = not (request.tools or request.left_out or form or request.use_search is False)
     sent = len(request.sent_messages)
-    merged = merge_messages(request.messages, len(request.messages) - sent)
+    merged = merge_messages(request.messages, len(request.messages) - sent, mark_urls=is_plain)
     if request.goes_on and not tools and not form and sent == 1:
         return merged.partition(":")[2].removesuffix("\n")
     before, after = (f"system:{words}\n" if words else "" for words in (tools, form))
     return f"{before}{merged}{after}"
-
-
-def wrap_urls(text: str) -> str:
-    """`text` with each URL in the tag by which Kimi's own page marks it [ref]."""
-    if "://" not in text:
-        return text
-    return _URL.sub(r'<url id="" type="url" status="" title="" wc="">\g<0></url>', text)
 
 
 def make_chain(request: ChatRequest, make_id: Callable[[], str]) -> Chain:
@@ -7883,6 +7974,8 @@ def _make_question(request: web.Request, chat: ChatRequest, prompt: str) -> Ques
         use_search = request.app[STATE].settings.use_search and is_plain
     if chat.left_out:
         logger.info("tools that are not known here are left out: %s", quote_words(", ".join(chat.left_out)))
+    if chat.unknown_parts:
+        logger.info("parts of messages that are not known here: %s", quote_words(", ".join(chat.unknown_parts)))
     return Question(prompt, use_search, chat.model, conversation_id=chat.conversation_id, attachments=attachments)
 
 

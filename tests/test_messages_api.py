@@ -110,19 +110,25 @@ def test_system_is_the_first_message(name: str) -> None:
     assert parse(HI, system=content).messages == (*before, Message("user", "hi"))
 
 
-def test_a_system_message_within_stays_in_its_place_and_is_not_wrapped() -> None:
+def test_a_system_message_within_stays_in_its_place_and_is_not_marked() -> None:
     url = "https://example.com/a"
-    request = parse(
-        {"role": "user", "content": url},
-        {"role": "system", "content": url},
-        {"role": "assistant", "content": url},
-        system=[{"type": "text", "text": url}],
-    )
-    assert [message.role for message in request.messages] == ["system", "user", "system", "assistant"]
+    system, user = {"role": "system", "content": url}, {"role": "user", "content": url}
+    request = parse(user, system, {"role": "assistant", "content": url}, HI, system=[{"type": "text", "text": url}])
     assert merge_messages(request.messages) == (
         f'system:{url}\nuser:<url id="" type="url" status="" title="" wc="">{url}</url>\n'
-        f"system:{url}\nassistant:{url}\n"
+        f"system:{url}\nassistant:{url}\nuser:hi\n"
     )
+
+
+def test_a_system_message_after_the_users_last_turn_is_moved_before_it() -> None:
+    system = {"role": "system", "content": "The directory is /tmp/x."}
+    roles = [message.role for message in parse(HI, {"role": "assistant", "content": "a"}, HI, system, system).messages]
+    assert roles == ["user", "assistant", "system", "system", "user"]
+    called = {"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "f"}]}
+    given = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1", "content": "x"}, "and?"]}
+    roles = [message.role for message in parse(HI, system, called, given, system).messages]
+    assert roles == ["user", "system", "assistant", "system", "tool", "user"]
+    assert [message.role for message in parse(system).messages] == ["system"]
 
 
 SOURCES: dict[str, tuple[dict[str, Any], Attachment]] = {
@@ -243,23 +249,35 @@ def test_a_message_of_results_alone_adds_no_empty_words() -> None:
 def test_a_result_carries_its_pictures_and_its_urls_are_not_wrapped() -> None:
     image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "QUJD"}}
     seen = {"type": "tool_result", "tool_use_id": "1", "content": [image, {"type": "text", "text": "https://a.bc/d"}]}
-    first, second = blocks(seen, image)
+    other = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "QUJE"}}
+    first, second = blocks(seen, other)
     assert (first.role, first.text) == ("tool", "https://a.bc/d")
     assert [one.path for one in first.attachments] == ["messages[0].content[0].content[0].source.data"]
     assert [one.path for one in second.attachments] == ["messages[0].content[1].source.data"]
     assert "<url" not in merge_messages([first])
 
 
-def test_what_server_tools_did_is_dropped() -> None:
-    dropped = [
+def test_what_server_tools_did_is_named_for_the_log_and_its_text_is_told() -> None:
+    unknown = [
         {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {}},
-        {"type": "mcp_tool_use", "id": "m", "name": "find", "server_name": "x", "input": {}},
         {"type": "web_search_tool_result", "tool_use_id": "s", "content": [{"type": "web_search_result"}]},
-        {"type": "mcp_tool_use", "id": "m", "name": "list", "server_name": "docs", "input": {}},
-        {"type": "mcp_tool_result", "tool_use_id": "m", "is_error": False, "content": []},
     ]
-    assert blocks(*dropped, "a", role="assistant") == (Message("assistant", "a"),)
-    assert blocks(*dropped, role="assistant") == (Message("assistant", ""),)
+    told = {"type": "mcp_tool_result", "tool_use_id": "m", "content": [{"type": "text", "text": "found"}]}
+    request = parse({"role": "assistant", "content": [*unknown, told, "a"]}, HI)
+    assert request.messages[0].text == "found\na"
+    assert request.unknown_parts == ["server_tool_use", "web_search_tool_result"]
+    request = parse({"role": "assistant", "content": unknown}, HI)
+    assert merge_messages(request.messages) == "user:hi\n"
+
+
+def test_no_unknown_part_makes_later_turns_fail() -> None:
+    hologram = {"type": "hologram", "data": "x"}
+    history = {"role": "user", "content": [hologram, {"type": "later", "text": "b"}, {"type": "x", "content": "c"}]}
+    request = parse(history, {"role": "assistant", "content": "a"}, HI)
+    assert (request.messages[0].text, request.unknown_parts) == ("b\nc", ["hologram"])
+    result = {"type": "tool_result", "tool_use_id": "1", "content": [hologram, {"type": "tool_result"}, "a"]}
+    request = parse({"role": "user", "content": [result]})
+    assert (request.messages[0].text, request.unknown_parts) == ("a", ["hologram", "tool_result"])
 
 
 def test_functions_are_read_with_and_without_a_type_each_once() -> None:
@@ -312,7 +330,7 @@ def test_any_of_the_searches_alone_is_no_call() -> None:
 def test_stop_sequences_and_the_limit() -> None:
     request = parse(stop_sequences=["a", "b", "a", "", *"cdefghijklm"], max_tokens=7)
     assert (request.stop, request.max_tokens) == (tuple("abcdefghijklm"), 7)
-    assert (parse(max_tokens=None, max_completion_tokens=3).max_tokens, parse(stop_sequences=None).stop) == (None, ())
+    assert (parse(max_tokens=None).max_tokens, parse(stop_sequences=None).stop) == (None, ())
 
 
 def test_the_form_of_the_answer() -> None:
@@ -330,15 +348,12 @@ def test_what_has_no_effect() -> None:
         top_k=1,
         top_p="x",
         metadata={"user_id": "u"},
-        thinking={"type": "enabled", "budget_tokens": 9},
         effort="high",
         context_management={"edits": []},
         cache_control={"type": "ephemeral"},
         betas=["x"],
         service_tier="auto",
-        response_format=7,
         conversation_id="c",
-        n=2,
         whatever=[1],
     )
 
@@ -366,10 +381,8 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     (content({"type": "hologram"}), f"{BLOCK}.type"),
     (content({"type": "image_url", "image_url": {}}), f"{BLOCK}.image_url.url"),
     (content({"type": "text", "text": 1}), f"{BLOCK}.text"),
-    (content({"type": "image"}), f"{BLOCK}.source.type"),
+    (content({"type": "image"}), f"{BLOCK}.image_url"),
     (content({"type": "image", "source": "x"}), f"{BLOCK}.source"),
-    (content({"type": "image", "source": {"type": "file", "file_id": "f"}}), f"{BLOCK}.source.type"),
-    (content({"type": "image", "source": {"type": "text", "data": "x"}}), f"{BLOCK}.source.type"),
     (content({"type": "image", "source": {"type": "base64"}}), f"{BLOCK}.source.data"),
     (content({"type": "image", "source": {"type": "base64", "data": 1}}), f"{BLOCK}.source.data"),
     (
@@ -385,16 +398,12 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     (content({"type": "tool_result", "tool_use_id": 1}), f"{BLOCK}.tool_use_id"),
     (content({"type": "tool_result", "is_error": 1}), f"{BLOCK}.is_error"),
     (content({"type": "tool_result", "content": 1}), f"{BLOCK}.content"),
-    (content({"type": "tool_result", "content": [{"type": "tool_result"}]}), f"{BLOCK}.content[0].type"),
-    (content({"type": "tool_result", "content": [{"type": "tool_use"}]}), f"{BLOCK}.content[0].type"),
     (content({"type": "tool_result", "content": [{"type": "text", "text": 1}]}), f"{BLOCK}.content[0].text"),
-    (content(*[{"type": "image", "source": {"type": "url", "url": "https://h/x"}}] * 21), "messages"),
+    (content(*[{"type": "image", "source": {"type": "url", "url": f"https://h/{n}"}} for n in range(21)]), "messages"),
     ({"system": 1}, "system"),
-    ({"system": {"type": "text"}}, "system"),
     ({"system": [1]}, "system[0]"),
     ({"model": 1}, "model"),
     ({"stream": "yes"}, "stream"),
-    ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": "5"}, "max_tokens"),
     ({"max_tokens": True}, "max_tokens"),
     ({"stop_sequences": ["a", 5]}, "stop_sequences"),
@@ -412,7 +421,6 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"tool_choice": {"type": "tool"}, "tools": [FUNCTION]}, "tool_choice"),
     ({"tool_choice": {"type": "tool", "name": "x"}, "tools": [FUNCTION]}, "tool_choice"),
     ({"tool_choice": {"type": "tool", "name": 1}}, "tool_choice"),
-    ({"tool_choice": {"disable_parallel_tool_use": 1}}, "tool_choice.disable_parallel_tool_use"),
     ({"output_config": "x"}, "output_config"),
     ({"output_config": {"format": "json"}}, "output_config.format"),
     ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format.schema"),

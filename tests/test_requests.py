@@ -19,8 +19,9 @@ from kimi_proxy import (
     make_chain,
     merge_messages,
     parse_chat_request,
+    parse_messages_request,
+    parse_responses_request,
     render_prompt,
-    wrap_urls,
 )
 
 
@@ -95,7 +96,6 @@ URLS = {
 @pytest.mark.parametrize("text", URLS)
 def test_urls_are_wrapped_in_the_users_messages_alone(text: str) -> None:
     url = URLS[text]
-    assert wrap_urls(text) == text.replace(url, tag(url))
     assert merge_messages([Message("user", text)]) == f"user:{text.replace(url, tag(url))}\n"
     assert merge_messages([Message("system", text)]) == f"system:{text}\n"
     parts = parse(messages=[{"role": "user", "content": [{"type": "text", "text": text}]}])
@@ -104,7 +104,7 @@ def test_urls_are_wrapped_in_the_users_messages_alone(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["ftp://example.com", "http://localhost:80/", "no://url", "https://", "example.com"])
 def test_what_is_no_url_by_the_references_pattern_stays(text: str) -> None:
-    assert wrap_urls(text) == text
+    assert merge_messages([Message("user", text)]) == f"user:{text}\n"
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -413,8 +413,8 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"stop": ["a", 5]}, "stop"),
     ({"stop": list("abcdefghijklmnopq")}, "stop"),
     ({"stop": "x" * 1001}, "stop"),
-    ({"max_tokens": 0}, "max_tokens"),
-    ({"max_completion_tokens": -1}, "max_completion_tokens"),
+    ({"max_tokens": 0.5}, "max_tokens"),
+    ({"max_completion_tokens": []}, "max_completion_tokens"),
     ({"max_tokens": "5"}, "max_tokens"),
     ({"max_tokens": True}, "max_tokens"),
     ({"n": 2}, "n"),
@@ -459,3 +459,257 @@ def test_arguments_that_are_nested_too_deep_are_told_as_they_are() -> None:
         arguments = deep_arguments.replace("[" * 950, "[" * depth).replace("]" * 950, "]" * depth)
         call = {"id": "1", "function": {"name": "f", "arguments": arguments}}
         assert "<tool_call>" in render_prompt(parse(messages=[{"role": "assistant", "tool_calls": [call]}]))
+
+
+MARKED = {
+    "see https://ab.cd/x now": ["https://ab.cd/x"],
+    "don't miss https://ab.cd, it's https://ef.gh": ["https://ab.cd", "https://ef.gh"],
+    '5" wide https://ab.cd/x': ["https://ab.cd/x"],
+    "a < b https://ab.cd/x": ["https://ab.cd/x"],
+    "- https://ab.cd/x": ["https://ab.cd/x"],
+    "```\nhttps://ab.cd\n```\nhttps://ef.gh": ["https://ef.gh"],
+    "````\n```\nhttps://ab.cd\n````\nhttps://ef.gh": ["https://ef.gh"],
+    "> ~~~\n> https://ab.cd\n> ~~~\nhttps://ef.gh": ["https://ef.gh"],
+    "1. ```sh\n   curl https://ab.cd\n   ```\nhttps://ef.gh": ["https://ef.gh"],
+    "```js\nhttps://ab.cd\n~~~\nhttps://ef.gh": [],
+    "```x``` https://ab.cd": ["https://ab.cd"],
+    "``` https://ab.cd ``` https://ef.gh": ["https://ef.gh"],
+    "    https://ab.cd\n\thttps://ef.gh": [],
+    "`https://ab.cd` and ``a ` https://ab.cd``": [],
+    "\"see https://ab.cd\" and 'https://ab.cd'": [],
+    "“https://ab.cd” 「https://ab.cd」 『https://ab.cd』 «https://ab.cd» ‘https://ab.cd’": [],
+    "<https://ab.cd> <a href=https://ab.cd>": [],
+    "[text](https://ab.cd/a_(b)) ![](https://ab.cd)": [],
+    "[1]: https://ab.cd\nhttps://ef.gh": ["https://ef.gh"],
+    '<url id="" type="url" status="" title="" wc="">https://ab.cd</url>': [],
+    '{"url": "https://ab.cd"}': [],
+}
+
+
+@pytest.mark.parametrize("text", MARKED)
+def test_only_bare_urls_in_prose_are_marked(text: str) -> None:
+    expected = text
+    for url in MARKED[text]:
+        expected = expected.replace(url, tag(url))
+    assert merge_messages([Message("user", text)]) == f"user:{expected}\n"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [FUNCTION]},
+        {"tools": [FUNCTION], "tool_choice": "none"},
+        {"tools": [CUSTOM]},
+        {"functions": [{"name": "f"}]},
+        {"response_format": {"type": "json_object"}},
+        {"model": "kimi-nosearch"},
+        {"use_search": False},
+    ],
+)
+def test_no_url_is_marked_for_a_program(fields: dict[str, Any]) -> None:
+    messages = [{"role": "user", "content": "https://ab.cd"}]
+    assert "<url" in render_prompt(parse(messages=messages))
+    assert "<url" not in render_prompt(parse(messages=messages, **fields))
+    assert "<url" not in render_prompt(parse(messages=messages, conversation_id="c", **fields))
+
+
+def test_at_most_a_hundred_urls_are_marked_the_newest_messages_first() -> None:
+    text = " ".join(["https://ab.cd"] * 60)
+    old, new = merge_messages([Message("user", text), Message("user", text)]).splitlines()
+    assert (old.count("<url"), new.count("<url")) == (40, 60)
+
+
+@pytest.mark.parametrize("char", ['"', "`", "[", "<", "'", "(", "“", "[a](", "``", "```", " '"])
+def test_marking_takes_linear_time(char: str) -> None:
+    text = char * 200_000 + " https://ab.cd"
+    assert merge_messages([Message("user", text)]).startswith("user:")
+
+
+def test_a_name_that_ends_in_nosearch_switches_search_off() -> None:
+    assert parse(model="kimi-nosearch").use_search is False
+    assert parse(model="kimi-nosearch", tools=[{"type": "web_search"}]).use_search is False
+    assert parse(model="kimi-nosearch", use_search=True).use_search is True
+
+
+EFFORTS: list[tuple[dict[str, Any], str]] = [
+    ({}, ""),
+    ({"reasoning_effort": "high"}, "high"),
+    ({"reasoning_effort": "none"}, "none"),
+    ({"reasoning_effort": 5}, ""),
+    ({"reasoning": {"effort": "minimal"}}, "minimal"),
+    ({"reasoning": {"summary": "auto"}}, ""),
+    ({"thinking": {"type": "enabled", "budget_tokens": 9}}, "enabled"),
+    ({"thinking": {"type": "adaptive"}}, "enabled"),
+    ({"thinking": {"type": "adaptive"}, "output_config": {"effort": "max"}}, "max"),
+    ({"thinking": {"type": "disabled"}, "output_config": {"effort": "max"}}, "none"),
+    ({"output_config": {"effort": "low"}}, "low"),
+    ({"thinking": "x", "reasoning": [{}]}, ""),
+]
+
+
+@pytest.mark.parametrize("number", range(len(EFFORTS)))
+def test_the_effort_of_thinking_is_read_in_every_spelling(number: int) -> None:
+    fields, effort = EFFORTS[number]
+    body = json.dumps({"messages": [{"content": "hi"}], "input": "hi", **fields}).encode()
+    for read in (parse_chat_request, parse_messages_request, parse_responses_request):
+        assert read(body).effort == effort
+
+
+SHAPES: list[tuple[dict[str, Any], str]] = [
+    ({"content": [{"type": "input_text", "text": "a"}, {"type": "output_text", "text": "b"}]}, "user:a\nb\n"),
+    ({"content": [{"type": "thinking", "thinking": "x"}, {"type": "reasoning", "text": "x"}, "a"]}, "user:a\n"),
+    ({"content": {"type": "text", "text": "a"}}, "user:a\n"),
+    ({"name": "alice", "content": "a"}, "user:alice: a\n"),
+    ({"role": "system", "name": "example_user", "content": "a"}, "system:example_user: a\n"),
+    (
+        {"content": [{"type": "tool_result", "tool_use_id": "1", "content": "a"}]},
+        'tool:<tool_response>\n{"name":"","content":"a"}\n</tool_response>\n',
+    ),
+    (
+        {"role": "tool", "tool_call_id": "1", "content": {"a": [1]}},
+        'tool:<tool_response>\n{"name":"","content":"{\\"a\\":[1]}"}\n</tool_response>\n',
+    ),
+    (
+        {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": {"a": 1}}}]},
+        'assistant:<tool_call>\n{"name":"f","arguments":{"a":1}}\n</tool_call>\n',
+    ),
+    (
+        {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}},
+        'assistant:<tool_call>\n{"name":"f","arguments":{}}\n</tool_call>\n',
+    ),
+    (
+        {"role": "function", "name": "f", "content": "a"},
+        'function:<tool_response>\n{"name":"f","content":"a"}\n</tool_response>\n',
+    ),
+    (
+        {
+            "content": [
+                {"type": "search_result", "source": "ab", "title": "T", "content": [{"type": "text", "text": "c"}]}
+            ]
+        },
+        "user:T\nab\nc\n",
+    ),
+    (
+        {"content": [{"type": "document", "title": "T", "context": "C", "source": {"type": "text", "data": "d"}}]},
+        "user:T\nC\nd\n",
+    ),
+    (
+        {
+            "content": [
+                {"type": "document", "source": {"type": "content", "content": ["d", {"type": "text", "text": "e"}]}}
+            ]
+        },
+        "user:d\ne\n",
+    ),
+]
+
+
+@pytest.mark.parametrize("number", range(len(SHAPES)))
+def test_every_shape_of_a_message_is_told(number: int) -> None:
+    message, expected = SHAPES[number]
+    assert render_prompt(parse(messages=[message])) == expected
+
+
+@pytest.mark.parametrize("depth", [20, 100])
+def test_parts_within_parts_are_no_way_to_break_out(depth: int) -> None:
+    result: Any = "x"
+    for _ in range(depth):
+        document = {"type": "document", "source": {"type": "content", "content": [result]}}
+        result = {"type": "tool_result", "tool_use_id": "1", "content": [document]}
+    assert render_prompt(parse(messages=[{"content": [result]}, {"content": "hi"}]))
+
+
+FLAT = {"type": "function", "name": "f", "description": "d", "parameters": {"type": "object"}}
+ANTHROPIC = {"name": "f", "description": "d", "input_schema": {"type": "object"}}
+
+
+@pytest.mark.parametrize("tool", [FLAT, ANTHROPIC, {**ANTHROPIC, "type": "custom"}, {"function": FLAT}])
+def test_tools_are_read_in_every_spelling(tool: dict[str, Any]) -> None:
+    body = json.dumps({"messages": [{"content": "hi"}], "input": "hi", "tools": [tool]}).encode()
+    for read in (parse_chat_request, parse_messages_request, parse_responses_request):
+        assert read(body).tools == (Tool("f", "d", {"type": "object"}),)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("any", ToolChoice("required")),
+        ({"type": "none"}, ToolChoice("none")),
+        ({"type": "any"}, ToolChoice("required")),
+        ({"type": "auto"}, ToolChoice()),
+        ({"type": "tool", "name": "f"}, ToolChoice("named", "f")),
+        ({"name": "f"}, ToolChoice("named", "f")),
+    ],
+)
+def test_tool_choice_is_read_in_every_spelling(value: Any, expected: ToolChoice) -> None:
+    body = json.dumps({"messages": [{"content": "hi"}], "input": "hi", "tools": [FLAT], "tool_choice": value}).encode()
+    for read in (parse_chat_request, parse_messages_request, parse_responses_request):
+        assert read(body).tool_choice == expected
+
+
+def test_the_old_functions_are_tools() -> None:
+    old = {"name": "f", "description": "d", "parameters": {"type": "object"}}
+    request = parse(functions=[old], function_call={"name": "f"})
+    assert (request.tools, request.tool_choice) == ((Tool("f", "d", {"type": "object"}),), ToolChoice("named", "f"))
+    assert request.legacy_functions and not parse(tools=[FLAT]).legacy_functions
+    assert parse(functions=[old], function_call="none").tool_choice == ToolChoice("none")
+
+
+def test_deferred_tools_come_when_a_message_refers_to_them() -> None:
+    tools = [
+        {**ANTHROPIC, "name": "ToolSearch"},
+        {**ANTHROPIC, "name": "Deferred", "defer_loading": True},
+        {**ANTHROPIC, "name": "DeferredToolPlaceholder"},
+    ]
+    assert [tool.name for tool in parse(tools=tools).tools] == ["ToolSearch"]
+    reference = {"type": "tool_reference", "tool_name": "Deferred"}
+    messages = [{"content": [{"type": "tool_result", "tool_use_id": "1", "content": [reference]}]}]
+    request = parse(messages=messages, tools=tools)
+    assert [tool.name for tool in request.tools] == ["ToolSearch", "Deferred"]
+    assert "The tool Deferred can be called now." in render_prompt(request)
+    searching = [*tools, {"type": "tool_search_tool_regex_20251119", "name": "tool_search_tool_regex"}]
+    assert [tool.name for tool in parse(tools=searching).tools] == ["ToolSearch", "Deferred"]
+
+
+def test_tools_among_the_items_are_offered_too() -> None:
+    items = [{"type": "additional_tools", "tools": [FLAT]}, {"role": "user", "content": "hi"}]
+    request = parse_responses_request(json.dumps({"input": items}).encode())
+    assert [tool.name for tool in request.tools] == ["f"] and len(request.messages) == 1
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [(0, None), (-1, None), (None, None), (4096.0, 4096), (1, 1), (10**30, 10**30)]
+)
+def test_limits_are_read_as_they_are_meant(limit: Any, expected: int | None) -> None:
+    assert parse(max_tokens=limit).max_tokens == expected
+
+
+def test_half_of_a_surrogate_pair_and_a_byte_order_mark_are_no_error() -> None:
+    body = rb'{"messages":[{"content":"a\ud800b \\ud800 \ud83d\ude00 \udc00"}]}'
+    assert parse_chat_request(body).messages[0].text == "a\ufffdb \\ud800 \U0001f600 \ufffd"
+    assert parse_chat_request(b"\xef\xbb\xbf" + body) == parse_chat_request(bytearray(body))
+
+
+def test_a_url_of_a_picture_may_have_white_space_and_a_data_url_a_name_in_quotation_marks() -> None:
+    (one,) = attachments({"type": "image_url", "image_url": {"url": " https://h/x\n"}})
+    assert one.url == "https://h/x"
+    (one,) = attachments({"type": "file", "file": {"file_data": 'data:application/pdf;name="a,b;c.pdf";base64,QUJD'}})
+    assert (one.data[one.start :], one.content_type, one.name) == ("QUJD", "application/pdf", "a,b;c.pdf")
+    (one,) = attachments({"type": "image_url", "image_url": "data:image/png;BASE64,QUJ%2Bk%2f%3d"})
+    assert one.data[one.start :] == "QUJ+k/="
+
+
+def picture(number: int) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": f"https://h/{number}"}}
+
+
+def test_the_newest_attachments_are_kept_and_the_same_one_counts_once() -> None:
+    old = {"role": "user", "content": ["look", *map(picture, range(15)), picture(99)]}
+    new = {"role": "user", "content": [*map(picture, range(20, 30)), *map(picture, range(20, 30))]}
+    first, last = parse(messages=[old, new]).messages
+    assert [one.url for one in last.attachments] == [f"https://h/{number}" for number in range(20, 30)]
+    assert [one.url for one in first.attachments] == [f"https://h/{number}" for number in (*range(6, 15), 99)]
+    assert first.text == "look" + "\n[image left out]" * 6
+    with pytest.raises(ProxyError) as caught:
+        parse(messages=[{"content": [*map(picture, range(21))]}])
+    assert caught.value.param == "messages"

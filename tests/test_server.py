@@ -351,7 +351,6 @@ BODIES: dict[str, tuple[bytes, dict[str, str], int]] = {
     "deep": (b"[" * 100_000, {}, 400),
     "long number": (b'{"n":' + b"1" * 5000 + b"}", {}, 400),
     "not UTF-8": (b'{"messages":"\xff"}', {}, 400),
-    "lone surrogate": (b'{"messages":[{"content":"\\ud83d"}]}', {}, 400),
     "NaN": (b'{"messages":NaN}', {}, 400),
     "unknown charset": (b"{", {"Content-Type": "application/json; charset=no-such"}, 400),
     "bad gzip": (b"no gzip", {"Content-Encoding": "gzip"}, 400),
