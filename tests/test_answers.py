@@ -25,6 +25,7 @@ from kimi_proxy import (
     ProxyError,
     SearchHit,
     ServerSentEvent,
+    SSEParser,
     Text,
     Thinking,
     error_of_connect,
@@ -190,7 +191,7 @@ def test_every_recorded_stream_is_in_the_index() -> None:
     assert streams == set(read_index())
 
 
-CHAT = {"op": "set", "mask": "chat", "chat": {"id": "c1"}}
+OPENING = {"op": "set", "mask": "chat", "chat": {"id": "c1"}}
 OPENED = Opened("c1", hits_inline=False)
 
 
@@ -233,33 +234,33 @@ DONE_1: dict[str, Any] = {"done": {}}
 
 CONNECT_ANSWERS: dict[str, tuple[list[Any], list[Event]]] = {
     "set, then append": (
-        [CHAT, block("text", {"content": "a"}, "set"), block("text", {"content": "b"}), DONE_1],
+        [OPENING, block("text", {"content": "a"}, "set"), block("text", {"content": "b"}), DONE_1],
         [OPENED, Text("a"), Text("b"), Finished("stop")],
     ),
-    "text as a bare string": ([CHAT, block("text", "a"), DONE_1], [OPENED, Text("a"), Finished("stop")]),
+    "text as a bare string": ([OPENING, block("text", "a"), DONE_1], [OPENED, Text("a"), Finished("stop")]),
     "thinking": (
-        [CHAT, block("think", {"content": "hm"}, "set"), block("text", {"content": "a"}, "set", "2"), DONE_1],
+        [OPENING, block("think", {"content": "hm"}, "set"), block("text", {"content": "a"}, "set", "2"), DONE_1],
         [OPENED, Thinking("hm"), Text("a"), Finished("stop")],
     ),
     "thinking as a phase": (
-        [CHAT, stage("STAGE_STATUS_RUNNING"), block("text", "hm"), stage("stage_status_done"), block("text", "a")],
+        [OPENING, stage("STAGE_STATUS_RUNNING"), block("text", "hm"), stage("stage_status_done"), block("text", "a")],
         [OPENED, Thinking("hm"), Text("a"), Finished("stop")],
     ),
     "set again, extending": (
-        [CHAT, block("text", "ab", "set"), block("text", "abc", "set"), DONE_1],
+        [OPENING, block("text", "ab", "set"), block("text", "abc", "set"), DONE_1],
         [OPENED, Text("ab"), Text("c"), Finished("stop")],
     ),
     "set again, the same": (
-        [CHAT, block("text", "ab", "set"), block("text", "ab", "set"), DONE_1],
+        [OPENING, block("text", "ab", "set"), block("text", "ab", "set"), DONE_1],
         [OPENED, Text("ab"), Finished("stop")],
     ),
     "set again, contradicting": (
-        [CHAT, block("text", "ab", "set"), block("text", "xy", "set"), block("text", "c"), DONE_1],
+        [OPENING, block("text", "ab", "set"), block("text", "xy", "set"), block("text", "c"), DONE_1],
         [OPENED, Text("ab"), Text("c"), Finished("stop")],
     ),
     "set again, contradicting, then extended": (
         [
-            CHAT,
+            OPENING,
             block("text", "ab", "set"),
             block("text", "xy", "set"),
             block("text", "c"),
@@ -270,20 +271,27 @@ CONNECT_ANSWERS: dict[str, tuple[list[Any], list[Event]]] = {
         [OPENED, Text("ab"), Text("c"), Text("d"), Text("e"), Finished("stop")],
     ),
     "set again after appends": (
-        [CHAT, block("text", "a", "set"), block("text", "b"), block("text", "abc", "set"), block("text", "d"), DONE_1],
+        [
+            OPENING,
+            block("text", "a", "set"),
+            block("text", "b"),
+            block("text", "abc", "set"),
+            block("text", "d"),
+            DONE_1,
+        ],
         [OPENED, Text("a"), Text("b"), Text("c"), Text("d"), Finished("stop")],
     ),
     "set again, shorter, then back": (
-        [CHAT, block("text", "abc", "set"), block("text", "a", "set"), block("text", "abcd", "set"), DONE_1],
+        [OPENING, block("text", "abc", "set"), block("text", "a", "set"), block("text", "abcd", "set"), DONE_1],
         [OPENED, Text("abc"), Text("d"), Finished("stop")],
     ),
     "two blocks": (
-        [CHAT, block("text", "a", "set", "1"), block("text", "b", "set", "2"), DONE_1],
+        [OPENING, block("text", "a", "set", "1"), block("text", "b", "set", "2"), DONE_1],
         [OPENED, Text("a"), Text("b"), Finished("stop")],
     ),
     "hits, each once": (
         [
-            CHAT,
+            OPENING,
             {
                 "block": {
                     "tool": {"name": "web_search", "status": "STATUS_DONE", "contents": [RAW, {"searchResult": RAW}]}
@@ -297,7 +305,7 @@ CONNECT_ANSWERS: dict[str, tuple[list[Any], list[Event]]] = {
     ),
     "odd shapes": (
         [
-            CHAT,
+            OPENING,
             {"heartbeat": {}},
             {"op": "set", "mask": "message", "message": {"id": "m", "role": "assistant", "status": "x"}},
             {"op": "merge", "what": 1},
@@ -312,23 +320,29 @@ CONNECT_ANSWERS: dict[str, tuple[list[Any], list[Event]]] = {
         [OPENED, Text("a"), Finished("stop")],
     ),
     "a pair cut in two": (
-        [CHAT, block("text", "a\ud83d"), block("text", "\udc4d"), DONE_1],
+        [OPENING, block("text", "a\ud83d"), block("text", "\udc4d"), DONE_1],
         [OPENED, Text("a"), Text("👍"), Finished("stop")],
     ),
     "moderated": (
-        [CHAT, block("text", "a"), {"block": {"exception": {"error": {"reason": "REASON_CONTENT_MODERATED"}}}}],
+        [OPENING, block("text", "a"), {"block": {"exception": {"error": {"reason": "REASON_CONTENT_MODERATED"}}}}],
         [OPENED, Text("a"), Finished("content_filter")],
     ),
     "moderated, in a list": (
-        [CHAT, block("text", "a"), {"block": {"exception": [None, {"reason": "reason_content_moderated"}]}}],
+        [OPENING, block("text", "a"), {"block": {"exception": [None, {"reason": "reason_content_moderated"}]}}],
         [OPENED, Text("a"), Finished("content_filter")],
     ),
     "exceptions that say nothing": (
-        [CHAT, {"block": {"exception": None, "error": {}}}, {"block": {"exception": []}}, block("text", "a"), DONE_1],
+        [
+            OPENING,
+            {"block": {"exception": None, "error": {}}},
+            {"block": {"exception": []}},
+            block("text", "a"),
+            DONE_1,
+        ],
         [OPENED, Text("a"), Finished("stop")],
     ),
     "hits of a search, by the call's id and refIndex": (
-        [CHAT, tool([page(1), page("2", "https://2.cd", refIndex="web_search:1#1")]), block("text", "a"), DONE_1],
+        [OPENING, tool([page(1), page("2", "https://2.cd", refIndex="web_search:1#1")]), block("text", "a"), DONE_1],
         [
             OPENED,
             hit("tools://web_search:3#0"),
@@ -339,7 +353,7 @@ CONNECT_ANSWERS: dict[str, tuple[list[Any], list[Event]]] = {
         ],
     ),
     "hits of a search by append": (
-        [CHAT, tool([page(None)]), tool([page(None, "https://2.cd")], "append"), block("text", "a"), DONE_1],
+        [OPENING, tool([page(None)]), tool([page(None, "https://2.cd")], "append"), block("text", "a"), DONE_1],
         [
             OPENED,
             hit("tools://web_search:3#0"),
@@ -350,7 +364,7 @@ CONNECT_ANSWERS: dict[str, tuple[list[Any], list[Event]]] = {
     ),
     "opened pages, by their position": (
         [
-            CHAT,
+            OPENING,
             tool(
                 [{"text": "x"}, {"webOpenUrl": {"url": "https://ab.cd", "id": 9}}, {"webOpenUrl": 1}],
                 name="fetch_urls",
@@ -363,7 +377,7 @@ CONNECT_ANSWERS: dict[str, tuple[list[Any], list[Event]]] = {
     ),
     "hits of a ref": (
         [
-            CHAT,
+            OPENING,
             {"op": "append", "mask": "ref", "ref": {"message_id": "m", "search": {"id": "1", **RAW}}},
             {"ref": {"message_id": "m", "search": {"searchResult": {"base": {"title": "B", "url": "https://b.cd"}}}}},
             {"ref": {"search": None}},
@@ -374,18 +388,18 @@ CONNECT_ANSWERS: dict[str, tuple[list[Any], list[Event]]] = {
         [OPENED, HIT_1, SearchHit("B", "https://b.cd"), Text("a"), Finished("stop")],
     ),
     "a hit once more without a key": (
-        [CHAT, tool([page(1)]), {"block": {"search": {"webPages": [{"title": "T", "url": "https://ab.cd"}]}}}]
+        [OPENING, tool([page(1)]), {"block": {"search": {"webPages": [{"title": "T", "url": "https://ab.cd"}]}}}]
         + [block("text", "a"), DONE_1],
         [OPENED, hit("tools://web_search:3#0"), Text("a"), Finished("stop")],
     ),
     "masks in a list": (
-        [CHAT, {"op": "append", "mask": ["block.text.content", "block.status"], "block": {"id": "1", "text": "a"}}]
+        [OPENING, {"op": "append", "mask": ["block.text.content", "block.status"], "block": {"id": "1", "text": "a"}}]
         + [{"op": "append", "mask": {"paths": ["block.text"]}, "block": {"id": "1", "text": "b"}}, DONE_1],
         [OPENED, Text("a"), Text("b"), Finished("stop")],
     ),
     "the model's own sandbox": (
         [
-            CHAT,
+            OPENING,
             {"block": {"id": "5", "tool": {"name": "ipython", "toolCallId": "ipython:0", "contents": [page(1)]}}},
             block("text", "Out[1]: 42", "set", "5"),
             block("tool", {"contents": [page(1)]}, "append", "5"),
@@ -396,7 +410,7 @@ CONNECT_ANSWERS: dict[str, tuple[list[Any], list[Event]]] = {
     ),
     "the user's own words": (
         [
-            CHAT,
+            OPENING,
             message("user", "u1", blocks=[{"text": {"content": "my words"}}]),
             {"op": "set", "block": {"id": "0", "messageId": "u1", "text": {"content": "my words"}}},
             {"op": "set", "messageId": "u1", "block": {"id": "0", "text": {"content": "my words"}}},
@@ -407,7 +421,7 @@ CONNECT_ANSWERS: dict[str, tuple[list[Any], list[Event]]] = {
         [OPENED, Text("a"), Finished("stop")],
     ),
     "thinking in blocks within its stage, and text before the stage ends": (
-        [CHAT, stage("STAGE_STATUS_START"), block("think", "hm", identifier="2"), block("text", "a"), DONE_1],
+        [OPENING, stage("STAGE_STATUS_START"), block("think", "hm", identifier="2"), block("text", "a"), DONE_1],
         [OPENED, Thinking("hm"), Text("a"), Finished("stop")],
     ),
 }
@@ -422,10 +436,10 @@ QUESTIONS_BACK: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("question", QUESTIONS_BACK)
 def test_a_question_back_ends_the_answer_with_what_is_there(question: dict[str, Any]) -> None:
-    events = connect(CHAT, block("text", "Which one?"), question, block("text", "late"), end=False)
+    events = connect(OPENING, block("text", "Which one?"), question, block("text", "late"), end=False)
     assert events == [OPENED, Text("Which one?"), Finished("stop")]
     with pytest.raises(ProxyError) as caught:
-        connect(CHAT, question, end=False)
+        connect(OPENING, question, end=False)
     assert caught.value.code == "answer_empty"
 
 
@@ -434,7 +448,7 @@ def test_heartbeats_are_no_progress_and_a_weaker_model_is_told() -> None:
     values: list[tuple[dict[str, Any], int]] = [
         ({"heartbeat": {}}, 0),
         ({}, 0),
-        (CHAT, 1),
+        (OPENING, 1),
         ({"heartbeat": {}, "eventOffset": 3}, 1),
         ({"notification": {"type": "TYPE_OTHER", "message": "x"}}, 2),
     ]
@@ -454,13 +468,18 @@ def test_connect_envelopes_become_events(name: str) -> None:
 
 @pytest.mark.parametrize("done", [True, False])
 def test_a_connect_answer_without_its_end_envelope_is_an_end_after_done_and_a_cut_before(done: bool) -> None:
-    events = connect(CHAT, block("text", "a"), *([DONE_1] if done else []), end=False)
+    events = connect(OPENING, block("text", "a"), *([DONE_1] if done else []), end=False)
     assert events[-1] == Finished("stop" if done else "length")
 
 
 @pytest.mark.parametrize(
     "values",
-    [[CHAT, DONE_1], [], [CHAT, block("think", "hm"), DONE_1], [CHAT, {"message": {"refs": {"searchChunks": [RAW]}}}]],
+    [
+        [OPENING, DONE_1],
+        [],
+        [OPENING, block("think", "hm"), DONE_1],
+        [OPENING, {"message": {"refs": {"searchChunks": [RAW]}}}],
+    ],
 )
 def test_a_connect_answer_without_text_is_a_failure(values: list[Any]) -> None:
     with pytest.raises(ProxyError) as caught:
@@ -470,7 +489,7 @@ def test_a_connect_answer_without_text_is_a_failure(values: list[Any]) -> None:
 
 def test_an_error_can_follow_done() -> None:
     answering = ConnectAnswer()
-    for value in (CHAT, block("text", "a"), DONE_1):
+    for value in (OPENING, block("text", "a"), DONE_1):
         answering.feed(Envelope(0, json.dumps(value).encode()))
     assert answering.done and not answering.ended
     with pytest.raises(ProxyError) as caught:
@@ -513,7 +532,7 @@ def test_a_reason_tells_the_failure_wherever_it_stands(reason: str) -> None:
 )
 def test_exceptions_and_errors_of_blocks_are_failures(part: dict[str, Any]) -> None:
     with pytest.raises(ProxyError) as caught:
-        connect(CHAT, {"block": {"id": "9", **part}})
+        connect(OPENING, {"block": {"id": "9", **part}})
     assert caught.value.code == "service_busy" and "OVERLOADED" in caught.value.message
 
 
@@ -636,13 +655,13 @@ def test_a_deeply_nested_value_is_ignored_or_a_clear_failure(field: str) -> None
             assert answering.feed(Envelope(0, value.encode())) == [Text("a")]
 
 
-async def ask(
-    http: aiohttp.ClientSession, start_proxy: StartProxy, token: str, **settings: Any
-) -> tuple[int, Any, str]:
-    """A whole answer in connect through real sockets: status, JSON, `Retry-After`."""
-    proxy = await start_proxy(protocol="connect", sources="none", **settings)
-    body = {"messages": [{"role": "user", "content": "hi"}], "use_search": True}
-    async with http.post(f"{proxy}/v1/chat/completions", json=body, headers=bearer(token)) as response:
+CHAT = "/v1/chat/completions"
+QUESTION = {"messages": [{"role": "user", "content": "hi"}], "use_search": True}
+
+
+async def ask(http: aiohttp.ClientSession, proxy: str, token: str) -> tuple[int, Any, str]:
+    """A whole answer through real sockets: status, JSON, `Retry-After`."""
+    async with http.post(proxy + CHAT, json=QUESTION, headers=bearer(token)) as response:
         return response.status, await response.json(), response.headers.get("Retry-After", "")
 
 
@@ -650,6 +669,8 @@ async def ask(
     ("script", "text"),
     [
         ("set-again", "一二三四五"),
+        ("cite-ref", "甲[1]乙[2][3]丙[1]。"),
+        ("cite-none", "Use [^1^] or [^0^], a < b, <REF>x</REF> to match."),
         ("ask-user", "Which one?"),
         ("degraded", "答案"),
         ("sandbox", "答案"),
@@ -659,8 +680,14 @@ async def ask(
 async def test_what_the_newer_streams_show(
     simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession, script: str, text: str
 ) -> None:
-    _, body, _ = await ask(http, start_proxy, simulator.token(script))
+    proxy = await start_proxy(protocol="connect", sources="annotations")
+    _, body, _ = await ask(http, proxy, simulator.token(script))
     assert body["choices"][0]["message"]["content"] == text and body["choices"][0]["finish_reason"] == "stop"
+    question = {**QUESTION, "stream": True}
+    async with http.post(proxy + CHAT, json=question, headers=bearer(simulator.token(script))) as response:
+        frames = [frame.data for frame in SSEParser().feed(await response.read())]
+    deltas = [json.loads(frame)["choices"][0]["delta"] for frame in frames[:-1]]
+    assert "".join(delta.get("content") or "" for delta in deltas) == text and frames[-1] == "[DONE]"
 
 
 REFUSALS = [
@@ -684,5 +711,6 @@ async def test_what_the_newer_refusals_mean(
     code: str,
     wait: str,
 ) -> None:
-    answered, body, retry_after = await ask(http, start_proxy, simulator.token("hello", *faults))
+    proxy = await start_proxy(protocol="connect")
+    answered, body, retry_after = await ask(http, proxy, simulator.token("hello", *faults))
     assert (answered, body["error"]["code"], retry_after) == (status, code, wait)
