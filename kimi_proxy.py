@@ -4482,16 +4482,16 @@ class TokenPair:
         return 0 <= time.time() - self.received < self.life_seconds
 
 
-_PREFIX: Final = re.compile(
-    r"[\"'`]*(?:authorization:\s*)?(?:bearer\s+)*(?:(?:refresh|access)_?token\s*[=:]\s*)?[\"'`]*", re.IGNORECASE
+_FIELDS: Final = tuple(
+    re.compile(rf"\b{name}[\"']?\s*[=:]\s*[\"']?([^\s\"',;}}]+)", re.IGNORECASE)
+    for name in ("refresh_?token", "kimi-auth", "access_?token")
 )
-_BEARER: Final = re.compile(r"\bbearer\s+", re.IGNORECASE)
-_COOKIE: Final = re.compile(r"(?:^|[;\s])kimi-auth=([^;\s]+)")
+_BEFORE: Final = re.compile(r"^[\"'`\s]*(?:authorization:\s*)?(?:bearer\s+)*[\"'`]*", re.IGNORECASE)
 _LOOKS: Final = (
     (re.compile(r"https?://.*"), "a URL"),
     (re.compile(r"sk-[\w-]{16,}"), "a key of Kimi's API platform, which is another service"),
     (re.compile(r"\{.*", re.DOTALL), "JSON without a refresh_token"),
-    (re.compile(r"null|undefined|none|bearer|\[object Object\]|<.*>|\W*", re.IGNORECASE), "a placeholder"),
+    (re.compile(r"null|undefined|none|\[object Object\]|<.*>|\W*", re.IGNORECASE), "a placeholder"),
     (re.compile(r".*;.*", re.DOTALL), "cookies without kimi-auth"),
     (re.compile(r".*\s.*", re.DOTALL), "several words"),
 )
@@ -4502,38 +4502,20 @@ def read_pasted_token(text: str) -> str:
 
     Raises `ProxyError` `token_malformed`, which says what it looks like instead.
     """
-    text = text.strip()
-    if text.startswith("{"):
-        token = _find_in_json(text)
-    elif found := _COOKIE.search(text):
-        token = found[1]
-    else:
-        token = _PREFIX.sub("", text, count=1)
-    token = token.strip("\"'` ")
-    looks_like = next((words for pattern, words in _LOOKS if pattern.fullmatch(token or text)), "")
+    found = next(filter(None, (pattern.search(text) for pattern in _FIELDS)), None)
+    token = found[1] if found is not None else _BEFORE.sub("", text).rstrip("\"'` \t\r\n")
+    looks_like = next((words for pattern, words in _LOOKS if pattern.fullmatch(token)), "")
     if not looks_like and TOKEN_SHAPE.fullmatch(token):
         return token
-    raise ProxyError(
-        "token_malformed", f"this looks like {looks_like}" if looks_like else "it has characters that no token has"
-    )
+    words = f"this looks like {looks_like}" if looks_like else "it has characters that no token has"
+    raise ProxyError("token_malformed", words)
 
 
 def read_pasted_tokens(text: str, separators: str = ",") -> tuple[str, ...]:
     """The tokens in what a user pasted, each once; cookies and JSON hold one. Raises `ProxyError` `token_malformed`."""
     is_one = text.lstrip().startswith("{") or ";" in text
-    words = [text] if is_one else re.split(f"[{separators}]+", _BEARER.sub("", text))
+    words = [text] if is_one else re.split(f"[{separators}]+", re.sub(r"(?i)\bbearer\s+", "", text))
     return tuple(dict.fromkeys(read_pasted_token(word) for word in words if word.strip()))
-
-
-def _find_in_json(text: str) -> str:
-    try:
-        value: Any = parse_json(text.encode("utf-8", "surrogateescape"))
-    except ValueError:
-        return ""
-    inner = value.get("data")
-    fields = inner if isinstance(inner, dict) else value
-    names = ("refresh_token", "refreshToken", "access_token", "accessToken")
-    return next((fields[name] for name in names if isinstance(fields.get(name), str)), "")
 
 
 def read_claims(token: str) -> dict[str, Any]:
