@@ -4857,10 +4857,9 @@ class KeptConversations:
             kept = await self._read(account)
             kept.pop(conversation_id, None)
             kept[conversation_id] = (protocol, message_id)
-            kept = dict(list(kept.items())[-self._MAX :])
-            self._unsaved.pop(account.digest, None)
-            if not await self._state.write_json(f"{name}.json", kept):
-                self._unsaved[account.digest] = kept
+            kept = self._unsaved[account.digest] = dict(list(kept.items())[-self._MAX :])
+            if await self._state.write_json(f"{name}.json", kept):
+                del self._unsaved[account.digest]
         while len(self._unsaved) > MAX_ACCOUNTS:
             del self._unsaved[next(iter(self._unsaved))]
 

@@ -297,27 +297,6 @@ async def test_where_the_newest_token_is_refused_each_older_one_is_tried_once(
     assert service.asked == ["r", "r1", *asked]
 
 
-async def test_of_tokens_in_memory_and_in_the_file_the_newer_are_tried_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    disk = Disk(monkeypatch, writes_some=True)
-    service = Rotating()
-    service.valid = "r"
-    one, other = (make_accounts(service, directory=tmp_path) for _ in range(2))
-    await one.drop(one.get("r"), await one.access_token(one.get("r")))
-    await other.drop(other.get("r"), await other.access_token(other.get("r")))
-    assert await one.access_token(one.get("r")) == "access-2"
-    disk.full = True
-    await other.drop(other.get("r"), await other.access_token(other.get("r")))
-    await other.drop(other.get("r"), await other.access_token(other.get("r")))  # rotated, and not written
-    assert service.valid == "r3"
-    disk.full = False
-    await one.drop(one.get("r"), "access-2")
-    with pytest.raises(ProxyError):
-        await one.access_token(one.get("r"))
-    assert await other.access_token(other.get("r")) == f"access-{len(service.asked)}"
-
-
 async def test_files_are_for_their_owner_alone_and_name_no_token(tmp_path: Path) -> None:
     accounts = make_accounts(Rotating(), directory=tmp_path)
     await accounts.access_token(accounts.get("r"))
@@ -424,20 +403,6 @@ async def test_tokens_in_memory_that_could_not_be_written_win_over_the_files_old
     assert await again.access_token(again.get("r")) == newest
 
 
-async def test_tokens_that_could_not_be_written_are_written_at_the_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    disk = Disk(monkeypatch, writes_some=True)
-    service = Rotating()
-    accounts = make_accounts(service, directory=tmp_path)
-    disk.full = True
-    assert await accounts.access_token(accounts.get("r")) == "access-1"
-    disk.full = False
-    await accounts.save()
-    again = make_accounts(service, directory=tmp_path)
-    assert await again.access_token(again.get("r")) == "access-1"
-
-
 async def test_of_two_processes_memories_the_newer_is_written_at_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -452,15 +417,6 @@ async def test_of_two_processes_memories_the_newer_is_written_at_the_end(
     await late.save()
     again = make_accounts(service, directory=tmp_path)
     assert await again.access_token(again.get("r")) == newest
-
-
-async def test_a_token_that_kimi_never_took_leaves_no_file(tmp_path: Path) -> None:
-    service = Rotating()
-    accounts = make_accounts(service, directory=tmp_path)
-    for token in ("wrong", "another"):
-        with pytest.raises(ProxyError):
-            await accounts.access_token(accounts.get(token))
-    assert list((tmp_path / "tokens").iterdir()) == []
 
 
 async def test_tokens_of_another_service_are_not_used(tmp_path: Path) -> None:
