@@ -2865,7 +2865,7 @@ def _make_request(
         use_search=use_search,
         tools=tools,
         tool_choice=choice,
-        parallel_tool_calls=root.get_field("parallel_tool_calls", bool, True) and not is_serial,
+        parallel_tool_calls=root.get_field("parallel_tool_calls", bool, True) and not (is_serial or is_legacy),
         response_format=_parse_format(root),
         stop=_parse_stop(root["stop" if root.has("stop") else "stop_sequences"]),
         max_tokens=_parse_limit(root),
@@ -3607,6 +3607,7 @@ class Encoder:
         self._conversation_id = ""
         self._model = request.model
         self._created = created
+        self._legacy = request.legacy_functions
         self._renderer = renderer
         self._usage = usage
         self._output: list[bytes] = []
@@ -3729,6 +3730,11 @@ def _render_call(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
+def _name_reason(reason: FinishReason, legacy: bool) -> str:
+    """The `finish_reason`; the old form of functions has its own word for a call."""
+    return "function_call" if legacy and reason == "tool_calls" else reason
+
+
 class WholeChat(WholeAnswer):
     """OpenAI's `chat.completion` object."""
 
@@ -3736,13 +3742,16 @@ class WholeChat(WholeAnswer):
         text, thinking = self._join("text", "sources"), self._join("thinking")
         calls = [_render_call(block) for block in self._blocks if isinstance(block, ToolCall)]
         message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None}
-        if calls:
+        if calls and self._legacy:
+            message["function_call"] = calls[0]["function"]
+        elif calls:
             message["tool_calls"] = calls
         if thinking:
             message["reasoning_content"] = thinking
         if self._renderer.annotations:
             message["annotations"] = self._renderer.annotations
-        choice = {"index": 0, "message": message, "finish_reason": self._finished.reason}
+        reason = _name_reason(self._finished.reason, self._legacy)
+        choice = {"index": 0, "message": message, "finish_reason": reason}
         return {**self._render_head("chat.completion"), "choices": [choice], "usage": self._usage.render()}
 
 
@@ -3781,9 +3790,13 @@ class ChatStream(Encoder):
         return template
 
     def _add_call(self, call: ToolCall) -> None:
-        calls = [{"index": self._calls, **_render_call(call)}]
+        value = _render_call(call)
+        if self._legacy:
+            calls = {"function_call": value["function"]}
+        else:
+            calls = {"tool_calls": [{"index": self._calls, **value}]}
         self._calls += 1
-        self._write(self._render_chunk({**self._start(content=None), "tool_calls": calls}))
+        self._write(self._render_chunk({**self._start(content=None), **calls}))
 
     def _end(self, finished: Finished) -> None:
         delta = self._start(content="")
@@ -3804,7 +3817,7 @@ class ChatStream(Encoder):
         return {**self._render_head(self._object), **usage, "choices": [self._render_choice(delta, reason)]}
 
     def _render_choice(self, delta: dict[str, Any], reason: FinishReason | None) -> dict[str, Any]:
-        return {"index": 0, "delta": delta, "finish_reason": reason}
+        return {"index": 0, "delta": delta, "finish_reason": reason and _name_reason(reason, self._legacy)}
 
 
 def _render_completion_choice(text: str, reason: FinishReason | None) -> dict[str, Any]:
@@ -4029,6 +4042,7 @@ class ResponsesStream(Encoder):
         self._items: list[dict[str, Any]] = []
         self._item: _Item | None = None
         self._calls: list[ToolCall] = []
+        self._namespaced = {tool.name: tool for tool in request.tools if tool.namespace}
         self._annotated = 0  # how many annotations were emitted
 
     def fail(self, error: ProxyError) -> bytes:
@@ -4098,13 +4112,15 @@ class ResponsesStream(Encoder):
     def _emit_call(self, call: ToolCall) -> None:
         index = len(self._items)
         item_id = _name_item("fc", self._head["id"], index)
-        item = {"id": item_id, "type": "function_call", "call_id": call.id, "name": call.name}
+        tool = self._namespaced.get(call.name)
+        name = {"namespace": tool.namespace, "name": tool.own_name} if tool is not None else {"name": call.name}
+        item = {"id": item_id, "type": "function_call", "call_id": call.id, **name}
         path = {"item_id": item_id, "output_index": index}
         event = "response.function_call_arguments"
         begun = {**item, "status": "in_progress", "arguments": ""}
         self._emit("response.output_item.added", output_index=index, item=begun)
         self._emit(f"{event}.delta", **path, delta=call.arguments)
-        self._emit(f"{event}.done", **path, name=call.name, arguments=call.arguments)
+        self._emit(f"{event}.done", **path, name=item["name"], arguments=call.arguments)
         self._emit_item({**item, "status": "completed", "arguments": call.arguments})
 
     def _emit_item(self, item: dict[str, Any]) -> None:

@@ -266,6 +266,20 @@ def test_a_whole_answer_has_its_calls_and_no_text() -> None:
     assert whole(Text("a"), CALLS[0], Finished("tool_calls"))["choices"][0]["message"]["content"] == "a"
 
 
+def test_a_call_of_the_old_functions_has_the_old_form() -> None:
+    fields: dict[str, Any] = {"functions": [{"name": "f", "parameters": {"type": "object"}}]}
+    body = json.dumps({"messages": [{"content": "x"}], **fields}).encode()
+    assert not APIS["/v1/chat/completions"].parse(body, lambda item_id: None).parallel_tool_calls  # there is one place
+    call = {"name": "f", "arguments": '{"a":1}'}
+    choice = whole(CALLS[0], Finished("tool_calls"), **fields)["choices"][0]
+    message = {"role": "assistant", "content": None, "function_call": call}
+    assert (choice["message"], choice["finish_reason"]) == (message, "function_call")
+    chunks = stream(CALLS[0], Finished("tool_calls"), **fields)
+    assert [chunk["choices"][0]["delta"] for chunk in chunks] == [message, {}]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None, "function_call"]
+    assert whole(Text("a"), Finished("stop"), **fields)["choices"][0]["finish_reason"] == "stop"
+
+
 def test_usage_counts_what_the_model_wrote_and_not_what_the_proxy_adds() -> None:
     plain = whole(Text("答案"), Finished("stop"))["usage"]
     assert plain["prompt_tokens"] == 2 and plain["total_tokens"] == 2 + plain["completion_tokens"]

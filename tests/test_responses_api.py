@@ -793,6 +793,18 @@ def test_calls_carry_the_ids_by_which_they_are_answered() -> None:
     ]
 
 
+def test_a_call_of_a_tool_in_a_namespace_has_both_names() -> None:
+    values = stream(ToolCall("call_1", "agents.spawn", "{}"), Finished("tool_calls"), tools=[NAMESPACE])
+    (item,) = values[-1]["response"]["output"]
+    assert (item["namespace"], item["name"]) == ("agents", "spawn")
+    names = [value.get("name") or value.get("item", {}).get("name") for value in values[2:-1]]
+    assert names == ["spawn", None, "spawn", "spawn"]
+    (again,) = (
+        parse(input=[item, {"type": "function_call_output", "call_id": "call_1", "output": "x"}]).messages[0].calls
+    )
+    assert again.name == "agents.spawn"
+
+
 @pytest.mark.parametrize(("finish", "reason"), [("length", "max_output_tokens"), ("content_filter", "content_filter")])
 def test_an_incomplete_answer_says_why(finish: Any, reason: str) -> None:
     response = whole(Text("a"), Finished(finish))
