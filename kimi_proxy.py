@@ -75,7 +75,7 @@ from contextlib import (
 )
 from contextvars import ContextVar
 from dataclasses import Field, asdict, dataclass, field, fields, replace
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from itertools import accumulate, cycle, groupby, islice
 from math import isfinite, nan
 from pathlib import Path
@@ -6015,10 +6015,10 @@ class KimiClient:
         """Put `file` to a signed URL, which needs no token and gets none. Raises `ProxyError`."""
         try:
             address = URL(url, encoded=True)
-            has_host = bool(address.host and address.port)
+            is_good = address.scheme in ("http", "https") and bool(address.host and address.port)
         except (ValueError, IndexError):
-            has_host = False
-        if not has_host:
+            is_good = False
+        if not is_good:
             raise ProxyError("service_failed", "signing an upload: the reply has no URL")
         headers = {"Content-Type": file.content_type, "Content-Length": str(file.size_bytes)}
         async with self._send_file("PUT", address, headers, file.read(), file) as response:
@@ -6239,12 +6239,29 @@ class AnswerStream:
             raise self._failure
         if self.answer.ended:
             return None
-        if self.answer.done:
-            return await self._read_end()
         if self.answer.progress != self._progress:  # heartbeats alone are silence
             self._progress = self.answer.progress
             self._silent_since = self._loop.time()
-        return self._feed(await self._read_bytes())
+        self._waits = True
+        try:
+            if self.answer.done:  # in good order only the end follows, or an error in its place [2+]
+                self._end_at = self._end_at or self._loop.time() + END_SECONDS
+                async with asyncio.timeout_at(self._end_at):
+                    piece = await self._response.content.readany()
+            else:
+                piece = await self._response.content.readany()
+        except TimeoutError:
+            self._watchdog.stop()
+            return self.answer.finish()
+        except (aiohttp.ClientError, ConnectionError, RuntimeError) as error:
+            # aiohttp's RuntimeError says that the connection was lost before.
+            self._watchdog.stop()
+            broken = ProxyError("answer_broken", f"the connection broke ({type(error).__name__})")
+            self._failure = self._failure or broken
+            raise self._failure from None
+        finally:
+            self._waits = False
+        return self._feed(piece)
 
     async def peek(self) -> None:
         """Wait for the first events, which the next `read` returns. Raises `ProxyError` for a failure before them."""
@@ -6270,56 +6287,29 @@ class AnswerStream:
         self._watchdog.stop()
         self._response.close()
 
-    async def _read_bytes(self) -> bytes:
-        self._waits = True
-        try:
-            return await self._response.content.readany()
-        except (aiohttp.ClientError, ConnectionError, RuntimeError) as error:
-            # aiohttp's RuntimeError says that the connection was lost before.
-            self._watchdog.stop()
-            if self._failure is None:
-                self._failure = ProxyError("answer_broken", f"the connection broke ({type(error).__name__})")
-            raise self._failure from None
-        finally:
-            self._waits = False
-
-    async def _read_end(self) -> list[Event]:
-        """The events after `done`: in good order only the end, or an error in its place [2+]."""
-        self._end_at = self._end_at or self._loop.time() + END_SECONDS
-        try:
-            async with asyncio.timeout_at(self._end_at):
-                return self._feed(await self._read_bytes())
-        except TimeoutError:
-            self._watchdog.stop()
-            return self.answer.finish()
-
     def _feed(self, piece: bytes) -> list[Event]:
         events: list[Event] = []
+        answer: Any = self.answer
         if self.raw is not None:
             self.raw.append(piece)
         try:
-            if piece:
-                self._feed_frames(piece, events)
-            else:
+            for frame in self._parser.feed(piece):
+                events += answer.feed(frame)
+                if self._debug:
+                    size = len(frame.data) if isinstance(frame, ServerSentEvent) else len(frame.payload)
+                    logger.debug("< %s, %d characters", quote_words(answer.kind), size)
+            if not piece:
                 self._parser.finish()
-                events += self.answer.finish()
+                events += answer.finish()
         except WireError as error:
             self._failure = ProxyError("answer_broken", f"Kimi's stream cannot be read: {error}")
         except ProxyError as error:
             self._failure = error if error.code != "token_dead" else _make_stale(error, self._access_token)
-        if self._failure is not None or self.answer.ended:
+        if self._failure is not None or answer.ended:
             self._watchdog.stop()
         if self._failure is not None and not events:
             raise self._failure
         return events
-
-    def _feed_frames(self, piece: bytes, events: list[Event]) -> None:
-        answer: Any = self.answer
-        for frame in self._parser.feed(piece):
-            events += answer.feed(frame)
-            if self._debug:
-                size = len(frame.data) if isinstance(frame, ServerSentEvent) else len(frame.payload)
-                logger.debug("< %s, %d characters", quote_words(answer.kind), size)
 
     def _check(self, now: float) -> float:
         """End the answer where its time is over; else when that will be."""
@@ -6359,7 +6349,7 @@ class _Protocol:
         """A request with a JSON body, from the page that a browser would send it from [ref], [2+]."""
         base_url = self.base_url_for(account)
         headers = {
-            "Origin": _origin_of(base_url),
+            "Origin": str(URL(base_url).origin()),
             "Referer": f"{base_url}/chat/{conversation_id}" if conversation_id else base_url,
             "Content-Type": "application/json",
         }
@@ -6391,11 +6381,6 @@ class _Protocol:
             code = "answer_too_long" if loop.time() >= deadline else "service_silent"
             raise ProxyError(code, request.step) from None
         return AnswerStream(response, parser, answer, token, silence_seconds, deadline)
-
-
-@cache
-def _origin_of(base_url: str) -> str:
-    return str(URL(base_url).origin())
 
 
 def _get_id(value: object, step: str) -> str:
@@ -6509,7 +6494,7 @@ class Classic(_Protocol):
                 raise
             signed = await self._sign(account, "file", file.name)
         url, object_name, file_id = signed.get("url"), signed.get("object_name"), signed.get("file_id")
-        if not isinstance(url, str) or not url.startswith(("http://", "https://")) or not isinstance(object_name, str):
+        if not isinstance(url, str) or not isinstance(object_name, str):
             raise ProxyError("service_failed", "signing an upload: the reply has no URL")
         await self._client.put_file(url, file)
         return StoredFile(file.name, object_name, file_id if isinstance(file_id, str) else "")
@@ -6583,18 +6568,17 @@ class Connect(_Protocol):
         """A new pair of tokens for `account`; from the other twin, when its token is refused and does not tell [2+]."""
         try:
             return await self._refresh_here(account)
-        except ProxyError as error:
-            told = region_of(account.claims or read_claims(account.refresh_token))
-            if error.code != "token_dead" or told or account.twin or self._has_base_url:
+        except ProxyError as refusal:
+            told = region_of(account.claims or read_claims(account.refresh_token)) or account.twin
+            if refusal.code != "token_dead" or told or self._has_base_url:
                 raise
-            refusal = error
-        account.twin = "global"
-        try:
-            return await self._refresh_here(account)
-        except ProxyError as error:
-            logger.debug("! kimi.ai does not know the token either: %s", error)
-            account.twin = ""
-            raise refusal from None
+            account.twin = "global"
+            try:
+                return await self._refresh_here(account)
+            except ProxyError as error:
+                logger.debug("! kimi.ai does not know the token either: %s", error)
+                account.twin = ""
+                raise refusal from None
 
     async def _refresh_here(self, account: Account) -> TokenPair:
         """A new pair by the new call, else by the old one, which is still in use [2+]."""
@@ -6687,14 +6671,13 @@ async def _try_paths(paths: tuple[str, str], call: Callable[[str], Awaitable[Res
     """What `call` returns for the first of `paths` that the service knows."""
     try:
         return await call(paths[0])
-    except ProxyError as error:
-        if error.upstream_status not in (404, 501):
+    except ProxyError as refusal:
+        if refusal.upstream_status not in (404, 501):
             raise
-        refusal = error
-    try:
-        return await call(paths[1])
-    except ProxyError as error:
-        raise refusal if error.upstream_status in (404, 501) else error from None
+        try:
+            return await call(paths[1])
+        except ProxyError as error:
+            raise refusal if error.upstream_status in (404, 501) else error from None
 
 
 def _render_question(question: Question, model: Model, conversation_id: str) -> dict[str, Any]:
