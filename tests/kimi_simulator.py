@@ -735,6 +735,7 @@ FAULTS: Final[dict[str, str]] = {
     "new-refresh": "the old refresh is refused, the new one works",
     "again-status": "CODE, that HTTP status when the proxy asks again since the answer could not be used",
     "again-cut": "the second try is reset after N pieces",
+    "again-stall": "the second try, or the continuation, is silent for ever after N pieces",
     "no-pictures": "classic before pictures: the action `image` is refused",
     "register-slow": "classic: a registration is not ready N times",
     "parse-slow": "connect: a file is not read yet N times",
@@ -1547,8 +1548,8 @@ class Simulator:
         loop = asyncio.get_running_loop()
         due = loop.time()
         limits = {name: int(order.value(name, "0")) for name in _BREAKS if order.has(name)}
-        if order.has("again-cut") and sum(map(len, (one.asked for one in account.conversations.values()))) > 1:
-            limits["again-cut"] = int(order.value("again-cut"))
+        if sum(map(len, (one.asked for one in account.conversations.values()))) > 1:
+            limits |= {name: int(order.value(name)) for name in ("again-cut", "again-stall") if order.has(name)}
         number, written = 0, b""
         for piece in self._pieces(account, _part(steps, account.round), chat_id):
             if number == limits.get("heartbeats"):
@@ -1595,7 +1596,7 @@ class Simulator:
         dice = None if steady else account.dice
         if order.has("endless"):
             steps = steps[:1]
-        if any(order.has(fault) for fault in (*_BREAKS, "endless", "again-cut")):
+        if any(order.has(fault) for fault in (*_BREAKS, "endless", "again-cut", "again-stall")):
             dice = None  # pieces are counted: one is one event, the first two or three before the text
         if chat_id:
             rendered = render_connect(steps, chat_id, dice, stages=order.has("stages"))
@@ -1613,7 +1614,7 @@ class Simulator:
         yield from pieces if dice is None or shapes else cut_anywhere(b"".join(pieces), dice)
 
     async def _break(self, request: web.Request, account: Account) -> None:
-        if account.order.has("stall"):
+        if account.order.has("stall") or account.order.has("again-stall"):
             await asyncio.Event().wait()
         transport = request.transport
         if transport is None:

@@ -656,6 +656,18 @@ async def test_a_token_that_both_refuse_is_dead_and_a_url_of_the_user_is_no_twin
     assert bool(overseas.connections) is not named
 
 
+async def test_a_continuation_that_falls_silent_is_told_as_any_other_answer(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession
+) -> None:
+    proxy = await start_proxy(silence_seconds=0.3)
+    token = simulator.token("length", "again-stall=1")
+    async with asyncio.timeout(3):
+        status, body = await answer(http, proxy, token)
+    assert (status, body["error"]["code"]) == (504, "service_silent")
+    account = await simulator.settle(token)
+    assert account.count("continue") + account.count("ask") == 2
+
+
 # The stream of an answer.
 
 
