@@ -463,7 +463,7 @@ class RedactingFormatter(logging.Formatter):
         """One line for the record; as text, one more for each frame of its traceback."""
         text = record.getMessage()
         if not record.name.startswith("kimi_proxy"):
-            constant = ": ".join(str(record.msg).partition("%")[0].split(": ")[:2])
+            constant = ": ".join(str(record.msg).partition("%")[0].partition("\n")[0].split(": ")[:2])
             text = f"{record.name}: {constant[:160]}".strip()
         time, level = self.formatTime(record, self.datefmt), record.levelname.lower()
         places = render_traceback(record.exc_info[1]) if record.exc_info and record.exc_info[1] else []
@@ -471,6 +471,22 @@ class RedactingFormatter(logging.Formatter):
             value = {"time": time, "level": level, "request_id": request_id.get(), "message": redact(text)}
             return json.dumps(value | ({"traceback": places} if places else {}), ensure_ascii=False)
         return "\n    ".join([f"{time} {level} [{request_id.get()}] {redact(text)}", *places])
+
+
+class _RepeatFilter(logging.Filter):
+    """Drops what another package repeats within ten seconds: asyncio tells each of its many tries to accept."""
+
+    _last: tuple[object, float] = "", 0.0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is to be written."""
+        if record.name.startswith("kimi_proxy"):
+            return True
+        text, moment = self._last
+        if record.msg == text and record.created < moment + 10:
+            return False
+        self._last = record.msg, record.created
+        return True
 
 
 def render_traceback(error: BaseException) -> list[str]:
@@ -486,6 +502,7 @@ def configure_logging(level: str, form: str = "text") -> None:
     """Send all logging of the process to standard error, at `level`, through `RedactingFormatter`."""
     handler = logging.StreamHandler()
     handler.setFormatter(RedactingFormatter(form))
+    handler.addFilter(_RepeatFilter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.captureWarnings(True)
     logger.setLevel(level.upper())
@@ -8573,11 +8590,13 @@ def make_app(settings: Settings, hosts: Sequence[str] = ()) -> web.Application:
 
 # ==== 19. Service ===========================================================
 #
-# The program around the application: command line, listening, signals, systemd's protocol, and the terminal client.
+# The program around the application: listening, signals, systemd's protocol, and the command line with its terminal
+# client `ask` and its self-test `check`.
 
 IDLE_SECONDS: Final = 75.0  # limit for a request's head to arrive, and of an idle connection
 SEND_SECONDS: Final = 60.0  # drop a client that reads nothing for this long
-
+_FIRST_REQUEST_SECONDS: Final = 0.1
+_FIRST_DESCRIPTOR: Final = 3
 
 _SEND_BUFFER_BYTES: Final = 131_072  # the system would hold some megabytes for each client that reads slowly
 
@@ -8676,125 +8695,6 @@ class _Runner(web.AppRunner):
         super().__init__(app, handle_signals=False, handler_cancellation=True, access_log=None, shutdown_timeout=1)
 
 
-class Notifier:
-    """Tells systemd how it goes (sd_notify(3)); nothing where nobody listens. A full queue drops what is said."""
-
-    def __init__(self, environ: Mapping[str, str]) -> None:
-        self._address = environ.get("NOTIFY_SOCKET", "")
-        self._socket: socket.socket | None = None
-        if self._address[:1] in ("/", "@"):
-            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-            self._socket.setblocking(False)
-        is_ours = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        microseconds = environ.get("WATCHDOG_USEC", "")
-        self.watchdog_seconds = int(microseconds) / 1e6 if is_ours and microseconds.isdigit() else 0.0
-
-    def tell(self, **fields: str) -> None:
-        """Send `fields`, such as READY="1" or STATUS="…"."""
-        if self._socket is None:
-            return
-        address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
-        with suppress(OSError):
-            self._socket.sendto("\n".join(f"{name}={value}" for name, value in fields.items()).encode(), address)
-
-    def close(self) -> None:
-        """Let go of the socket; may be called twice."""
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
-
-
-def take_sockets(environ: Mapping[str, str]) -> list[socket.socket]:
-    """The listening sockets that systemd handed over (sd_listen_fds(3)); empty where it did not."""
-    count = environ.get("LISTEN_FDS", "")
-    if environ.get("LISTEN_PID") != str(os.getpid()) or not count.isdigit():
-        return []
-    return [socket.socket(fileno=_FIRST_DESCRIPTOR + number) for number in range(int(count))]
-
-
-_FIRST_DESCRIPTOR: Final = 3
-
-
-@asynccontextmanager
-async def _run_app(settings: Settings, sockets: Sequence[socket.socket]) -> AsyncIterator[tuple[str, web.Application]]:
-    """A running application, on `sockets` or where the settings say: its first address, and the application itself."""
-    app = make_app(settings, [str(one.getsockname()[0]) for one in sockets])
-    runner = _Runner(app)
-    await runner.setup()
-    servers: list[asyncio.Server] = []
-    try:
-        try:
-            await _listen(runner.server, servers, settings, sockets)
-        except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise SettingsError(f"cannot listen on {settings.host}:{settings.port}: {quote_words(reason)}") from None
-        name, port = servers[0].sockets[0].getsockname()[:2]
-        host = name if sockets else settings.host
-        yield f"http://{f'[{host}]' if ':' in host else host}:{port}", app
-        await _stop_listening(runner.server, servers, sockets, has_clients=app[STATE].closing)
-        await end_requests(app)
-    finally:
-        for server in servers:
-            server.close()
-        await runner.cleanup()
-
-
-async def _listen(
-    factory: Callable[[], asyncio.Protocol],
-    servers: list[asyncio.Server],
-    settings: Settings,
-    sockets: Sequence[socket.socket],
-) -> None:
-    """Add the servers that listen to `servers`: one for each of `sockets`, else one where the settings say."""
-    loop = asyncio.get_running_loop()
-    for one in sockets:
-        servers.append(await loop.create_server(factory, sock=one, backlog=_BACKLOG))
-    if not sockets:
-        servers.append(await loop.create_server(factory, settings.host, settings.port, backlog=_BACKLOG))
-
-
-_BACKLOG: Final = 128
-_FIRST_REQUEST_SECONDS: Final = 0.1
-
-
-async def _stop_listening(
-    factory: Callable[[], asyncio.Protocol],
-    servers: Sequence[asyncio.Server],
-    inherited: Sequence[socket.socket],
-    *,
-    has_clients: bool,
-) -> None:
-    """Accept no more connections, and lose none that was made.
-
-    Who waits in the queue of an inherited socket is served by the next process. The queue of a port of our own is reset
-    when it closes: who waits in it is taken out before. Who was accepted last gets a moment to send a request.
-    """
-    loop = asyncio.get_running_loop()
-    for one in inherited:
-        loop.remove_reader(one.fileno())
-    waiting = [] if inherited else [one for server in servers for one in _close_port(server)]
-    for one in waiting:
-        await loop.connect_accepted_socket(factory, one)
-    if waiting or inherited or has_clients:
-        await asyncio.sleep(_FIRST_REQUEST_SECONDS)
-    for server in servers:
-        server.close()
-
-
-def _close_port(server: asyncio.Server) -> list[socket.socket]:
-    """The connections that wait in the queue of a server, whose port is closed right behind the last of them."""
-    waiting = []
-    for shared in server.sockets:
-        with shared.dup() as listening:
-            with suppress(OSError):  # there is none, or no descriptor for it
-                while True:
-                    waiting.append(listening.accept()[0])
-            with suppress(OSError):  # not every system closes it that way
-                listening.shutdown(socket.SHUT_RD)
-    server.close()
-    return waiting
-
-
 @asynccontextmanager
 async def run_server(settings: Settings) -> AsyncIterator[str]:
     """A running proxy; gives the address that it listens on, as `http://host:port`.
@@ -8805,26 +8705,77 @@ async def run_server(settings: Settings) -> AsyncIterator[str]:
         yield address
 
 
-class _Beat:
-    """Tells systemd regularly that the loop runs, and what runs in it."""
+@asynccontextmanager
+async def _run_app(settings: Settings, sockets: Sequence[socket.socket]) -> AsyncIterator[tuple[str, web.Application]]:
+    """A running application, on `sockets` or where the settings say: its first address, and the application itself."""
+    app = make_app(settings, [str(one.getsockname()[0]) for one in sockets])
+    runner = _Runner(app)
+    await runner.setup()
+    try:
+        sites: list[web.BaseSite] = [web.SockSite(runner, one) for one in sockets]
+        sites = sites or [web.TCPSite(runner, settings.host, settings.port)]
+        try:
+            for site in sites:
+                await site.start()
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise SettingsError(f"cannot listen on {settings.host}:{settings.port}: {quote_words(reason)}") from None
+        name, port = runner.addresses[0][:2]
+        host = name if sockets else settings.host
+        yield f"http://{f'[{host}]' if ':' in host else host}:{port}", app
+        for one in sockets:  # who waits in its queue is served by the next process
+            asyncio.get_running_loop().remove_reader(one)
+        if sockets or app[STATE].closing:  # who was accepted last gets a moment to send a request
+            await asyncio.sleep(_FIRST_REQUEST_SECONDS)
+        for site in sites:
+            await site.stop()
+        await end_requests(app)
+    finally:
+        await runner.cleanup()
 
-    def __init__(self, notifier: Notifier, app: web.Application) -> None:
-        self._notifier = notifier
-        self._app = app
-        self._seconds = min(notifier.watchdog_seconds / 2 or 10.0, 10.0)
-        self._timer: asyncio.TimerHandle | None = None
 
-    def beat(self) -> None:
-        """Beat now, and again."""
-        state = self._app[STATE]
-        status = f"{len(state.answering)} answers, {len(state.running)} requests, {len(state.accounts)} accounts"
-        self._notifier.tell(WATCHDOG="1", STATUS=status)
-        self._timer = asyncio.get_running_loop().call_later(self._seconds, self.beat)
+class Notifier:
+    """Tells systemd how it goes (sd_notify(3)); does nothing where nobody listens. A full queue drops what is said."""
 
-    def stop(self) -> None:
-        """Beat no more."""
-        if self._timer is not None:
-            self._timer.cancel()
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        address = environ.get("NOTIFY_SOCKET", "")
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if address[:1] in ("/", "@") else None
+        if self._socket is not None:
+            self._socket.setblocking(False)
+        is_ours = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        microseconds = environ.get("WATCHDOG_USEC", "")
+        watchdog_seconds = int(microseconds) / 1e6 if is_ours and microseconds.isdigit() else 0.0
+        self._beat_seconds = min(watchdog_seconds / 2 or 10.0, 10.0)
+
+    def tell(self, **fields: str) -> None:
+        """Send `fields`, such as READY="1" or STATUS="…"."""
+        if self._socket is not None:
+            with suppress(OSError):
+                self._socket.sendto(
+                    "\n".join(f"{name}={value}" for name, value in fields.items()).encode(), self._address
+                )
+
+    async def beat(self, app: web.Application) -> None:
+        """Tell regularly that the loop runs, and what runs in it, until cancelled."""
+        state = app[STATE]
+        while True:
+            status = f"{len(state.answering)} answers, {len(state.running)} requests, {len(state.accounts)} accounts"
+            self.tell(WATCHDOG="1", STATUS=status)
+            await asyncio.sleep(self._beat_seconds)
+
+    def close(self) -> None:
+        """Close the socket."""
+        if self._socket is not None:
+            self._socket.close()
+
+
+def _take_sockets(environ: Mapping[str, str]) -> list[socket.socket]:
+    """The listening sockets that systemd handed over (sd_listen_fds(3)); empty where it did not."""
+    count = environ.get("LISTEN_FDS", "")
+    if environ.get("LISTEN_PID") != str(os.getpid()) or not count.isdigit():
+        return []
+    return [socket.socket(fileno=_FIRST_DESCRIPTOR + number) for number in range(int(count))]
 
 
 def _listen_for_signals() -> asyncio.Event:
@@ -8845,55 +8796,32 @@ def _listen_for_signals() -> asyncio.Event:
     return stop
 
 
-_SCARCE: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-_SCARCE_SECONDS: Final = 10.0
-
-
-def _make_loop_handler() -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
-    """What the loop tells its failures to. It fails to accept a hundred times a second, and says so each time."""
-    told_at = -_SCARCE_SECONDS
-
-    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        nonlocal told_at
-        error = context.get("exception")
-        if not isinstance(error, OSError) or error.errno not in _SCARCE:
-            loop.default_exception_handler(context)
-        elif loop.time() - told_at >= _SCARCE_SECONDS:
-            told_at = loop.time()
-            reason = os.strerror(error.errno)
-            logger.error("! new connections wait: %s (the process's limit)", reason)
-
-    return handle
-
-
 async def _serve(settings: Settings) -> None:
-    """Serve until a signal asks to stop; then let go of clients and balancers in good order."""
-    asyncio.get_running_loop().set_exception_handler(_make_loop_handler())
+    """Serve until a signal asks to stop; then drop clients and balancers in good order."""
     notifier = Notifier(os.environ)
     stop = _listen_for_signals()
-    async with _run_app(settings, take_sockets(os.environ)) as (address, app):
-        beat = _Beat(notifier, app)
+    async with _run_app(settings, _take_sockets(os.environ)) as (address, app):
         gc.freeze()  # what is loaded stays: else each full collection stops all streams for long enough to look at it
         print(f"kimi_proxy {__version__} is ready. Base URL for your program: {address}/v1", flush=True)
         notifier.tell(READY="1")
-        beat.beat()
+        beating = asyncio.create_task(notifier.beat(app))
         await stop.wait()
         logger.info("shutting down")
         seconds = settings.drain_delay_seconds + settings.drain_seconds + REMOVAL_SECONDS + 10
         notifier.tell(STOPPING="1", EXTEND_TIMEOUT_USEC=str(int(seconds * 1e6)))
         if app[STATE].requested_at or settings.drain_delay_seconds:  # else nobody can keep a connection
             await announce_end(app)
-    beat.stop()
+    beating.cancel()
     notifier.close()
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command in `argv`; the exit status: 0, 1 for a failure, 2 for a setting that is not usable."""
-    if argv[:1] == ["ask"]:
-        return ask_command(argv[1:])
-    if argv[:1] == ["check"]:
-        return check_command(argv[1:])
     try:
+        if argv[:1] == ["ask"]:
+            return ask_command(argv[1:])
+        if argv[:1] == ["check"]:
+            return check_command(argv[1:])
         settings = Settings.load(os.environ, argv)
         configure_logging(settings.log_level, settings.log_format)
         if unknown := unknown_variables(os.environ):
@@ -8907,13 +8835,9 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def read_held_token(environ: Mapping[str, str]) -> str:
-    """The refresh token of the first held account, as the proxy itself would find it; empty without one.
-
-    Raises `SettingsError`.
-    """
-    settings = Settings.load(environ)
-    tokens = read_secrets("KIMI_REFRESH_TOKEN", settings.refresh_token, settings.refresh_token_file, environ)
+def _read_held_token(settings: Settings) -> str:
+    """The first held refresh token; empty without one. Raises `SettingsError`."""
+    tokens = read_secrets("KIMI_REFRESH_TOKEN", settings.refresh_token, settings.refresh_token_file, os.environ)
     return tokens[0] if tokens else ""
 
 
@@ -8923,9 +8847,7 @@ def ask_command(argv: Sequence[str]) -> int:
     parser.add_argument("question", nargs="*", help="the question; text from a pipe is appended to it")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="address of the proxy (default %(default)s)")
     parser.add_argument("--model", default="kimi", help="model to ask (default %(default)s)")
-    parser.add_argument(
-        "--file", action="append", default=[], metavar="FILE", help="a file or picture, or its URL; may be repeated"
-    )
+    parser.add_argument("--file", action="append", default=[], help="a file or picture, or its URL; may be repeated")
     options = parser.parse_args(list(argv))
     question = " ".join(options.question)
     if not sys.stdin.isatty():
@@ -8933,11 +8855,7 @@ def ask_command(argv: Sequence[str]) -> int:
     if not question:
         print("kimi_proxy ask: ask a question", file=sys.stderr)
         return 2
-    try:
-        token = os.environ.get("PROXY_API_KEY", "") or read_held_token(os.environ)
-    except SettingsError as error:
-        print(f"kimi_proxy: {error}", file=sys.stderr)
-        return 2
+    token = os.environ.get("PROXY_API_KEY", "") or _read_held_token(Settings.load(os.environ))
     url = options.url.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
     try:
         content: Any = [*map(_render_part, options.file), {"type": "text", "text": question}]
@@ -8945,30 +8863,24 @@ def ask_command(argv: Sequence[str]) -> int:
         print(f"kimi_proxy ask: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     body = {"model": options.model, "stream": True, "messages": [{"role": "user", "content": content}]}
-    try:
-        return asyncio.run(_print_answer(url, token, body))
-    except KeyboardInterrupt:
-        return 130
+    return asyncio.run(_print_answer(url, token, body))
 
 
-def _render_part(place: str) -> dict[str, Any]:
+def _render_part(path: str) -> dict[str, Any]:
     """The part of a message that has the file at a path or URL. Raises `OSError` where it cannot be read."""
-    name, content_type = name_file([URL(place).name if "://" in place else place], "", "file")
-    is_image = content_type.startswith("image/")
-    if "://" not in place:
-        data = base64.b64encode(Path(place).read_bytes()).decode()
-        place = f"data:{content_type};base64,{data}"
-        if not is_image:
-            return {"type": "file", "file": {"filename": name, "file_data": place}}
-    if is_image:
-        return {"type": "image_url", "image_url": {"url": place}}
-    return {"type": "file", "file_url": {"url": place}}
+    is_url = "://" in path
+    name, content_type = name_file([URL(path).name if is_url else path], "", "file")
+    url = path if is_url else f"data:{content_type};base64,{base64.b64encode(Path(path).read_bytes()).decode()}"
+    if content_type.startswith("image/"):
+        return {"type": "image_url", "image_url": {"url": url}}
+    if is_url:
+        return {"type": "file", "file_url": {"url": url}}
+    return {"type": "file", "file": {"filename": name, "file_data": url}}
 
 
 async def _print_answer(url: str, token: str, body: dict[str, Any]) -> int:
     """Print the streamed answer. The stream is read by code that is not ours, which checks ours."""
-    # Imported here, since serving does not need it.
-    from aiohttp_sse_client.client import EventSource  # noqa: PLC0415
+    from aiohttp_sse_client.client import EventSource  # noqa: PLC0415  # serving does not need it
 
     logging.getLogger("aiohttp_sse_client").setLevel(logging.CRITICAL)
     refusals: list[bytes] = []
@@ -8981,43 +8893,41 @@ async def _print_answer(url: str, token: str, body: dict[str, Any]) -> int:
             refusals.append(await response.read())
         return response
 
-    screen = _Screen(sys.stdout.isatty())
-    waiting = asyncio.create_task(screen.show_waiting())
+    screen = _Screen()
     try:
-        async with aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
-            headers={"Authorization": f"Bearer {token}"} if token else {},
-            middlewares=(keep_refusal,),
-        ) as session:
-            source = EventSource(url, option={"method": "POST"}, session=session, max_connect_retry=0, json=body)
-            async with source:
-                return await _print_events(source, screen)
+        async with (
+            aiohttp.ClientSession(
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
+                headers={"Authorization": f"Bearer {token}"} if token else {},
+                middlewares=(keep_refusal,),
+            ) as session,
+            EventSource(url, option={"method": "POST"}, session=session, max_connect_retry=0, json=body) as source,
+        ):
+            return await _print_events(source, screen)
     except ConnectionError as error:
         hint = "" if token else " In the terminal, set PROXY_API_KEY or KIMI_REFRESH_TOKEN."
-        screen.fail(_read_failure(refusals[0]) + hint if refusals else str(error))
+        return screen.fail(_read_failure(refusals[0]) + hint if refusals else str(error))
     except aiohttp.ClientError as error:
-        screen.fail(f"cannot reach {url} ({type(error).__name__}); is the proxy running?")
+        return screen.fail(f"cannot reach {url} ({type(error).__name__}); is the proxy running?")
     finally:
-        waiting.cancel()
-    return 1
+        screen.show("")
 
 
 async def _print_events(source: AsyncIterator[Any], screen: _Screen) -> int:
     """Print until `[DONE]` or an error: reading on would make the reader ask again."""
     async for event in source:
         if event.data == "[DONE]":
-            screen.end()
+            screen.show("\n")
             return 0
         value = json.loads(event.data)
         if "error" in value:
-            screen.fail(value["error"]["message"])
-            return 1
+            return screen.fail(value["error"]["message"])
         for choice in value["choices"]:
-            delta = choice["delta"]
-            screen.show(delta.get("reasoning_content") or "", dimmed=True)
-            screen.show(delta.get("content") or "")
-    screen.fail("the stream ended without [DONE]")
-    return 1
+            if thinking := choice["delta"].get("reasoning_content"):
+                screen.show(thinking, dimmed=True)
+            if text := choice["delta"].get("content"):
+                screen.show(text)
+    return screen.fail("the stream ended without [DONE]")
 
 
 def _read_failure(body: bytes) -> str:
@@ -9028,63 +8938,46 @@ def _read_failure(body: bytes) -> str:
 
 
 class _Screen:
-    """Where `ask` prints: a terminal with a moving mark and dimmed thinking, or plain text."""
+    """Where `ask` prints: in a terminal a moving mark until text comes, and dimmed thinking; else plain text."""
 
-    def __init__(self, terminal: bool) -> None:
-        self._terminal = terminal
-        self._waiting = terminal
+    def __init__(self) -> None:
+        self._terminal = sys.stdout.isatty()
+        self._waiting = asyncio.create_task(self._show_waiting()) if self._terminal else None
 
     def show(self, text: str, *, dimmed: bool = False) -> None:
         """Print a piece of the answer."""
-        if text:
-            self._clear()
-            print(f"\x1b[2m{text}\x1b[0m" if dimmed and self._terminal else text, end="", flush=True)
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
+            print("\r \r", end="")
+        print(f"\x1b[2m{text}\x1b[0m" if dimmed and self._terminal else text, end="", flush=True)
 
-    def end(self) -> None:
-        """End the answer's last line."""
-        self._clear()
-        print()
-
-    def fail(self, message: str) -> None:
-        """Print a failure."""
-        self._clear()
+    def fail(self, message: str) -> int:
+        """Print a failure; the exit status."""
+        self.show("")
         print(f"kimi_proxy ask: {message}", file=sys.stderr)
+        return 1
 
-    async def show_waiting(self) -> None:
-        """Move a mark until something is shown."""
+    @staticmethod
+    async def _show_waiting() -> None:
         for mark in cycle("|/-\\"):
-            if not self._waiting:
-                return
             print(f"\r{mark}", end="", flush=True)
             await asyncio.sleep(0.1)
 
-    def _clear(self) -> None:
-        if self._waiting:
-            self._waiting = False
-            print("\r \r", end="", flush=True)
-
 
 def check_command(argv: Sequence[str]) -> int:
-    """`check`: walk every step of the service once; the exit status: 0 where a program in front would work."""
+    """`check`: walk every step of Kimi once; the exit status: 0 where a program in front would work."""
     parser = argparse.ArgumentParser(
         prog="kimi_proxy.py check",
-        description="Try every step of the Kimi service once, with the held account (KIMI_REFRESH_TOKEN), and say "
-        "what was seen. The settings are the proxy's, by environment variable. One short question is asked in each "
-        "dialect.",
+        description="Try every step of Kimi once, with the held account (KIMI_REFRESH_TOKEN), and say what was seen. "
+        "The settings are the proxy's, by environment variable. One short question is asked in each protocol.",
     )
-    parser.add_argument(
-        "--record",
-        metavar="FILE",
-        help="write the answers' streams, tokens, ids and texts replaced, to FILE.sse, FILE.connect",
-    )
+    recording = "write the answers' streams, tokens, ids and texts replaced, to FILE.sse, FILE.connect"
+    parser.add_argument("--record", metavar="FILE", help=recording)
     options = parser.parse_args(list(argv))
-    try:
-        settings = Settings.load(os.environ)
-        token = read_held_token(os.environ)
-    except SettingsError as error:
-        print(f"kimi_proxy: {error}", file=sys.stderr)
-        return 2
-    if not TOKEN_SHAPE.fullmatch(token):
+    settings = Settings.load(os.environ)
+    token = _read_held_token(settings)
+    if not token:
         print("kimi_proxy check: set KIMI_REFRESH_TOKEN", file=sys.stderr)
         return 2
     configure_logging("warning")
@@ -9092,52 +8985,45 @@ def check_command(argv: Sequence[str]) -> int:
 
 
 async def _check(settings: Settings, token: str, record: str | None) -> int:
-    """Check the dialects that the settings admit. They share the service's state directory, so that a token that a
-    running proxy rotated is used, not rotated away.
+    """Check the protocols that the settings admit. They share the state directory, so that a token that a running proxy
+    rotated is used, not rotated away.
     """
-    metrics, tasks = Metrics(), BackgroundTasks()
-    state_dir = find_state_dir(settings.state_dir, os.environ)
-    state_files = StateFiles(state_dir, metrics, name_service(settings.base_url))
-    works: dict[str, bool] = {}
-    proxy_url = settings.proxy_url
-    async with open_service_session(proxy_url) as session, open_service_session(proxy_url, reuse=False) as transfers:
+    tasks, url, good = BackgroundTasks(), settings.proxy_url, []
+    state = StateFiles(find_state_dir(settings.state_dir, os.environ), Metrics(), name_service(settings.base_url))
+    async with open_service_session(url) as session, open_service_session(url, reuse=False) as transfers:
         for name in ("classic", "connect"):
             if settings.protocol in ("auto", name):
-                check = _Check(settings, (session, transfers), state_files, tasks, name)
-                works[name] = await check.run(token)
+                check = _Check(settings, name, session, transfers, tasks, state)
+                if await check.run(token):
+                    good.append(name)
                 if record and check.pieces:
                     path = Path(record).with_suffix(".sse" if name == "classic" else ".connect")
                     path.write_bytes(anonymize_stream(b"".join(check.pieces), name))
                     print(f"recorded: {path}")
         await tasks.drain(REMOVAL_SECONDS)
-    good = [name for name, result in works.items() if result]
     print(f"A program in front would work: {'yes, with ' + ' and '.join(good) if good else 'no'}.")
     return 0 if good else 1
 
 
 class _Check:
-    """One dialect, step by step."""
+    """One protocol, step by step; `pieces` are the bytes of its answer."""
 
     def __init__(
         self,
         settings: Settings,
-        sessions: tuple[aiohttp.ClientSession, aiohttp.ClientSession],
-        state_files: StateFiles,
-        tasks: BackgroundTasks,
         name: str,
+        session: aiohttp.ClientSession,
+        transfers: aiohttp.ClientSession,
+        tasks: BackgroundTasks,
+        state: StateFiles,
     ) -> None:
         self.pieces: list[bytes] = []
-        self._stream: AnswerStream | None = None
         self._settings = settings
-        self._name = name
-
-        async def refresh(account: Account) -> TokenPair:
-            return await self._dialect.refresh(account)
-
-        self._accounts = Accounts(refresh, tasks, state_files)
-        client = KimiClient(*sessions, self._accounts, Metrics(), settings)
-        self._connect = Connect(client, settings.base_url, settings.auth_url)
-        self._dialect: KimiProtocol = self._connect if name == "connect" else Classic(client, settings.base_url)
+        self._conversation_id = ""
+        self._accounts = Accounts(lambda one: self._protocol.refresh(one), tasks, state)  # noqa: PLW0108  # made below
+        client = KimiClient(session, transfers, self._accounts, Metrics(), settings)
+        connect = Connect(client, settings.base_url, settings.auth_url)
+        self._protocol: KimiProtocol = connect if name == "connect" else Classic(client, settings.base_url)
 
     async def run(self, token: str) -> bool:
         """Walk the steps until one fails; whether all went well."""
@@ -9145,20 +9031,17 @@ class _Check:
         question = Question("user:Say OK.\n", use_search=False)
         try:
             await self._step("address", self._look_up())
-            await self._step("connection and TLS", self._reach())
+            await self._step("connection and TLS", self._connect())
             await self._step("token", self._accounts.access_token(account))
-            if self._dialect is self._connect:
-                models = await self._step("models", self._connect.models(account))
-                question.model = choose_model("kimi", models)[0]
-            conversation_id = ""
-            if self._dialect is not self._connect:
-                conversation_id = await self._step("open", self._dialect.open(account, question.model))
+            if self._protocol.name == "connect":
+                question.model = choose_model("kimi", await self._step("models", self._protocol.models(account)))[0]
+            else:
+                self._conversation_id = await self._step("open", self._protocol.open(account, question.model))
             try:
-                await self._step("answer", self._answer(account, conversation_id, question))
+                await self._step("answer", self._ask(account, question))
             finally:
-                known_id = conversation_id or (self._stream.answer.conversation_id if self._stream else "")
-                if known_id:
-                    await self._step("remove", self._dialect.remove(account, known_id))
+                if self._conversation_id:
+                    await self._step("remove", self._protocol.remove(account, self._conversation_id))
         except ProxyError:
             return False
         with suppress(ProxyError):  # its line says so: chats without files work all the same
@@ -9170,63 +9053,61 @@ class _Check:
         try:
             result = await work
         except ProxyError as error:
-            print(f"FAIL  {self._name:8} {what:19} {error.message}", flush=True)
+            print(f"FAIL  {self._protocol.name:8} {what:19} {error.message}", flush=True)
             raise
-        seen = render_seen(result)
-        print(f"ok    {self._name:8} {what:19} {time.monotonic() - started:.2f} s{seen}", flush=True)
+        seen = _render_seen(result)
+        print(f"ok    {self._protocol.name:8} {what:19} {time.monotonic() - started:.2f} s{seen}", flush=True)
         return result
 
     async def _upload(self, account: Account) -> None:
+        data = base64.b64encode(b"OK.\n").decode()
+        small = Attachment("file", "check", data=data, name="check.txt", content_type="text/plain")
         files = Files(self._settings, Metrics())
         try:
-            data = base64.b64encode(b"OK.\n").decode()
-            small = Attachment("file", "check", data=data, name="check.txt", content_type="text/plain")
-            await Uploads(files, self._settings).upload(account, self._dialect, [small])
+            await Uploads(files, self._settings).upload(account, self._protocol, [small])
         finally:
             await files.close()
 
     async def _look_up(self) -> int:
-        address = URL(self._settings.proxy_url or self._dialect.base_url)
+        url = URL(self._settings.proxy_url or self._protocol.base_url)
         try:
-            found = await asyncio.get_running_loop().getaddrinfo(address.host, address.port)
+            found = await asyncio.get_running_loop().getaddrinfo(url.host, url.port)
         except OSError:
-            raise ProxyError("service_unreachable", f"the name {address.host} cannot be resolved") from None
+            raise ProxyError("service_unreachable", f"the name {url.host} cannot be resolved") from None
         return len({entry[4][0] for entry in found})
 
-    async def _reach(self) -> None:
-        address = URL(self._settings.proxy_url or self._dialect.base_url)
+    async def _connect(self) -> None:
+        url = URL(self._settings.proxy_url or self._protocol.base_url)
         try:
             async with asyncio.timeout(self._settings.call_seconds):
-                _, writer = await asyncio.open_connection(
-                    address.host, address.port, ssl=True if address.scheme == "https" else None
-                )
+                _, writer = await asyncio.open_connection(url.host, url.port, ssl=url.scheme == "https" or None)
         except (OSError, TimeoutError) as error:
             reason = getattr(error, "strerror", None) or type(error).__name__
-            raise ProxyError("service_unreachable", f"{address.host}: {quote_words(str(reason))}") from None
+            raise ProxyError("service_unreachable", f"{url.host}: {quote_words(str(reason))}") from None
         writer.close()
         with suppress(OSError):
             await writer.wait_closed()
 
-    async def _answer(self, account: Account, conversation_id: str, question: Question) -> list[Event]:
-        events: list[Event] = []
+    async def _ask(self, account: Account, question: Question) -> list[Event]:
         deadline = asyncio.get_running_loop().time() + self._settings.silence_seconds
-        stream = self._stream = await self._dialect.ask(account, conversation_id, question, deadline)
+        stream = await self._protocol.ask(account, self._conversation_id, question, deadline)
         stream.raw = self.pieces
+        events: list[Event] = []
         try:
             while (more := await stream.read()) is not None:
                 events += more
         finally:
+            self._conversation_id = self._conversation_id or stream.answer.conversation_id
             await stream.drain(END_SECONDS)
         return events
 
 
-def render_seen(result: object) -> str:
+def _render_seen(result: object) -> str:
     """What a step's result is worth telling: numbers and names of models, never tokens or texts."""
     if isinstance(result, tuple) and result and isinstance(result[0], Model):
         return ", " + ", ".join(model.id for model in result[:8])
     if isinstance(result, list):
-        kinds = [type(event).__name__ for event in result]
-        return ", " + ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+        return "".join(f", {count} {kind}" for kind, count in Counter(type(event).__name__ for event in result).items())
     return f", {result} addresses" if isinstance(result, int) else ""
 
 

@@ -134,3 +134,14 @@ def test_a_counter_without_labels_starts_at_0_and_one_with_labels_has_no_series_
     assert not re.search(r"(?m)^kimi_proxy_(failures|requests|unknown|denied_addresses)_total", text)
     metrics.count("kimi_proxy_failures_total", code="not_found")
     assert '\nkimi_proxy_failures_total{code="not_found"} 1\n' in metrics.render({})
+
+
+@pytest.mark.usefixtures("keep_logging")
+def test_what_another_package_repeats_is_written_once(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging("info")
+    for name in ("asyncio", "kimi_proxy"):
+        for _ in range(3):
+            logging.getLogger(name).error("socket.accept() out of system resource\nsocket: <sesame>")
+    lines = capsys.readouterr().err.splitlines()
+    assert sum("asyncio: socket.accept() out of system resource" in line for line in lines) == 1
+    assert sum("] socket.accept()" in line for line in lines) == 3

@@ -552,27 +552,6 @@ async def test_the_end_is_announced_while_all_is_still_served(simulator: Simulat
     assert simulator.account(token).settled
 
 
-async def test_who_waits_in_the_queue_of_the_port_when_it_closes_is_served(
-    simulator: Simulator, start_proxy: StartProxy
-) -> None:
-    port = int((await start_proxy()).rpartition(":")[2])
-    body = json.dumps(chat_body()).encode()
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {simulator.token('hello')}\r\n"
-    request = f"{head}Content-Type: {JSON}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
-    # Nothing is awaited from here to the end, so that the proxy has not accepted them.
-    waiting = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
-    for one in waiting:
-        one.sendall(request)
-    await start_proxy.close()
-    for one in waiting:
-        with one, one.makefile("rb") as answer:
-            assert answer.readline().startswith(b"HTTP/1.1 200 ")
-            text = answer.read().decode()
-        assert HELLO in text
-    with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", port))
-
-
 async def test_a_balancer_that_looks_all_the_time_does_not_hold_up_the_end(
     http: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
