@@ -52,7 +52,7 @@ import time
 import traceback
 import zlib
 from bisect import bisect_left, bisect_right
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -4590,14 +4590,10 @@ class AnswerSlots:
     """
 
     def __init__(self) -> None:
-        self.running = 0
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self.running = self.waiting = 0
         self._serialized_until = 0.0
-
-    @property
-    def waiting(self) -> int:
-        """How many requests wait."""
-        return len(self._waiting)
+        self._turn = asyncio.Lock()  # of the request that is next; the others wait for it in their order
+        self._changed = asyncio.Event()
 
     @property
     def serialized(self) -> bool:
@@ -4611,32 +4607,27 @@ class AnswerSlots:
 
     async def acquire(self, queue_length: int) -> None:
         """Take a slot when it is one's turn; `release` gives it back. Raises `ProxyError` `queue_full`."""
-        self._admit()
-        if self.is_free:
-            self.running += 1
-            return
-        if not self.serialized:
+        if not self.is_free and not self.serialized:
             raise ProxyError("queue_full", f"{MAX_ACCOUNT_REQUESTS} answers of this account run already")
-        if self.waiting >= queue_length:
+        if not self.is_free and self.waiting >= queue_length:
             raise ProxyError("queue_full", f"{self.waiting} wait already; see PROXY_QUEUE_LENGTH")
-        turn = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
+        self.waiting += 1
+        self._changed.set()  # the ten minutes may be over
         try:
-            async with asyncio.timeout(QUEUE_SECONDS):
-                await turn
-        except BaseException as error:
-            if turn in self._waiting:
-                self._waiting.remove(turn)
-            elif not turn.cancelled():
-                self.release()  # its turn came in the same moment
-            if isinstance(error, TimeoutError):
-                raise ProxyError("queue_full", f"waited {QUEUE_SECONDS:g} s for the answers before") from None
-            raise
+            async with asyncio.timeout(QUEUE_SECONDS), self._turn:
+                while not self.is_free:
+                    self._changed.clear()
+                    await self._changed.wait()
+                self.running += 1
+        except TimeoutError:
+            raise ProxyError("queue_full", f"waited {QUEUE_SECONDS:g} s for the answers before") from None
+        finally:
+            self.waiting -= 1
 
     def release(self) -> None:
         """Give a slot back."""
         self.running -= 1
-        self._admit()
+        self._changed.set()
 
     def note_refused(self) -> None:
         """Note that the service refused an answer because another one runs."""
@@ -4646,14 +4637,7 @@ class AnswerSlots:
         """Note that the text of an answer came: if another one runs beside it, the service allows that."""
         if self.running > 1:
             self._serialized_until = 0.0
-            self._admit()
-
-    def _admit(self) -> None:
-        while self._waiting and self.is_free:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                self.running += 1
-                turn.set_result(None)
+            self._changed.set()
 
 
 class Account:
