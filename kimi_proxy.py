@@ -3632,7 +3632,29 @@ class Encoder:
     def feed(self, events: list[Event]) -> bytes:
         """The bytes for `events`. Empty until there is something to show: before that, a failure has its own status."""
         for event in events:
-            self._feed(event)
+            match event:
+                case Thinking():
+                    self._usage.thought.feed(event.text)
+                    self._add_text("thinking", event.text)
+                case Text():
+                    self._usage.written.feed(event.text)
+                    self._add_text("text", self._renderer.feed(event))
+                case ToolCall():
+                    self._usage.written.feed(render_tool_call(event.name, event.arguments))
+                    self._add_call(event)
+                    self.chunks += 1
+                case Opened():
+                    self._conversation_id = event.conversation_id
+                    self._renderer.feed(event)
+                case Finished():
+                    if text := self._renderer.end_text(event.reason):
+                        self._add_text("text", text)
+                    if text := self._renderer.list_sources():
+                        self._add_text("sources", text)
+                    self._end(event)
+                case _:
+                    if text := self._renderer.feed(event):
+                        self._add_text("text", text)
         return self._flush()
 
     def finish(self) -> bytes:
@@ -3642,31 +3664,6 @@ class Encoder:
     def fail(self, error: ProxyError) -> bytes:
         """What ends an answer that failed after its first bytes were sent; empty for a whole answer."""
         return b""
-
-    def _feed(self, event: Event) -> None:
-        match event:
-            case Thinking():
-                self._usage.thought.feed(event.text)
-                self._add_text("thinking", event.text)
-            case Text():
-                self._usage.written.feed(event.text)
-                self._add_text("text", self._renderer.feed(event))
-            case ToolCall():
-                self._usage.written.feed(render_tool_call(event.name, event.arguments))
-                self._add_call(event)
-                self.chunks += 1
-            case Opened():
-                self._conversation_id = event.conversation_id
-                self._renderer.feed(event)
-            case Finished():
-                if text := self._renderer.end_text(event.reason):
-                    self._add_text("text", text)
-                if text := self._renderer.list_sources():
-                    self._add_text("sources", text)
-                self._end(event)
-            case _:
-                if text := self._renderer.feed(event):
-                    self._add_text("text", text)
 
     def _add_text(self, kind: str, text: str) -> None:
         raise NotImplementedError

@@ -187,6 +187,20 @@ async def test_the_sdks_tool_loop_comes_to_its_end(simulator: Simulator, client_
     assert [one["role"] for one in messages] == ["user", "assistant", "tool", "assistant"]
 
 
+async def test_the_sdks_old_function_loop_comes_to_its_end(simulator: Simulator, client_for: Any) -> None:
+    client = client_for(simulator.token("tool"))
+    messages: list[Any] = [{"role": "user", "content": "What is the weather in Paris?"}]
+    functions: Any = [{"name": "get_weather", "parameters": TOOL["function"]["parameters"]}]
+    answer = await client.chat.completions.create(model="kimi", messages=messages, functions=functions)
+    assert answer.choices[0].finish_reason == "function_call" and not answer.choices[0].message.tool_calls
+    message = answer.choices[0].message
+    city = json.loads(message.function_call.arguments)["city"]
+    messages += [message.model_dump(exclude_none=True)]
+    messages += [{"role": "function", "name": message.function_call.name, "content": f"sunny in {city}"}]
+    answer = await client.chat.completions.create(model="kimi", messages=messages, functions=functions)
+    assert answer.choices[0].message.content == "The results are: sunny in Paris"
+
+
 async def test_the_sdks_stream_helper_gathers_calls(simulator: Simulator, client_for: Any) -> None:
     client = client_for(simulator.token("tools"))
     second = json.loads(json.dumps(TOOL).replace("get_weather", "get_time"))
@@ -536,6 +550,17 @@ RESPONSES_TOOL: Any = {
     "name": "get_weather",
     "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
 }
+
+
+async def test_a_tool_loop_with_a_namespace(simulator: Simulator, client_for: Any) -> None:
+    client = client_for(simulator.token("tool"))
+    tools: Any = [{"type": "namespace", "name": "weather", "description": "", "tools": [RESPONSES_TOOL]}]
+    first = await client.responses.create(model="kimi", input="What is the weather in Paris?", tools=tools)
+    (call,) = [item for item in first.output if item.type == "function_call"]
+    assert (call.namespace, call.name) == ("weather", "get_weather")
+    result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}
+    second = await client.responses.create(model="kimi", tools=tools, previous_response_id=first.id, input=[result])
+    assert second.output_text == "The results are: sunny"
 
 
 @pytest.mark.parametrize("by_id", [True, False])
