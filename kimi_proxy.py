@@ -1504,6 +1504,8 @@ def find_calls(text: str, *, repair: bool = True) -> Iterator[Any]:
 
 def read_call(value: Any) -> tuple[str, dict[str, Any]]:
     """Name and arguments of a call, as a model wrote it. Raises `ValueError` with its mistake, for the model."""
+    if isinstance(value, ValueError):
+        raise value
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
         value = value["function"]
     name = value.get("name") if isinstance(value, dict) else None
@@ -1870,29 +1872,26 @@ def _texts(text: str) -> list[Event]:
     return [Text(text)] if text else []
 
 
-def _join_texts(events: Sequence[Event]) -> list[Event]:
+def _join_texts(events: Iterable[Event]) -> Iterator[Event]:
     """The same events, with neighbouring texts made one."""
-    joined: list[Event] = []
-    pieces: list[str] = []
-    for event in events:
-        if type(event) is Text:
-            pieces.append(event.text)
-            continue
-        joined += [*_texts("".join(pieces)), event]
-        pieces = []
-    return joined + _texts("".join(pieces))
+    for kind, group in groupby(events, type):
+        found = list(group)
+        yield from _texts("".join(one.text for one in found if isinstance(one, Text))) if kind is Text else found
 
 
 def _list_starts(*marks: str) -> str:
-    """A pattern for all that may go on to become one of `marks`."""
+    """A pattern for what may go on to become one of `marks`."""
     starts = {mark[:size] for mark in marks for size in range(1, len(mark))}
     return "|".join(map(re.escape, sorted(starts, key=len, reverse=True)))
 
 
-_THINK_START: Final = re.compile(r"\s{0,100}+<think>")
-_MAY_THINK: Final = re.compile(rf"\s{{0,100}}+(?:{_list_starts('<think>')})?")
-_THINK_END: Final = "</think>"
-_MAY_END_THINKING: Final = re.compile(rf"(?:{_list_starts(_THINK_END)})\Z")
+def _match_mark(*marks: str) -> str:
+    """A pattern for one of `marks`, as its group `mark`, or for what may become one at the end of the text."""
+    return rf"(?:(?P<mark>{'|'.join(map(re.escape, marks))})|(?:{_list_starts(*marks)})?\Z)"
+
+
+_THINK_START: Final = re.compile(rf"\s{{0,100}}+{_match_mark('<think>')}")
+_THINK_END: Final = re.compile(_match_mark("</think>"))
 
 
 class ThinkFilter(Filter):
@@ -1918,42 +1917,36 @@ class ThinkFilter(Filter):
 
     def _take_text(self, text: str) -> list[Event]:
         text, self._held = self._held + text, ""
-        if self._phase == "start":
-            if found := _THINK_START.match(text):
-                self._phase, text = "thinking", text[found.end() :]
-            elif _MAY_THINK.fullmatch(text):
-                self._held = text
-                return []
-            else:
-                self._phase = "text"
-                return [Text(text)]
         thought = ""
-        if self._phase == "thinking":
-            thought, end, text = text.partition(_THINK_END)
-            if end:
-                self._phase = "after"
-            elif found := _MAY_END_THINKING.search(thought):
-                thought, self._held = thought[: found.start()], found[0]
-        text = text.lstrip()
-        if text:
-            self._phase = "text"
+        if self._phase == "start":
+            found = _THINK_START.match(text)
+            self._phase = "thinking" if found else "text"
+            if found and not found["mark"]:
+                self._phase, self._held = "start", text
+            text = text[found.end() :] if found else text
+        if self._phase == "thinking" and (found := _THINK_END.search(text)):  # at the end of the text at least
+            thought, text = text[: found.start()], text[found.end() :]
+            self._phase, self._held = ("after", "") if found["mark"] else ("thinking", found[0])
+        if self._phase == "after":
+            text = text.lstrip()
+            self._phase = "text" if text else "after"
         return [*([Thinking(thought)] if thought else []), *_texts(text)]
 
 
-MAX_CITATION: Final = 16_384  # characters between <REF> and </REF>, quotation included; longer ones are cut there
-_MAX_KEYS: Final = 1000  # characters of them in which keys are looked for
+MAX_CITATION: Final = 16_384  # characters between <REF> and </REF>, quotation included
 _MAY_CITE: Final = re.compile("[\ue3a0\U0001f6e0[<]")
-_CITATION: Final = re.compile(
-    "<REF>cite[\u2726:]|\ue3a0cite[\ue3a3\U0001f6e0]([^\ue3a0\ue3a8]{0,500})\ue3a8"
-    "|\\[\\^([0-9]{1,4})\\^\\]|\U0001f6e0([^\\s\U0001f6e0]{1,100}#[0-9]{1,6})\U0001f6e0"
-)
-_MAY_BECOME_CITATION: Final = re.compile(
-    f"(?:{_list_starts('<REF>cite:')}|\ue3a0[^\ue3a8]{{0,510}}"
-    "|\\[(?:\\^(?:[0-9]{1,4}\\^?)?)?|\U0001f6e0[^\\s\U0001f6e0]{0,107})\\Z"
-)
-_MAX_BEGUN: Final = 520  # characters that it may match
-_CUT_CITATION: Final = re.compile("\ue3a0|<REF>cite|\U0001f6e0\\w+:")
+_REF_START: Final = ("<REF>cite\u2726", "<REF>cite:")
 _REF_END: Final = "</REF>"
+_CITATION: Final = re.compile(
+    f"<REF>cite[\u2726:](?:(?P<ref>.{{0,{MAX_CITATION}}}?){_REF_END}|.{{{MAX_CITATION}}}(?=.{{{len(_REF_END)}}}))"
+    "|\ue3a0cite[\ue3a3\U0001f6e0](?P<keys>[^\ue3a0\ue3a8]{0,500}+)\ue3a8"
+    r"|\[\^(?P<number>[0-9]{1,4})\^\]"
+    "|\U0001f6e0(?P<key>[^\\s\U0001f6e0]{1,100}#[0-9]{1,6})\U0001f6e0"
+    f"|(?P<begun><REF>cite[\u2726:].*|{_list_starts(*_REF_START)}|\ue3a0[^\ue3a8]{{0,510}}+"
+    "|\\[(?:\\^(?:[0-9]{1,4}\\^?)?)?|\U0001f6e0[^\\s\U0001f6e0]{0,107}+)\\Z",
+    re.DOTALL,
+)
+_CUT_CITATION: Final = re.compile("\ue3a0|<REF>cite|\U0001f6e0\\w+:")  # what is not shown at the end of an answer
 _REF_KEY: Final = re.compile("tools://[^\\s#<>\u2726]{1,200}#[0-9]{1,6}")
 
 
@@ -1972,10 +1965,7 @@ class CitationFilter(Filter):
 
     def begin_retry(self) -> None:
         """Expect another answer."""
-        self._held = ""  # may become a mark, or end one
-        self._in_ref = False
-        self._ref = ""  # the first characters of an open <REF> mark
-        self._ref_size = 0
+        self._held = ""  # may become a mark
         self._hits: dict[str, SearchHit] = {}  # by URL
         self._order: list[SearchHit] = []
         self._urls: dict[str, str] = {}  # by key
@@ -1994,15 +1984,13 @@ class CitationFilter(Filter):
         if self._inline:
             return [event]
         if type(event) is Text:
-            quick = not self._held and not self._in_ref and _MAY_CITE.search(event.text) is None
-            return [event] if quick else self._take_text(event.text)
+            return self._take_text(event.text) if self._held or _MAY_CITE.search(event.text) else [event]
         if isinstance(event, SearchHit):
             self._add(event)
             return []
         if isinstance(event, Finished):
-            shown = "" if self._in_ref or _CUT_CITATION.match(self._held) else self._held
-            self._held, self._in_ref = "", False
-            return [*_texts(shown), *self.sources, event]
+            held, self._held = self._held, ""
+            return [*_texts("" if _CUT_CITATION.match(held) else held), *self.sources, event]
         return [event]
 
     def _add(self, hit: SearchHit) -> None:
@@ -2013,52 +2001,32 @@ class CitationFilter(Filter):
             self._urls[hit.key] = hit.url
 
     def _take_text(self, text: str) -> list[Event]:
-        text, self._held = self._held + text, ""
+        held, self._held = self._held, ""
+        is_open = held.startswith(_REF_START) and len(held) + len(text) < MAX_CITATION
+        if is_open and _REF_END not in held[-len(_REF_END) :] + text:  # not searched again and again
+            self._held = held + text
+            return []
+        text = held + text
         events: list[Event] = []
         at = 0
-        while at < len(text):
-            if self._in_ref:
-                at = self._read_ref(text, at, events)
-                continue
-            mark = _CITATION.search(text, at)
-            end = mark.start() if mark else len(text)
-            tail = max(at, len(text) - _MAX_BEGUN)
-            begun = _MAY_BECOME_CITATION.search(text, tail) if tail < end else None
-            if begun and begun.start() < end:
-                mark, end, self._held = None, begun.start(), begun[0]
-            events += _texts(text[at:end])
-            if mark is None:
-                break
+        for mark in _CITATION.finditer(text):
+            events += _texts(text[at : mark.start()])
             at = mark.end()
-            events += self._read_mark(mark)
-        return events
-
-    def _read_ref(self, text: str, at: int, events: list[Event]) -> int:
-        """Read on in an open <REF> mark, of which only the start is kept; up to where."""
-        room = MAX_CITATION - self._ref_size
-        end = text.find(_REF_END, at, at + room + len(_REF_END))
-        if end < 0 and len(text) - at < room + len(_REF_END):  # may still be closed
-            rest = max(at, len(text) - len(_REF_END) + 1)
-            self._ref = (self._ref + text[at:rest])[:_MAX_KEYS]
-            self._ref_size += rest - at
-            self._held = text[rest:]
-            return len(text)
-        self._in_ref = False
-        if end < 0:
-            return at + room
-        keys = (self._ref + text[at:end])[:_MAX_KEYS].partition(":~:")[0]
-        events += self._cite(_REF_KEY.findall(keys))
-        return end + len(_REF_END)
+            if mark["begun"]:
+                self._held = mark[0]
+            else:
+                events += self._read_mark(mark)
+        return events + _texts(text[at:])
 
     def _read_mark(self, mark: re.Match[str]) -> list[Event]:
-        keys, number, key = mark.groups()
-        if number is not None:
-            hits = self._order[int(number) - 1 : int(number)] if int(number) else []
-            return self._number(hit.url for hit in hits) if self._hits else [Text(mark[0])]
-        if keys is None and key is None:
-            self._in_ref, self._ref, self._ref_size = True, "", 0
-            return []
-        return self._cite([key] if key else re.split("[\ue3a3\U0001f6e0]", keys))
+        ref, keys, number, key = mark.group("ref", "keys", "number", "key")
+        if number and not self._hits:
+            return [Text(mark[0])]
+        if number:
+            return self._number(hit.url for hit in self._order[max(0, int(number) - 1) : int(number)])
+        if ref:
+            return self._cite(_REF_KEY.findall(ref.partition(":~:")[0]))
+        return self._cite(re.split("[\ue3a3\U0001f6e0]", keys or key or ""))
 
     def _cite(self, keys: Iterable[str]) -> list[Event]:
         """The citations of the known hits that a mark names; a key may be known without its `tools://`, or with it."""
@@ -2073,36 +2041,31 @@ class CitationFilter(Filter):
 
 
 _TOKEN_WEIGHTS: Final = (  # first bytes of a character in UTF-8, and hundredths of a token
-    (range(256), 57),  # ASCII punctuation, and whatever stands in no row below
     (range(ord("a"), ord("z") + 1), 25),
     (range(ord("A"), ord("Z") + 1), 32),
     (range(ord("0"), ord("9") + 1), 52),
     (b" \t", 2),
     (b"\n\r", 33),
-    (range(0xC2, 0xE0), 35),  # other alphabets
-    (range(0xE0, 0xE4), 72),  # Indic, Thai, kana, wide punctuation
-    (range(0xE4, 0xEA), 62),  # Chinese
-    (range(0xEA, 0xF8), 84),  # Hangul, wide forms, emoji
+    (range(0x80), 57),  # ASCII punctuation
+    (range(0xE0), 35),  # other alphabets
+    (range(0xE4), 72),  # Indic, Thai, kana, wide punctuation
+    (range(0xEA), 62),  # Chinese
+    (range(0x100), 84),  # Hangul, wide forms, emoji
 )
-
-
-def _list_weights() -> bytes:
-    weights = bytearray(256)
-    for first_bytes, weight in _TOKEN_WEIGHTS:
-        for byte in first_bytes:
-            weights[byte] = weight
-    return bytes(weights)
-
-
-_WEIGHTS_OF_BYTES: Final = _list_weights()
+_WEIGHTS_OF_BYTES: Final = bytes(next(weight for row, weight in _TOKEN_WEIGHTS if byte in row) for byte in range(256))
 _LATER_BYTES: Final = bytes(range(0x80, 0xC0))  # of a character in UTF-8
+
+
+def _weigh(text: str) -> bytes:
+    """For each character, hundredths of a token."""
+    return text.encode("utf-8", "surrogatepass").translate(_WEIGHTS_OF_BYTES, _LATER_BYTES)
 
 
 class TokenCounter:
     """An estimate of the tokens in a text that comes in pieces; the same for any split, in linear time.
 
-    Each character weighs what its row of `_TOKEN_WEIGHTS` says; the sum is rounded up. Within 25 % of DeepSeek's own
-    tokenizer for texts of 300 characters and more in Chinese, English or both, prose and code.
+    Each character has a weight; the sum is rounded up. Within 25 % of DeepSeek's own tokenizer for texts of 300
+    characters and more in Chinese, English or both, prose and code.
     """
 
     def __init__(self) -> None:
@@ -2115,28 +2078,12 @@ class TokenCounter:
 
     def feed(self, text: str) -> None:
         """Count `text`."""
-        self._hundredths += sum(self._weigh(text))
-
-    def take(self, text: str, limit_tokens: int) -> str:
-        """As much of `text` as keeps the tokens within `limit_tokens`, counted."""
-        weights = self._weigh(text)
-        room = 100 * limit_tokens - self._hundredths
-        if sum(weights) > room:
-            fitting = bisect_right(list(accumulate(weights)), room)
-            text, weights = text[:fitting], weights[:fitting]
-        self._hundredths += sum(weights)
-        return text
-
-    @staticmethod
-    def _weigh(text: str) -> bytes:
-        return text.encode("utf-8", "surrogatepass").translate(_WEIGHTS_OF_BYTES, _LATER_BYTES)
+        self._hundredths += sum(_weigh(text))
 
 
 def estimate_tokens(text: str) -> int:
     """About how many tokens `text` has, by the rule of `TokenCounter`."""
-    counter = TokenCounter()
-    counter.feed(text)
-    return counter.tokens
+    return -(-sum(_weigh(text)) // 100)
 
 
 class LengthFilter(Filter):
@@ -2152,23 +2099,24 @@ class LengthFilter(Filter):
 
     def begin_retry(self) -> None:
         """Expect another answer."""
-        self._counter = TokenCounter()
+        self._room = 100 * self._limit_tokens
         self.ended = False
 
     def feed(self, event: Event) -> list[Event]:
         """What becomes of one event."""
         if self.ended or type(event) is not Text:
             return [] if self.ended else [event]
-        fitting = self._counter.take(event.text, self._limit_tokens)
-        if len(fitting) == len(event.text):
+        weights = _weigh(event.text)
+        self._room -= sum(weights)
+        if self._room >= 0:
             return [event]
         self.ended = True
-        return [*_texts(fitting), Finished("length")]
+        fitting = bisect_right(list(accumulate(weights)), self._room + sum(weights))
+        return [*_texts(event.text[:fitting]), Finished("length")]
 
 
-_CALL_BEGIN: Final = re.compile(rf"\s{{0,40}}+(?:```\w{{0,20}}+\s{{0,20}}+)?(?:{'|'.join(map(re.escape, CALL_MARKS))})")
-_MAY_BEGIN_CALL: Final = re.compile(
-    rf"\s{{0,40}}+(?:`{{1,2}}|(?:```\w{{0,20}}+\s{{0,20}}+)?(?:{_list_starts(*CALL_MARKS)})?)\Z"
+_CALL_BEGIN: Final = re.compile(  # with the fence before it
+    rf"\s{{0,40}}+(?:(?:```\w{{0,20}}+\s{{0,20}}+)?{_match_mark(*CALL_MARKS)}|`{{1,2}}\Z)"
 )
 _CODE: Final = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
 
@@ -2192,11 +2140,10 @@ class ToolCallFilter(Filter):
     Text before the first mark of a call flows, but for what may become one; from there on all is held, and everything
     where `choice` demands a call. With a valid call, every call that has a name and arguments is passed on, and no
     text behind the first mark. Without one, where a call is demanded or tried, `retry_reason` tells the model's
-    mistake, no `Finished` comes, and the caller feeds another answer. Of that one only the calls are used. Then what
-    calls there are go to the client, which answers better to an imperfect one than to none; without any the first
-    answer's text follows, freed of marks. Demanded calls have to be valid, else `tool_call_failed` is raised, before
-    anything was shown. Marks quoted as code are text. An answer cut by length or moderation is neither repaired nor
-    asked for again.
+    mistake, and no `Finished` comes. Of the second answer only the calls are used. Then imperfect calls go to the
+    client too: its error tells the model more than silence does. Without any call the first answer's text follows,
+    freed of marks. Demanded calls have to be valid, else `tool_call_failed` is raised, before anything was shown.
+    Marks quoted as code are text. A cut answer is neither repaired nor asked for again.
     """
 
     may_retry = True
@@ -2214,8 +2161,8 @@ class ToolCallFilter(Filter):
     def _begin(self) -> None:
         self._texts: list[str] = []
         self._tail = ""  # the end of the text, which may begin a call
-        self._held: list[Event] = []
-        self._holds = self._demanded or self.has_fallback
+        self._before: list[Event] = []  # what comes before the first mark, where a call is demanded
+        self._held: list[Event] = []  # what comes from the first mark on
 
     def begin_retry(self) -> None:
         """Expect another answer: for its calls alone where this filter asked for it, else as the first."""
@@ -2226,34 +2173,41 @@ class ToolCallFilter(Filter):
 
     def feed(self, event: Event) -> list[Event]:
         """What becomes of one event. Raises `ProxyError`: `tool_call_failed`, when a second answer ends."""
-        if type(event) is Text:
-            return self._take_text(event.text)
-        if isinstance(event, Finished):
-            return self._finish(event)
-        if isinstance(event, Sources):
-            self._sources = self._sources if self.has_fallback else [event]
-            return []
-        if self.has_fallback:
-            return []
-        if isinstance(event, Citation) or (isinstance(event, Thinking) and self._demanded):
-            tail, self._tail = self._tail, ""
-            self._held += [event] if self._holds else []
-            return [] if self._holds else [*_texts(tail), event]
-        return [event]
+        match event:
+            case Finished():
+                return self._finish(event)
+            case Sources():
+                self._sources = self._sources if self.has_fallback else [event]
+                return []
+            case Text() if type(event) is Text:
+                return self._take_text(event.text)
+            case Citation() if self._held:
+                self._held.append(event)
+                return []
+            case Citation() | Thinking():
+                tail, self._tail = self._tail, ""
+                return self._show([*_texts(tail), event])
+            case _:
+                return [] if self.has_fallback else [event]
 
     def _take_text(self, text: str) -> list[Event]:
         self._texts.append(text)
-        if self._holds:
+        found = None if self._held else _CALL_BEGIN.search(self._tail + text)
+        if found is None:
             self._held.append(Text(text))
             return []
-        text, self._tail = self._tail + text, ""
-        if mark := _CALL_BEGIN.search(text):
-            self._holds = True
-            self._held.append(Text(text[mark.start() :]))
-            return _texts(text[: mark.start()])
-        start = _MAY_BEGIN_CALL.search(text, max(0, len(text) - 120))
-        self._tail = start[0] if start else ""
-        return _texts(text[: len(text) - len(self._tail)])
+        text, self._tail = found.string[found.start() :], ""
+        if found["mark"]:
+            self._held.append(Text(text))
+        else:
+            self._tail = text
+        return self._show(_texts(found.string[: found.start()]))
+
+    def _show(self, events: list[Event]) -> list[Event]:
+        """What of the answer's own events is passed on now."""
+        if self._demanded:
+            self._before += events
+        return [] if self._demanded or self.has_fallback else events
 
     def _finish(self, event: Finished) -> list[Event]:
         cut = event.reason != "stop"
@@ -2290,46 +2244,33 @@ class ToolCallFilter(Filter):
 
     def _judge(self, value: Any) -> _Call:
         try:
-            if isinstance(value, ValueError):
-                raise value
             name, arguments = read_call(value)
         except ValueError as error:
             return _Call("", {}, str(error))
-        if name not in self._tools:
+        tool = self._tools.get(name)
+        if tool is None:
             return _Call(
                 name, arguments, f"a call must have a `name` that is one of {quote_choices(list(self._tools))}"
             )
-        arguments = mend_value(arguments, self._tools[name].parameters)
-        wrong = check_schema(arguments, self._tools[name].parameters)
+        arguments = mend_value(arguments, tool.parameters)
+        wrong = check_schema(arguments, tool.parameters)
         return _Call(name, arguments, f"the `arguments` in the call of {quote_value(name)}: {wrong}" if wrong else "")
 
     def _render(self, calls: Sequence[_Call], *, is_quoted: bool) -> list[Event]:
         """The calls, with what comes before them; else what was held, as text."""
-        held = _join_texts([*self._held, *_texts(self._tail)])
         good = [call for call in calls if call.name and not (self._demanded and call.wrong)]
-        if not good:
-            return (
-                held
-                if is_quoted
-                else [
-                    one
-                    for event in held
-                    for one in (_texts(CALL_MARKUP.sub(" ", event.text)) if type(event) is Text else [event])
-                ]
-            )
-        if not self._parallel:
-            good = sorted(good, key=lambda call: bool(call.wrong))[:1]
-        made = [ToolCall(self._make_id(), call.name, encode_json(call.arguments)) for call in good]
-        return [*([] if self.has_fallback else self._cut_held(held)), *made]
+        if good:
+            good.sort(key=lambda call: bool(call.wrong) and not self._parallel)
+            made = (ToolCall(self._make_id(), call.name, encode_json(call.arguments)) for call in good)
+            before = [] if self.has_fallback else self._before  # its text is the call, where there are no marks
+            before = [event for event in before if self._held or type(event) is not Text]
+            return [*before, *islice(made, None if self._parallel else 1)]
+        held = [*self._before, *self._held, *_texts(self._tail)]
+        return held if is_quoted else [free for event in _join_texts(held) for free in self._drop_markup(event)]
 
     @staticmethod
-    def _cut_held(held: Sequence[Event]) -> list[Event]:
-        """What of the held events comes before the first call."""
-        for index, event in enumerate(held):
-            if type(event) is Text and (mark := _CALL_BEGIN.search(event.text)):
-                rest = [one for one in held[index:] if isinstance(one, Thinking)]
-                return [*held[:index], *_texts(event.text[: mark.start()]), *rest]
-        return [one for one in held if isinstance(one, Thinking)]
+    def _drop_markup(event: Event) -> list[Event]:
+        return _texts(CALL_MARKUP.sub(" ", event.text)) if type(event) is Text else [event]
 
 
 class StopFilter(Filter):
@@ -2341,7 +2282,7 @@ class StopFilter(Filter):
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._held = ""
-        self._begun = {stop: 0 for stop in stops if stop}  # how much of each the held text ends with
+        self._begun = {stop: 0 for stop in stops if stop}  # how much of each stands at the end of what is held
 
     def begin_retry(self) -> None:
         """Expect another answer; its text goes on behind what is held."""
@@ -2355,34 +2296,29 @@ class StopFilter(Filter):
             return self._take_text(event.text)
         if isinstance(event, (Opened, Thinking, SearchHit)):
             return [event]
-        return [*_texts(self._drop_held()), event]
+        held, self._held = self._held, ""
+        return [*_texts(held), event]
 
     def _take_text(self, text: str) -> list[Event]:
-        at = {stop: len(self._held) - size for stop, size in self._begun.items()}
-        text = self._held + text
-        ends = [(end + len(stop), -len(stop), stop) for stop in at if (end := text.find(stop, at[stop])) >= 0]
+        held = len(self._held)
+        text, self._held = self._held + text, ""
+        ends = [(at + len(stop), -len(stop), stop) for stop in self._begun if (at := text.find(stop)) >= 0]
         if ends:
             self.ended = True
             end, size, stop = min(ends)
-            self._drop_held()
             return [*_texts(text[: end + size]), Finished("stop", stop)]
-        self._begun = {stop: len(text) - self._find_start(text, stop, at[stop]) for stop in at}
+        self._begun = {stop: self._measure(text, stop, held - size) for stop, size in self._begun.items()}
         start = len(text) - max(self._begun.values(), default=0)
         self._held = text[start:]
         return _texts(text[:start])
 
-    def _drop_held(self) -> str:
-        held, self._held = self._held, ""
-        self._begun = dict.fromkeys(self._begun, 0)
-        return held
-
     @staticmethod
-    def _find_start(text: str, stop: str, at: int) -> int:
-        """Where from `at` on the end of `text` begins that may become `stop`; the end where none may."""
-        at = text.find(stop[0], max(at, len(text) - len(stop) + 1))
+    def _measure(text: str, stop: str, at: int) -> int:
+        """How much of `stop` stands at the end of `text`, where it cannot begin before `at`."""
+        at = text.find(stop[0], max(0, at, len(text) - len(stop) + 1))
         while at >= 0 and not stop.startswith(text[at:]):
             at = text.find(stop[0], at + 1)
-        return at if at >= 0 else len(text)
+        return len(text) - at if at >= 0 else 0
 
 
 MAX_VALUES: Final = 100  # of those that stand amid words
