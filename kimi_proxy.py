@@ -1550,31 +1550,30 @@ def check_schema(value: Any, schema: Any) -> str | None:
     anyOf, allOf, local `$ref`, and oneOf, which it takes as anyOf. All else allows anything: above all `pattern`, since
     a hostile one would stop the loop, and keywords of the wrong type. Too much work is a violation.
     """
-    try:
-        wrong = _SchemaCheck(schema).check(value, schema, "$", 0)
-    except _CheckStoppedError as stopped:
-        return str(stopped)
-    except RecursionError:
-        return "it is nested too deep"
-    return None if wrong is None else wrong[:500]
+    return _fit(value, schema, mends=False)[1] or None
 
 
-def mend_value(value: Any, schema: Any) -> Any:
-    """`value` as `schema` plainly wants it; unchanged where it fits, or where something would be lost.
+def fit_schema(value: Any, schema: Any) -> tuple[Any, str]:
+    """`value` as `schema` plainly wants it, and empty; or as it is, and how it breaks the schema even so.
 
-    Nulls of optional properties are left out, and numbers and booleans written as strings, strings written without
-    quotes, and arrays and objects written as JSON text get the type that the schema names.
+    Nulls of optional properties are left out, and numbers and booleans in quotes, strings without them, and arrays and
+    objects written as JSON text get the type that the schema names.
     """
-    if check_schema(value, schema) is None:
-        return value
+    return _fit(value, schema, mends=True)
+
+
+def _fit(value: Any, schema: Any, *, mends: bool) -> tuple[Any, str]:
     try:
-        return _SchemaCheck(schema).mend(value, schema, 0)
-    except (_CheckStoppedError, RecursionError):
-        return value
+        fitted, wrong = _SchemaWalk(schema).fit(value, schema, "$", 0, mends)
+    except _WalkStoppedError as stopped:
+        return value, str(stopped)
+    except RecursionError:
+        return value, "it is nested too deep"
+    return (value, wrong[:500]) if wrong else (fitted, "")
 
 
-class _CheckStoppedError(Exception):
-    """The check cannot go on. The text says why."""
+class _WalkStoppedError(Exception):
+    """The walk cannot go on. The text says why."""
 
 
 def _list_children(value: Any, schema: dict[str, Any]) -> list[tuple[str | int, Any, Any]]:
@@ -1601,6 +1600,10 @@ def _list_types(schema: dict[str, Any]) -> list[str]:
         for name in (names if isinstance(names, list) else [names])[:9]
         if isinstance(name, str) and name in _JSON_TYPES
     ]
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
 
 
 def _is_one_of(value: Any, types: Sequence[str]) -> bool:
@@ -1643,102 +1646,78 @@ def _step_into(path: str, key: str | int) -> str:
     return f"{path}.{key}" if key.isidentifier() and len(key) <= 40 else f"{path}[{quote_value(key[:40])}]"
 
 
-class _SchemaCheck:
-    """One check of a value against a schema, within a budget of steps."""
+class _SchemaWalk:
+    """One walk over a value and its schema, within a budget of steps."""
 
     def __init__(self, root: Any) -> None:
         self._root = root
         self._steps = MAX_CHECK_STEPS
 
-    def check(self, value: Any, schema: Any, path: str, depth: int) -> str | None:
-        """How `value`, which stands at `path`, breaks `schema`."""
+    def fit(self, value: Any, schema: Any, path: str, depth: int, mends: bool) -> tuple[Any, str]:
+        """`value`, which stands at `path`, mended where that is wanted; and how it breaks `schema`."""
         self._spend(1)
         if depth > MAX_CHECK_DEPTH:
-            raise _CheckStoppedError(f"at {path[-100:]}: the schema refers to itself too often")
+            raise _WalkStoppedError(f"at {path[-100:]}: the schema refers to itself too often")
         if schema is False:
-            return f"at {path}: nothing is allowed here"
+            return value, f"at {path}: nothing is allowed here"
         if not isinstance(schema, dict):
-            return None
-        return (
-            self._check_itself(value, schema, path)
-            or self._check_children(value, schema, path, depth + 1)
-            or self._check_combinations(value, schema, path, depth + 1)
-        )
-
-    def mend(self, value: Any, schema: Any, depth: int) -> Any:
-        """`value` as `mend_value` describes it."""
-        self._spend(1)
-        if not isinstance(schema, dict) or depth > MAX_CHECK_DEPTH:
-            return value
-        if "$ref" in schema:
-            value = self.mend(value, self._resolve(schema["$ref"]), depth + 1)
-        for one in _list_of(schema, "allOf"):
-            value = self.mend(value, one, depth + 1)
-        if self._check_any(value, schema, "$", depth + 1):
-            choices = (self.mend(value, one, depth + 1) for one in _list_of(schema, "anyOf", "oneOf"))
-            value = next((one for one in choices if not self._check_any(one, schema, "$", depth + 1)), value)
-        value = _convert(value, _list_types(schema))
-        required = _list_of(schema, "required")
-        mended = {
-            name: self.mend(one, inner, depth + 1)
-            for name, one, inner in _list_children(value, schema)
-            if not (isinstance(value, dict) and one is None and name not in required)
-            or self.check(one, inner, "$", depth + 1) is None
-        }
-        return mended if isinstance(value, dict) else list(mended.values()) if isinstance(value, list) else value
+            return value, ""
+        parts = _list_of(schema, "allOf")
+        for part in [self._resolve(schema["$ref"]), *parts] if "$ref" in schema else parts:
+            value, wrong = self.fit(value, part, path, depth + 1, mends)
+            if wrong:
+                return value, wrong
+        value, wrong = self._fit_any(value, schema, path, depth + 1, mends)
+        value = _convert(value, _list_types(schema)) if mends else value
+        wrong = wrong or self._check_itself(value, schema, path)
+        return (value, wrong) if wrong else self._fit_children(value, schema, path, depth + 1, mends)
 
     def _spend(self, steps: int) -> None:
         self._steps -= steps
         if self._steps < 0:
-            raise _CheckStoppedError("the value and its schema are too large to be checked")
+            raise _WalkStoppedError("the value and its schema are too large to be checked")
 
-    def _check_itself(self, value: Any, schema: dict[str, Any], path: str) -> str | None:
+    def _check_itself(self, value: Any, schema: dict[str, Any], path: str) -> str:
         if not _is_one_of(value, types := _list_types(schema)):
             return f"at {path}: must be of type {' or '.join(types)}, not {quote_value(value)}"
         options = schema.get("enum")
-        if isinstance(options, list) and not any(self._is_same(value, option) for option in options):
-            return f"at {path}: must be one of {quote_choices(options)}"
-        if "const" in schema and not self._is_same(value, schema["const"]):
+        if isinstance(options, list):
+            self._spend(len(options))
+            if not any(_is_same(value, option) for option in options):
+                return f"at {path}: must be one of {quote_choices(options)}"
+        if "const" in schema and not _is_same(value, schema["const"]):
             return f"at {path}: must be {quote_value(schema['const'])}"
+        for name in _list_of(schema, "required") if isinstance(value, dict) else ():
+            self._spend(1)
+            if isinstance(name, str) and name not in value:
+                return f"at {path}: the property {quote_value(name)} is missing"
         for keyword, kind, fits, text in _BOUNDS:
             limit = schema.get(keyword)
             if _is_one_of(limit, ["number"]) and _is_one_of(value, [kind]) and not fits(value, limit):
                 return f"at {path}: {text.format(quote_value(limit))}"
-        return None
+        return ""
 
-    def _is_same(self, value: Any, other: Any) -> bool:
-        self._spend(1)
-        return value == other and isinstance(value, bool) == isinstance(other, bool)
-
-    def _check_children(self, value: Any, schema: dict[str, Any], path: str, depth: int) -> str | None:
-        required = _list_of(schema, "required") if isinstance(value, dict) else []
-        self._spend(len(required))
-        for name in required:
-            if isinstance(name, str) and name not in value:
-                return f"at {path}: the property {quote_value(name)} is missing"
+    def _fit_children(self, value: Any, schema: dict[str, Any], path: str, depth: int, mends: bool) -> tuple[Any, str]:
+        fitted: dict[str | int, Any] = {}
+        required = _list_of(schema, "required")
         for key, one, inner in _list_children(value, schema):
-            if inner is False and isinstance(key, str):
-                return f"at {path}: the property {quote_value(key)} is not allowed"
-            if wrong := self.check(one, inner, _step_into(path, key), depth):
-                return wrong
-        return None
+            child, wrong = self.fit(one, inner, _step_into(path, key), depth, mends)
+            if wrong and not (mends and one is None and isinstance(key, str) and key not in required):
+                return value, wrong
+            if not wrong:
+                fitted[key] = child
+        return (list(fitted.values()) if isinstance(value, list) else fitted if isinstance(value, dict) else value), ""
 
-    def _check_combinations(self, value: Any, schema: dict[str, Any], path: str, depth: int) -> str | None:
-        if "$ref" in schema and (wrong := self.check(value, self._resolve(schema["$ref"]), path, depth)):
-            return wrong
-        for one in _list_of(schema, "allOf"):
-            if wrong := self.check(value, one, path, depth):
-                return wrong
-        return self._check_any(value, schema, path, depth)
-
-    def _check_any(self, value: Any, schema: dict[str, Any], path: str, depth: int) -> str | None:
-        first = None
-        for one in _list_of(schema, "anyOf", "oneOf"):
-            wrong = self.check(value, one, path, depth)
-            if wrong is None:
-                return None
-            first = first or wrong
-        return first and f"at {path}: fits none of the schemas under `anyOf` (of the first: {first[:200]})"
+    def _fit_any(self, value: Any, schema: dict[str, Any], path: str, depth: int, mends: bool) -> tuple[Any, str]:
+        first = ""
+        options = _list_of(schema, "anyOf", "oneOf")
+        for attempt in (False, True) if mends else (False,):  # what fits as it is comes first
+            for one in options:
+                fitted, wrong = self.fit(value, one, path, depth, attempt)
+                if not wrong:
+                    return fitted, ""
+                first = first or wrong
+        return value, first and f"at {path}: fits none of the schemas under `anyOf` (of the first: {first[:200]})"
 
     def _resolve(self, reference: Any) -> Any:
         """What a local reference leads to (RFC 6901, section 6); True, which allows anything, where that is nothing."""
@@ -2252,8 +2231,7 @@ class ToolCallFilter(Filter):
             return _Call(
                 name, arguments, f"a call must have a `name` that is one of {quote_choices(list(self._tools))}"
             )
-        arguments = mend_value(arguments, tool.parameters)
-        wrong = check_schema(arguments, tool.parameters)
+        arguments, wrong = fit_schema(arguments, tool.parameters)
         return _Call(name, arguments, f"the `arguments` in the call of {quote_value(name)}: {wrong}" if wrong else "")
 
     def _render(self, calls: Sequence[_Call], *, is_quoted: bool) -> list[Event]:
