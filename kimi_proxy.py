@@ -1447,36 +1447,33 @@ def _cut_value(text: str, start: int) -> tuple[str, int]:
     return "".join([*pieces, text[at:end], *reversed(missing)]), end
 
 
-def find_json(text: str) -> Iterator[Any]:
-    """The JSON values in `text`: the whole of it, or each object and array amid words and code fences.
+def find_json(text: str) -> list[Any]:
+    """The JSON values in `text`: the whole of it, or each object and array amid words and code fences; at least one.
 
     Repaired are trailing commas, raw control characters in strings, and brackets missing at the end; nothing else.
-    Raises `ValueError` with the first mistake where there is no value. Linear time.
+    Raises `ValueError` with the first mistake where there is none. Linear time.
     """
     text = _FENCE.sub("", text)
-    mistake: ValueError | None = None
     try:
-        yield _read_json(text)
-        return
+        return [_read_json(text)]
     except ValueError as error:
         mistake = error
-    found, at = False, 0
+    values: list[Any] = []
+    at = 0
     while start := _BRACKET.search(text, at):
-        value, at = _cut_value(text, start.start())
+        found, at = _cut_value(text, start.start())
         try:
-            value = _read_json(value)
+            values.append(_read_json(found))
         except ValueError as error:
             mistake = error if start.start() == 0 else mistake
-            continue
-        found = True
-        yield value
-    if not found:
+    if not values:
         raise mistake
+    return values
 
 
 def repair_json(text: str) -> Any:
     """The first JSON value in `text`, by the rules of `find_json`. Raises `ValueError` where there is none."""
-    return next(find_json(text))
+    return find_json(text)[0]
 
 
 def find_calls(text: str, *, repair: bool = True) -> Iterator[Any]:
@@ -2316,9 +2313,6 @@ class StructureFilter(Filter):
     def __init__(self, format: ResponseFormat) -> None:
         self._format = format
         self._retried = False
-        self._begin()
-
-    def _begin(self) -> None:
         self._held: list[str] = []
         self._thoughts: list[Event] = []
         self._sources: list[Event] = []
@@ -2326,7 +2320,7 @@ class StructureFilter(Filter):
     def begin_retry(self) -> None:
         """Expect another answer; where this filter did not ask for it, its text goes on behind what is held."""
         if self.retry_reason:
-            self._begin()
+            self._held, self._thoughts, self._sources = [], [], []
         self.retry_reason = ""
         self._retried = True
 
@@ -2343,10 +2337,10 @@ class StructureFilter(Filter):
                 return [*self._release(), event]
             case Finished():
                 return self._finish(event)
-            case Citation():
-                return []
             case Opened() | SearchHit():
                 return [event]
+            case Citation():
+                pass
         return []
 
     def _finish(self, event: Finished) -> list[Event]:
@@ -2363,22 +2357,21 @@ class StructureFilter(Filter):
     def _read(self, text: str) -> str:
         """The JSON in the text that fits. Raises `ValueError` with what is wrong, in words for the model."""
         try:
-            values = list(islice(find_json(text), MAX_VALUES))
+            values = find_json(text)[:MAX_VALUES]
         except ValueError as error:
             raise ValueError(f"it is not JSON ({error})") from None
-        mistakes = [self._find_mistake(value) for value in values]
-        if "" not in mistakes:
-            raise ValueError(mistakes[0])
+        if self._format.kind == "json_object":
+            values = [value for value in values if isinstance(value, dict)] or values
+            if not isinstance(values[0], dict):
+                raise ValueError(f"it must be a JSON object, not {quote_value(values[0])}")
+        schema = True if self._format.schema is None else self._format.schema
+        mistakes = [check_schema(value, schema) for value in values]
+        if None not in mistakes:
+            raise ValueError(f"its JSON does not fit the schema: {mistakes[0]}")
         with suppress(WireError):
             parse_json(text.encode("utf-8", "replace"))
             return text
-        return encode_json(values[mistakes.index("")])
-
-    def _find_mistake(self, value: Any) -> str:
-        if self._format.kind == "json_object" and not isinstance(value, dict):
-            return f"it must be a JSON object, not {quote_value(value)}"
-        wrong = check_schema(value, True if self._format.schema is None else self._format.schema)
-        return f"its JSON does not fit the schema: {wrong}" if wrong else ""
+        return encode_json(values[mistakes.index(None)])
 
     def _release(self) -> list[Event]:
         events = [*self._thoughts, *_texts("".join(self._held))]
@@ -2409,8 +2402,10 @@ class Chain:
             return []
         if self._retried:
             events = [event for event in events if not isinstance(event, Opened)]
-        if self._room:
-            self._keep(events)
+        for event in events:
+            if self._room and type(event) is Text:
+                self._previous.append(event.text[: self._room])
+                self._room -= len(self._previous[-1])
         for one in self.filters:
             events = [result for event in events for result in one.feed(event)]
         self._over = bool(events) and isinstance(events[-1], Finished)
@@ -2444,12 +2439,6 @@ class Chain:
         self._room = 0
         for one in self.filters:
             one.begin_retry()
-
-    def _keep(self, events: Sequence[Event]) -> None:
-        for event in events:
-            if type(event) is Text and self._room:
-                self._previous.append(event.text[: self._room])
-                self._room -= len(self._previous[-1])
 
 
 # ==== 10. Requests ==========================================================
