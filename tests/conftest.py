@@ -14,10 +14,14 @@ from typing import Any
 
 import aiohttp
 import pytest
+from hypothesis import settings as hypothesis_settings
 from kimi_simulator import Simulator
 
 import kimi_proxy
 from kimi_proxy import RedactingFormatter, Settings, logger, run_server
+
+hypothesis_settings.register_profile("unhurried", deadline=None)  # this machine may be busy
+hypothesis_settings.load_profile("unhurried")
 
 
 @pytest.fixture

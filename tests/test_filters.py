@@ -166,7 +166,7 @@ def test_a_second_answer_is_numbered_anew() -> None:
 
 
 @given(size=st.integers(16_380, 16_390), data=st.data())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_mark_is_skipped_up_to_16_kib(size: int, data: st.DataObject) -> None:
     text = "a<REF>cite\u2726tools://web_search:1#0:~:text="
     text = f"{text}{'x' * (size - len(text) + 11)}</REF>b"  # 11: what stands before the counted part
@@ -179,7 +179,7 @@ CITED += [*"<>[^]1\ue3a0\ue3a8\U0001f6e0 a", mark(A.key), ref(B), ref(A, "q")]
 
 
 @given(text=st.lists(st.sampled_from(CITED), max_size=12).map("".join), data=st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_split_gives_the_same_text_hits_and_numbers(text: str, data: st.DataObject) -> None:
     hits = data.draw(st.sampled_from([(), (A,), (A, B, A_REF, B_REF)]))
     assert joined(run(text, draw_cuts(data, text), hits)) == joined(run(text, [], hits))
@@ -227,7 +227,7 @@ THOUGHTS: dict[str, tuple[str, str, str]] = {
 
 @pytest.mark.parametrize("name", THOUGHTS)
 @given(data=st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_text_that_begins_with_thinking(name: str, data: st.DataObject) -> None:
     text, thought, answer = THOUGHTS[name]
     one = ThinkFilter()
@@ -244,7 +244,6 @@ def test_text_that_begins_with_thinking(name: str, data: st.DataObject) -> None:
     text=st.lists(st.sampled_from(["<think>", "</think>", *"< \na>/", "think>"]), max_size=9).map("".join),
     data=st.data(),
 )
-@settings(deadline=None)
 def test_any_split_gives_the_same_thinking(text: str, data: st.DataObject) -> None:
     def read(cuts: list[int]) -> tuple[str, str]:
         events = feed(ThinkFilter(), *split(text, cuts), END)
@@ -808,7 +807,7 @@ def run_tools(one: ToolCallFilter, text: str, cuts: list[int], last: Finished) -
 
 
 @given(text=FRAGMENTS, last=st.sampled_from([END, CUT, Finished("content_filter")]), data=st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_split_gives_the_same_calls_and_text(text: str, last: Finished, data: st.DataObject) -> None:
     parallel = data.draw(st.booleans())
     whole, cut = tool_filter(parallel=parallel), tool_filter(parallel=parallel)
@@ -824,7 +823,6 @@ def test_any_split_gives_the_same_calls_and_text(text: str, last: Finished, data
 
 
 @given(text=FRAGMENTS, data=st.data())
-@settings(deadline=None)
 def test_a_demanded_call_is_the_same_for_any_split_or_fails(text: str, data: st.DataObject) -> None:
     def read(cuts: list[int]) -> list[Event]:
         try:
