@@ -5731,8 +5731,9 @@ class Question:
 class ApiRequest:
     """One call of the service. `step` names it for people; `headers` are added to the browser's.
 
-    `with_ids`: the ids in the access token are sent as headers [2+]. `seconds` is its limit when the ordinary one does
-    not fit; `lenient`: any body means success, unless it tells a failure [ref].
+    `with_ids`: the ids in the access token are sent as headers [2+]. `repeatable`: it may be sent twice, if a kept
+    connection was closed. `seconds` is its limit when the ordinary one does not fit; `lenient`: any body means success,
+    unless it tells a failure [ref].
     """
 
     step: str
@@ -5741,6 +5742,7 @@ class ApiRequest:
     headers: dict[str, str] = field(repr=False)
     body: bytes = field(default=b"", repr=False)
     with_ids: bool = False
+    repeatable: bool = True
     seconds: float | None = None
     lenient: bool = False
 
@@ -5764,17 +5766,8 @@ def open_service_session(proxy_url: str = "", *, reuse: bool = True) -> aiohttp.
         cookie_jar=aiohttp.DummyCookieJar(),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
         headers=_BROWSER_HEADERS,
-        proxy=URL(proxy_url).with_user(None) if proxy_url else None,
+        proxy=proxy_url or None,
     )
-
-
-def _render_proxy_headers(proxy_url: str) -> dict[str, str] | None:
-    """The credentials in the outgoing proxy's URL (RFC 9110, section 11.7.2)."""
-    url = URL(proxy_url)
-    if not proxy_url or url.user is None:
-        return None
-    credentials = base64.b64encode(f"{url.user}:{url.password or ''}".encode()).decode()
-    return {"Authorization": f"Basic {credentials}"}  # aiohttp sends it as Proxy-Authorization
 
 
 _NETWORK_ERRORS: Final = (TimeoutError, aiohttp.ClientError, ConnectionError)
@@ -5802,12 +5795,7 @@ def _render_connect_error(error: aiohttp.ClientConnectorError) -> str:
     return f"no connection to {error.host}:{error.port} ({os.strerror(error.errno) if error.errno else 'failed'})"
 
 
-def _retry_after(response: aiohttp.ClientResponse) -> int | None:
-    text = response.headers.get("Retry-After", "")
-    return min(int(text), 86_400) if text.isascii() and text.isdigit() and len(text) < 10 else None
-
-
-async def _read_reply(response: aiohttp.ClientResponse, step: str) -> bytes:
+async def _read_reply(response: aiohttp.ClientResponse, step: str) -> bytearray:
     """The whole body of a reply, of a failure's the first 64 KiB. Raises `ProxyError` for a good one over its limit."""
     max_bytes = MAX_REPLY_BYTES if response.status < 400 else MAX_ERROR_BYTES
     body = bytearray()
@@ -5818,27 +5806,29 @@ async def _read_reply(response: aiohttp.ClientResponse, step: str) -> bytes:
             if response.status < 400:
                 raise ProxyError("service_failed", f"{step}: a reply of more than {max_bytes} bytes")
             break
-    return bytes(body)
+    return body
 
 
-async def _parse_reply(response: aiohttp.ClientResponse, step: str, *, lenient: bool = False) -> dict[str, Any]:
+async def _parse_reply(response: aiohttp.ClientResponse, request: ApiRequest) -> dict[str, Any]:
     """The JSON object of a reply that means success, else the failure that it means."""
-    body = await _read_reply(response, step)
+    status, kind = response.status, quote_words(response.content_type)
+    body = await _read_reply(response, request.step)
     try:
         value: Any = parse_json(body, surrogates=True) if body else {}
     except WireError:
         value = None
-    is_object = isinstance(value, dict)
-    if response.status < 300 and is_object and not isinstance(value.get("error_type"), str):
-        return cast(dict[str, Any], value)
-    if response.status < 300 and lenient and not is_object:
+    reply: dict[str, Any] | None = value if isinstance(value, dict) else None
+    if status < 300 and reply is not None and not isinstance(reply.get("error_type"), str):
+        return reply
+    if status < 300 and reply is None and request.lenient:
         return {}
-    kind = quote_words(response.content_type)
-    words = "" if is_object else f"a body of type {kind}, no JSON object"
-    error = error_of_reply(response.status, value, step, retry_after_seconds=_retry_after(response), words=words)
-    is_page = not is_object and "html" in kind and response.status < 500
-    is_connect = is_object and isinstance(value.get("code"), str)  # its own 404: there is no such conversation
-    if is_page or (response.status in _RETIRED_STATUSES and not is_connect):
+    text = response.headers.get("Retry-After", "")
+    retry_after = min(int(text), 86_400) if re.fullmatch("[0-9]{1,9}", text) else None
+    words = f"a body of type {kind}, no JSON object" if reply is None else ""
+    error = error_of_reply(status, reply, request.step, retry_after_seconds=retry_after, words=words)
+    is_page = reply is None and "html" in kind and status < 500
+    has_code = reply is not None and isinstance(reply.get("code"), str)  # connect's own 404: no such conversation
+    if is_page or (status in _RETIRED_STATUSES and not has_code):
         raise ProtocolRetired(error.code, error.detail, upstream_status=error.upstream_status)
     raise error
 
@@ -5868,7 +5858,6 @@ class KimiClient:
         self._accounts = accounts
         self._metrics = metrics
         self._call_seconds = settings.call_seconds
-        self._proxy_headers = _render_proxy_headers(settings.proxy_url)
         self.silence_seconds = settings.silence_seconds
 
     async def call(self, account: Account, request: ApiRequest) -> dict[str, Any]:
@@ -5883,12 +5872,8 @@ class KimiClient:
         return await self._with_token(account, once)
 
     async def refresh(self, request: ApiRequest, refresh_token: str) -> dict[str, Any]:
-        """The JSON object that a token refresh replies; a `refresh_token` is sent as Bearer.
-
-        Only a GET is ever repeated: otherwise the service may have changed the token already.
-        """
-        headers = self._headers_of(request, refresh_token)
-        return await self._exchange(request, headers, may_repeat=request.method == "GET")
+        """The JSON object that a token refresh replies; a `refresh_token` is sent as Bearer."""
+        return await self._exchange(request, self._headers_of(request, refresh_token))
 
     async def stream(
         self, account: Account, request: ApiRequest, content_type: str
@@ -5904,7 +5889,7 @@ class KimiClient:
                 if response.status == 200 and response.content_type == content_type:
                     return response, token
                 async with response:
-                    await _parse_reply(response, request.step)
+                    await _parse_reply(response, request)
             except _NETWORK_ERRORS as error:
                 raise _error_of_network(request.step, error) from None
             kind = quote_words(response.content_type)
@@ -5942,7 +5927,7 @@ class KimiClient:
         data = _enclose(head, file.read(), tail)
         try:
             async with self._send_file("POST", URL(request.url), headers, data, file) as response:
-                return await _parse_reply(response, request.step)
+                return await _parse_reply(response, request)
         except ProxyError as error:
             if error.code != "token_dead":
                 raise
@@ -5969,26 +5954,22 @@ class KimiClient:
             headers["Authorization"] = f"Bearer {token}"
         return headers
 
-    async def _exchange(
-        self, request: ApiRequest, headers: Mapping[str, str], *, may_repeat: bool = True
-    ) -> dict[str, Any]:
+    async def _exchange(self, request: ApiRequest, headers: Mapping[str, str]) -> dict[str, Any]:
+        limit = asyncio.timeout(request.seconds or self._call_seconds)
         try:
-            async with asyncio.timeout(request.seconds or self._call_seconds):
-                async with await self._send(request, headers, may_repeat=may_repeat) as response:
-                    return await _parse_reply(response, request.step, lenient=request.lenient)
+            async with limit, await self._send(request, headers) as response:
+                return await _parse_reply(response, request)
         except _NETWORK_ERRORS as error:
             raise _error_of_network(request.step, error) from None
 
-    async def _send(
-        self, request: ApiRequest, headers: Mapping[str, str], *, may_repeat: bool = True
-    ) -> aiohttp.ClientResponse:
+    async def _send(self, request: ApiRequest, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
         """The response; a request on a kept connection that turned out closed is sent once more."""
         connection: list[str] = []
         try:
             return await self._send_once(request, headers, connection)
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
             # aiohttp itself repeats other methods than POST.
-            if not may_repeat or "kept" not in connection or request.method != "POST":
+            if not request.repeatable or "kept" not in connection or request.method != "POST":
                 raise
         logger.debug("! %s: a kept connection was closed, calling once more", request.step)
         return await self._send_once(request, headers, [])
@@ -6004,7 +5985,6 @@ class KimiClient:
             data=io.BytesIO(body) if len(body) > MEGABYTE else body or None,  # aiohttp sends the former in pieces
             headers=headers,
             allow_redirects=False,
-            proxy_headers=self._proxy_headers,
             trace_request_ctx=connection,  # aiohttp's tracing tells there of a kept one
         )
         self._metrics.observe("kimi_proxy_upstream_seconds", time.monotonic() - started)
@@ -6025,7 +6005,6 @@ class KimiClient:
                 headers=headers,
                 allow_redirects=False,
                 upload_tracker=progress.tracker,
-                proxy_headers=self._proxy_headers,
             )
             async with progress.limit, request as response:
                 logger.debug("> %d of %d bytes of a file HTTP %d", file.sent_bytes, file.size_bytes, response.status)
@@ -6487,6 +6466,7 @@ class Connect(_Protocol):
         for spelling in ("refresh_token", "refreshToken"):  # both are taken [2+]
             request = self._request(account, step, "POST", _REFRESH, {spelling: account.refresh_token})
             request.url = (self._auth_url or TWINS[self._twin_of(account)][1]) + _REFRESH
+            request.repeatable = False  # the service may have changed the token already
             try:
                 return _get_tokens(await self._client.refresh(request, ""))
             except ProxyError as error:
