@@ -75,7 +75,7 @@ from contextlib import (
 )
 from contextvars import ContextVar
 from dataclasses import Field, asdict, dataclass, field, fields, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from itertools import accumulate, cycle, groupby, islice
 from math import isfinite, nan
 from pathlib import Path
@@ -84,7 +84,6 @@ from typing import (
     Final,
     Generic,
     Literal,
-    NamedTuple,
     NoReturn,
     Protocol,
     TypeVar,
@@ -4789,18 +4788,27 @@ def _parse_kept(value: dict[str, Any]) -> dict[str, tuple[str, str]]:
     return {one: (str(protocol), str(message_id)) for one, (protocol, message_id) in value.items()}
 
 
-class OpenConversation(NamedTuple):
-    """A conversation that is open at the service: its protocol, its account's digest in hex, since when (Unix)."""
+@dataclass(frozen=True)
+class OpenConversation:
+    """A conversation that is open at the service: its protocol, its account's digest, and since when (Unix seconds)."""
 
     id: str
     protocol: str
-    account: str
+    account: bytes
     since: int
+
+    @cached_property
+    def json(self) -> str:
+        """How it stands in the file."""
+        return encode_json((self.id, self.protocol, self.account.hex(), self.since))
 
 
 def _parse_open(value: dict[str, Any]) -> dict[str, OpenConversation]:
-    found = {one: OpenConversation(one, str(two), three, int(four)) for one, two, three, four in value.get("open", ())}
-    if not all(IDENTIFIER.fullmatch(one.id) and len(bytes.fromhex(one.account)) == 32 for one in found.values()):
+    found = {
+        one: OpenConversation(one, str(protocol), bytes.fromhex(account), int(since))
+        for one, protocol, account, since in value.get("open", ())
+    }
+    if not all(IDENTIFIER.fullmatch(one.id) and len(one.account) == 32 for one in found.values()):
         raise ValueError("not of our making")
     return found
 
@@ -4834,12 +4842,12 @@ class OpenConversations:
     @property
     def orphan_owners(self) -> set[bytes]:
         """The digests of their accounts."""
-        return {bytes.fromhex(self._open[one].account) for one in self._due}
+        return {self._open[one].account for one in self._due}
 
     def add(self, account: bytes, protocol: str, conversation_id: str) -> None:
         """Note a conversation that was opened for the account with that digest."""
         if self._directory is not None:
-            self._open[conversation_id] = OpenConversation(conversation_id, protocol, account.hex(), int(time.time()))
+            self._open[conversation_id] = OpenConversation(conversation_id, protocol, account, int(time.time()))
             self._drop_old()
             self._write()
 
@@ -4856,8 +4864,8 @@ class OpenConversations:
 
     def orphans(self, account: bytes) -> list[OpenConversation]:
         """What is to be removed of that account; given once, to be discarded or postponed."""
-        now, owner = time.monotonic(), account.hex()
-        found = [self._open[one] for one, due in self._due.items() if due <= now and self._open[one].account == owner]
+        now = time.monotonic()
+        found = [self._open[one] for one, due in self._due.items() if due <= now and self._open[one].account == account]
         for one in found:
             del self._due[one.id]
         return found
@@ -4887,19 +4895,21 @@ class OpenConversations:
 
     def _drop_old(self) -> None:
         """Give up what could not be removed for 7 days, and the oldest of too many."""
-        first = time.time() - self._MAX_DAYS * _DAY_SECONDS
-        dropped = {one.id for one in self._open.values() if one.since < first} | {*list(self._open)[: -self._MAX]}
-        for one in dropped:
-            del self._open[one]
-            self._due.pop(one, None)
-        if dropped:
-            self._state.metrics.count("kimi_proxy_orphans_dropped_total", len(dropped))
-            words = "! %d conversations could not be removed for 7 days, and may be left at Kimi"
-            logger.warning(words, len(dropped))
+        count, first = len(self._open), time.time() - self._MAX_DAYS * _DAY_SECONDS
+        while self._open:
+            oldest = next(iter(self._open.values()))
+            if oldest.since >= first and len(self._open) <= self._MAX:
+                break
+            del self._open[oldest.id]
+            self._due.pop(oldest.id, None)
+        if dropped := count - len(self._open):
+            self._state.metrics.count("kimi_proxy_orphans_dropped_total", dropped)
+            logger.warning("! %d conversations could not be removed for 7 days, and may be left at Kimi", dropped)
 
     def _write(self) -> bool:
         """Write all that is open; whether that went well. A failure leaves what stood there."""
-        data = self._state.encode({"open": [*self._open.values()]})
+        entries = ",".join(one.json for one in self._open.values())
+        data = self._state.encode({"open": []})[:-2] + entries.encode() + b"]}"
         try:
             self._file = self._file or self._make_file()
             descriptor = self._file[1]
