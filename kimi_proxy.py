@@ -59,7 +59,6 @@ from collections.abc import (
     Callable,
     Collection,
     Coroutine,
-    Generator,
     Iterable,
     Iterator,
     Mapping,
@@ -75,17 +74,15 @@ from contextlib import (
 )
 from contextvars import ContextVar
 from dataclasses import Field, asdict, dataclass, field, fields, replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from itertools import accumulate, cycle, groupby, islice
 from math import isfinite, nan
 from pathlib import Path
 from typing import (
     Any,
     Final,
-    Generic,
     Literal,
     NoReturn,
-    Protocol,
     TypeVar,
     cast,
     get_args,
@@ -96,7 +93,6 @@ from urllib.parse import unquote, urljoin
 
 import aiohttp
 from aiohttp import web, web_protocol
-from aiohttp.connector import Connection
 from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
@@ -4176,9 +4172,10 @@ APIS: Final[Mapping[str, Api]] = {
 
 # ==== 12. Tasks =============================================================
 #
-# What outlives a request is a tracked task: logged when it fails, waited for at the end. What waits for time is watched
-# by one ticker: a timer for each stream and read would cost more than the stream's own work.
+# What outlives a request is a tracked task: logged when it fails, waited for on shutdown. What waits for time is one
+# timer per stream: a chunk only notes when it came, and the timer looks at that note when it fires.
 
+REMOVAL_SECONDS: Final = 10.0  # how long pending removals may take on shutdown
 
 Result = TypeVar("Result")
 
@@ -4193,7 +4190,10 @@ class BackgroundTasks:
         return len(self._tasks)
 
     def start(self, work: Coroutine[Any, Any, Result], what: str) -> asyncio.Task[Result]:
-        """A task that runs `work`; `what` names it in the log, should it fail."""
+        """A task that runs `work`; `what` names it in the log, should it fail.
+
+        A `ProxyError` belongs to whoever awaits the task, and is not logged: that client may be gone.
+        """
         task = asyncio.get_running_loop().create_task(work, name=what)
         self._tasks.add(task)
         task.add_done_callback(self._done)
@@ -4213,168 +4213,27 @@ class BackgroundTasks:
 
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
+        if not task.cancelled() and (error := task.exception()) is not None and not isinstance(error, ProxyError):
             logger.error("! background task failed: %s", task.get_name(), exc_info=error)
 
 
-class Errand(Generic[Result]):
-    """Work in a task of the application, that one waits for; where the waiter is cancelled, it goes on all the same.
-
-    `asyncio.shield` gives that too, but tells the waiter a turn of the loop later.
-    """
-
-    __slots__ = ("_told", "task")
-
-    def __init__(self, tasks: BackgroundTasks, work: Coroutine[Any, Any, Result], what: str) -> None:
-        self._told: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self.task = tasks.start(self._run(work), what)
-
-    def __await__(self) -> Generator[Any, None, Result]:
-        return self._told.__await__()
-
-    async def _run(self, work: Coroutine[Any, Any, Result]) -> Result | None:
-        """What the work gives; None for a `ProxyError`, which is the waiter's, and nobody's where it is gone."""
-        try:
-            result = await work
-        except ProxyError as error:
-            if not self._told.done():
-                self._told.set_exception(error)
-            return None
-        except Exception as error:
-            if self._told.done():
-                raise
-            self._told.set_exception(error)
-            return None
-        except BaseException:
-            self._told.cancel()
-            raise
-        if not self._told.done():
-            self._told.set_result(result)
-        return result
-
-
 class Watchdog:
-    """Calls `check` when it is due, with one timer that is armed again only after it went off.
+    """One lazily re-armed timer: calls `check(now)`, which does what is due and returns the loop time of its next look.
 
-    `check` is given the loop's time, does what is due by then, and returns the time of its next look. The first is
-    after `seconds`. So what is watched only stores a time when it moves.
+    The first look is in `seconds`. `check` may not raise.
     """
-
-    __slots__ = ("_check", "_loop", "_timer")
 
     def __init__(self, check: Callable[[float], float], seconds: float) -> None:
         self._check = check
         self._loop = asyncio.get_running_loop()
-        self._timer: asyncio.TimerHandle | None = self._loop.call_later(seconds, self._look)
+        self._timer = self._loop.call_later(seconds, self._look)
 
     def stop(self) -> None:
-        """Look no more; may be called twice, and by `check`."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        """Look no more; may be called twice."""
+        self._timer.cancel()
 
     def _look(self) -> None:
-        due = self._check(self._loop.time())
-        if self._timer is not None:
-            self._timer = self._loop.call_at(due, self._look)
-
-
-class Watched(Protocol):
-    """Something that the ticker looks at."""
-
-    def tick(self, now: float) -> None:
-        """Look at the clock, `now` in loop time, and do at once what is due; may not raise."""
-
-
-class Ticker:
-    """One task that calls `tick` of all it watches, every `interval_seconds`, and rests while there is nothing."""
-
-    def __init__(self, interval_seconds: float) -> None:
-        self._interval_seconds = interval_seconds
-        self._watched: set[Watched] = set()
-        self._timer: asyncio.TimerHandle | None = None
-
-    def add(self, watched: Watched) -> None:
-        """Watch it from now on."""
-        self._watched.add(watched)
-        if self._timer is None:
-            self._wind()
-
-    def discard(self, watched: Watched) -> None:
-        """Watch it no longer; may be called twice."""
-        self._watched.discard(watched)
-
-    def _wind(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(self._interval_seconds, self._tick)
-
-    def _tick(self) -> None:
-        self._timer = None
-        now = asyncio.get_running_loop().time()
-        for watched in tuple(self._watched):
-            watched.tick(now)
-        if self._watched:
-            self._wind()
-
-
-class Silence:
-    """Watches something that flows (an answer, a file), and fires the `asyncio.Timeout` around it when it has failed.
-
-    Who reads adds 1 to `pieces` for each read; `measure` tells of progress that no reader sees. `is_broken` tells of a
-    connection that is lost without the reader being told: aiohttp 3.14.5 leaves it waiting after a broken chunk
-    (tried). `code` is the failure then: `silent`, `late` or `broken`, whoever is waited for by then. While it is
-    `resting`, nothing is expected to move.
-    """
-
-    __slots__ = (
-        "_deadline",
-        "_moved_at",
-        "_seen",
-        "_silence_seconds",
-        "_timeout",
-        "broken",
-        "code",
-        "is_broken",
-        "late",
-        "measure",
-        "pieces",
-        "resting",
-        "silent",
-    )
-
-    def __init__(self, timeout: asyncio.Timeout, silence_seconds: float, whole_seconds: float) -> None:
-        now = asyncio.get_running_loop().time()
-        self.pieces = 0
-        self.code = ""
-        self.resting = False
-        self.silent, self.late, self.broken = "service_silent", "answer_too_long", "answer_broken"
-        self.is_broken: Callable[[], bool] | None = None
-        self.measure: Callable[[], int] | None = None
-        self._seen = 0
-        self._moved_at = now
-        self._timeout = timeout
-        self._silence_seconds = silence_seconds
-        self._deadline = now + whole_seconds
-
-    def tick(self, now: float) -> None:
-        """End it where it is due."""
-        if self.code:
-            return
-        moved = self.pieces if self.measure is None else self.pieces + self.measure()
-        if moved != self._seen or self.resting:
-            self._seen, self._moved_at = moved, now
-        if now >= self._deadline:
-            self.code = self.late
-        elif now - self._moved_at >= self._silence_seconds:
-            self.code = self.silent
-        elif self.is_broken is not None and self.is_broken():
-            self.code = self.broken
-        if self.code:
-            self._timeout.reschedule(now)
-
-
-def is_connection_broken(connection: Connection | None) -> bool:
-    """Whether the connection of a response failed, told to its reader or not."""
-    return connection is not None and connection.protocol is not None and connection.protocol.exception() is not None
+        self._timer = self._loop.call_at(self._check(self._loop.time()), self._look)
 
 
 # ==== 13. Accounts ==========================================================
@@ -6577,7 +6436,7 @@ def _render_question(question: Question, model: Model, conversation_id: str) -> 
     for file_id in question.file_ids:
         blocks.append({"message_id": "", "file": {"id": file_id, "status": "PROCESS_STATUS_SUCCESS"}})
     message: dict[str, Any] = {"role": "user", "blocks": blocks, "scenario": model.scenario}
-    searches = question.use_search and not question.has_tools
+    searches = question.use_search
     value: dict[str, Any] = {
         "scenario": model.scenario,
         "tools": [{"type": "TOOL_TYPE_SEARCH", "search": {}}] if searches else [],
@@ -6610,16 +6469,17 @@ def _render_options(question: Question, model: Model) -> dict[str, Any]:
 KimiProtocol = Classic | Connect
 
 
-# ==== 16. Asking ============================================================
+# ==== 16. Gateway ===========================================================
 #
-# The way of every chat. `Uploads` has what is attached to it brought to the service, each file once. `Asking` chooses
-# the dialect, opens, asks, relays, and in the end, however it came, removes; it alone asks again.
+# The way of every chat. `Uploads` brings what is attached to it to Kimi, each file once. `Gateway` chooses account and
+# protocol, and owns what outlives a request. `LiveAnswer` asks, asks again, and is left through one place, `_leave`,
+# however it ends: the exchange that is open then is stopped and its conversation removed by one tracked task.
 
-_MODELS_SECONDS: Final = 300.0
-_NO_MODELS_SECONDS: Final = 30.0
-_DEAD_SECONDS: Final = 600.0  # an account whose token was refused is not asked for so long, if there are others
-_MOST_FAILURES: Final = 3  # of removals, one after the other
-_CONTINUATIONS: Final = 3  # of one answer that meets its length limit (classic)
+MODELS_SECONDS: Final = 300.0
+NO_MODELS_SECONDS: Final = 30.0
+DEAD_SECONDS: Final = 600.0  # an account whose token was refused is not asked for this long, if there are others
+MAX_REMOVAL_FAILURES: Final = 3  # one after the other
+MAX_CONTINUATIONS: Final = 3  # of one answer that meets its length limit (classic)
 
 
 @dataclass(frozen=True, slots=True)
@@ -6693,7 +6553,7 @@ class Uploads:
         self._uploaded: dict[str, UploadedFile] = {}
 
     async def upload(
-        self, account: Account, dialect: KimiProtocol, attachments: Sequence[Attachment]
+        self, account: Account, protocol: KimiProtocol, attachments: Sequence[Attachment]
     ) -> tuple[str, ...]:
         """Kimi's ids of `attachments`, in their order.
 
@@ -6703,7 +6563,7 @@ class Uploads:
         if inline_bytes > self._max_inline_mb * MEGABYTE:
             raise ProxyError("file_too_large", f"inline files of more than {self._max_inline_mb} MB together")
         gate = asyncio.Semaphore(self.MAX_PARALLEL)
-        work = [asyncio.create_task(self._find(gate, account, dialect, one)) for one in attachments]
+        work = [asyncio.create_task(self._find(gate, account, protocol, one)) for one in attachments]
         # No task group: in one, a failure hides a cancellation that comes with it.
         try:
             done, _ = await asyncio.wait(work, return_when=asyncio.FIRST_EXCEPTION)
@@ -6717,20 +6577,20 @@ class Uploads:
         return tuple(task.result() for task in work)
 
     async def _find(
-        self, gate: asyncio.Semaphore, account: Account, dialect: KimiProtocol, attachment: Attachment
+        self, gate: asyncio.Semaphore, account: Account, protocol: KimiProtocol, attachment: Attachment
     ) -> str:
         """The id of one file: the one that is remembered, else a new one."""
         if attachment.uploaded is not None:
             owner, name, kimi_id = attachment.uploaded
-            if (owner, name) != (account.digest, dialect.name):
+            if (owner, name) != (account.digest, protocol.name):
                 raise ProxyError("previous_response_not_found", "its files were brought in another protocol of Kimi")
             return kimi_id
         if attachment.file_id:
-            return self.find(attachment.file_id, [account], attachment.path).id_for(dialect.name, attachment.path)
+            return self.find(attachment.file_id, [account], attachment.path).id_for(protocol.name, attachment.path)
         async with gate:
             try:
                 digest, size_bytes = await self._files.identify(attachment)
-                key = _key_of(account, dialect.name, attachment, digest)
+                key = _key_of(account, protocol.name, attachment, digest)
                 while (running := self._running.get(key)) is not None:
                     await asyncio.wait({running})
                     if isinstance(failure := running.result(), ProxyError):
@@ -6739,16 +6599,16 @@ class Uploads:
                 if asyncio.get_running_loop().time() < until:
                     return file_id
                 opening = partial(self._files.open, attachment, size_bytes)
-                return await self._upload_and_keep(key, account, dialect, opening)
+                return await self._upload_and_keep(key, account, protocol, opening)
             except ProxyError as error:
                 error.param = error.param or attachment.path
                 raise
 
-    async def _upload_and_keep(self, key: bytes, account: Account, dialect: KimiProtocol, opening: Opening) -> str:
+    async def _upload_and_keep(self, key: bytes, account: Account, protocol: KimiProtocol, opening: Opening) -> str:
         running = self._running[key] = asyncio.get_running_loop().create_future()
         outcome = None
         try:
-            _, file_id = await _upload(account, dialect, opening)
+            _, file_id = await _upload(account, protocol, opening)
         except ProxyError as error:
             outcome = error.copy()
             raise
@@ -6761,13 +6621,13 @@ class Uploads:
             del self._kept[next(iter(self._kept))]
         return file_id
 
-    async def add(self, account: Account, dialect: KimiProtocol, received: ReceivedFile) -> UploadedFile:
+    async def add(self, account: Account, protocol: KimiProtocol, received: ReceivedFile) -> UploadedFile:
         """Upload a client's file to Kimi, and remember it under an id of ours."""
-        file, kimi_id = await _upload(account, dialect, partial(self._files.open_received, received))
+        file, kimi_id = await _upload(account, protocol, partial(self._files.open_received, received))
         uploaded = UploadedFile(
             id=f"file-{secrets.token_hex(12)}",
             owner=account.digest,
-            protocol=dialect.name,
+            protocol=protocol.name,
             kimi_id=kimi_id,
             name=file.name,
             size_bytes=file.size_bytes,
@@ -6804,21 +6664,21 @@ class Uploads:
 Opening = Callable[[], AbstractAsyncContextManager[OpenFile]]
 
 
-async def _upload(account: Account, dialect: KimiProtocol, opening: Opening) -> tuple[OpenFile, str]:
+async def _upload(account: Account, protocol: KimiProtocol, opening: Opening) -> tuple[OpenFile, str]:
     """Stream a file to Kimi and wait until it can be referred to: the file, and Kimi's id of it."""
     try:
-        file, stored = await _store(account, dialect, opening)
+        file, stored = await _store(account, protocol, opening)
     except StaleToken:
-        file, stored = await _store(account, dialect, opening)
-    return file, await dialect.register_file(account, stored)
+        file, stored = await _store(account, protocol, opening)
+    return file, await protocol.register_file(account, stored)
 
 
-async def _store(account: Account, dialect: KimiProtocol, opening: Opening) -> tuple[OpenFile, StoredFile]:
+async def _store(account: Account, protocol: KimiProtocol, opening: Opening) -> tuple[OpenFile, StoredFile]:
     """Stream a file's bytes to Kimi."""
     file = None
     try:
         async with asyncio.timeout(TRANSFER_SECONDS), opening() as file:
-            return file, await dialect.store_file(account, file)
+            return file, await protocol.store_file(account, file)
     except TimeoutError:
         code = "file_silent" if file is None or file.waiting_for_source else "storage_silent"
         raise ProxyError(code, f"the file's way to Kimi takes more than {TRANSFER_SECONDS:g} s") from None
@@ -6831,576 +6691,526 @@ def _key_of(account: Account, protocol: str, attachment: Attachment, digest: byt
     return hashlib.sha256(account.digest + about + digest).digest()
 
 
-class Sink(Protocol):
-    """Where the events of an answer go."""
+@dataclass(slots=True)
+class Exchange:
+    """One question to one account, and its answer: a conversation at Kimi and the response that is open in it.
 
-    def send(self, events: list[Event]) -> Awaitable[None]:
-        """Send `events` on, as fast as they are taken."""
+    `conversation_id` is empty while only the answer's stream knows it. `starting` is the task that asks; with
+    `abandoned` it asks no more. `kept`: the conversation stays when it is left.
+    """
 
+    account: Account
+    protocol: KimiProtocol
+    question: Question
+    kept: bool
+    conversation_id: str = ""
+    starting: asyncio.Task[None] | None = None
+    stream: AnswerStream | None = None
+    abandoned: bool = False
+    closed: asyncio.Event = field(default_factory=asyncio.Event)
 
-class _Sending:
-    """Sends events on, and notes once the client can see one: from then on nothing is asked again."""
-
-    def __init__(self, sink: Sink, attachments: list[Attachment]) -> None:
-        self.visible = False
-        self.brought: UploadResult | None = None
-        self.sink = sink
-        self._attachments = attachments
-
-    def __call__(self, events: list[Event]) -> Awaitable[None]:
-        if not self.visible and not isinstance(events[-1], Opened):
-            self.visible = True
-            self._attachments.clear()  # inline files are large
-        return self.sink.send(events)
-
-
-class _Filtering:
-    """The way of one answer's events through its filters."""
-
-    def __init__(self, chain: Chain, send: _Sending) -> None:
-        self.chain = chain
-        self.send = send
-
-    async def __call__(self, events: list[Event]) -> None:
-        """Send what the filters leave of `events`. Raises `ProxyError` as they do."""
-        shown = self.chain.feed(events)
-        if shown:
-            await self.send(shown)
+    @property
+    def may_be_left(self) -> bool:
+        """Whether Kimi may have a conversation whose id nobody knows: the connection was lost before it came."""
+        asked = self.stream is not None or (self.starting is not None and self.starting.cancelled())
+        return asked and not self.conversation_id and not (self.stream is not None and self.stream.answer.ended)
 
 
-_UNFIT: Final = 422  # what the model wrote is of no use, twice
+class Candidates:
+    """The accounts to ask, one after the other: the least busy, then the one unused for longest.
 
+    An account on cooldown is passed over, unless all are, or all others have dead tokens: then the one due first is
+    asked.
+    """
 
-class Asking:
-    """The way of every chat. It owns the conversation and the response, and lets go of both however it is left."""
-
-    def __init__(
-        self,
-        client: KimiClient,
-        accounts: Accounts,
-        kept: KeptConversations,
-        conversations: OpenConversations,
-        uploads: Uploads,
-        tasks: BackgroundTasks,
-        ticker: Ticker,
-        metrics: Metrics,
-        settings: Settings,
-    ) -> None:
+    def __init__(self, accounts: Sequence[Account]) -> None:
         self._accounts = accounts
-        self._kept = kept
-        self._conversations = conversations
-        self._uploads = uploads
-        self._tasks = tasks
-        self._ticker = ticker
-        self._metrics = metrics
-        self._settings = settings
-        self._classic: KimiProtocol = Classic(client, settings.base_url)
-        self._connect = Connect(client, settings.base_url, settings.auth_url)
-        self._models: dict[str, tuple[float, tuple[Model, ...]]] = {}
-        self._current: KimiProtocol = self._connect if settings.protocol == "connect" else self._classic
+        self._tried: list[Account] = []
+        self._failures: list[ProxyError] = []
+        self.busy: list[Account] = []
+
+    def __iter__(self) -> Iterator[Account]:
+        while (account := self.choose()) is not None:
+            self._tried.append(account)
+            account.used_at = asyncio.get_running_loop().time()
+            yield account
+
+    def refuse(self, account: Account, failure: ProxyError) -> None:
+        """Note that `account` was refused (401, 429), and put it on cooldown. Raises any other `failure`."""
+        if failure.status not in (401, 429):
+            raise failure
+        self._failures.append(failure)
+        # A full queue is our own, and research has a quota of its own, which Kimi tells without an error.
+        if failure.code != "queue_full" and not (failure.code == "quota_used_up" and failure.upstream_status is None):
+            seconds = DEAD_SECONDS if failure.status == 401 else failure.retry_after_seconds
+            account.cooldown_until = asyncio.get_running_loop().time() + seconds
+
+    @property
+    def failure(self) -> ProxyError:
+        """What to tell the client where every account was refused: a limit rather than a dead token."""
+        return max(self._failures, key=lambda failure: failure.status)
+
+    def choose(self) -> Account | None:
+        """The account to ask next; None where there is none left."""
+        now = asyncio.get_running_loop().time()
+        rest = [account for account in self._accounts if account not in self._tried]
+        if ready := [account for account in rest if account.cooldown_until <= now]:
+            return min(ready, key=lambda account: (account.slots.running, account.used_at))
+        # Dead tokens say nothing about the accounts on cooldown.
+        if self.busy or any(failure.status != 401 for failure in self._failures):
+            return None
+        return min(rest, key=lambda account: account.cooldown_until, default=None)
+
+
+@dataclass(slots=True)
+class Gateway:
+    """What every answer needs: protocols, models, the choice of an account, and the end of conversations."""
+
+    settings: Settings
+    metrics: Metrics
+    tasks: BackgroundTasks
+    accounts: Accounts
+    uploads: Uploads
+    kept: KeptConversations
+    conversations: OpenConversations
+    classic: Classic
+    connect: Connect
+    current: KimiProtocol
+    _listed: dict[bytes, tuple[float, tuple[Model, ...]]] = field(default_factory=dict)
+
+    def answer(self, accounts: Sequence[Account], question: Question, start_chain: Callable[[], Chain]) -> LiveAnswer:
+        """The answer of one of `accounts`, for `async with`; `start_chain` makes the filters of each try."""
+        if orphaned := [account.digest for account in accounts if account.digest in self.conversations.orphan_owners]:
+            self.tasks.start(self.remove_orphans(orphaned), "remove")
+        return LiveAnswer(self, accounts, question, start_chain)
+
+    async def upload(self, accounts: Sequence[Account], received: ReceivedFile) -> UploadedFile:
+        """Bring a client's file to Kimi, for one of `accounts`. Raises `ProxyError`."""
+        candidates = Candidates(accounts)
+        for account in candidates:
+            protocol = self.protocol_of(account)
+            try:
+                try:
+                    return await self.uploads.add(account, protocol, received)
+                except ProtocolRetired:
+                    if not self.may_change(protocol):
+                        raise
+                return await self.uploads.add(account, self.connect, received)
+            except ProxyError as failure:
+                candidates.refuse(account, failure)
+        raise candidates.failure
 
     async def refresh(self, account: Account) -> TokenPair:
-        """A new pair of tokens, in the dialect in use, or in `auto` with connect where classic seems retired."""
+        """A new pair of tokens, by the protocol in use, or in `auto` by connect where classic seems retired."""
         try:
-            return await self._current.refresh(account)
+            pair = await self.current.refresh(account)
         except ProtocolRetired:
-            if not self._may_change(self._current):
+            if not self.may_change(self.current):
                 raise
-        return await self._connect.refresh(account)
+            pair = await self.connect.refresh(account)
+        self.metrics.count("kimi_proxy_tokens_refreshed_total")
+        return pair
 
     async def models(self, account: Account | None) -> tuple[Model, ...]:
-        """The models that can be asked: the service's own, kept for 5 minutes, else a built-in list.
+        """The models that can be asked: Kimi's own list, kept for 5 minutes, else a built-in one.
 
-        Only connect tells them; without an account, or where the service does not answer, the list is built in.
+        Only connect tells them; without an account, or where Kimi does not answer, the list is built in.
         """
-        if known := self._known_models(account):
-            return known
-        assert account is not None
-        now = time.monotonic()
-        self._models = {token: kept for token, kept in self._models.items() if now < kept[0]}
-        seconds = _MODELS_SECONDS
-        try:
-            models = await self._connect.models(account) or CONNECT_MODELS
-        except ProxyError as error:
-            logger.warning("! %s; a built-in list stands in", error)
-            models, seconds = CONNECT_MODELS, _NO_MODELS_SECONDS
-        self._models[account.token] = (now + seconds, models)
-        return models
-
-    def _known_models(self, account: Account | None) -> tuple[Model, ...]:
-        """The models, where nobody has to be asked for them; else none."""
-        if self._current is not self._connect and (account is None or not account.is_access_token):
+        if self.current is not self.connect and (account is None or not account.is_access_token):
             return CLASSIC_MODELS
         if account is None:
             return CONNECT_MODELS
-        until, models = self._models.get(account.token, (0.0, ()))
-        return models if time.monotonic() < until else ()
+        now = time.monotonic()
+        until, models = self._listed.get(account.digest, (0.0, ()))
+        if now < until:
+            return models
+        self._listed = {digest: kept for digest, kept in self._listed.items() if now < kept[0]}
+        seconds = MODELS_SECONDS
+        try:
+            models = await self.connect.models(account) or CONNECT_MODELS
+        except ProxyError as error:
+            logger.warning("! %s; a built-in list is used", error)
+            models, seconds = CONNECT_MODELS, NO_MODELS_SECONDS
+        self._listed[account.digest] = (now + seconds, models)
+        return models
 
     async def choose_model(self, account: Account, name: str) -> Model:
         """The model that a client's `name` means; the default, with a log line, where it is not known.
 
         Raises `ProxyError` where there is no access token: a built-in list would not help.
         """
-        await self._accounts.access_token(account)
-        model, is_known = choose_model(name, self._known_models(account) or await self.models(account))
+        await self.accounts.access_token(account)
+        model, is_known = choose_model(name, await self.models(account))
         if not is_known:
             logger.info("model %s is not known, %s is asked", quote_words(name)[:60], model.id)
         return model
 
-    async def run(
-        self,
-        accounts: Sequence[Account],
-        question: Question,
-        sink: Sink,
-        start_chain: Callable[[], Chain] = Chain,
-    ) -> UploadResult:
-        """Ask `question` for one of `accounts`: its events go to `sink`, those of one network read at a time.
+    def protocol_of(self, account: Account) -> KimiProtocol:
+        """The protocol in use; an access token has meaning in connect alone."""
+        return self.connect if account.is_access_token and self.may_change(self.current) else self.current
 
-        They go through a chain of filters that `start_chain` makes for each time of asking. Raises `ProxyError`. A
-        cancellation stops the answer at once; the conversation is still removed.
+    def protocol_named(self, name: str) -> KimiProtocol:
+        """The protocol that a kept conversation was opened in."""
+        return self.connect if name == self.connect.name else self.classic
+
+    def may_change(self, protocol: KimiProtocol) -> bool:
+        """Whether to ask again by connect what `protocol` refused as one that is retired would."""
+        return self.settings.protocol == "auto" and protocol is self.classic
+
+    def stay_with(self, protocol: KimiProtocol) -> None:
+        """Note that `protocol` answered: in `auto`, connect stays in use from then on."""
+        if self.current is self.classic and protocol is self.connect and self.settings.protocol == "auto":
+            self.current = self.connect
+            logger.warning("classic seems to be retired, connect answered: staying with it (KIMI_PROTOCOL=connect)")
+
+    async def ask(self, exchange: Exchange, deadline: float) -> None:
+        """Open the conversation of `exchange` where it has none, and ask in it. Raises `ProxyError`."""
+        account, protocol, question = exchange.account, exchange.protocol, exchange.question
+        if not exchange.conversation_id:
+            opened = await protocol.open(account, question.model)
+            self.note_opened(exchange, opened)
+        if not exchange.abandoned:
+            exchange.stream = await protocol.ask(account, exchange.conversation_id, question, deadline)
+
+    def note_opened(self, exchange: Exchange, conversation_id: str) -> None:
+        """Have a new conversation on the list of those to remove, as soon as its id is known."""
+        if conversation_id:
+            exchange.conversation_id = conversation_id
+            self.conversations.add(exchange.account.digest, exchange.protocol.name, conversation_id)
+
+    async def keep(self, exchange: Exchange) -> None:
+        """Remember the conversation of `exchange` for its client."""
+        self.conversations.discard(exchange.conversation_id)  # first: better left than removed, once it is kept
+        message_id = (exchange.stream is not None and exchange.stream.answer.message_id) or exchange.question.parent_id
+        await self.kept.keep(exchange.account, exchange.conversation_id, exchange.protocol.name, message_id)
+
+    async def clean_up(self, exchange: Exchange, account: Account | None) -> None:
+        """Stop what runs, release the slot of `account`, and remove the conversation, unless it is kept.
+
+        A failure is logged, never the client's.
         """
-        sending = _Sending(sink, question.attachments)
-        for account in accounts:
-            self._begin_removing(account)
-        if question.goes_on or question.attachments:
-            accounts = await self._find_owner(accounts, question)
-        busy: list[Account] = []
-
-        async def ask(account: Account) -> bool:
-            """Whether it was answered; not so by an account that has another answer under way."""
-            if account.slots.serialized and not account.slots.is_free:
-                busy.append(account)
-                return False
-            await account.slots.acquire(self._settings.queue_length)
-            try:
-                await self._run_for(account, question, sending, start_chain)
-            except ProxyError as failure:
-                if sending.visible or not failure.is_busy:
-                    raise
-                account.slots.note_refused()
-                busy.append(account)
-                return False
-            finally:
-                account.slots.release()
-            return True
-
-        if await self._try_accounts(accounts, ask, lambda: not sending.visible):
-            return cast(UploadResult, sending.brought)
-        account = min(busy, key=lambda one: one.slots.waiting)
-        await account.slots.acquire(self._settings.queue_length)
         try:
-            await self._run_for(account, question, sending, start_chain)
+            await self._end_stream(exchange)
         finally:
-            account.slots.release()
-        return cast(UploadResult, sending.brought)
+            exchange.closed.set()
+            if account is not None:
+                account.slots.release()
+        if exchange.may_be_left:
+            self.metrics.count("kimi_proxy_removals_failed_total")
+            logger.warning("! a conversation of account %s may be left: its id was not read", exchange.account.label)
+        if exchange.conversation_id and not exchange.kept:
+            await self._remove(exchange.account, exchange.protocol, exchange.conversation_id)
 
-    async def upload(self, accounts: Sequence[Account], received: ReceivedFile) -> UploadedFile:
-        """Bring a client's file to the service, for one of `accounts`. Raises `ProxyError`."""
-        uploaded: list[UploadedFile] = []
+    async def _end_stream(self, exchange: Exchange) -> None:
+        """Stop the answer, or read what is left of an ended one; where the id is in the stream, read on for it [2+]."""
+        exchange.abandoned = True
+        starting = exchange.starting
+        if starting is not None and not starting.done():
+            if exchange.conversation_id:
+                starting.cancel()
+            # What opens a conversation is finished, so that its id is known: the call has a limit of its own.
+            limit = END_SECONDS if exchange.protocol is self.connect else None
+            await asyncio.wait({starting}, timeout=limit)
+            starting.cancel()
+            await asyncio.wait({starting})
+        stream = exchange.stream
+        if stream is None:
+            return
+        for what, name in stream.answer.unknown_fields:
+            self.metrics.warn_once(what, name)
+        if stream.answer.ended:
+            await stream.drain(END_SECONDS)
+            return
+        with suppress(ProxyError, TimeoutError):
+            async with asyncio.timeout(END_SECONDS):
+                while not exchange.conversation_id and await stream.read() is not None:
+                    self.note_opened(exchange, stream.answer.conversation_id)
+        stream.close()
+        await self._stop(exchange, stream.answer.message_id)
 
-        async def bring(account: Account) -> bool:
-            dialect = self._dialect_of(account)
+    async def _stop(self, exchange: Exchange, message_id: str) -> None:
+        """Have Kimi stop an answer that nobody reads any more. A failure is logged."""
+        if exchange.conversation_id and (message_id or exchange.protocol is not self.connect):
             try:
-                uploaded.append(await self._uploads.add(account, dialect, received))
-            except ProtocolRetired:
-                if not self._may_change(dialect):
-                    raise
-                uploaded.append(await self._uploads.add(account, self._connect, received))
-            return True
+                await exchange.protocol.stop(exchange.account, exchange.conversation_id, message_id)
+            except ProxyError as error:
+                logger.warning("! an answer of account %s may go on: %s", exchange.account.label, error)
 
-        await self._try_accounts(accounts, bring, lambda: True)
-        return uploaded[0]
+    async def _remove(self, account: Account, protocol: KimiProtocol, conversation_id: str) -> bool:
+        """Remove a conversation; whether it is gone then. A failure is logged, and the removal tried again later."""
+        try:
+            await protocol.remove(account, conversation_id)
+        except ProxyError as error:
+            if error.upstream_status != 404:  # that one is gone
+                self.conversations.postpone(conversation_id)
+                self.metrics.count("kimi_proxy_removals_failed_total")
+                text = "! conversation %s of account %s was not removed: %s"
+                logger.warning(text, conversation_id, account.label, error)
+                return False
+        self.conversations.discard(conversation_id)
+        return True
 
-    def choose_account(self, accounts: Sequence[Account], tried: Sequence[Account] = ()) -> Account | None:
-        """The account to ask next: the least busy, then the one unused for longest; none that is set aside.
+    async def remove_orphans(self, owners: Iterable[bytes]) -> None:
+        """Remove what is left open for these accounts, as far as their tokens are in memory or kept.
 
-        If all are aside, the one due first is asked all the same. None where all were tried.
+        It stops when several removals fail: Kimi may be ailing, or a token dead.
         """
-        now = asyncio.get_running_loop().time()
-        ready = [one for one in accounts if one not in tried and one.cooldown_until <= now]
-        if ready:
-            return min(ready, key=lambda one: (one.slots.running, one.used_at))
-        return None if tried else min(accounts, key=lambda one: one.cooldown_until)
+        for owner in owners:
+            account = await self.accounts.recall(owner)
+            orphans = [] if account is None else self.conversations.orphans(owner)
+            if account is None or not orphans:
+                continue
+            removed = failed = 0
+            for one in orphans:
+                if failed == MAX_REMOVAL_FAILURES:
+                    self.conversations.postpone(one.id)
+                elif await self._remove(account, self.protocol_named(one.protocol), one.id):
+                    removed += 1
+                else:
+                    failed += 1
+            logger.info("removed %d of %d conversations of account %s left open", removed, len(orphans), account.label)
 
-    async def _try_accounts(
-        self,
-        accounts: Sequence[Account],
-        work: Callable[[Account], Awaitable[bool]],
-        may_move_on: Callable[[], bool],
-    ) -> bool:
-        """Do `work` for one account after the other until one does it; whether one did.
 
-        A refusal of the account (401, 429) sets it aside and moves on to the next, while that may be. Raises
-        `ProxyError`, a limit's rather than a dead token's, where every account was refused.
-        """
-        loop = asyncio.get_running_loop()
-        tried: list[Account] = []
-        failures: list[ProxyError] = []
-        while True:
-            account = self.choose_account(accounts, tried)
-            if account is None and all(failure.status == 401 for failure in failures):
-                # Dead tokens say nothing of those that are set aside: the one due first is asked all the same.
-                rest = [one for one in accounts if one not in tried]
-                account = (
-                    min(rest, key=lambda one: one.cooldown_until) if rest and len(failures) == len(tried) else None
-                )
-            if account is None:
-                break
-            tried.append(account)
-            account.used_at = loop.time()
+class LiveAnswer:
+    """One answer, pulled by `read` within `async with`; leaving that at any point cleans up.
+
+    Entering asks, one account after the other, until there is something for the client to see: until then any account
+    may be asked, and by either protocol; from then on nothing is asked again, unless a filter wants a second try.
+    """
+
+    def __init__(
+        self, gateway: Gateway, accounts: Sequence[Account], question: Question, start_chain: Callable[[], Chain]
+    ) -> None:
+        self.upload_result: UploadResult
+        self._gateway = gateway
+        self._accounts = accounts
+        self._question = question
+        self._start_chain = start_chain
+        self._chain: Chain
+        self._deadline = asyncio.get_running_loop().time() + gateway.settings.answer_seconds
+        self._account: Account | None = None  # whose slot is taken
+        self._exchange: Exchange | None = None
+        self._first: list[Event] = []
+        self._continuations_left = MAX_CONTINUATIONS
+        self._is_second_try = False
+        self._over = False
+
+    async def __aenter__(self) -> LiveAnswer:
+        try:
+            await self._open()
+        except BaseException:
+            self._leave()
+            raise
+        self._question.attachments.clear()  # inline files are large
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._leave()
+
+    async def read(self) -> list[Event] | None:
+        """The next events, never none; None when the answer is over. Raises `ProxyError`."""
+        if self._first:
+            events, self._first = self._first, []
+            return events
+        return await self._advance()
+
+    async def _open(self) -> None:
+        """Ask one account after the other; where all that is left are busy with one answer at a time, wait in line."""
+        candidates = Candidates(await self._find_owner())
+        for account in candidates:
+            if account.slots.serialized and account.slots.running:
+                candidates.busy.append(account)
+                continue
             try:
-                if await work(account):
-                    account.cooldown_until = 0.0
-                    return True
+                await self._ask_account(account)
+                return
             except ProxyError as failure:
-                if failure.status not in (401, 429) or not may_move_on():
-                    raise
-                aside_seconds = _DEAD_SECONDS if failure.status == 401 else failure.retry_after_seconds
-                if failure.code != "quota_used_up":  # that is one model's
-                    account.cooldown_until = loop.time() + aside_seconds
-                failures.append(failure)
-        if len(failures) < len(tried):
-            return False
-        raise max(failures, key=lambda failure: failure.status)
+                if self._met_another(account, failure):
+                    account.slots.note_refused()
+                    candidates.busy.append(account)
+                else:
+                    candidates.refuse(account, failure)
+            finally:
+                if not self._first:
+                    self._leave()
+        if not candidates.busy:
+            raise candidates.failure
+        await self._ask_account(min(candidates.busy, key=lambda account: account.slots.waiting))
 
-    async def _find_owner(self, accounts: Sequence[Account], question: Question) -> Sequence[Account]:
-        """The one of `accounts` that the conversation or the files of `question` belong to; all where it names none.
+    def _met_another(self, account: Account, failure: ProxyError) -> bool:
+        """Whether Kimi refused because another answer of the account runs, which it does, here."""
+        exchange = self._exchange
+        return exchange is not None and failure.code == exchange.protocol.busy_code and account.slots.running > 1
+
+    async def _find_owner(self) -> Sequence[Account]:
+        """The account that the conversation or the files of the question belong to; all where it names none.
 
         Raises `ProxyError`, also for what belongs to two accounts.
         """
+        question, uploads = self._question, self._gateway.uploads
         owners: list[Account] = []
         if question.goes_on:
-            keepers = [one for one in accounts if await self._kept.has(one, question.conversation_id)]
+            keepers = [one for one in self._accounts if await self._gateway.kept.has(one, question.conversation_id)]
             if not keepers:
                 raise ProxyError("conversation_not_found", param="conversation_id")
             owners.append(keepers[0])
         for attachment in question.attachments:
             if attachment.file_id:
-                self._uploads.find(attachment.file_id, accounts, attachment.path)
-                owners += [one for one in accounts if self._uploads.owns(one, attachment.file_id)]
+                uploads.find(attachment.file_id, self._accounts, attachment.path)
+                owners += [one for one in self._accounts if uploads.owns(one, attachment.file_id)]
         if len(set(owners)) > 1:
             raise ProxyError("invalid_request", "its files and its conversation belong to two accounts")
-        return owners[:1] or accounts
+        return owners[:1] or self._accounts
 
-    def _dialect_of(self, account: Account) -> KimiProtocol:
-        """The dialect in use; an access token has meaning in connect alone."""
-        return self._connect if account.is_access_token and self._may_change(self._current) else self._current
-
-    async def _run_for(
-        self, account: Account, question: Question, sending: _Sending, start_chain: Callable[[], Chain]
-    ) -> None:
-        """Ask for one account; again where its token was stale, or classic seems to be retired."""
-        question.model = await self.choose_model(account, question.model_name)
-        dialect = self._dialect_of(account)
+    async def _ask_account(self, account: Account) -> None:
+        """Ask `account`; again where its token was stale, or classic seems to be retired."""
+        gateway = self._gateway
+        await account.slots.acquire(gateway.settings.queue_length)
+        self._account = account
+        question = replace(self._question, model=await gateway.choose_model(account, self._question.model_name))
+        protocol = gateway.protocol_of(account)
         if question.goes_on:
-            return await self._go_on(account, question, sending, start_chain())
-        try:
-            await self._ask(account, dialect, question, sending, start_chain())
-        except StaleToken as stale:
-            if sending.visible:
-                raise
-            await self._accounts.drop(account, stale.access_token)
-            await self._ask(account, dialect, question, sending, start_chain())
-        except ProtocolRetired as sign:
-            if sending.visible or not self._may_change(dialect):
-                raise
-            logger.debug("! %s", sign)
-            await self._ask(account, self._connect, question, sending, start_chain())
-            if self._current is not self._connect:
-                self._current = self._connect
-                logger.warning("classic seems to be retired, connect answered: staying with it (KIMI_PROTOCOL=connect)")
-
-    async def _go_on(self, account: Account, question: Question, sending: _Sending, chain: Chain) -> None:
-        """Ask in a conversation that was kept, in the dialect that opened it."""
-        name, parent_id = await self._kept.find(account, question.conversation_id)
-        dialect = self._dialect_named(name)
-        try:
-            await self._ask(account, dialect, replace(question, parent_id=parent_id), sending, chain)
-        except ProxyError as error:
-            if error.upstream_status != 404 or not error.detail.startswith("asking"):
-                raise
-            raise ProxyError("conversation_not_found", error.detail, param="conversation_id") from None
-
-    def _dialect_named(self, name: str) -> KimiProtocol:
-        return self._connect if name == self._connect.name else self._classic
-
-    def _may_change(self, dialect: KimiProtocol) -> bool:
-        return self._settings.protocol == "auto" and dialect is self._classic
-
-    async def _ask(
-        self, account: Account, dialect: KimiProtocol, question: Question, sending: _Sending, chain: Chain
-    ) -> None:
-        """Ask in one dialect, and once more where `chain` wants it. Files go first: a bad one opens no conversation."""
-        if question.attachments:
-            file_ids = await self._uploads.upload(account, dialect, question.attachments)
-            sending.brought = UploadResult(account, dialect.name, file_ids)
-            question = replace(question, attachments=[], file_ids=tuple(dict.fromkeys(file_ids)))
-
-        else:
-            sending.brought = UploadResult(account, dialect.name, ())
-        filtering = _Filtering(chain, sending)
-        conversation = await self._converse(account, dialect, question, filtering)
-        if not chain.retry_reason:
-            await self._keep(account, dialect, question, conversation)
-            return
-        logger.debug("= the answer cannot be used, asking once more")
-        try:
-            await self._ask_again(account, dialect, question, conversation, filtering)
-        except BaseException:
-            if question.conversation_id == NEW_CONVERSATION:  # nobody was told of it
-                conversation.kept = False
-                self._tasks.start(self._let_go(account, conversation), "remove")
-            raise
-        await self._keep(account, dialect, question, conversation)
-
-    async def _ask_again(
-        self,
-        account: Account,
-        dialect: KimiProtocol,
-        question: Question,
-        conversation: _Conversation,
-        filtering: _Filtering,
-    ) -> None:
-        """The second try, told what was wrong with the first; in the same conversation where that is kept."""
-        chain = filtering.chain
-        words = describe_failure(chain.retry_reason, "" if question.conversation_id else chain.previous)
-        if question.conversation_id:
-            parent_id = conversation.message_id
-            second = replace(question, text=words, conversation_id=conversation.id, parent_id=parent_id)
-        else:
-            second = replace(question, text=f"{question.text}system:{words}")
-        chain.begin_retry()
-        await conversation.closed.wait()  # the service may give the account one answer at a time
-        try:
-            await self._converse(account, dialect, second, filtering)
-        except ProxyError as failure:
-            events = [] if failure.status == _UNFIT else chain.give_up()
-            if not events:
-                raise
-            logger.warning("! asking once more failed: %s", failure)
-            await filtering.send(events)
-
-    async def _keep(
-        self, account: Account, dialect: KimiProtocol, question: Question, conversation: _Conversation
-    ) -> None:
-        """Remember the conversation, where the client wants that."""
-        if question.conversation_id:
-            message_id = conversation.message_id
-            self._conversations.discard(conversation.id)  # first: better left than removed, once it is kept
-            await self._kept.keep(account, conversation.id, dialect.name, message_id)
-
-    async def _converse(
-        self, account: Account, dialect: KimiProtocol, question: Question, filtering: _Filtering
-    ) -> _Conversation:
-        """One question and its answer; the conversation, which is let go of, and stays where the client keeps it."""
-        conversation = await self._begin(account, dialect, question)
-        try:
-            if conversation.id:
-                await filtering([Opened(conversation.id, hits_inline=dialect is self._classic)])
-            try:
-                await self._answer(account, conversation, question, filtering)
-            except ProxyError as failure:
-                failure.is_busy = failure.code == dialect.busy_code and account.slots.running > 1
-                raise
-            conversation.ended = not filtering.chain.ended or conversation.stream_ended
-            conversation.kept = bool(question.conversation_id)
-            return conversation
-        finally:
-            account.slots.running += 1  # until the stream is closed
-            self._tasks.start(self._let_go(account, conversation, account.slots.release), "remove")
-
-    async def _answer(
-        self, account: Account, conversation: _Conversation, question: Question, filtering: _Filtering
-    ) -> None:
-        """Ask, and relay the answer; where it meets classic's length limit, ask it to go on, a few times."""
-        rest = _CONTINUATIONS
-        deadline = asyncio.get_running_loop().time() + self._settings.answer_seconds
+            name, question.parent_id = await gateway.kept.find(account, question.conversation_id)
+            protocol = gateway.protocol_named(name)
+        is_fresh = False
         while True:
-            asks = conversation.dialect.ask(account, conversation.id, question, deadline)
             try:
-                if conversation.id:
-                    stream = await asks
-                else:  # should the client leave, the id has still to be read
-                    errand = Errand(self._tasks, asks, "ask")
-                    conversation.asking = errand.task
-                    stream = await errand
-            except ProxyError:
-                if not question.segment_id:
+                await self._ask(account, protocol, question)
+                break
+            except StaleToken as failure:
+                if is_fresh:
                     raise
-                await filtering([Finished("length")])
-                return
-            conversation.stream = stream
-            segment_id = await self._relay(account, conversation, stream, filtering, may_continue=rest > 0)
-            if not segment_id:
-                return
-            rest -= 1
-            conversation.stream = None
-            self._tasks.start(stream.drain(END_SECONDS), "read out")
-            question = replace(question, segment_id=segment_id)
+                is_fresh = True
+                await gateway.accounts.drop(account, failure.access_token)
+            except ProtocolRetired as failure:
+                if not gateway.may_change(protocol):
+                    raise
+                logger.debug("! %s", failure)
+                protocol = gateway.connect
+        account.cooldown_until = 0.0
+        account.slots.note_answering()
+        gateway.stay_with(protocol)
 
-    async def _relay(
-        self,
-        account: Account,
-        conversation: _Conversation,
-        stream: AnswerStream,
-        filtering: _Filtering,
-        *,
-        may_continue: bool,
-    ) -> str:
-        """Send the answer's events; the segment to continue from, where it was cut short and its end was not sent.
+    async def _ask(self, account: Account, protocol: KimiProtocol, question: Question) -> None:
+        """Ask by one protocol, until there is something to see. Files go first: a bad one opens no conversation."""
+        file_ids: tuple[str, ...] = ()
+        if question.attachments:
+            file_ids = await self._gateway.uploads.upload(account, protocol, question.attachments)
+            question = replace(question, attachments=[], file_ids=tuple(dict.fromkeys(file_ids)))
+        self.upload_result = UploadResult(account, protocol.name, file_ids)
+        self._chain = self._start_chain()
+        exchange = self._make_exchange(account, protocol, question)
+        await self._start(exchange)
+        shown: list[Event] = []
+        if exchange.conversation_id:
+            shown = self._chain.feed([Opened(exchange.conversation_id, protocol.hits_inline)])
+        while not shown or isinstance(shown[-1], Opened):
+            shown += await self._advance() or []
+        self._first = shown
 
-        An answer that a filter ended is read no further.
+    async def _start(self, exchange: Exchange, *, keep_former: bool = False) -> None:
+        """Let go of the exchange before, and have `exchange` asked by a task that outlives a client who leaves.
+
+        The slot stays taken. Raises `ProxyError`.
         """
-        chain = filtering.chain
-        while not chain.ended and (events := await stream.read()) is not None:
-            self._note_id(account, conversation, stream)
-            if may_continue and stream.answer.segment_id and events and isinstance(events[-1], Finished):
-                events.pop()
-            if events:
-                await filtering(events)
-        for what, name in stream.answer.unknown_fields:
-            self._metrics.warn_once(what, name)
-        return stream.answer.segment_id if may_continue and not chain.ended else ""
-
-    def _note_id(self, account: Account, conversation: _Conversation, stream: AnswerStream) -> None:
-        """Note what the stream tells of the conversation."""
-        conversation.message_id = stream.answer.message_id
-        if not conversation.id and stream.answer.conversation_id:
-            conversation.id = stream.answer.conversation_id
-            self._conversations.add(account.digest, conversation.dialect.name, conversation.id)
-
-    async def _begin(self, account: Account, dialect: KimiProtocol, question: Question) -> _Conversation:
-        """The conversation to ask in, opened where it has to be."""
-        # A client that leaves while the opening call is under way must not leave a conversation behind: the call is
-        # finished as a task of the application, and what it opened is removed. One that leaves before, while the token
-        # is refreshed, opens none.
-        await self._accounts.access_token(account)
-        if question.goes_on:
-            return _Conversation(dialect, question.conversation_id, kept=True)
-        return _Conversation(dialect, await self._open(account, dialect, question.model))
-
-    async def _open(self, account: Account, dialect: KimiProtocol, model: Model) -> str:
-        opens = dialect.open(account, model)
-        opening = Errand(self._tasks, self._note_opened(account, dialect, opens), "open")
+        gateway, question = self._gateway, exchange.question
+        former, self._exchange = self._exchange, exchange
+        if former is not None:
+            former.kept = former.kept or keep_former
+            gateway.tasks.start(gateway.clean_up(former, None), "clean up")
+            await former.closed.wait()  # Kimi may give the account one answer at a time
+        await gateway.accounts.access_token(exchange.account)  # a client who leaves meanwhile opens nothing
+        exchange.starting = gateway.tasks.start(gateway.ask(exchange, self._deadline), "ask")
         try:
-            return await opening
-        except asyncio.CancelledError:
-            opening.task.add_done_callback(partial(self._let_go_late, account, dialect))
+            await asyncio.shield(exchange.starting)
+        except ProxyError as failure:
+            if question.goes_on and failure.upstream_status == 404:
+                raise ProxyError("conversation_not_found", failure.detail, param="conversation_id") from None
             raise
 
-    async def _note_opened(self, account: Account, dialect: KimiProtocol, opens: Coroutine[Any, Any, str]) -> str:
-        """Open a conversation, and have it on the list as soon as its id is known."""
-        opened = await opens
-        if opened:
-            self._conversations.add(account.digest, dialect.name, opened)
-        return opened
+    async def _advance(self) -> list[Event] | None:
+        """The next events that the filters let through; None when the answer is over."""
+        while not self._over:
+            try:
+                if self._chain.retry_reason:
+                    await self._ask_again()
+                shown = self._chain.feed(await self._read_events())
+            except ProxyError as failure:
+                shown = self._give_up(failure)
+            if shown:
+                if isinstance(shown[-1], Finished):
+                    await self._finish()
+                return shown
+        return None
 
-    def _let_go_late(self, account: Account, dialect: KimiProtocol, opening: asyncio.Task[str | None]) -> None:
-        if not opening.cancelled() and opening.exception() is None and (opened := opening.result()):
-            conversation = _Conversation(dialect, opened)
-            self._tasks.start(self._let_go(account, conversation), "remove")
+    async def _read_events(self) -> list[Event]:
+        """The events of one network read; classic's answer that met its length limit is asked to go on."""
+        exchange = cast(Exchange, self._exchange)
+        stream = cast(AnswerStream, exchange.stream)
+        events = await stream.read()
+        if not exchange.conversation_id:
+            self._gateway.note_opened(exchange, stream.answer.conversation_id)
+        if events is None:  # cannot be: the last event finishes the answer
+            raise ProxyError("answer_broken", "Kimi's answer has no end")
+        if stream.answer.segment_id and self._continuations_left:
+            return await self._continue(exchange, stream, events)
+        return events
 
-    async def _let_go(
-        self, account: Account, conversation: _Conversation, closed: Callable[[], None] = lambda: None
-    ) -> None:
-        """Stop the answer, or read what is left of an ended one, and remove the conversation; `closed` is told between.
-
-        A failure is logged, never the client's. Where the id is still in the stream, that is read on for it [2+].
-        """
+    async def _continue(self, exchange: Exchange, stream: AnswerStream, events: list[Event]) -> list[Event]:
+        """Ask Kimi to go on, and leave out that the answer finished; where it does not, the answer is cut."""
+        self._continuations_left -= 1
+        await stream.drain(END_SECONDS)
+        question = replace(exchange.question, segment_id=stream.answer.segment_id)
         try:
-            is_known = await self._close(account, conversation)
-        finally:
-            conversation.closed.set()
-            closed()
-        if not is_known:
-            self._metrics.count("kimi_proxy_removals_failed_total")
-            logger.warning("! a conversation of account %s may be left: its id was not read", account.label)
-        if not conversation.kept and conversation.id:
-            await self._remove(account, conversation.dialect, conversation.id)
+            exchange.stream = await exchange.protocol.ask(
+                exchange.account, exchange.conversation_id, question, self._deadline
+            )
+        except ProxyError as failure:
+            logger.warning("! the answer is cut short: %s", failure)
+            return events
+        return events[:-1]
 
-    async def _close(self, account: Account, conversation: _Conversation) -> bool:
-        """Let go of the answer. False where a conversation may be left whose id could not be read."""
-        if conversation.stream is None and conversation.asking is not None:
-            asking = conversation.asking
-            await asyncio.wait({asking}, timeout=END_SECONDS)
-            if not asking.done() or asking.cancelled() or asking.exception() is not None:
-                asking.cancel()
-                return bool(conversation.id)
-            conversation.stream = asking.result()
-        stream = conversation.stream
-        if stream is None:
-            return True
-        if conversation.ended:
-            await stream.drain(END_SECONDS)
-            return True
-        with suppress(ProxyError, TimeoutError):
-            async with asyncio.timeout(END_SECONDS):
-                while not conversation.id and await stream.read() is not None:
-                    self._note_id(account, conversation, stream)
-        stream.close()
-        return bool(conversation.id)
+    async def _ask_again(self) -> None:
+        """The second try, told what was wrong with the first; in the same conversation where that is kept."""
+        logger.debug("= the answer cannot be used, asking once more")
+        first, chain, stays = cast(Exchange, self._exchange), self._chain, bool(self._question.conversation_id)
+        words = describe_failure(chain.retry_reason, "" if stays else chain.previous)
+        question = replace(first.question, text=words if stays else f"{first.question.text}system:{words}")
+        if stays:
+            question.conversation_id = first.conversation_id
+            question.parent_id = cast(AnswerStream, first.stream).answer.message_id
+        chain.begin_retry()
+        self._is_second_try = True
+        await self._start(self._make_exchange(first.account, first.protocol, question), keep_former=stays)
 
-    async def _remove(
-        self, account: Account, dialect: KimiProtocol, conversation_id: str, *, may_be_gone: bool = False
-    ) -> bool:
-        """Remove a conversation; whether it is gone then. A failure is logged, and the conversation left."""
-        try:
-            await dialect.remove(account, conversation_id)
-        except ProxyError as error:
-            if error.upstream_status != 404 or not may_be_gone:
-                self._conversations.postpone(conversation_id)
-                self._metrics.count("kimi_proxy_removals_failed_total")
-                logger.warning(
-                    "! conversation %s of account %s was not removed: %s", conversation_id, account.label, error
-                )
-                return False
-        self._conversations.discard(conversation_id)
-        return True
+    def _make_exchange(self, account: Account, protocol: KimiProtocol, question: Question) -> Exchange:
+        conversation_id = question.conversation_id if question.goes_on else ""
+        return Exchange(account, protocol, question, self._question.goes_on, conversation_id)
 
-    async def remove_left(self) -> None:
-        """Remove what ended processes left open, for the accounts whose tokens are in memory or kept."""
-        for owner in self._conversations.orphan_owners:
-            account = await self._accounts.recall(owner)
-            if account is not None and (left := self._conversations.orphans(owner)):
-                await self._remove_all(account, left)
+    def _give_up(self, failure: ProxyError) -> list[Event]:
+        """What the first answer still has, where the second try failed and that is of use. Raises `failure` else."""
+        events = [] if not self._is_second_try or failure.status == 422 else self._chain.give_up()
+        if not events:
+            raise failure
+        logger.warning("! asking once more failed: %s", failure)
+        return events
 
-    def _begin_removing(self, account: Account) -> None:
-        """Now that `account` calls, remove what is left of it, beside its request."""
-        if left := self._conversations.orphans(account.digest):
-            self._tasks.start(self._remove_all(account, left), "remove")
+    async def _finish(self) -> None:
+        """Note that the answer is over, and keep its conversation where the client wants that: before it is told."""
+        self._over = True
+        exchange = cast(Exchange, self._exchange)
+        if self._question.conversation_id:
+            exchange.kept = True
+            await asyncio.shield(self._gateway.tasks.start(self._gateway.keep(exchange), "keep"))
 
-    async def _remove_all(self, account: Account, left: Sequence[OpenConversation]) -> None:
-        """Remove them one after the other, until too many removals fail: the service may be ailing, or a token dead."""
-        removed = failed = 0
-        for one in left:
-            if failed == _MOST_FAILURES:
-                self._conversations.postpone(one.id)
-            elif await self._remove(account, self._dialect_named(one.protocol), one.id, may_be_gone=True):
-                removed += 1
-            else:
-                failed += 1
-        logger.info("removed %d of %d conversations of account %s left open", removed, len(left), account.label)
-
-
-@dataclass(slots=True)
-class _Conversation:
-    """A conversation at the service, and the answer that runs in it; `id` is empty while only the stream knows it:
-    then `asking` is what brings the `stream`.
-    """
-
-    dialect: KimiProtocol
-    id: str
-    message_id: str = ""
-    asking: asyncio.Task[AnswerStream | None] | None = None
-    stream: AnswerStream | None = None
-    ended: bool = False
-    kept: bool = False
-    closed: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @property
-    def stream_ended(self) -> bool:
-        """Whether the service said the answer's end."""
-        return self.stream is not None and bool(self.stream.answer.ended)
+    def _leave(self) -> None:
+        """Let go of exchange and slot; one tracked task does what takes time."""
+        exchange, self._exchange = self._exchange, None
+        account, self._account = self._account, None
+        if exchange is not None:
+            self._gateway.tasks.start(self._gateway.clean_up(exchange, account), "clean up")
+        elif account is not None:
+            account.slots.release()
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -7415,15 +7225,12 @@ class KeptResponse:
     messages: tuple[Message, ...]
     size: int
 
-    def __repr__(self) -> str:
-        return f"KeptResponse({len(self.messages)} messages)"
-
 
 class KeptResponses:
-    """The answers that programs may go on from, by id: the newest, in this process's memory alone."""
+    """The answers that programs may continue, by id: the newest, in this process's memory alone."""
 
-    _MOST = 1000
-    _MOST_CHARACTERS = 50_000_000
+    MAX_RESPONSES = 1000
+    MAX_CHARACTERS = 50_000_000
 
     def __init__(self) -> None:
         self._kept: dict[str, KeptResponse] = {}
@@ -7431,11 +7238,11 @@ class KeptResponses:
 
     def keep(self, response_id: str, kept: KeptResponse) -> None:
         """Keep one more; the oldest make room. One that is larger than all that may be kept is not."""
-        if kept.size > self._MOST_CHARACTERS:
+        if kept.size > self.MAX_CHARACTERS:
             return
         self._kept[response_id] = kept
         self._characters += kept.size
-        while len(self._kept) > self._MOST or self._characters > self._MOST_CHARACTERS:
+        while len(self._kept) > self.MAX_RESPONSES or self._characters > self.MAX_CHARACTERS:
             self._drop(next(iter(self._kept)))
 
     def find(self, response_id: str, accounts: Sequence[Account]) -> KeptResponse | None:
@@ -7587,26 +7394,27 @@ class Access:
 
 # ==== 18. Server ============================================================
 #
-# The aiohttp application: state under typed keys, one middleware that gives every request its id, its log line and its
-# errors in JSON, and the handlers. A `Delivery` is one answer on its way: its head goes out with the first visible
-# bytes, so that a failure before them still has its HTTP status.
+# The aiohttp application: state under typed keys, two middlewares (the request's id and log line; its errors in JSON),
+# and the handlers, one for all APIs that answer. A `ResponseWriter` is one reply on its way: its head goes out with the
+# first bytes, so that a failure before them still has its HTTP status.
 
-FIRST_KEEP_ALIVE_SECONDS: Final = 20.0  # a stream silent for this long gets a keep-alive
+FIRST_KEEP_ALIVE_SECONDS: Final = 20.0  # a stream silent for this long gets a comment line
 KEEP_ALIVE_SECONDS: Final = 15.0  # and then one at this interval
+SEND_SECONDS: Final = 60.0  # drop a client that reads nothing for this long
 BODY_SECONDS: Final = 60.0  # limit for the body of a request to arrive
 MAX_BODIES_MB: Final = 256  # bodies of all running requests together, but always room for one
-REMOVAL_SECONDS: Final = 10.0  # how long pending removals may take on shutdown
-
-_CHAT_PATHS: Final = ("/v1/chat/completions", "/chat/completions")
-_MODELS_CREATED: Final = 1_704_067_200
-_PATHS: Final = (
+MAX_TOKENS_IN_REQUEST: Final = 32
+SEND_BUFFER_BYTES: Final = 131_072  # the system would hold some megabytes for each client that reads slowly
+MODELS_CREATED: Final = 1_704_067_200
+CLIENT_CLOSED: Final = 499  # as nginx logs a client that went away
+OPEN_PATHS: Final = frozenset({"/", "/ping", "/health"})
+KNOWN_PATHS: Final = (
     "POST /v1/chat/completions, /v1/messages, /v1/responses and /v1/completions, GET /v1/models, POST and GET "
     "/v1/files, GET /health, GET /metrics, GET /ping, GET /"
 )
-_OPEN_PATHS: Final = frozenset({"/", "/ping", "/health"})
-_MOST_TOKENS: Final = 32
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
-_CLIENT_CLOSED: Final = 499  # as nginx logs a client that went away
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class ClientGone(Exception):
@@ -7615,7 +7423,7 @@ class ClientGone(Exception):
 
 @dataclass(slots=True)
 class State:
-    """What the application owns: made at its start, closed at its end.
+    """What the application owns: made on startup, closed on shutdown.
 
     `running` are the tasks of all requests, `answering` those of Kimi's answers among them.
     """
@@ -7623,17 +7431,15 @@ class State:
     settings: Settings
     metrics: Metrics
     tasks: BackgroundTasks
-    ticker: Ticker
     accounts: Accounts
-    asking: Asking
+    gateway: Gateway
     files: Files
-    uploads: Uploads
-    responses: KeptResponses
     conversations: OpenConversations
     access: Access
-    draining: asyncio.Event
-    running: set[asyncio.Task[Any]]
-    answering: set[asyncio.Task[Any]]
+    responses: KeptResponses = field(default_factory=KeptResponses)
+    draining: asyncio.Event = field(default_factory=asyncio.Event)
+    running: set[asyncio.Task[Any]] = field(default_factory=set)
+    answering: set[asyncio.Task[Any]] = field(default_factory=set)
     body_bytes: int = 0
     closing: bool = False
     requested_at: float = 0.0
@@ -7641,7 +7447,7 @@ class State:
 
 @dataclass(slots=True)
 class Outcome:
-    """What the log line of one request tells: filled on the way."""
+    """What the log line of one request tells: filled on the way. `body_bytes` of its body are in memory."""
 
     chunks: int = 0
     failure: str = ""
@@ -7654,35 +7460,39 @@ STATE: Final = web.AppKey("state", State)
 OUTCOME: Final = web.RequestKey("outcome", Outcome)
 
 
-class Delivery:
-    """One answer on its way to the client. The ticker fills its silence."""
+class ResponseWriter:
+    """One reply on its way to the client. Its watchdog fills silence, and drops a client that reads nothing."""
 
-    def __init__(self, request: web.Request, encoder: Encoder, state: State) -> None:
+    def __init__(self, request: web.Request, encoder: Encoder, tasks: BackgroundTasks) -> None:
         self._request = request
         self._encoder = encoder
-        self._state = state
+        self._tasks = tasks
+        self._loop = asyncio.get_running_loop()
         self._response: web.StreamResponse | None = None
-        self._writes = 0
-        self._writing = False
-        self._seen = 0
-        self._started = asyncio.get_running_loop().time()
-        self._shown = False
-        self._next_comment = self._started + FIRST_KEEP_ALIVE_SECONDS
+        self._ended = False
+        self._silent_at = self._loop.time() + FIRST_KEEP_ALIVE_SECONDS
+        self._unsent_bytes = 0
+        self._unsent_since = 0.0
+        self._watchdog = Watchdog(self._check, min(FIRST_KEEP_ALIVE_SECONDS, SEND_SECONDS))
 
     @property
     def begun(self) -> bool:
         """Whether the head went out: from then on a failure is part of the stream."""
         return self._response is not None
 
-    async def send(self, events: list[Event]) -> None:
-        """Encode `events` and write what they show, in one write. Raises `ClientGone`."""
-        data = self._encoder.feed(events)
-        if not self._shown and self._encoder.chunks:
-            self._shown = True
-            seconds = asyncio.get_running_loop().time() - self._started
-            self._state.metrics.observe("kimi_proxy_first_text_seconds", seconds)
-        if data:
-            await self._write(data)
+    def close(self) -> None:
+        """Stop watching."""
+        self._ended = True
+        self._watchdog.stop()
+
+    async def write(self, data: bytes) -> None:
+        """Write `data` as fast as the client takes it; the head goes before it. Raises `ClientGone`."""
+        response = self._response or await self._begin()
+        try:
+            await response.write(data)
+        except ConnectionError:
+            raise ClientGone from None
+        self._silent_at = self._loop.time() + FIRST_KEEP_ALIVE_SECONDS
 
     async def finish(self) -> web.StreamResponse:
         """End a good reply."""
@@ -7691,25 +7501,6 @@ class Delivery:
     async def fail(self, error: ProxyError) -> web.StreamResponse:
         """End a reply whose head went out and that failed since."""
         return await self._end(self._encoder.fail(error), error.status)
-
-    def tick(self, now: float) -> None:
-        """Comment into a silent stream."""
-        if self._writes != self._seen:
-            self._seen = self._writes
-            self._next_comment = now + FIRST_KEEP_ALIVE_SECONDS
-        transport = self._request.transport
-        if transport is None or transport.get_write_buffer_size() > 0 or self._writing:
-            return
-        if now >= self._next_comment:
-            self._next_comment = now + KEEP_ALIVE_SECONDS
-            if data := self._encoder.keep_alive:
-                self._state.tasks.start(self._comment(data), "comment")
-
-    async def _comment(self, data: bytes) -> None:
-        with suppress(ClientGone):
-            response = self._response or await self._begin()
-            with _client_gone():
-                await response.write(data)
 
     async def _begin(self) -> web.StreamResponse:
         headers = {
@@ -7720,74 +7511,92 @@ class Delivery:
         response = self._response = web.StreamResponse(headers=headers)
         if self._request.version >= aiohttp.HttpVersion11:
             response.enable_chunked_encoding()
+        await self._prepare(response)
+        return response
+
+    async def _prepare(self, response: web.StreamResponse) -> None:
+        raw = self._request.get_extra_info("socket")
+        with suppress(OSError):  # a connection that is lost already
+            if raw is not None:
+                raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         with _client_gone():
             await response.prepare(self._request)
-        return response
-
-    async def _write(self, data: bytes) -> None:
-        response = self._response or await self._begin()
-        self._writes += 1
-        self._writing = True
-        try:
-            with _client_gone():
-                await response.write(data)
-        finally:
-            self._writing = False
 
     async def _end(self, data: bytes, status: int) -> web.StreamResponse:
+        self._ended = True
+        response = self._response
         if self._encoder.content_type == "application/json":
-            return web.Response(body=data, status=status, content_type="application/json", charset="utf-8")
-        await self._write(data)
-        response = cast(web.StreamResponse, self._response)
+            response = _json_response(data, status)
+            await self._prepare(response)
+        else:
+            await self.write(data)
         with _client_gone():
-            await response.write_eof()
-        return response
+            await cast(web.StreamResponse, response).write_eof()
+        return cast(web.StreamResponse, response)
+
+    def _check(self, now: float) -> float:
+        """The watchdog's look; when to look again."""
+        transport = self._request.transport
+        unsent_bytes = transport.get_write_buffer_size() if transport is not None else 0
+        if unsent_bytes != self._unsent_bytes:
+            self._unsent_bytes, self._unsent_since = unsent_bytes, now
+        if unsent_bytes:
+            if transport is not None and now - self._unsent_since >= SEND_SECONDS:
+                logger.warning("! drop a client that read nothing for %g s", SEND_SECONDS)
+                transport.abort()
+            return now + SEND_SECONDS / 4
+        if now >= self._silent_at and self._encoder.keep_alive:
+            self._silent_at = now + KEEP_ALIVE_SECONDS
+            self._tasks.start(self._keep_alive(), "keep-alive")
+        return min(max(self._silent_at, now + 0.01), now + SEND_SECONDS)
+
+    async def _keep_alive(self) -> None:
+        if self._ended:
+            return
+        with suppress(ClientGone), _client_gone():
+            response = self._response or await self._begin()
+            await response.write(self._encoder.keep_alive)
 
 
 @contextmanager
 def _client_gone() -> Iterator[None]:
-    """Tell a broken connection to the client from one to the service: aiohttp raises the same for both."""
+    """Tell a broken connection to the client from one to Kimi: aiohttp raises the same for both."""
     try:
         yield
     except (ConnectionError, aiohttp.ClientConnectionError):
         raise ClientGone from None
 
 
-async def read_body(request: web.Request, limit_bytes: int, seconds: float) -> bytearray:
+async def read_body(request: web.Request, limit_bytes: int) -> bytearray:
     """The request's body, of which there is no other copy. Raises `ProxyError`: `body_too_large`, `body_timeout`,
     `body_broken`, and `too_busy` where there is no room beside the bodies of other requests.
     """
-    state, outcome = request.app[STATE], request[OUTCOME]
-    room_bytes = max(MAX_BODIES_MB * MEGABYTE, limit_bytes)
+    state, outcome, body = request.app[STATE], request[OUTCOME], bytearray()
+    too_large = ProxyError("body_too_large", f"at most {limit_bytes} bytes; see PROXY_MAX_INLINE_MB")
     if (request.content_length or 0) > limit_bytes:
-        raise _too_large(limit_bytes)
-    body = bytearray()
-
-    def take(piece: bytes) -> None:
-        body.extend(piece)
-        outcome.body_bytes += len(piece)
-        state.body_bytes += len(piece)
-        if len(body) > limit_bytes:
-            raise _too_large(limit_bytes)
-        if state.body_bytes > room_bytes:
-            raise ProxyError("too_busy", "no room for another body of this size")
-
+        raise too_large
     try:
-        if request.content.is_eof():  # it came with the head: there is nothing to wait for
-            take(request.content.read_nowait())
-        else:
-            async with asyncio.timeout(seconds):
-                while piece := await request.content.readany():
-                    take(piece)
-        return body
+        async with asyncio.timeout(BODY_SECONDS):
+            while piece := await request.content.readany():
+                body += piece
+                outcome.body_bytes += len(piece)
+                state.body_bytes += len(piece)
+                if len(body) > limit_bytes:
+                    raise too_large
+                if state.body_bytes > max(MAX_BODIES_MB * MEGABYTE, limit_bytes):
+                    raise ProxyError("too_busy", "no room for this body beside those of other requests")
     except TimeoutError:
-        raise ProxyError("body_timeout", f"not within {seconds:g} s") from None
+        raise ProxyError("body_timeout", f"not within {BODY_SECONDS:g} s") from None
     except (web.RequestPayloadError, aiohttp.ClientPayloadError, HttpProcessingError):
         raise ProxyError("body_broken") from None
+    return body
 
 
-def _too_large(limit_bytes: int) -> ProxyError:
-    return ProxyError("body_too_large", f"at most {limit_bytes} bytes; see PROXY_MAX_INLINE_MB")
+def release_body(request: web.Request) -> None:
+    """Count the request's body no longer: it is not in memory any more."""
+    outcome = request[OUTCOME]
+    request.app[STATE].body_bytes -= outcome.body_bytes
+    outcome.body_bytes = 0
 
 
 def speaks_anthropic(request: web.Request) -> bool:
@@ -7800,7 +7609,7 @@ def speaks_anthropic(request: web.Request) -> bool:
 
 def make_request_id() -> str:
     """An id for a request that brought none."""
-    return f"{random.getrandbits(48):012x}"
+    return secrets.token_hex(6)
 
 
 def read_credential(request: web.Request) -> str:
@@ -7812,17 +7621,12 @@ def read_credential(request: web.Request) -> str:
 
 
 def read_tokens(request: web.Request) -> tuple[str, ...]:
-    """The client's tokens, by comma. Raises `ProxyError` where there is none."""
-    return _split_tokens(read_credential(request))
-
-
-@lru_cache(maxsize=1024)
-def _split_tokens(credential: str) -> tuple[str, ...]:
-    tokens = read_pasted_tokens(credential)
+    """The client's comma-separated tokens. Raises `ProxyError` where there is none."""
+    tokens = read_pasted_tokens(read_credential(request))
     if not tokens:
         raise ProxyError("token_missing")
-    if len(tokens) > _MOST_TOKENS:
-        raise ProxyError("token_missing", f"at most {_MOST_TOKENS} tokens in a request")
+    if len(tokens) > MAX_TOKENS_IN_REQUEST:
+        raise ProxyError("token_missing", f"at most {MAX_TOKENS_IN_REQUEST} tokens in a request")
     return tokens
 
 
@@ -7833,138 +7637,71 @@ def find_accounts(request: web.Request) -> list[Account]:
     return [state.accounts.get(token) for token in tokens]
 
 
-def _make_call_id(prefix: str) -> str:
-    return f"{prefix}_{secrets.token_hex(12)}"
+@dataclass(slots=True)
+class Asked:
+    """What a request asks, of which accounts, and how it is answered; `messages` are kept with the answer."""
+
+    accounts: Sequence[Account]
+    question: Question
+    encoder: Encoder
+    start_chain: Callable[[], Chain]
+    messages: tuple[Message, ...] | None
 
 
-def _make_question(request: web.Request, chat: ChatRequest, prompt: str) -> Question:
+def make_question(chat: ChatRequest, prompt: str, *, use_search: bool) -> Question:
     """What Kimi is asked. Where nobody says, the web is searched for people alone, not with files or for programs."""
-    use_search, attachments = chat.use_search, chat.attachments
-    if use_search is None:
-        is_plain = not (attachments or chat.tools or chat.left_out or chat.response_format is not None)
-        use_search = request.app[STATE].settings.use_search and is_plain
-    if chat.left_out:
-        logger.info("tools that are not known here are left out: %s", quote_words(", ".join(chat.left_out)))
-    if chat.unknown_parts:
-        logger.info("parts of messages that are not known here: %s", quote_words(", ".join(chat.unknown_parts)))
-    return Question(prompt, use_search, chat.model, conversation_id=chat.conversation_id, attachments=attachments)
+    is_plain = not (chat.attachments or chat.tools or chat.left_out or chat.response_format is not None)
+    searches = use_search and is_plain if chat.use_search is None else chat.use_search
+    return Question(
+        prompt,
+        searches,
+        chat.model,
+        effort=chat.effort,
+        has_tools=bool(chat.tools),
+        conversation_id=chat.conversation_id,
+        attachments=list(chat.attachments),
+    )
 
 
-async def _read_body(request: web.Request) -> bytearray:
-    settings = request.app[STATE].settings
-    return await read_body(request, settings.max_body_bytes, BODY_SECONDS)
-
-
-async def _read_chat(request: web.Request, api: Api) -> tuple[Question, Encoder, Callable[[], Chain]]:
-    """What is asked, in which form it is to be answered, and through which filters. Body and messages end here.
-
-    A body is parsed in one go, without a wait, so that of many large ones only one at a time is there twice.
-    """
-    chat = api.parse(await _read_body(request), lambda item_id: None)
-    prompt = render_prompt(chat)
-    sources = request.app[STATE].settings.sources
-    encoder = api.make_encoder(chat, created=int(time.time()), sources=sources, prompt=prompt)
-    start_chain = _start_chains(chat, api.call_prefix)
-    return _make_question(request, chat, prompt), encoder, start_chain
-
-
-def _start_chains(chat: ChatRequest, id_prefix: str) -> Callable[[], Chain]:
-    """What makes a chain of the filters that `chat` needs, for each time of asking; it holds no messages."""
-    make_id = partial(_make_call_id, id_prefix)
-    chain = make_chain(chat, make_id)
-    if not chain.filters:  # then it holds nothing, and one will do
-        return lambda: chain
-    return partial(make_chain, replace(chat, messages=()), make_id)
-
-
-async def _chat_completions(request: web.Request) -> web.StreamResponse:
-    accounts = find_accounts(request)
-    return await _deliver(request, accounts, *await _read_chat(request, APIS["/v1/chat/completions"]))
-
-
-async def _completions(request: web.Request) -> web.StreamResponse:
-    accounts = find_accounts(request)
-    return await _deliver(request, accounts, *await _read_chat(request, APIS["/v1/completions"]))
-
-
-async def _messages(request: web.Request) -> web.StreamResponse:
-    accounts = find_accounts(request)
-    return await _deliver(request, accounts, *await _read_chat(request, APIS["/v1/messages"]))
-
-
-async def _count_tokens(request: web.Request) -> web.StreamResponse:
-    find_accounts(request)
-    return _json({"input_tokens": estimate_tokens(render_prompt(parse_messages_request(await _read_body(request))))})
-
-
-async def _responses(request: web.Request) -> web.StreamResponse:
-    state = request.app[STATE]
-    accounts = find_accounts(request)
-    find_item = partial(state.responses.find_item, accounts=accounts)
-    chat = parse_responses_request(await _read_body(request), find_item)
-    options = cast(ResponsesOptions, chat.responses)
-    if options.previous_response_id:
+async def _read_question(api: Api, request: web.Request) -> Asked:
+    """Read and parse the body. It is parsed in one go, so that of many large ones only one at a time is there twice."""
+    state, accounts = request.app[STATE], find_accounts(request)
+    body = await read_body(request, state.settings.max_body_bytes)
+    chat = api.parse(body, partial(state.responses.find_item, accounts=accounts))
+    options = chat.responses
+    if options is not None and options.previous_response_id:
         before = state.responses.find(options.previous_response_id, accounts)
         if before is None:
             raise ProxyError("previous_response_not_found", param="previous_response_id")
         chat = extend_request(chat, before.messages)
         accounts = [account for account in accounts if account.digest == before.owner]
-    response_id = f"resp_{secrets.token_hex(24)}"
+    if chat.left_out:
+        logger.info("tools that are not known here are left out: %s", quote_words(", ".join(chat.left_out)))
+    if chat.unknown_parts:
+        logger.info("parts of messages that are not known here: %s", quote_words(", ".join(chat.unknown_parts)))
     prompt = render_prompt(chat)
-    api, sources = APIS["/v1/responses"], state.settings.sources
-    encoder = api.make_encoder(chat, created=int(time.time()), sources=sources, prompt=prompt, response_id=response_id)
-    start_chain = _start_chains(chat, "call")
-    messages = chat.own_messages if options.store else ()
-    question = _make_question(request, chat, prompt)
-
-    def keep(brought: UploadResult) -> None:
-        if encoder.response is None:
-            return
-        said = (*keep_messages(messages, brought), answer_message(encoder.response))
-        size = len(encode_json(encoder.response)) + sum(message.size for message in said)
-        state.responses.keep(response_id, KeptResponse(brought.account.digest, encoder.response, said, size))
-
-    return await _deliver(request, accounts, question, encoder, start_chain, keep if options.store else None)
+    encoder = api.make_encoder(
+        chat,
+        created=int(time.time()),
+        sources=state.settings.sources,
+        prompt=prompt,
+        response_id=f"resp_{secrets.token_hex(24)}",
+    )
+    start_chain = partial(make_chain, replace(chat, messages=()), lambda: f"{api.call_prefix}_{secrets.token_hex(12)}")
+    question = make_question(chat, prompt, use_search=state.settings.use_search)
+    return Asked(accounts, question, encoder, start_chain, chat.own_messages if options and options.store else None)
 
 
-async def _response(request: web.Request) -> web.StreamResponse:
-    kept = request.app[STATE].responses.find(request.match_info["id"], find_accounts(request))
-    if kept is None:
-        raise ProxyError("response_not_found")
-    return _json(kept.response)
-
-
-async def _delete_response(request: web.Request) -> web.StreamResponse:
-    response_id = request.match_info["id"]
-    if not request.app[STATE].responses.forget(response_id, find_accounts(request)):
-        raise ProxyError("response_not_found")
-    return _json({"id": response_id, "object": "response", "deleted": True})
-
-
-async def _deliver(
-    request: web.Request,
-    accounts: Sequence[Account],
-    question: Question,
-    encoder: Encoder,
-    start_chain: Callable[[], Chain],
-    keep: Callable[[UploadResult], None] | None = None,
-) -> web.StreamResponse:
-    """Ask, and send the answer to the client, whatever becomes of it. Failures before the head are raised.
-
-    `keep` is told of a good answer, after its end went out.
-    """
+async def _answer(api: Api, request: web.Request) -> web.StreamResponse:
+    """Ask, and send the answer to the client, whatever becomes of it. Failures before the head are raised."""
     state = request.app[STATE]
-    delivery = Delivery(request, encoder, state)
+    asked = await _read_question(api, request)
+    writer = ResponseWriter(request, asked.encoder, state.tasks)
     task = cast(asyncio.Task[Any], asyncio.current_task())
-    state.ticker.add(delivery)
     state.answering.add(task)
     try:
-        brought = await state.asking.run(accounts, question, delivery, start_chain)
-        request[OUTCOME].upstream_status = 200
-        response = await delivery.finish()
-        if keep is not None:
-            keep(brought)
-        return response
+        await _relay(request, asked, writer)
+        return await writer.finish()
     except asyncio.CancelledError:
         if not _is_ended_by_us(request):
             raise
@@ -7977,13 +7714,32 @@ async def _deliver(
         logger.exception("! the proxy itself failed")
         error = ProxyError("internal_error")
     finally:
-        state.ticker.discard(delivery)
+        writer.close()
         state.answering.discard(task)
-        request[OUTCOME].chunks = encoder.chunks
-    if not delivery.begun:
+        request[OUTCOME].chunks = asked.encoder.chunks
+    if not writer.begun:
         raise error
     _note_failure(request, error)
-    return await delivery.fail(error)
+    return await writer.fail(error)
+
+
+async def _relay(request: web.Request, asked: Asked, writer: ResponseWriter) -> None:
+    """Pull the answer's events, and write what they show. A good answer of the Responses API is kept."""
+    state, encoder, started = request.app[STATE], asked.encoder, time.monotonic()
+    async with state.gateway.answer(asked.accounts, asked.question, asked.start_chain) as answer:
+        state.metrics.observe("kimi_proxy_first_text_seconds", time.monotonic() - started)
+        messages = None if asked.messages is None else keep_messages(asked.messages, answer.upload_result)
+        asked.messages = None  # with its inline files
+        release_body(request)
+        while (events := await answer.read()) is not None:
+            if data := encoder.feed(events):
+                await writer.write(data)
+    request[OUTCOME].upstream_status = 200
+    if messages is not None and encoder.response is not None:
+        said = (*messages, answer_message(encoder.response))
+        size = len(encode_json(encoder.response)) + sum(len(message.text) + 200 for message in said)
+        kept = KeptResponse(answer.upload_result.account.digest, encoder.response, said, size)
+        state.responses.keep(encoder.response["id"], kept)
 
 
 def _is_ended_by_us(request: web.Request) -> bool:
@@ -7991,22 +7747,42 @@ def _is_ended_by_us(request: web.Request) -> bool:
     return request.app[STATE].draining.is_set() and request.transport is not None
 
 
+async def _count_tokens(request: web.Request) -> web.StreamResponse:
+    find_accounts(request)
+    body = await read_body(request, request.app[STATE].settings.max_body_bytes)
+    return json_response({"input_tokens": estimate_tokens(render_prompt(parse_messages_request(body)))})
+
+
+async def _response(request: web.Request) -> web.StreamResponse:
+    kept = request.app[STATE].responses.find(request.match_info["id"], find_accounts(request))
+    if kept is None:
+        raise ProxyError("response_not_found")
+    return json_response(kept.response)
+
+
+async def _delete_response(request: web.Request) -> web.StreamResponse:
+    response_id = request.match_info["id"]
+    if not request.app[STATE].responses.forget(response_id, find_accounts(request)):
+        raise ProxyError("response_not_found")
+    return json_response({"id": response_id, "object": "response", "deleted": True})
+
+
 async def _list_models(request: web.Request) -> list[dict[str, Any]]:
     """The entries of the list of models: each model, and with search."""
     state = request.app[STATE]
     asks_kimi = state.access.holds or bool(read_credential(request))
-    account = state.asking.choose_account(find_accounts(request)) if asks_kimi else None
-    names = [model.id for model in await state.asking.models(account)]
+    account = Candidates(find_accounts(request)).choose() if asks_kimi else None
+    names = [model.id for model in await state.gateway.models(account)]
     names = [variant for name in names for variant in (name, f"{name}-search")]
-    return [{"id": name, "object": "model", "created": _MODELS_CREATED, "owned_by": "kimi"} for name in names]
+    return [{"id": name, "object": "model", "created": MODELS_CREATED, "owned_by": "kimi"} for name in names]
 
 
 async def _models(request: web.Request) -> web.StreamResponse:
     models = await _list_models(request)
     if not speaks_anthropic(request):
-        return _json({"object": "list", "data": models})
+        return json_response({"object": "list", "data": models})
     data = [_render_anthropic_model(model["id"]) for model in models]
-    return _json({"data": data, "has_more": False, "first_id": data[0]["id"], "last_id": data[-1]["id"]})
+    return json_response({"data": data, "has_more": False, "first_id": data[0]["id"], "last_id": data[-1]["id"]})
 
 
 def _render_anthropic_model(name: str) -> dict[str, Any]:
@@ -8018,7 +7794,7 @@ async def _model(request: web.Request) -> web.StreamResponse:
     name = request.match_info["id"]
     for entry in await _list_models(request):
         if entry["id"] == name:
-            return _json(_render_anthropic_model(name) if speaks_anthropic(request) else entry)
+            return json_response(_render_anthropic_model(name) if speaks_anthropic(request) else entry)
     raise ProxyError("model_not_found", quote_words(name)[:60], param="model")
 
 
@@ -8048,8 +7824,8 @@ async def _create_file(request: web.Request) -> web.StreamResponse:
             raise ProxyError("body_timeout", f"not within {TRANSFER_SECONDS:g} s") from None
         except _FORM_ERRORS:
             raise ProxyError("body_broken", "the form cannot be read") from None
-        uploaded = await state.asking.upload(accounts, received)
-    return _json(uploaded.render())
+        uploaded = await state.gateway.upload(accounts, received)
+    return json_response(uploaded.render())
 
 
 async def _receive_file(request: web.Request, spool: Spool) -> ReceivedFile:
@@ -8081,32 +7857,32 @@ async def _receive_file(request: web.Request, spool: Spool) -> ReceivedFile:
 
 
 async def _list_files(request: web.Request) -> web.StreamResponse:
-    files = [file.render() for file in request.app[STATE].uploads.list_uploaded(find_accounts(request))]
+    files = [file.render() for file in request.app[STATE].gateway.uploads.list_uploaded(find_accounts(request))]
     ends = {"first_id": files[0]["id"], "last_id": files[-1]["id"]} if files else {"first_id": None, "last_id": None}
-    return _json({"object": "list", "data": files, "has_more": False, **ends})
+    return json_response({"object": "list", "data": files, "has_more": False, **ends})
 
 
 async def _file(request: web.Request) -> web.StreamResponse:
-    file = request.app[STATE].uploads.find(request.match_info["id"], find_accounts(request), "file_id")
-    return _json(file.render())
+    file = request.app[STATE].gateway.uploads.find(request.match_info["id"], find_accounts(request), "file_id")
+    return json_response(file.render())
 
 
 async def _delete_file(request: web.Request) -> web.StreamResponse:
     file_id = request.match_info["id"]
-    request.app[STATE].uploads.forget(file_id, find_accounts(request))
-    return _json({"id": file_id, "object": "file", "deleted": True})
+    request.app[STATE].gateway.uploads.forget(file_id, find_accounts(request))
+    return json_response({"id": file_id, "object": "file", "deleted": True})
 
 
 async def _file_content(request: web.Request) -> web.StreamResponse:
-    request.app[STATE].uploads.find(request.match_info["id"], find_accounts(request), "file_id")
+    request.app[STATE].gateway.uploads.find(request.match_info["id"], find_accounts(request), "file_id")
     raise ProxyError("invalid_request", "the content of a file: Kimi gives none back, and the proxy keeps none")
 
 
-async def _check_token_live(request: web.Request) -> web.StreamResponse:
+async def _token_check(request: web.Request) -> web.StreamResponse:
     """The reference's `POST /token/check`: whether Kimi takes a refresh token [ref]."""
-    state = request.app[STATE]
+    accounts = request.app[STATE].accounts
     try:
-        value = parse_json(await read_body(request, 65_536, BODY_SECONDS))
+        value = parse_json(await read_body(request, 65_536))
     except WireError as error:
         raise ProxyError("invalid_json", f"the body: {error}") from None
     token = value.get("token") if isinstance(value, dict) else None
@@ -8115,20 +7891,20 @@ async def _check_token_live(request: web.Request) -> web.StreamResponse:
     if is_access_token(read_claims(token)):
         raise ProxyError("invalid_request", "token: is an access token, which tells its own end", param="token")
     try:
-        await state.accounts.access_token(state.accounts.get(token))
+        await accounts.access_token(accounts.get(token))
     except ProxyError as error:
         if error.status != 401:
             raise
-        return _json({"live": False})
-    return _json({"live": True})
+        return json_response({"live": False})
+    return json_response({"live": True})
 
 
 async def _health(request: web.Request) -> web.StreamResponse:
     """Whether it lives, and whether it should be sent requests: not while it shuts down."""
-    is_ready = not request.app[STATE].draining.is_set()
-    response = _json({"live": True, "ready": is_ready}, 200 if is_ready else 503)
-    if not is_ready:
-        response.headers["Retry-After"] = str(FAILURES["shutting_down"].retry_after_seconds)
+    if not request.app[STATE].draining.is_set():
+        return json_response({"live": True, "ready": True})
+    response = json_response({"live": True, "ready": False}, 503)
+    response.headers["Retry-After"] = str(FAILURES["shutting_down"].retry_after_seconds)
     return response
 
 
@@ -8165,15 +7941,18 @@ API key: what its owner gave you, or your own Kimi refresh token.</p>
 """
 
 
-def _json(value: object, status: int = 200) -> web.Response:
-    return web.Response(
-        body=encode_json(value).encode(), status=status, content_type="application/json", charset="utf-8"
-    )
+def json_response(value: object, status: int = 200) -> web.Response:
+    """A response with `value` as JSON."""
+    return _json_response(encode_json(value).encode(), status)
+
+
+def _json_response(body: bytes, status: int) -> web.Response:
+    return web.Response(body=body, status=status, content_type="application/json", charset="utf-8")
 
 
 def render_failure(error: ProxyError, *, anthropic: bool = False) -> web.Response:
     """The whole response to a request that failed, in OpenAI's form or in Anthropic's."""
-    response = _json(render_messages_error(error) if anthropic else render_error(error), error.status)
+    response = json_response(render_messages_error(error) if anthropic else render_error(error), error.status)
     if error.retry_after_seconds:
         response.headers["Retry-After"] = str(error.retry_after_seconds)
     if error.code.startswith("body_"):  # what is left of the body is not worth reading
@@ -8190,56 +7969,60 @@ def _note_failure(request: web.Request, error: ProxyError) -> None:
 
 
 @web.middleware
-async def _frame(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> Any:
-    """Around every request: its id, its errors in JSON, its log line."""
+async def request_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Around every request: its id and its log line."""
     state, started = request.app[STATE], time.monotonic()
     given = request.headers.get("X-Request-Id", "")
     request_id.set(given if _REQUEST_ID.fullmatch(given) else make_request_id())
-    status = _CLIENT_CLOSED
-    outcome = request[OUTCOME] = Outcome()
+    request[OUTCOME] = Outcome()
     task = cast(asyncio.Task[Any], asyncio.current_task())
     state.running.add(task)
     if not (state.closing and request.path == "/health"):  # a balancer goes on looking
         state.requested_at = asyncio.get_running_loop().time()
+    status = CLIENT_CLOSED
     try:
-        response = await _answer_or_fail(request, handler)
+        response = await handler(request)
         status = response.status
         return response
     except ClientGone:
-        # Nobody reads this; aiohttp wants an object all the same.
-        return web.Response(status=_CLIENT_CLOSED)
+        return web.Response(status=CLIENT_CLOSED)  # nobody reads this; aiohttp wants an object all the same
     finally:
         state.running.discard(task)
-        state.body_bytes -= outcome.body_bytes
-        resource = request.match_info.route.resource
-        route = resource.canonical if resource is not None else "other"
-        state.metrics.count("kimi_proxy_requests_total", route=route, status=str(status))
-        state.metrics.count("kimi_proxy_chunks_total", outcome.chunks)
-        is_look = route == "/health" and status == 200  # of a balancer, twice a second
-        logger.log(
-            logging.DEBUG if is_look else logging.INFO,
-            "%s %s %d %.3fs chunks=%d upstream=%s%s%s",
-            request.method,
-            route if request.path == route else quote_words(request.path)[:100],
-            status,
-            time.monotonic() - started,
-            outcome.chunks,
-            outcome.upstream_status or "-",
-            f" key={outcome.key}" if outcome.key else "",
-            f" {outcome.failure}" if outcome.failure else "",
-        )
+        release_body(request)
+        _log_request(request, status, time.monotonic() - started)
 
 
-async def _answer_or_fail(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
+def _log_request(request: web.Request, status: int, seconds: float) -> None:
+    state, outcome = request.app[STATE], request[OUTCOME]
+    resource = request.match_info.route.resource
+    route = resource.canonical if resource is not None else "other"
+    state.metrics.count("kimi_proxy_requests_total", route=route, status=str(status))
+    state.metrics.count("kimi_proxy_chunks_total", outcome.chunks)
+    is_look = route == "/health" and status == 200  # of a balancer, twice a second
+    logger.log(
+        logging.DEBUG if is_look else logging.INFO,
+        "%s %s %d %.3fs chunks=%d upstream=%s%s%s",
+        request.method,
+        route if request.path == route else quote_words(request.path)[:100],
+        status,
+        seconds,
+        outcome.chunks,
+        outcome.upstream_status or "-",
+        f" key={outcome.key}" if outcome.key else "",
+        f" {outcome.failure}" if outcome.failure else "",
+    )
+
+
+@web.middleware
+async def error_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Around every handler: who may call, how many, and failures in the client's form."""
     allowed: Iterable[str] = ()
     try:
         _check_access(request)
         state = request.app[STATE]
-        if len(state.running) > state.settings.max_requests and request.path not in (*_OPEN_PATHS, "/metrics"):
+        if len(state.running) > state.settings.max_requests and request.path not in (*OPEN_PATHS, "/metrics"):
             raise ProxyError("too_busy")
-        if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
+        if _is_preflight(request):
             return web.Response(status=204)
         return await handler(request)
     except ProxyError as failure:
@@ -8263,6 +8046,10 @@ async def _answer_or_fail(
     return response
 
 
+def _is_preflight(request: web.Request) -> bool:
+    return request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
+
+
 def _check_access(request: web.Request) -> None:
     """Raise `ProxyError` for who may not call: web pages first, then clients without a key where there are keys."""
     access = request.app[STATE].access
@@ -8271,20 +8058,19 @@ def _check_access(request: web.Request) -> None:
     access.check_page(hosts[0] if len(hosts) == 1 else "", origin)
     if "://" in request.raw_path.partition("?")[0]:  # an absolute-form target (RFC 9112, section 3.2.2) has a name too
         access.check_page(request.raw_path.partition("://")[2].partition("/")[0], origin)
-    if origin is None and request.headers.get("Sec-Fetch-Site") == "cross-site" and request.path not in _OPEN_PATHS:
+    if origin is None and request.headers.get("Sec-Fetch-Site") == "cross-site" and request.path not in OPEN_PATHS:
         access.check_page("localhost", "null")  # a browser's request for another page, in a form without an Origin
-    is_preflight = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
-    if access.has_keys and request.path not in _OPEN_PATHS and not is_preflight:
+    if access.has_keys and request.path not in OPEN_PATHS and not _is_preflight(request):
         request[OUTCOME].key = access.check_key(read_credential(request))
 
 
 def _error_of_http(request: web.Request, failure: web.HTTPException) -> ProxyError:
     """What aiohttp's own answers (404, 405, 413 and the like) are here."""
     if isinstance(failure, web.HTTPMethodNotAllowed):
-        return ProxyError("method_not_allowed", f"here it is {_PATHS}")
+        return ProxyError("method_not_allowed", f"here it is {KNOWN_PATHS}")
     if isinstance(failure, web.HTTPNotFound):
         hint = "; your base URL has /v1 twice" if "/v1/v1" in request.path else ""
-        return ProxyError("not_found", f"here it is {_PATHS}{hint}")
+        return ProxyError("not_found", f"here it is {KNOWN_PATHS}{hint}")
     return ProxyError("invalid_request", f"HTTP {failure.status}")
 
 
@@ -8312,22 +8098,14 @@ async def _add_headers(request: web.Request, response: web.StreamResponse) -> No
 
 async def _own_state(app: web.Application) -> AsyncIterator[None]:
     """Open what the application owns, and close it in reverse: removals first, the connections last."""
-    settings = app[_SETTINGS]
+    settings, access = app[_SETTINGS], app[_ACCESS]
     tasks, metrics = BackgroundTasks(), Metrics()
-    shortest = min(
-        settings.silence_seconds,
-        settings.answer_seconds,
-        FIRST_KEEP_ALIVE_SECONDS,
-    )
-    ticker = Ticker(max(0.02, min(0.25, shortest / 4, KEEP_ALIVE_SECONDS / 4)))
     session = open_service_session(settings.proxy_url)
     transfers = open_service_session(settings.proxy_url, reuse=False)
     files = Files(settings, metrics)
 
     async def refresh(account: Account) -> TokenPair:
-        pair = await asking.refresh(account)
-        metrics.count("kimi_proxy_tokens_refreshed_total")
-        return pair
+        return await gateway.refresh(account)
 
     state_dir = find_state_dir(settings.state_dir, os.environ)
     state_files = StateFiles(state_dir, metrics, name_service(settings.base_url))
@@ -8335,34 +8113,29 @@ async def _own_state(app: web.Application) -> AsyncIterator[None]:
         logger.info("deleted %d state files that were unused for 100 days", deleted)
     accounts = Accounts(refresh, tasks, state_files)
     client = KimiClient(session, transfers, accounts, metrics, settings)
-    kept = KeptConversations(state_files)
-    uploads = Uploads(files, settings)
+    classic, connect = Classic(client, settings.base_url), Connect(client, settings.base_url, settings.auth_url)
     conversations = OpenConversations(state_files)
-    asking = Asking(client, accounts, kept, conversations, uploads, tasks, ticker, metrics, settings)
-    if count := await asyncio.to_thread(conversations.recover):
-        logger.info("%d conversations were left open by a process that ended", count)
-        for token in app[_ACCESS].tokens:
-            accounts.get(token)  # so that it is found by its digest
-        tasks.start(asking.remove_left(), "remove")
-    app[STATE] = State(
+    gateway = Gateway(
         settings,
         metrics,
         tasks,
-        ticker,
         accounts,
-        asking,
-        files,
-        uploads,
-        KeptResponses(),
+        Uploads(files, settings),
+        KeptConversations(state_files),
         conversations,
-        app[_ACCESS],
-        asyncio.Event(),
-        set(),
-        set(),
+        classic,
+        connect,
+        connect if settings.protocol == "connect" else classic,
     )
+    if count := await asyncio.to_thread(conversations.recover):
+        logger.info("%d conversations were left open by a process that ended", count)
+        for token in access.tokens:
+            accounts.get(token)  # so that it is found by its digest
+        tasks.start(gateway.remove_orphans(conversations.orphan_owners), "remove")
+
+    app[STATE] = State(settings, metrics, tasks, accounts, gateway, files, conversations, access)
     yield
-    late = await tasks.drain(REMOVAL_SECONDS)
-    if late:
+    if late := await tasks.drain(REMOVAL_SECONDS):
         logger.warning("! %d background tasks did not end in %g s", late, REMOVAL_SECONDS)
     await accounts.save()
     conversations.close()
@@ -8374,9 +8147,8 @@ async def _own_state(app: web.Application) -> AsyncIterator[None]:
 _SETTINGS: Final = web.AppKey("settings", Settings)
 _ACCESS: Final = web.AppKey("access", Access)
 
-
-_QUIET_SECONDS: Final = 1.0
-_GRACE_SECONDS: Final = 3.0
+QUIET_SECONDS: Final = 1.0
+GRACE_SECONDS: Final = 3.0
 
 
 async def announce_end(app: web.Application) -> None:
@@ -8391,8 +8163,8 @@ async def announce_end(app: web.Application) -> None:
     state.closing = True
     begun = loop.time()
     while True:
-        quiet_at = max(begun, state.requested_at) + _QUIET_SECONDS
-        left = min(quiet_at, begun + _GRACE_SECONDS) - loop.time()
+        quiet_at = max(begun, state.requested_at) + QUIET_SECONDS
+        left = min(quiet_at, begun + GRACE_SECONDS) - loop.time()
         if left <= 0:
             return
         await asyncio.sleep(left)
@@ -8421,12 +8193,10 @@ async def _expect(request: web.Request) -> None:
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
-_ROUTES: Final[Sequence[tuple[str, str, Callable[[web.Request], Awaitable[web.StreamResponse]]]]] = (
-    *(("POST", path, _chat_completions) for path in _CHAT_PATHS),
-    ("POST", "/v1/messages", _messages),
+_ROUTES: Final[Sequence[tuple[str, str, Handler]]] = (
+    *(("POST", path, partial(_answer, api)) for path, api in APIS.items()),
+    ("POST", "/chat/completions", partial(_answer, APIS["/v1/chat/completions"])),
     ("POST", "/v1/messages/count_tokens", _count_tokens),
-    ("POST", "/v1/completions", _completions),
-    ("POST", "/v1/responses", _responses),
     ("GET", "/v1/responses/{id}", _response),
     ("DELETE", "/v1/responses/{id}", _delete_response),
     ("GET", "/v1/models", _models),
@@ -8436,7 +8206,7 @@ _ROUTES: Final[Sequence[tuple[str, str, Callable[[web.Request], Awaitable[web.St
     ("GET", "/v1/files/{id}", _file),
     ("DELETE", "/v1/files/{id}", _delete_file),
     ("GET", "/v1/files/{id}/content", _file_content),
-    ("POST", "/token/check", _check_token_live),
+    ("POST", "/token/check", _token_check),
     ("GET", "/ping", _ping),
     ("GET", "/health", _health),
     ("GET", "/metrics", _metrics),
@@ -8445,11 +8215,11 @@ _ROUTES: Final[Sequence[tuple[str, str, Callable[[web.Request], Awaitable[web.St
 
 
 def make_app(settings: Settings, hosts: Sequence[str] = ()) -> web.Application:
-    """The application: its routes, its middleware and what it owns; `hosts` as `Access` takes them.
+    """The application: its routes, its middlewares and what it owns; `hosts` as `Access` takes them.
 
     Raises `SettingsError` for secrets of no use.
     """
-    app = web.Application(middlewares=[_frame], client_max_size=settings.max_body_bytes)
+    app = web.Application(middlewares=[request_middleware, error_middleware], client_max_size=settings.max_body_bytes)
     app[_SETTINGS] = settings
     app[_ACCESS] = Access(settings, os.environ, hosts)
     app.cleanup_ctx.append(_own_state)
@@ -8468,7 +8238,6 @@ def make_app(settings: Settings, hosts: Sequence[str] = ()) -> web.Application:
 # client `ask` and its self-test `check`.
 
 IDLE_SECONDS: Final = 75.0  # limit for a request's head to arrive, and of an idle connection
-SEND_SECONDS: Final = 60.0  # drop a client that reads nothing for this long
 _FIRST_REQUEST_SECONDS: Final = 0.1
 _FIRST_DESCRIPTOR: Final = 3
 

@@ -1570,6 +1570,8 @@ class Simulator:
                 await asyncio.sleep(max(0.0, due - loop.time()))
             elif self._unsteady:
                 await asyncio.sleep(0)
+        if number in limits.values():
+            await self._break(request, account)
         if order.has("endless"):
             await self._write_for_ever(response, steps[:1], chat_id)
         if order.has("linger"):

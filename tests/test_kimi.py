@@ -523,7 +523,7 @@ async def test_a_listed_model_is_asked_with_all_that_tells_it_apart(
 async def test_with_tools_of_the_client_those_of_the_service_stay_away(simulator: Simulator) -> None:
     token = simulator.token("hello")
     async with speak_connect(simulator) as (protocol, accounts):
-        await read_all(protocol, accounts, token, Question("hi", True, has_tools=True))
+        await read_all(protocol, accounts, token, Question("hi", False, has_tools=True))
     (asked,) = simulator.account(token).asked
     assert (asked["tools"], asked["options"]["enable_plugin"]) == ([], False)
 

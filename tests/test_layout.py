@@ -28,7 +28,7 @@ TITLES = {
     13: "Accounts",
     14: "Files",
     15: "Kimi",
-    16: "Asking",
+    16: "Gateway",
     17: "Access",
     18: "Server",
     19: "Service",
@@ -103,7 +103,61 @@ def check_docstrings(source: str) -> list[str]:
     return problems
 
 
-CHECKS = [check_order, check_dependencies, check_purity, check_docstrings]
+AIOHTTP = {"aiohttp", "aiohttp.web", "aiohttp.abc", "aiohttp.http_exceptions"}
+INTERNALS = re.compile(r"_[^_]\w*|c_make_encoder|scan_once")
+DOCUMENTED = {"os._exit"}
+
+
+def check_public_api(source: str) -> list[str]:
+    """Underscore attributes of anything but `self`, and imports of what a library does not document."""
+    problems = []
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Attribute(value=owner, attr=name) if INTERNALS.fullmatch(name):
+                if ast.unparse(owner) not in ("self", "cls", "super()") and ast.unparse(node) not in DOCUMENTED:
+                    problems.append(f"line {node.lineno}: {ast.unparse(node)}")
+            case ast.Call(func=ast.Name(id="getattr" | "setattr"), args=[_, ast.Constant(value=str(name)), *_]):
+                problems += [f"line {node.lineno}: {name!r}"] if INTERNALS.fullmatch(name) else []
+            case ast.Import(names=names):
+                problems += [f"import {one.name}" for one in names if is_internal(one.name)]
+            case ast.ImportFrom(module=str(module), names=names):
+                problems += [f"from {module}" for _ in names[:1] if is_internal(module)]
+                problems += [f"from {module} import {one.name}" for one in names if one.name.startswith("_")]
+                problems += ["from json.encoder"] * module.startswith("json.")
+            case _:
+                pass
+    return [problem for problem in problems if problem != "from __future__ import annotations"]
+
+
+def is_internal(module: str) -> bool:
+    """Whether a module is one of aiohttp's that its documentation does not name."""
+    return module.partition(".")[0] == "aiohttp" and module not in AIOHTTP
+
+
+MAX_LINES, MAX_BYTES, MAX_CLASS_LINES = 6000, 270_000, 250
+
+
+def check_sizes(source: str) -> list[str]:
+    """What is too long: the module, a class, more than half or a tenth of the functions."""
+    lines = len(source.splitlines())
+    problems = [f"{lines} lines"] if lines > MAX_LINES else []
+    problems += [f"{len(source.encode())} bytes"] if len(source.encode()) > MAX_BYTES else []
+    lengths = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if not isinstance(node, ast.ClassDef):
+                lengths.append(length)
+            elif length > MAX_CLASS_LINES:
+                problems.append(f"class {node.name} has {length} lines")
+    lengths.sort()
+    for share, most in ((0.5, 10), (0.9, 35)):
+        if lengths and (length := lengths[int(len(lengths) * share)]) >= most:
+            problems.append(f"{share:.0%} of the functions have up to {length} lines")
+    return problems
+
+
+CHECKS = [check_order, check_dependencies, check_purity, check_docstrings, check_public_api, check_sizes]
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -130,6 +184,16 @@ BAD = {
     "clock": (check_purity, banner(7, "Answers") + "def a(): return time.time()\n"),
     "logger": (check_purity, banner(11, "Replies") + "def a(): logger.info('x')\n"),
     "docstring": (check_docstrings, "class A:\n    '''a'''\n    def b(self): ...\n"),
+    "private attribute": (check_public_api, "def a(response): return response._connection\n"),
+    "private name": (check_public_api, "a = getattr(b, '_parser')\n"),
+    "internal module": (check_public_api, "from aiohttp.client_proto import ResponseHandler\n"),
+    "internal import": (check_public_api, "import aiohttp.connector\n"),
+    "private import": (check_public_api, "from json import _default_encoder\n"),
+    "lines": (check_sizes, "\n" * (MAX_LINES + 1)),
+    "bytes": (check_sizes, f"a = '{'x' * MAX_BYTES}'\n"),
+    "class": (check_sizes, "class A:\n" + "    a = 1\n" * MAX_CLASS_LINES),
+    "half of the functions": (check_sizes, "def a():\n" + "    b()\n" * 10),
+    "a tenth of the functions": (check_sizes, "def a(): ...\n" * 8 + ("def b():\n" + "    c()\n" * 40) * 2),
 }
 
 

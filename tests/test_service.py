@@ -555,8 +555,8 @@ async def test_the_end_is_announced_while_all_is_still_served(simulator: Simulat
 async def test_a_balancer_that_looks_all_the_time_does_not_hold_up_the_end(
     http: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kimi_proxy, "_GRACE_SECONDS", 1000.0)
-    monkeypatch.setattr(kimi_proxy, "_QUIET_SECONDS", 0.3)
+    monkeypatch.setattr(kimi_proxy, "GRACE_SECONDS", 1000.0)
+    monkeypatch.setattr(kimi_proxy, "QUIET_SECONDS", 0.3)
     app = make_app(Settings(state_dir=""))
     runner = web.AppRunner(app)
     await runner.setup()

@@ -1,4 +1,4 @@
-"""Section 16: several accounts, the line of one that answers one at a time, and files that belong to an account."""
+"""Section 16: several accounts, the queue of one that answers one at a time, and files that belong to an account."""
 
 from __future__ import annotations
 
@@ -18,7 +18,16 @@ import aiohttp
 import openai
 import pytest
 from conftest import LogRecorder, StartProxy, bearer, chat_body, list_descriptors, wait_until_nothing_is_spooled
-from kimi_simulator import HELLO, Conversation, Simulator, digest_content, make_content
+from kimi_simulator import (
+    HELLO,
+    SCRIPTS,
+    Conversation,
+    Simulator,
+    digest_content,
+    make_content,
+    render_connect,
+    render_stream,
+)
 
 from kimi_proxy import KeptResponse, KeptResponses, OpenConversations, Uploads
 
@@ -979,3 +988,89 @@ async def test_where_no_state_is_kept_or_none_can_be_nothing_is_noted_and_there_
         assert (await ask(proxy, simulator.token("hello")))[0] == 200
     await start_proxy.close()
     assert log_lines.text.count("cannot be kept") == 1
+
+
+# Faults of earlier versions, each of a kind.
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_chunk_that_breaks_behind_the_last_frame_stops_no_removal(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession, dialect: str, stream: bool
+) -> None:
+    steps = SCRIPTS["hello"]
+    frames = render_stream(steps, None) if dialect == "classic" else render_connect(steps, "c", None)
+    token = simulator.token("hello", "pace=0.01", f"cut-chunk={len(frames)}")
+    async with http.post(proxy + CHAT, json=chat_body(stream=stream), headers=bearer(token)) as response:
+        text = await response.text()
+    assert response.status == 200 and ("[DONE]" in text) is stream
+    await simulator.settle(token)
+    assert (await ask(proxy, simulator.token("hello")))[0] == 200
+
+
+async def test_a_client_that_leaves_when_it_knows_the_end_has_its_conversation_kept(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    proxy = await start_proxy(state_dir=str(tmp_path))
+    token = simulator.token("echo", "linger")
+    for _ in range(5):
+        body = chat_body("hi", stream=True, conversation_id="new")
+        async with http.post(proxy + CHAT, json=body, headers=bearer(token)) as response:
+            async for line in response.content:
+                if b'"finish_reason":"stop"' in line:
+                    break
+            response.close()
+        conversation_id = json.loads(line.removeprefix(b"data: "))["id"]
+        status, answer, _ = await ask(proxy, token, conversation_id=conversation_id)
+        assert (status, answer["id"]) == (200, conversation_id)
+    assert simulator.account(token).count("remove") == 0
+
+
+async def test_a_full_queue_is_no_refusal_of_the_account(simulator: Simulator, start_proxy: StartProxy) -> None:
+    proxy = await start_proxy(MAX_ACCOUNT_REQUESTS=1)
+    full, other = simulator.token("quiet"), simulator.token("hello")
+    running = asyncio.create_task(ask(proxy, full))
+    await simulator.wait_until(lambda: simulator.account(full).streams_open == 1)
+    assert (await ask(proxy, full))[1]["error"]["code"] == "queue_full"
+    assert (await running)[0] == 200
+    for _ in range(2):
+        assert (await ask(proxy, f"{full},{other}"))[0] == 200
+    assert asks(simulator, full, other) == [2, 1]
+
+
+async def test_a_keep_alive_is_never_written_behind_the_end(
+    simulator: Simulator, start_proxy: StartProxy, log_lines: LogRecorder
+) -> None:
+    proxy = await start_proxy(FIRST_KEEP_ALIVE_SECONDS=0.001, KEEP_ALIVE_SECONDS=0.001)
+    tokens = [simulator.token("hello", f"pace=0.00{number}") for number in range(1, 10)]
+    answers = await asyncio.gather(*(ask_for_text(proxy, token) for token in tokens * 5))
+    assert all(text.rstrip().endswith("data: [DONE]") for text in answers)
+    assert "still waiting" in "".join(answers)
+    await asyncio.gather(*map(simulator.settle, tokens))
+    assert "failed" not in log_lines.text
+
+
+async def ask_for_text(url: str, token: str) -> str:
+    """The bytes of a streamed answer."""
+    async with (
+        aiohttp.ClientSession() as http,
+        http.post(url + CHAT, json=chat_body(stream=True), headers=bearer(token)) as response,
+    ):
+        return await response.text()
+
+
+async def test_a_body_counts_no_longer_than_it_is_in_memory(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession
+) -> None:
+    proxy = await start_proxy(max_inline_mb=1, MAX_BODIES_MB=1)
+    picture = base64.b64encode(bytes(1_000_000)).decode()
+    content = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}}]
+    body = json.dumps({"messages": [{"role": "user", "content": content}], "stream": True}).encode()
+    token = simulator.token("long", "pace=0.05")
+    async with http.post(proxy + CHAT, data=io.BytesIO(body), headers=bearer(token)) as response:
+        assert b"data: " in await response.content.readline()
+        for _ in range(2):
+            headers = bearer(simulator.token("hello"))
+            async with http.post(proxy + CHAT, data=io.BytesIO(body), headers=headers) as other:
+                assert other.status == 200 and b"[DONE]" in await other.read()
+        response.close()
+    await simulator.settle(token)
