@@ -1819,8 +1819,8 @@ def describe_failure(error: str, previous: str) -> str:
 
 # ==== 9. Filters ============================================================
 #
-# Events in, events out: what changes an answer on its way. Every chain begins with `ThinkFilter` and `CitationFilter`;
-# the others follow where the request asks for them.
+# Events in, events out: what changes an answer on its way. Every chain begins with `ThinkFilter`, `UrlMarkFilter` and
+# `CitationFilter`; the others follow where the request asks for them.
 
 
 class Filter:
@@ -1904,6 +1904,47 @@ class ThinkFilter(Filter):
         return [*([Thinking(thought)] if thought else []), *_texts(text)]
 
 
+_URL_MARK: Final = re.compile(
+    r'(?P<start><url(?: \w{1,20}="[^"<>\n]{0,500}"){1,9}>)|(?P<end></url>)'
+    rf"|(?P<begun><url [^<>\n]{{0,1000}}|{_list_starts('<url ', '</url>')})\Z"
+)
+
+
+class UrlMarkFilter(Filter):
+    """Frees URLs of the marks that the prompt put around them, where the model repeats these. Holds what may be one."""
+
+    def __init__(self) -> None:
+        self.begin_retry()
+
+    def begin_retry(self) -> None:
+        """Expect another answer."""
+        self._held = ""
+        self._is_open = False
+
+    def feed(self, event: Event) -> list[Event]:
+        """What becomes of one event."""
+        if type(event) is Text:
+            return self._take_text(event.text) if self._held or "<" in event.text else [event]
+        if self._held and isinstance(event, Finished):
+            return [Text(self._held), event]
+        return [event]
+
+    def _take_text(self, text: str) -> list[Event]:
+        text, self._held = self._held + text, ""
+        pieces: list[str] = []
+        at = 0
+        for mark in _URL_MARK.finditer(text):
+            if mark["end"] and not self._is_open:  # of a tag that somebody else wrote
+                continue
+            pieces.append(text[at : mark.start()])
+            at = mark.end()
+            if mark["begun"]:
+                self._held = mark[0]
+            else:
+                self._is_open = bool(mark["start"])
+        return _texts("".join([*pieces, text[at:]]))
+
+
 MAX_CITATION: Final = 16_384  # characters between <REF> and </REF>, quotation included
 _MAY_CITE: Final = re.compile("[\ue3a0\U0001f6e0[<]")
 _REF_START: Final = ("<REF>cite\u2726", "<REF>cite:")
@@ -1950,12 +1991,12 @@ class CitationFilter(Filter):
 
     def feed(self, event: Event) -> list[Event]:
         """What becomes of one event."""
+        if type(event) is Text and not self._inline:
+            return self._take_text(event.text) if self._held or _MAY_CITE.search(event.text) else [event]
         if isinstance(event, Opened):
             self._inline = event.hits_inline
         if self._inline:
             return [event]
-        if type(event) is Text:
-            return self._take_text(event.text) if self._held or _MAY_CITE.search(event.text) else [event]
         if isinstance(event, SearchHit):
             self._add(event)
             return []
@@ -2386,6 +2427,7 @@ class Chain:
 
     def __init__(self, filters: Sequence[Filter] = ()) -> None:
         self.filters = filters
+        self.ended = False  # a filter ended the answer: the service need not go on with it
         self._over = False
         self._retried = False
         self._previous: list[str] = []
@@ -2397,21 +2439,23 @@ class Chain:
             return []
         if self._retried:
             events = [event for event in events if not isinstance(event, Opened)]
-        for event in events:
-            if self._room and type(event) is Text:
+        for event in events if self._room else ():
+            if type(event) is Text:
                 self._previous.append(event.text[: self._room])
                 self._room -= len(self._previous[-1])
         for one in self.filters:
-            events = [result for event in events for result in one.feed(event)]
-        self._over = bool(events) and isinstance(events[-1], Finished)
-        if self._over and self.ended and not any(isinstance(event, Sources) for event in events):
-            events[-1:-1] = [found for one in self.filters if isinstance(one, CitationFilter) for found in one.sources]
+            if len(events) == 1:  # nearly always
+                events = one.feed(events[0])
+            else:
+                events = [result for event in events for result in one.feed(event)]
+        if events and type(events[-1]) is Finished:
+            self._over = True
+            self.ended = any(one.ended for one in self.filters)
+            if self.ended and not any(isinstance(event, Sources) for event in events):
+                events[-1:-1] = [
+                    hits for one in self.filters if isinstance(one, CitationFilter) for hits in one.sources
+                ]
         return events
-
-    @property
-    def ended(self) -> bool:
-        """Whether a filter ended the answer, so that the service need not go on with it."""
-        return any(one.ended for one in self.filters)
 
     @property
     def retry_reason(self) -> str:
@@ -3363,7 +3407,7 @@ def render_prompt(request: ChatRequest) -> str:
 
 def make_chain(request: ChatRequest, make_id: Callable[[], str]) -> Chain:
     """The filters that `request` needs, in their order; `make_id` gives the ids of calls."""
-    filters: list[Filter] = [ThinkFilter(), CitationFilter()]
+    filters: list[Filter] = [ThinkFilter(), UrlMarkFilter(), CitationFilter()]
     if request.max_tokens is not None:
         filters.append(LengthFilter(request.max_tokens))
     if request.tools and request.tool_choice.mode != "none":

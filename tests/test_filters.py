@@ -38,6 +38,7 @@ from kimi_proxy import (
     ToolCall,
     ToolCallFilter,
     ToolChoice,
+    UrlMarkFilter,
     estimate_tokens,
     render_tool_call,
 )
@@ -258,7 +259,47 @@ def test_reading_thinking_takes_linear_time(piece: str) -> None:
     assert_linear(lambda size: seconds_to_feed(ThinkFilter(), piece * (size // len(piece))))
 
 
-# What the filters below are fed with# What the filters below are fed with, and how their output is read.
+# Marks of URLs, which the prompt has.
+
+MARK = '<url id="" type="url" status="" title="" wc="">'
+URL_MARKS: dict[str, tuple[str, str]] = {
+    "none": ("a < b </url> <ur", "a < b </url> <ur"),
+    "one": (f"See {MARK}https://ab.cd</url>.", "See https://ab.cd."),
+    "two": (f"{MARK}https://ab.cd</url>{MARK}https://cd.ab</url></url>", "https://ab.cdhttps://cd.ab</url>"),
+    "filled in": ('<url id="1" title="A b">https://ab.cd</url>', "https://ab.cd"),
+    "a site map": ("<url>\n<loc>https://ab.cd</loc>\n</url>", "<url>\n<loc>https://ab.cd</loc>\n</url>"),
+    "another tag": ('<urls id=""> <url id=1>', '<urls id=""> <url id=1>'),
+    "cut": (f"a {MARK[:-9]}", f"a {MARK[:-9]}"),
+}
+
+
+@pytest.mark.parametrize("name", URL_MARKS)
+@given(data=st.data())
+@settings(max_examples=25)
+def test_urls_are_freed_of_marks(name: str, data: st.DataObject) -> None:
+    text, expected = URL_MARKS[name]
+    one = UrlMarkFilter()
+    for _ in range(2):
+        events = feed(one, OPENED, *split(text, draw_cuts(data, text)), END)
+        assert joined(events) == [OPENED, Text(expected), END]
+        one.begin_retry()
+
+
+@given(
+    text=st.lists(st.sampled_from([MARK, "</url>", *'<>url /="\n']), max_size=9).map("".join),
+    data=st.data(),
+)
+def test_any_split_gives_the_same_urls(text: str, data: st.DataObject) -> None:
+    events = feed(UrlMarkFilter(), *split(text, draw_cuts(data, text)), END)
+    assert joined(events) == joined(feed(UrlMarkFilter(), *split(text, []), END))
+
+
+@pytest.mark.parametrize("piece", [MARK, "<url ", "<", "</url>", ' a="'])
+def test_reading_marks_of_urls_takes_linear_time(piece: str) -> None:
+    assert_linear(lambda size: seconds_to_feed(UrlMarkFilter(), "<url " + piece * (size // len(piece))), 20_000)
+
+
+# What the filters below are fed with, and how their output is read.
 
 IDS = iter(range(10**9))
 WEATHER = Tool(
