@@ -1400,9 +1400,10 @@ class ResponseFormat:
 
 CALL_MARK: Final = "<tool_call>"
 CALL_END_MARK: Final = "</tool_call>"
-# Kimi's own form [2+]: the second mark, functions.NAME:0, <|tool_call_argument_begin|>, arguments, <|tool_call_end|>.
-CALL_MARKS: Final = (CALL_MARK, CALL_END_MARK, "<|tool_call_begin|>", "<|tool_calls_section_begin|>")
-CALL_MARKUP: Final = re.compile(r"</?tool_call>|<\|tool_call(?:s_section)?_(?:begin|argument_begin|end)\|>")
+# Kimi's own form [2+]: <|tool_call_begin|>functions.NAME:0<|tool_call_argument_begin|>ARGUMENTS<|tool_call_end|>.
+_NATIVE_MARKS: Final = ("_begin", "_argument_begin", "_end", "s_section_begin", "s_section_end")
+CALL_MARKS: Final = (CALL_MARK, CALL_END_MARK, *(f"<|tool_call{word}|>" for word in _NATIVE_MARKS))
+CALL_MARKUP: Final = re.compile("|".join(map(re.escape, CALL_MARKS)))
 _CALL_START: Final = re.compile(r"<tool_call>|<\|tool_call_begin\|>(?:([^<]{0,200})<\|tool_call_argument_begin\|>)?")
 _VALUE_OR_MARK: Final = re.compile(rf"[{{\[]|{CALL_MARKUP.pattern}")
 _NEXT_VALUE: Final = re.compile(r"[\s,]*+(?=[{\[])")

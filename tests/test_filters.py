@@ -830,12 +830,10 @@ def test_a_bad_call_asks_for_a_second_try(name: str, data: st.DataObject) -> Non
         assert reason_of(rest) == ("tool_calls" if "c" not in last[-1:] else "stop")
 
 
-FRAGMENTS = st.lists(
-    st.sampled_from(
-        [*'<{}[]" \n\\a', "<tool_", "<tool_call>", "</tool_call>", PARIS, PARIS[:-1], '{"name": "get_time"}', GOOD, BAD]
-    ),
-    max_size=10,
-).map("".join)
+MARKUP = ["<tool_call>", "</tool_call>", "<|tool_call_begin|>", "<|tool_call_end|>", "<|tool_calls_section_begin|>"]
+NATIVE = "<|tool_call_begin|>functions.get_time:0<|tool_call_argument_begin|>"
+BARE = [PARIS, PARIS[:-1], '{"name": "get_time"}', "{}", "```json\n", "```", *'<|{}[]" \n\\a`', "<tool_", "<|tool_call"]
+FRAGMENTS = st.lists(st.sampled_from([*MARKUP, *BARE, NATIVE, GOOD, BAD]), max_size=10).map("".join)
 
 
 def run_tools(one: ToolCallFilter, text: str, cuts: list[int], last: Finished) -> list[Event]:
@@ -848,7 +846,7 @@ def run_tools(one: ToolCallFilter, text: str, cuts: list[int], last: Finished) -
 
 
 @given(text=FRAGMENTS, last=st.sampled_from([END, CUT, Finished("content_filter")]), data=st.data())
-@settings(max_examples=300)
+@settings(max_examples=1000)
 def test_any_split_gives_the_same_calls_and_text(text: str, last: Finished, data: st.DataObject) -> None:
     parallel = data.draw(st.booleans())
     whole, cut = tool_filter(parallel=parallel), tool_filter(parallel=parallel)
@@ -857,9 +855,11 @@ def test_any_split_gives_the_same_calls_and_text(text: str, last: Finished, data
     calls = [event for event in events if isinstance(event, ToolCall)]
     if calls:
         assert text.startswith(written(events[: events.index(calls[0])]))
+        assert not any(mark in written(events[: events.index(calls[0])]) for mark in MARKUP)
         assert reason_of(events) == ("tool_calls" if last == END else last.reason)
     else:
-        assert written(events) in (text, re.sub("</?tool_call>", " ", text))
+        marks = "|".join(map(re.escape, [*MARKUP, "<|tool_call_argument_begin|>"]))
+        assert written(events) in (text, re.sub(marks, " ", text))
         assert reason_of(events) == last.reason
 
 
