@@ -2508,7 +2508,7 @@ class Attachment:
     """
 
     kind: AttachmentKind
-    path: str
+    path: str = field(compare=False)
     url: str = field(default="", repr=False)
     data: str = field(default="", repr=False)
     start: int = field(default=0, repr=False)
@@ -2641,8 +2641,6 @@ class ChatRequest:
         return self.messages[1:] if self.responses is not None and self.responses.instructions else self.messages
 
 
-# -- Reading JSON by its path
-
 _KINDS: Final[Mapping[type, str]] = {str: "a string", list: "a list", dict: "an object", bool: "true or false"}
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 _ESCAPES: Final = re.compile(
@@ -2724,9 +2722,6 @@ def _parse_body(body: bytes | bytearray) -> Node:
     return Node(value, "")
 
 
-# -- The four APIs
-
-
 def parse_chat_request(body: bytes | bytearray) -> ChatRequest:
     """The request in the body of `POST /v1/chat/completions` (OpenAI API reference, "Create chat completion").
 
@@ -2762,8 +2757,7 @@ def parse_messages_request(body: bytes | bytearray) -> ChatRequest:
     system = _make_message("system", _parse_content(root["system"]))
     turns = [*([] if system.is_empty else [[system]]), *_parse_turns(root)]
     last = max((index for index, turn in enumerate(turns) if turn[-1].role in ("user", "tool")), default=len(turns))
-    late = [turn for turn in turns[last:] if turn[-1].role == "system"]
-    ordered = [*turns[:last], *late, *(turn for turn in turns[last:] if turn[-1].role != "system")]
+    ordered = [*turns[:last], *sorted(turns[last:], key=lambda turn: turn[-1].role != "system")]
     return _make_request(root, [message for turn in ordered for message in turn])
 
 
@@ -2787,23 +2781,16 @@ def parse_responses_request(body: bytes | bytearray, find_item: FindItem = lambd
     return replace(request, responses=options)
 
 
-def _check_last(messages: Sequence[Message]) -> None:
-    """Raise `ProxyError` for a part of an unknown kind in what a person says last; in the history it is only logged."""
-    for one in messages[-1].mentions if messages and messages[-1].role == "user" else ():
-        if one.is_unknown:
-            known = "text, image_url, file, image, document, tool_use, tool_result, thinking"
-            reason = f"unknown kind of part: {one.name or '(none)'}; known: {known}"
-            sound = "input_audio: Kimi's web service takes no sound"
-            raise Node(None, one.path).invalid_param(sound if one.name == "input_audio" else reason)
-
-
 def _make_request(
     root: Node, messages: Sequence[Message], *, more_tools: Sequence[Node] = (), param: str = "messages"
 ) -> ChatRequest:
     """A request from the fields of any API; `param` is the name of the one with its messages."""
     if root.value.get("n") not in (None, 1) or root.value.get("n") is True:
         raise root["n"].invalid_param("only 1 answer at a time")
-    _check_last(messages)
+    for one in messages[-1].mentions if messages and messages[-1].role == "user" else ():
+        if one.is_unknown:  # said by a person and said last; in the history it is for the log alone
+            known = "text, image_url, file, image, document, tool_use, tool_result, thinking"
+            raise Node(None, one.path).invalid_param(f"unknown kind of part: {one.name or '(none)'}; known: {known}")
     model = root.get_text("model").strip() or "kimi"
     suffixes = model.split("-")[1:]
     options = root.get_object("stream_options") if root.has("stream_options") else None
@@ -2895,8 +2882,6 @@ def _find_word(value: Any, *path: str) -> str:
     return value if isinstance(value, str) else ""
 
 
-# -- Tools
-
 _FUNCTION_NAME: Final = re.compile(r"[^\s\x00-\x1f<>\"{}]{1,128}")
 _TOOL_ITEMS: Final = ("additional_tools", "tool_search_output")
 _DEFERRED_PLACEHOLDER: Final = "DeferredToolPlaceholder"  # Claude Code's own, in the place of tools not loaded yet
@@ -2986,10 +2971,11 @@ def _read_function_name(value: object) -> Any:
     return _join_name(_find_word(function, "namespace"), function["name"])
 
 
-# -- Messages and their parts
-
 _Piece = str | Attachment | FunctionCall | Mention | Message  # what one part may be; a Message is the result of a call
 _ROLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,31}")
+_TEXT_FIELDS: Final = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+_IMAGE_KINDS: Final = ("image_url", "input_image", "image")
+_FILE_KINDS: Final = ("file", "input_file")
 _DROPPED_KINDS: Final = ("thinking", "redacted_thinking", "reasoning")  # what was for the client alone
 
 
@@ -3053,26 +3039,20 @@ def _parse_part(part: Node, depth: int) -> list[_Piece]:
     if not isinstance(part.value, dict):
         raise part.invalid_param("must be an object")
     kind = part.get_text("type")
-    match kind:
-        case "text" | "input_text" | "output_text" | "refusal":
-            return [part.get_text("refusal" if kind == "refusal" else "text")]
-        case "image_url" | "input_image" | "image":
-            return [_parse_attachment("image", part)]
-        case "file" | "input_file":
-            return [_parse_attachment("file", part)]
-        case "document" | "search_result" if depth < 2:
-            return _parse_document(part)
-        case "tool_use" if not depth:
-            return [_parse_call(part)]
-        case "tool_result" if not depth:
-            return [_parse_result(part, "tool_use_id", "content")]
-        case "tool_reference":
-            name = part.get_text("tool_name")
-            return [f"The tool {name} can be called now.", Mention(name, part.path)]
-        case "" if depth == 1:
-            return [_render_json(part)]
-        case _:
-            return [] if kind in _DROPPED_KINDS else _tell_unknown(part, kind)
+    if kind in _TEXT_FIELDS:
+        return [part.get_text(_TEXT_FIELDS[kind])]
+    if kind in _IMAGE_KINDS or kind in _FILE_KINDS:
+        return [_parse_attachment("image" if kind in _IMAGE_KINDS else "file", part)]
+    if kind in ("document", "search_result") and depth < 2:
+        return _parse_document(part)
+    if kind == "tool_reference":
+        name = part.get_text("tool_name")
+        return [f"The tool {name} can be called now.", Mention(name, part.path)]
+    if kind in ("tool_use", "tool_result") and not depth:
+        return [_parse_call(part) if kind == "tool_use" else _parse_result(part, "tool_use_id", "content")]
+    if not kind and depth == 1:
+        return [_render_json(part)]
+    return [] if kind in _DROPPED_KINDS else _tell_unknown(part, kind)
 
 
 def _tell_unknown(part: Node, kind: str) -> list[_Piece]:
@@ -3123,8 +3103,6 @@ def _render_json(node: Node) -> str:
     return node.value
 
 
-# -- Attachments
-
 _DATA_HEAD: Final = re.compile(r'data:((?:[^,"]|"[^"]*")*),', re.IGNORECASE)
 _PARAMETER: Final = re.compile(r'(?:[^;"]|"[^"]*")+')
 
@@ -3144,11 +3122,8 @@ def _parse_attachment(kind: AttachmentKind, part: Node) -> Attachment:
             return _parse_data(kind, node, name)
         content_type = (own.get_text("media_type") or own.get_text("mimeType")).strip().lower()
         return Attachment(kind, node.path, data=node.value, name=name, content_type=content_type)
-    if own.path.endswith(".source"):
-        raise own["url" if own.value.get("type") == "url" else "data"].invalid_param("is missing")
-    if kind == "image":
-        raise own["image_url"].invalid_param("must be a URL")
-    raise own["file_data"].invalid_param("must be a data URL, or base64; else give file_id")
+    missing = "data" if part.has("source") else "image_url" if kind == "image" else "file_data"
+    raise own["url" if own.value.get("type") == "url" else missing].invalid_param("must be a URL, or base64")
 
 
 def _parse_url(kind: AttachmentKind, node: Node, name: str) -> Attachment:
@@ -3173,16 +3148,11 @@ def _parse_data(kind: AttachmentKind, node: Node, name: str) -> Attachment:
         raise node.invalid_param("a data URL must look like data:TYPE;base64,…")
     named = dict(parameter.partition("=")[::2] for parameter in parameters)
     name = name or unquote((named.get("name") or named.get("filename") or "").strip('"'))
-    if url.find("%", head.end()) >= 0:
-        url = head[0] + _undo_percent(url[head.end() :])
+    if url.find("%", head.end()) >= 0:  # percent signs may stand for the letters of base64 (RFC 3986)
+        for letter in "+/=-_ \r\n":
+            url = url.replace(f"%{ord(letter):02X}", letter).replace(f"%{ord(letter):02x}", letter)
+        head = _DATA_HEAD.match(url[:1024]) or head
     return Attachment(kind, node.path, "", url, head.end(), name, content_type.strip().lower())
-
-
-def _undo_percent(text: str) -> str:
-    """Base64 without the percent signs that may stand for its letters (RFC 3986); each is replaced in one go."""
-    for letter in "+/=-_ \r\n":
-        text = text.replace(f"%{ord(letter):02X}", letter).replace(f"%{ord(letter):02x}", letter)
-    return text
 
 
 def _limit_attachments(messages: Sequence[Message], param: str) -> tuple[Message, ...]:
@@ -3193,23 +3163,15 @@ def _limit_attachments(messages: Sequence[Message], param: str) -> tuple[Message
     seen: set[Attachment] = set()
     limited: list[Message] = []
     for message in reversed(messages):
-        kept: list[Attachment] = []
-        words: list[str] = []
-        for one in reversed(message.attachments):
-            key = replace(one, path="")
-            if key not in seen and len(seen) < MAX_ATTACHMENTS:
-                kept.insert(0, one)
-                seen.add(key)
-            elif key not in seen:
-                words.append(f"[{one.kind} left out]")
-        if words and not limited:
+        fresh = [one for one in dict.fromkeys(message.attachments) if one not in seen]
+        left = max(0, len(seen) + len(fresh) - MAX_ATTACHMENTS)
+        if left and not limited:
             raise Node(None, param).invalid_param(f"at most {MAX_ATTACHMENTS} files and pictures in a message")
-        text = "\n".join(filter(None, [message.text, *words]))
-        limited.append(replace(message, text=text, attachments=tuple(kept)) if message.attachments else message)
+        seen.update(fresh[left:])
+        text = "\n".join(filter(None, [message.text, *(f"[{one.kind} left out]" for one in fresh[:left])]))
+        limited.append(replace(message, text=text, attachments=tuple(fresh[left:])))
     return tuple(reversed(limited))
 
-
-# -- The Responses API
 
 _CALL_NAMES: Final = {"local_shell_call": "local_shell", "shell_call": "shell", "apply_patch_call": "apply_patch"}
 _CALL_ITEMS: Final = ("function_call", "custom_tool_call", "mcp_call", *_CALL_NAMES)
@@ -3225,17 +3187,14 @@ def _parse_items(root: Node, find_item: FindItem) -> list[Node]:
     seen: set[str] = set()
     items: list[Node] = []
     for item in root.get_items("input"):
-        is_reference = "id" in item.value and "role" not in item.value and "content" not in item.value
-        if (item.get_text("type") or ("item_reference" if is_reference else "message")) != "item_reference":
-            items.append(item)
-            continue
-        item_id = item.get_text("id")
-        if item_id in seen:
-            raise item.invalid_param("refers to an item a second time")
-        seen.add(item_id)
-        found = find_item(item_id)
+        is_reference = item.has("id") and not item.value.keys() & {"type", "role", "content"}
+        found: Any = item.value
+        if is_reference or item.value.get("type") == "item_reference":
+            item_id = item.get_text("id")
+            found = find_item(item_id) if item_id not in seen else None
+            seen.add(item_id)
         if found is None:
-            reason = "refers to an item of no answer that is kept for this account: send the item itself"
+            reason = "refers to an item for the second time, or to one that is not kept for this account: send the item"
             raise item.invalid_param(reason)
         items.append(Node(found, item.path))
     return items
@@ -3322,8 +3281,6 @@ def answer_message(response: Mapping[str, Any]) -> Message:
     calls = (_parse_call(Node(item, "output")) for item in response["output"] if item["type"] == "function_call")
     return Message("assistant", "\n".join(filter(None, texts)), calls=tuple(calls))
 
-
-# -- The prompt
 
 _FENCE_LINE: Final = re.compile(r"[ \t>]*(?:[-*+][ \t]+|\d+[.)][ \t]+)?(`{3,}+(?!.*`)|~{3,})")
 _INLINE: Final = re.compile(
