@@ -2500,11 +2500,10 @@ FindItem = Callable[[str], Mapping[str, Any] | None]
 
 @dataclass(frozen=True, slots=True)
 class Attachment:
-    """A file or picture in a message: at a `url`, uploaded before as `file_id`, or inline, as the base64 in `data` from
-    `start` on.
+    """A file or picture in a message: at a `url`, uploaded as `file_id`, or the base64 in `data` from `start` on.
 
-    `path` names it in an error. `name` and `content_type` are the client's; empty where it gave none. `uploaded` is set
-    where an earlier answer already brought it to the service: the account's digest, the protocol, and the service's id.
+    `path` names it in an error. `uploaded` is set where an earlier answer already brought it to the service: the
+    account's digest, the protocol, and the service's id.
     """
 
     kind: AttachmentKind
@@ -2547,8 +2546,7 @@ class Mention:
 class Message:
     """One message of the conversation: its text parts, one a line, what is attached to it, and the calls it makes.
 
-    A message whose role is `tool` or `function` is the result of the call `tool_call_id`; `tool_name` is the client's
-    own word for that call's function.
+    With a role of `RESULT_ROLES` it is the result of the call `tool_call_id` of `tool_name`, where the client says so.
     """
 
     role: str
@@ -2683,16 +2681,12 @@ class Node:
 
     def get_items(self, name: str) -> list[Node]:
         """The objects of the list in a field."""
-        self.get_field(name, list)
-        items = self[name].split()
+        path = self[name].path
+        items = [Node(item, f"{path}[{index}]") for index, item in enumerate(self.get_field(name, list, []))]
         for item in items:
             if not isinstance(item.value, dict):
                 raise item.invalid_param("must be an object")
         return items
-
-    def split(self) -> list[Node]:
-        """The items of a list."""
-        return [Node(item, f"{self.path}[{index}]") for index, item in enumerate(self.value or ())]
 
     def check_json(self) -> Any:
         """The value, which can be written out again. Raises `ProxyError` for too deep a value or an infinite number."""
@@ -2733,10 +2727,7 @@ def parse_chat_request(body: bytes | bytearray) -> ChatRequest:
 
 
 def parse_completion_request(body: bytes | bytearray) -> ChatRequest:
-    """The request in the body of the older `POST /v1/completions` (OpenAI API reference, "Create completion").
-
-    Its one prompt is a user's message.
-    """
+    """The request in the body of the older `POST /v1/completions`: its one prompt is a user's message."""
     root = _parse_body(body)
     prompt = root.value.get("prompt")
     if isinstance(prompt, list) and len(prompt) == 1:
@@ -2747,11 +2738,9 @@ def parse_completion_request(body: bytes | bytearray) -> ChatRequest:
 
 
 def parse_messages_request(body: bytes | bytearray) -> ChatRequest:
-    """The request in the body of `POST /v1/messages` (Anthropic API reference, "Create a Message") or of its
-    `/count_tokens`.
+    """The request in the body of `POST /v1/messages` (Anthropic API reference, "Create a Message").
 
-    A tool's result is a message of role `tool` that stands before the other words of its message. What the system says
-    after the user's last turn is moved before it: the model answers what it reads last.
+    What the system says after the user's last turn is moved before it: the model answers what it reads last.
     """
     root = _parse_body(body)
     system = _make_message("system", _parse_content(root["system"]))
@@ -3029,7 +3018,8 @@ def _parse_content(content: Node, depth: int = 0) -> list[_Piece]:
         return _parse_part(content, depth)
     if not isinstance(value, list):
         raise content.invalid_param("must be a string, a list of parts, or null")
-    return [piece for part in content.split() for piece in _parse_part(part, depth)]
+    parts = (Node(part, f"{content.path}[{index}]") for index, part in enumerate(value))
+    return [piece for part in parts for piece in _parse_part(part, depth)]
 
 
 def _parse_part(part: Node, depth: int) -> list[_Piece]:
@@ -3089,7 +3079,7 @@ def _parse_call(node: Node) -> FunctionCall:
 
 def _parse_result(node: Node, id_field: str, content_field: str) -> Message:
     """What a tool gave back, with the pictures and files in it."""
-    error = "Error: " if node.get_field("is_error", bool, False) else ""
+    error = "Error: " if content_field == "error" or node.get_field("is_error", bool, False) else ""
     message = _make_message("tool", _parse_content(node[content_field], depth=1))
     return replace(message, text=error + message.text, tool_call_id=node.get_text(id_field) or node.get_text("id"))
 
@@ -3103,6 +3093,7 @@ def _render_json(node: Node) -> str:
     return node.value
 
 
+_DATA_FIELDS: Final = ("image_url", "file_url", "url", "data", "file_data")
 _DATA_HEAD: Final = re.compile(r'data:((?:[^,"]|"[^"]*")*),', re.IGNORECASE)
 _PARAMETER: Final = re.compile(r'(?:[^;"]|"[^"]*")+')
 
@@ -3111,31 +3102,22 @@ def _parse_attachment(kind: AttachmentKind, part: Node) -> Attachment:
     """The attachment of a part: by URL, by a file's id, or as base64, within `file`, `source` or the part itself."""
     own = next((part.get_object(name) for name in ("file", "source") if part.has(name)), part)
     name = own.get_text("filename") or part.get_text("filename") or part.get_text("title")
-    for field_name in ("image_url", "file_url", "url"):
-        if own.has(field_name):
-            return _parse_url(kind, own[field_name], name)
     if file_id := own.get_text("file_id"):
         return Attachment(kind, own["file_id"].path, file_id=file_id)
-    node = own["data" if own.has("data") else "file_data"]
-    if own.get_text("data") or own.get_text("file_data"):
-        if node.value[:5].lower() == "data:":
-            return _parse_data(kind, node, name)
-        content_type = (own.get_text("media_type") or own.get_text("mimeType")).strip().lower()
-        return Attachment(kind, node.path, data=node.value, name=name, content_type=content_type)
-    missing = "data" if part.has("source") else "image_url" if kind == "image" else "file_data"
-    raise own["url" if own.value.get("type") == "url" else missing].invalid_param("must be a URL, or base64")
-
-
-def _parse_url(kind: AttachmentKind, node: Node, name: str) -> Attachment:
-    """The attachment at `{"url"}`, which may be a `data:` URL; some clients give the bare string."""
-    if isinstance(node.value, dict):
-        node = node["url"]
-    url = node.value.strip() if isinstance(node.value, str) else ""
-    if not url:
-        raise node.invalid_param("must be a URL")
-    if url[:5].lower() == "data:":
-        return _parse_data(kind, Node(url, node.path), name)
-    return Attachment(kind, node.path, url=url, name=name)
+    missing = "image_url" if kind == "image" else "file_data"
+    if part.has("source"):
+        missing = "url" if own.value.get("type") == "url" else "data"
+    field_name = next((name for name in _DATA_FIELDS if own.has(name)), missing)
+    node = own[field_name]["url"] if isinstance(own.value.get(field_name), dict) else own[field_name]
+    data = node.value.strip() if isinstance(node.value, str) else ""
+    if not data:
+        raise node.invalid_param("must be a URL, or base64; else give file_id")
+    if data[:5].lower() == "data:":
+        return _parse_data(kind, Node(data, node.path), name)
+    if field_name.endswith("url"):
+        return Attachment(kind, node.path, url=data, name=name)
+    content_type = (own.get_text("media_type") or own.get_text("mimeType")).strip().lower()
+    return Attachment(kind, node.path, data=data, name=name, content_type=content_type)
 
 
 def _parse_data(kind: AttachmentKind, node: Node, name: str) -> Attachment:
@@ -3194,7 +3176,7 @@ def _parse_items(root: Node, find_item: FindItem) -> list[Node]:
             found = find_item(item_id) if item_id not in seen else None
             seen.add(item_id)
         if found is None:
-            reason = "refers to an item for the second time, or to one that is not kept for this account: send the item"
+            reason = "refers to an item a second time, or to one that no kept answer has: send the item itself"
             raise item.invalid_param(reason)
         items.append(Node(found, item.path))
     return items
@@ -3230,9 +3212,7 @@ def _join_calls(messages: Iterable[Message]) -> list[Message]:
 
 
 def _make_echo(root: Node, request: ChatRequest) -> dict[str, Any]:
-    """What a response object repeats of its request (OpenAI API reference, "The response object"); fields without an
-    effect are constants, and a wrong type in one is no error.
-    """
+    """What a response object repeats of its request; fields without an effect are constants, of any type."""
     metadata, text = root.value.get("metadata"), root.get_object("text")
     words = metadata.items() if isinstance(metadata, dict) else ()
     absent = dict.fromkeys(("max_tool_calls", "prompt_cache_key", "safety_identifier", "user"))
@@ -3263,20 +3243,14 @@ def _make_echo(root: Node, request: ChatRequest) -> dict[str, Any]:
 
 
 def extend_request(request: ChatRequest, before: Sequence[Message]) -> ChatRequest:
-    """The request after the messages of the turns `before` it, its own instructions still first.
-
-    The result's `own_messages` are those of all turns. Raises `ProxyError` `invalid_request` for too many attachments.
-    """
+    """The request after the messages of the turns `before` it, which become its own, its instructions still first."""
     first = len(request.messages) - len(request.own_messages)
     messages = (*request.messages[:first], *before, *request.messages[first:])
     return replace(request, messages=_limit_attachments(messages, "input"))
 
 
 def answer_message(response: Mapping[str, Any]) -> Message:
-    """The assistant's message that an answer becomes in the next turn: its text and its calls, without its thinking.
-
-    `response` is a response object as an encoder of section 11 makes it.
-    """
+    """The assistant's message that a response object becomes in the next turn: text and calls, without thinking."""
     texts = [part["text"] for item in response["output"] if item["type"] == "message" for part in item["content"]]
     calls = (_parse_call(Node(item, "output")) for item in response["output"] if item["type"] == "function_call")
     return Message("assistant", "\n".join(filter(None, texts)), calls=tuple(calls))
@@ -3296,10 +3270,9 @@ _INLINE: Final = re.compile(
 
 
 class UrlMarker:
-    """Marks the bare URLs in what a person wrote, up to `limit`, so that the service reads those pages [ref].
+    """Marks bare URLs in what a person wrote, up to `limit`, so that the service reads those pages [ref].
 
-    None in code (fences, indented lines, backticks), in quotation marks, angle brackets and Markdown links: a model
-    that sees the mark there writes it into the user's files.
+    None in code, quotation marks, angle brackets and Markdown links: from there the mark would get into users' files.
     """
 
     def __init__(self, limit: int) -> None:
@@ -3313,7 +3286,7 @@ class UrlMarker:
         fence = ""
         for line in text.split("\n"):
             found = _FENCE_LINE.match(line)
-            if found and (not fence or found[1].startswith(fence)):
+            if found and (not fence or (found[1].startswith(fence) and not line[found.end() :].strip())):
                 fence = "" if fence else found[1]
             is_prose = not (fence or found or line.startswith(("    ", "\t"))) and "://" in line
             lines.append(_INLINE.sub(self._mark_one, line) if is_prose else line)
@@ -5472,7 +5445,7 @@ CONNECT_MODELS: Final = (KIMI, Model("kimi-thinking", thinking=True))  # when th
 _FALLBACKS: Final = (("SCENARIO_CHAT", "k2d6-chat"), ("SCENARIO_K2D5", ""))  # what those are asked as, newest first
 _K1_AGENT: Final = "crm40ee9e5jvhsn7ptcg"  # [2+]
 _AGENT_ID: Final = re.compile(r"[0-9a-z]{20}")
-_SUFFIXES: Final = frozenset({"search", "silent", "math", "research", "thinking", "k1"})
+_SUFFIXES: Final = frozenset({"search", "nosearch", "silent", "math", "research", "thinking", "k1"})
 
 
 def parse_models(value: Mapping[str, Any]) -> tuple[Model, ...]:

@@ -472,6 +472,7 @@ MARKED = {
     "> ~~~\n> https://ab.cd\n> ~~~\nhttps://ef.gh": ["https://ef.gh"],
     "1. ```sh\n   curl https://ab.cd\n   ```\nhttps://ef.gh": ["https://ef.gh"],
     "```js\nhttps://ab.cd\n~~~\nhttps://ef.gh": [],
+    "```md\n```js\nhttps://ab.cd\n```\nhttps://ef.gh": ["https://ef.gh"],
     "```x``` https://ab.cd": ["https://ab.cd"],
     "``` https://ab.cd ``` https://ef.gh": ["https://ef.gh"],
     "    https://ab.cd\n\thttps://ef.gh": [],

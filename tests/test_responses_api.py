@@ -246,6 +246,7 @@ def test_a_call_of_a_server_is_told_with_its_result() -> None:
     said = Message("assistant", "", calls=(FunctionCall("m", "find", "{}"),))
     assert messages(call) == (said, Message("tool", "x", tool_call_id="m"))
     assert messages({**call, "output": None}) == (said,)
+    assert messages({**call, "output": None, "error": "gone"})[1].text == "Error: gone"
 
 
 def test_a_conversation_of_openai_is_refused_by_its_name() -> None:
