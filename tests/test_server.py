@@ -119,9 +119,10 @@ async def test_the_merged_text_reaches_the_service(
         {"role": "critic", "content": "42"},
     ]
     _, answer, _ = await ask(http, proxy, token, messages=messages)
-    wrapped = '<url id="" type="url" status="" title="" wc="">https://ab.cd/d</url>'
-    expected = f"system:see https://ab.cd\ndeveloper:short\nuser:你好\n{wrapped}\nassistant:\ncritic:42\n"
-    assert answer["choices"][0]["message"]["content"] == expected
+    expected = "system:see https://ab.cd\ndeveloper:short\nuser:你好\nhttps://ab.cd/d\nassistant:\ncritic:42\n"
+    assert answer["choices"][0]["message"]["content"] == expected  # the model repeats the mark; the client gets the URL
+    asked = json.dumps((await simulator.settle(token)).asked[0], ensure_ascii=False)
+    assert r"<url id=\"\" type=\"url\" status=\"\" title=\"\" wc=\"\">https://ab.cd/d</url>" in asked
 
 
 @pytest.mark.parametrize(
