@@ -94,7 +94,6 @@ MATRIX: dict[str, tuple[str, ...]] = {
     "a second signal": (
         "test_service.py: test_a_second_signal_ends_it_at_once_and_its_conversations_are_the_next_ones_to_remove",
     ),
-    "few descriptors": ("test_service.py: test_with_few_descriptors_further_clients_are_told",),
     "no descriptors": ("test_without_descriptors_clients_wait_and_the_loop_does_not_spin",),
     "the loop is blocked": ("test_a_blocked_loop_beats_no_more",),
     "the state directory is of no use": (
