@@ -5433,6 +5433,12 @@ class Model:
         """Whether it works with tools and a sandbox of its own, which costs credits."""
         return bool(self.agent_id or self.agent_mode)
 
+    def describe(self) -> dict[str, Any]:
+        """What the list of models says of it: what it costs a user to know."""
+        agent = {"description": "An agent with tools and a sandbox of its own, which costs credits."}
+        efforts = {"reasoning_efforts": [effort.rpartition("_")[2].lower() for effort in self.efforts]}
+        return (agent if self.is_agent else {}) | (efforts if self.efforts else {})
+
 
 KIMI: Final = Model("kimi")
 CLASSIC_MODELS: Final = (
@@ -7747,9 +7753,12 @@ async def _list_models(request: web.Request) -> list[dict[str, Any]]:
     state = request.app[STATE]
     asks_kimi = state.access.holds or bool(read_credential(request))
     account = Candidates(find_accounts(request)).choose() if asks_kimi else None
-    names = [model.id for model in await state.gateway.models(account)]
-    names = [variant for name in names for variant in (name, f"{name}-search")]
-    return [{"id": name, "object": "model", "created": MODELS_CREATED, "owned_by": "kimi"} for name in names]
+    common = {"object": "model", "created": MODELS_CREATED, "owned_by": "kimi"}
+    return [
+        {"id": name, **common, **model.describe()}
+        for model in await state.gateway.models(account)
+        for name in (model.id, f"{model.id}-search")
+    ]
 
 
 async def _models(request: web.Request) -> web.StreamResponse:

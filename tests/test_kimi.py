@@ -520,6 +520,45 @@ async def test_a_listed_model_is_asked_with_all_that_tells_it_apart(
     assert asked["options"] == options and asked["tools"]
 
 
+# Each API's own switch for thinking.
+SWITCHES: dict[str, tuple[str, dict[str, Any]]] = {
+    "chat": (CHAT, {"messages": [{"role": "user", "content": "hi"}], "reasoning_effort": "xhigh"}),
+    "messages": (
+        "/v1/messages",
+        {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 99, "output_config": {"effort": "max"}},
+    ),
+    "responses": ("/v1/responses", {"input": "hi", "reasoning": {"effort": "high"}}),
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+async def test_a_model_of_the_newer_list_is_asked_by_each_api(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession, name: str
+) -> None:
+    proxy = await start_proxy(protocol="connect")
+    token = simulator.token("hello", "new-models")
+    path, body = SWITCHES[name]
+    for stream in (False, True):
+        request = {"model": "k3-agent", "stream": stream, **body}
+        async with http.post(proxy + path, json=request, headers=bearer(token)) as response:
+            assert response.status == 200, await response.text()
+            await response.read()
+    account = await simulator.settle(token)
+    efforts = {body["options"]["reasoning_effort"] for body in account.asked}
+    assert efforts == {f"REASONING_EFFORT_{'MAX' if name == 'messages' else 'HIGH'}"}
+
+
+async def test_the_list_of_models_says_what_it_costs_a_user_to_know(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession
+) -> None:
+    proxy = await start_proxy(protocol="connect")
+    async with http.get(f"{proxy}/v1/models", headers=bearer(simulator.token("hello", "new-models"))) as response:
+        listed = {entry["id"]: entry for entry in (await response.json())["data"]}
+    assert "description" not in listed["kimi"] and "credits" in listed["kimi-k3"]["description"]
+    assert listed["kimi"]["reasoning_efforts"] == ["none", "low"]
+    assert listed["kimi-k3-search"]["reasoning_efforts"] == ["low", "high", "max"]
+
+
 async def test_with_tools_of_the_client_those_of_the_service_stay_away(simulator: Simulator) -> None:
     token = simulator.token("hello")
     async with speak_connect(simulator) as (protocol, accounts):
