@@ -7006,7 +7006,9 @@ class LiveAnswer:
                 await self._ask_account(account)
                 return
             except ProxyError as failure:
-                if self._met_another(account, failure):
+                # Kimi refuses an answer because another one of the account runs, which it does, here.
+                busy_code = self._exchange.protocol.busy_code if self._exchange is not None else ""
+                if failure.code == busy_code and account.slots.running > 1:
                     account.slots.note_refused()
                     candidates.busy.append(account)
                 else:
@@ -7017,11 +7019,6 @@ class LiveAnswer:
         if not candidates.busy:
             raise candidates.failure
         await self._ask_account(min(candidates.busy, key=lambda account: account.slots.waiting))
-
-    def _met_another(self, account: Account, failure: ProxyError) -> bool:
-        """Whether Kimi refused because another answer of the account runs, which it does, here."""
-        exchange = self._exchange
-        return exchange is not None and failure.code == exchange.protocol.busy_code and account.slots.running > 1
 
     async def _find_owner(self) -> Sequence[Account]:
         """The account that the conversation or the files of the question belong to; all where it names none.
@@ -7080,8 +7077,7 @@ class LiveAnswer:
             question = replace(question, attachments=[], file_ids=tuple(dict.fromkeys(file_ids)))
         self.upload_result = UploadResult(account, protocol.name, file_ids)
         self._chain = self._start_chain()
-        exchange = self._make_exchange(account, protocol, question)
-        await self._start(exchange)
+        exchange = await self._start(account, protocol, question)
         shown: list[Event] = []
         if exchange.conversation_id:
             shown = self._chain.feed([Opened(exchange.conversation_id, protocol.hits_inline)])
@@ -7089,18 +7085,21 @@ class LiveAnswer:
             shown += await self._advance() or []
         self._first = shown
 
-    async def _start(self, exchange: Exchange, *, keep_former: bool = False) -> None:
-        """Let go of the exchange before, and have `exchange` asked by a task that outlives a client who leaves.
+    async def _start(
+        self, account: Account, protocol: KimiProtocol, question: Question, *, keep_former: bool = False
+    ) -> Exchange:
+        """Let go of the exchange before, and have `question` asked by a task that outlives a client who leaves.
 
         The slot stays taken. Raises `ProxyError`.
         """
-        gateway, question = self._gateway, exchange.question
-        former, self._exchange = self._exchange, exchange
+        gateway, former = self._gateway, self._exchange
+        conversation_id = question.conversation_id if question.goes_on else ""
+        exchange = self._exchange = Exchange(account, protocol, question, self._question.goes_on, conversation_id)
         if former is not None:
             former.kept = former.kept or keep_former
             gateway.tasks.start(gateway.clean_up(former, None), "clean up")
             await former.closed.wait()  # Kimi may give the account one answer at a time
-        await gateway.accounts.access_token(exchange.account)  # a client who leaves meanwhile opens nothing
+        await gateway.accounts.access_token(account)  # a client who leaves meanwhile opens nothing
         exchange.starting = gateway.tasks.start(gateway.ask(exchange, self._deadline), "ask")
         try:
             await asyncio.shield(exchange.starting)
@@ -7108,6 +7107,7 @@ class LiveAnswer:
             if question.goes_on and failure.upstream_status == 404:
                 raise ProxyError("conversation_not_found", failure.detail, param="conversation_id") from None
             raise
+        return exchange
 
     async def _advance(self) -> list[Event] | None:
         """The next events that the filters let through; None when the answer is over."""
@@ -7162,11 +7162,7 @@ class LiveAnswer:
             question.parent_id = cast(AnswerStream, first.stream).answer.message_id
         chain.begin_retry()
         self._is_second_try = True
-        await self._start(self._make_exchange(first.account, first.protocol, question), keep_former=stays)
-
-    def _make_exchange(self, account: Account, protocol: KimiProtocol, question: Question) -> Exchange:
-        conversation_id = question.conversation_id if question.goes_on else ""
-        return Exchange(account, protocol, question, self._question.goes_on, conversation_id)
+        await self._start(first.account, first.protocol, question, keep_former=stays)
 
     def _give_up(self, failure: ProxyError) -> list[Event]:
         """What the first answer still has, where the second try failed and that is of use. Raises `failure` else."""
@@ -7629,21 +7625,6 @@ class Asked:
     messages: tuple[Message, ...] | None
 
 
-def make_question(chat: ChatRequest, prompt: str, *, use_search: bool) -> Question:
-    """What Kimi is asked. Where nobody says, the web is searched for people alone, not with files or for programs."""
-    is_plain = not (chat.attachments or chat.tools or chat.left_out or chat.response_format is not None)
-    searches = use_search and is_plain if chat.use_search is None else chat.use_search
-    return Question(
-        prompt,
-        searches,
-        chat.model,
-        effort=chat.effort,
-        has_tools=bool(chat.tools),
-        conversation_id=chat.conversation_id,
-        attachments=list(chat.attachments),
-    )
-
-
 async def _read_question(api: Api, request: web.Request) -> Asked:
     """Read and parse the body. It is parsed in one go, so that of many large ones only one at a time is there twice."""
     state, accounts = request.app[STATE], find_accounts(request)
@@ -7669,7 +7650,17 @@ async def _read_question(api: Api, request: web.Request) -> Asked:
         response_id=f"resp_{secrets.token_hex(24)}",
     )
     start_chain = partial(make_chain, replace(chat, messages=()), lambda: f"{api.call_prefix}_{secrets.token_hex(12)}")
-    question = make_question(chat, prompt, use_search=state.settings.use_search)
+    # Where nobody says, the web is searched for people alone, not with files or for programs.
+    is_plain = not (chat.attachments or chat.tools or chat.left_out or chat.response_format is not None)
+    question = Question(
+        prompt,
+        state.settings.use_search and is_plain if chat.use_search is None else chat.use_search,
+        chat.model,
+        effort=chat.effort,
+        has_tools=bool(chat.tools),
+        conversation_id=chat.conversation_id,
+        attachments=list(chat.attachments),
+    )
     return Asked(accounts, question, encoder, start_chain, chat.own_messages if options and options.store else None)
 
 
