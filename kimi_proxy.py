@@ -92,7 +92,7 @@ from typing import (
 from urllib.parse import unquote, urljoin
 
 import aiohttp
-from aiohttp import web, web_protocol
+from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
@@ -468,8 +468,10 @@ class RedactingFormatter(logging.Formatter):
         return "\n    ".join([f"{time} {level} [{request_id.get()}] {redact(text)}", *places])
 
 
-class _RepeatFilter(logging.Filter):
-    """Drops what another package repeats within ten seconds: asyncio tells each of its many tries to accept."""
+class QuietFilter(logging.Filter):
+    """Makes less of what other packages log: a client's fault is no error and needs no traceback, and what asyncio says
+    at each try to accept, while it cannot, is written once in ten seconds.
+    """
 
     _last: tuple[object, float] = "", 0.0
 
@@ -477,8 +479,13 @@ class _RepeatFilter(logging.Filter):
         """Whether the record is to be written."""
         if record.name.startswith("kimi_proxy"):
             return True
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, web.RequestPayloadError):
+            return False  # its request was answered, and has its line
+        if isinstance(error, HttpProcessingError):
+            record.exc_info, record.levelname = None, "INFO"
         text, moment = self._last
-        if record.msg == text and record.created < moment + 10:
+        if record.name == "asyncio" and record.msg == text and record.created < moment + 10:
             return False
         self._last = record.msg, record.created
         return True
@@ -497,7 +504,7 @@ def configure_logging(level: str, form: str = "text") -> None:
     """Send all logging of the process to standard error, at `level`, through `RedactingFormatter`."""
     handler = logging.StreamHandler()
     handler.setFormatter(RedactingFormatter(form))
-    handler.addFilter(_RepeatFilter())
+    handler.addFilter(QuietFilter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.captureWarnings(True)
     logger.setLevel(level.upper())
@@ -8216,102 +8223,6 @@ IDLE_SECONDS: Final = 75.0  # limit for a request's head to arrive, and of an id
 _FIRST_REQUEST_SECONDS: Final = 0.1
 _FIRST_DESCRIPTOR: Final = 3
 
-_SEND_BUFFER_BYTES: Final = 131_072  # the system would hold some megabytes for each client that reads slowly
-
-
-class _Connected(web_protocol.RequestHandler):
-    """One connection of a client. aiohttp would echo the bytes of a malformed head, which may hold a token, and would
-    wait for ever for a client that takes nothing.
-    """
-
-    __slots__ = ("_sending",)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._sending: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin."""
-        with suppress(OSError):  # a connection that is lost already
-            raw = transport.get_extra_info("socket")
-            raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
-        super().connection_made(transport)
-
-    def connection_lost(self, exc: BaseException | None) -> None:
-        """End."""
-        self._stop_watching()
-        super().connection_lost(exc)
-
-    def pause_writing(self) -> None:
-        """More waits for the client than should: it has to take some of it in time."""
-        super().pause_writing()
-        self._watch_sending()
-
-    def resume_writing(self) -> None:
-        """The client took it."""
-        self._stop_watching()
-        super().resume_writing()
-
-    def _watch_sending(self) -> None:
-        waiting_bytes = self.transport.get_write_buffer_size() if self.transport is not None else 0
-        self._sending = asyncio.get_running_loop().call_later(SEND_SECONDS, self._check_sending, waiting_bytes)
-
-    def _check_sending(self, waiting_bytes: int) -> None:
-        if self.transport is not None and self.transport.get_write_buffer_size() == waiting_bytes:
-            logger.warning("! the client took nothing for %g s, dropped", SEND_SECONDS)
-            self.transport.abort()
-        else:
-            self._watch_sending()
-
-    def _stop_watching(self) -> None:
-        if self._sending is not None:
-            self._sending.cancel()
-            self._sending = None
-
-    def log_exception(self, *args: Any, **kwargs: Any) -> None:
-        """Log what no handler caught, unless it is the client's broken body, which was answered."""
-        if not isinstance(kwargs.get("exc_info"), web.RequestPayloadError):
-            super().log_exception(*args, **kwargs)
-
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> web.StreamResponse:
-        """The response to what is no HTTP, or to a handler that failed outside of our middleware."""
-        if status == 500:
-            logger.error("! the proxy itself failed", exc_info=exc)
-        else:
-            request_id.set(make_request_id())
-            logger.info("a malformed request was refused (%s)", type(exc).__name__)
-        error = ProxyError("internal_error" if status == 500 else "invalid_request", f"HTTP {status}")
-        response = render_failure(error)
-        response.headers.update({"X-Request-Id": request_id.get(), "Server": "kimi_proxy"})
-        response.force_close()
-        return response
-
-
-class _Runner(web.AppRunner):
-    """An `AppRunner` whose connections are `_Connected`."""
-
-    @property
-    def server(self) -> Any:
-        """The factory that makes a connection's protocol."""
-        server = super().server
-        if server is None:
-            return None
-        options: dict[str, Any] = {
-            "keepalive_timeout": IDLE_SECONDS,  # a request's head must arrive within it, too
-            "lingering_time": 1,
-            "access_log": None,
-        }
-        return partial(_Connected, server, loop=asyncio.get_running_loop(), **options)
-
-    def __init__(self, app: web.Application) -> None:
-        super().__init__(app, handle_signals=False, handler_cancellation=True, access_log=None, shutdown_timeout=1)
-
 
 @asynccontextmanager
 async def run_server(settings: Settings) -> AsyncIterator[str]:
@@ -8327,7 +8238,14 @@ async def run_server(settings: Settings) -> AsyncIterator[str]:
 async def _run_app(settings: Settings, sockets: Sequence[socket.socket]) -> AsyncIterator[tuple[str, web.Application]]:
     """A running application, on `sockets` or where the settings say: its first address, and the application itself."""
     app = make_app(settings, [str(one.getsockname()[0]) for one in sockets])
-    runner = _Runner(app)
+    runner = web.AppRunner(
+        app,
+        handler_cancellation=True,
+        keepalive_timeout=IDLE_SECONDS,  # a request's head must arrive within it, too
+        lingering_time=1,
+        access_log=None,
+        shutdown_timeout=1,
+    )
     await runner.setup()
     try:
         sites: list[web.BaseSite] = [web.SockSite(runner, one) for one in sockets]

@@ -18,7 +18,7 @@ from hypothesis import settings as hypothesis_settings
 from kimi_simulator import Simulator
 
 import kimi_proxy
-from kimi_proxy import RedactingFormatter, Settings, logger, run_server
+from kimi_proxy import QuietFilter, RedactingFormatter, Settings, logger, run_server
 
 hypothesis_settings.register_profile("unhurried", deadline=None)  # this machine may be busy
 hypothesis_settings.load_profile("unhurried")
@@ -188,12 +188,13 @@ async def advance(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 
 class LogRecorder(logging.Handler):
-    """Keeps the log lines as the proxy's own formatter writes them."""
+    """Keeps the log lines as the proxy's own filter and formatter write them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.lines: list[str] = []
         self.setFormatter(RedactingFormatter())
+        self.addFilter(QuietFilter())
         self._more = asyncio.Event()
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -9,6 +9,8 @@ import warnings
 from pathlib import Path
 
 import pytest
+from aiohttp import web
+from aiohttp.http_exceptions import BadHttpMessage
 
 from kimi_proxy import (
     METRICS,
@@ -145,3 +147,14 @@ def test_what_another_package_repeats_is_written_once(capsys: pytest.CaptureFixt
     lines = capsys.readouterr().err.splitlines()
     assert sum("asyncio: socket.accept() out of system resource" in line for line in lines) == 1
     assert sum("] socket.accept()" in line for line in lines) == 3
+
+
+@pytest.mark.usefixtures("keep_logging")
+def test_a_clients_fault_is_no_error_and_has_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging("info")
+    server = logging.getLogger("aiohttp.server")
+    for error in (BadHttpMessage("sesame"), web.RequestPayloadError("sesame"), ValueError("sesame")):
+        server.error("Error handling request from %s", "sesame", exc_info=error)
+    malformed, *failed = capsys.readouterr().err.splitlines()
+    assert malformed.endswith(" info [-] aiohttp.server: Error handling request from")
+    assert [line.split()[-1] for line in failed] == ["from", "builtins.ValueError"] and " error [-] " in failed[0]

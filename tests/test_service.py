@@ -489,7 +489,7 @@ async def test_log_lines_as_json(simulator: Simulator, http: aiohttp.ClientSessi
     assert [line["request_id"] for line in lines].count("no-gzip") == 1
     statuses = {name: message.split()[2] for name, message in told.items()}
     assert statuses == {"good": "200", "no-token": "401", "no-gzip": "400", "broken": "502"}
-    assert any("malformed" in line["message"] for line in lines)
+    assert any("Error handling request" in line["message"] for line in lines)
 
 
 async def test_with_a_socket_of_systemds_a_restart_refuses_nothing(simulator: Simulator) -> None:
