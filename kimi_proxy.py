@@ -1423,6 +1423,9 @@ _JSON_PARTS: Final = re.compile(
 _LENIENT_DECODER: Final = json.JSONDecoder(strict=False)  # takes raw line ends in strings
 
 
+MAX_VALUES: Final = 100  # of JSON that are read in one text
+
+
 def _read_json(text: str) -> Any:
     try:
         return parse_json(encode_json(_LENIENT_DECODER.decode(text)).encode())  # which refuses NaN
@@ -1463,7 +1466,7 @@ def find_json(text: str) -> list[Any]:
         mistake = error
     values: list[Any] = []
     at = 0
-    while start := _BRACKET.search(text, at):
+    while len(values) < MAX_VALUES and (start := _BRACKET.search(text, at)):
         found, at = _cut_value(text, start.start())
         try:
             values.append(_read_json(found))
@@ -1584,9 +1587,8 @@ def _list_children(value: Any, schema: dict[str, Any]) -> list[tuple[str | int, 
         # What `patternProperties` name is not additional, and which those are is not known without their patterns.
         others = True if "patternProperties" in schema else schema.get("additionalProperties", True)
         return [(name, one, known.get(name, others)) for name, one in value.items()]
-    return (
-        [(index, one, schema.get("items", True)) for index, one in enumerate(value)] if isinstance(value, list) else []
-    )
+    items = schema.get("items", True)
+    return [(index, one, items) for index, one in enumerate(value)] if isinstance(value, list) else []
 
 
 def _list_of(schema: dict[str, Any], *keywords: str) -> list[Any]:
@@ -1595,11 +1597,8 @@ def _list_of(schema: dict[str, Any], *keywords: str) -> list[Any]:
 
 def _list_types(schema: dict[str, Any]) -> list[str]:
     names = schema.get("type")
-    return [
-        name
-        for name in (names if isinstance(names, list) else [names])[:9]
-        if isinstance(name, str) and name in _JSON_TYPES
-    ]
+    names = names[:9] if isinstance(names, list) else [names]
+    return [name for name in names if isinstance(name, str) and name in _JSON_TYPES]
 
 
 def _is_same(value: Any, other: Any) -> bool:
@@ -2340,9 +2339,6 @@ class StopFilter(Filter):
         return len(text) - at if at >= 0 else 0
 
 
-MAX_VALUES: Final = 100  # of those that stand amid words
-
-
 class StructureFilter(Filter):
     """Holds the text to its end, and passes it on as one piece where it is the JSON that `format` asks for.
 
@@ -2401,7 +2397,7 @@ class StructureFilter(Filter):
     def _read(self, text: str) -> str:
         """The JSON in the text that fits. Raises `ValueError` with what is wrong, in words for the model."""
         try:
-            values = find_json(text)[:MAX_VALUES]
+            values = find_json(text)
         except ValueError as error:
             raise ValueError(f"it is not JSON ({error})") from None
         if self._format.kind == "json_object":
