@@ -1826,8 +1826,8 @@ def describe_failure(error: str, previous: str) -> str:
 
 # ==== 9. Filters ============================================================
 #
-# Events in, events out: what changes an answer on its way. Every chain begins with `ThinkFilter`, `UrlMarkFilter` and
-# `CitationFilter`; the others follow where the request asks for them.
+# Events in, events out: what changes an answer on its way. Every chain has a `ThinkFilter` and a `CitationFilter`; the
+# others are there where the request asks for them.
 
 
 class Filter:
@@ -1912,7 +1912,7 @@ class ThinkFilter(Filter):
 
 
 _URL_MARK: Final = re.compile(
-    r'(?P<start><url(?: \w{1,20}="[^"<>\n]{0,500}"){1,9}>)|(?P<end></url>)'
+    r'(?P<start><url id="[^"<>\n]{0,500}" type="url"(?: \w{1,20}="[^"<>\n]{0,500}"){0,9}>)|(?P<end></url>)'
     rf"|(?P<begun><url [^<>\n]{{0,1000}}|{_list_starts('<url ', '</url>')})\Z"
 )
 
@@ -3323,6 +3323,12 @@ def merge_messages(messages: Sequence[Message], start: int = 0, *, mark_urls: bo
     return "".join(lines[start:])
 
 
+def _is_plain(request: ChatRequest) -> bool:
+    """Whether a person asks, not a program: only then URLs are marked."""
+    is_form = request.response_format is not None
+    return not (request.tools or request.left_out or is_form or request.use_search is False)
+
+
 def render_prompt(request: ChatRequest) -> str:
     """The one text that the service is sent: what it may call, the messages, and the form of the answer.
 
@@ -3330,9 +3336,8 @@ def render_prompt(request: ChatRequest) -> str:
     """
     tools = describe_tools(request.tools, request.tool_choice, parallel=request.parallel_tool_calls)
     form = describe_format(request.response_format) if request.response_format is not None else ""
-    is_plain = not (request.tools or request.left_out or form or request.use_search is False)
     sent = len(request.sent_messages)
-    merged = merge_messages(request.messages, len(request.messages) - sent, mark_urls=is_plain)
+    merged = merge_messages(request.messages, len(request.messages) - sent, mark_urls=_is_plain(request))
     if request.goes_on and not tools and not form and sent == 1:
         return merged.partition(":")[2].removesuffix("\n")
     before, after = (f"system:{words}\n" if words else "" for words in (tools, form))
@@ -3341,7 +3346,7 @@ def render_prompt(request: ChatRequest) -> str:
 
 def make_chain(request: ChatRequest, make_id: Callable[[], str]) -> Chain:
     """The filters that `request` needs, in their order; `make_id` gives the ids of calls."""
-    filters: list[Filter] = [ThinkFilter(), UrlMarkFilter(), CitationFilter()]
+    filters: list[Filter] = [ThinkFilter(), *([UrlMarkFilter()] if _is_plain(request) else []), CitationFilter()]
     if request.max_tokens is not None:
         filters.append(LengthFilter(request.max_tokens))
     if request.tools and request.tool_choice.mode != "none":
