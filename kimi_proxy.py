@@ -526,6 +526,7 @@ METRICS: Final[Mapping[str, tuple[str, str]]] = {
     "kimi_proxy_orphans_dropped_total": ("counter", "Conversations that were given up after 7 days."),
     "kimi_proxy_denied_addresses_total": ("labelled counter", "Denied connections to file addresses, by verdict."),
     "kimi_proxy_state_failures_total": ("counter", "Writes of the state directory that failed."),
+    "kimi_proxy_degraded_answers_total": ("counter", "Answers that Kimi gave with a weaker model."),
     "kimi_proxy_unknown_total": ("labelled counter", "What Kimi sent that is not known, by what it is."),
 }
 _BUCKETS: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -6764,14 +6765,15 @@ class Gateway:
     conversations: OpenConversations
     classic: Classic
     connect: Connect
-    current: KimiProtocol
+    current: KimiProtocol  # until another one answers
     _listed: dict[bytes, tuple[float, tuple[Model, ...]]] = field(default_factory=dict)
 
     def answer(self, accounts: Sequence[Account], question: Question, start_chain: Callable[[], Chain]) -> LiveAnswer:
         """The answer of one of `accounts`, for `async with`; `start_chain` makes the filters of each try."""
         if orphaned := [account.digest for account in accounts if account.digest in self.conversations.orphan_owners]:
             self.tasks.start(self.remove_orphans(orphaned), "remove")
-        return LiveAnswer(self, accounts, question, start_chain)
+        deadline = asyncio.get_running_loop().time() + self.settings.answer_seconds
+        return LiveAnswer(self, accounts, question, start_chain, deadline)
 
     async def upload(self, accounts: Sequence[Account], received: ReceivedFile) -> UploadedFile:
         """Bring a client's file to Kimi, for one of `accounts`. Raises `ProxyError`."""
@@ -6846,12 +6848,6 @@ class Gateway:
         """Whether to ask again by connect what `protocol` refused as one that is retired would."""
         return self.settings.protocol == "auto" and protocol is self.classic
 
-    def stay_with(self, protocol: KimiProtocol) -> None:
-        """Note that `protocol` answered: in `auto`, connect stays in use from then on."""
-        if self.current is self.classic and protocol is self.connect and self.settings.protocol == "auto":
-            self.current = self.connect
-            logger.warning("classic seems to be retired, connect answered: staying with it (KIMI_PROTOCOL=connect)")
-
     async def ask(self, exchange: Exchange, deadline: float) -> None:
         """Open the conversation of `exchange` where it has none, and ask in it. Raises `ProxyError`."""
         account, protocol, question = exchange.account, exchange.protocol, exchange.question
@@ -6905,23 +6901,23 @@ class Gateway:
         stream = exchange.stream
         if stream is None:
             return
-        for what, name in stream.answer.unknown_fields:
+        answer = stream.answer
+        for what, name in answer.unknown_fields:
             self.metrics.warn_once(what, name)
-        if stream.answer.ended:
+        if answer.degraded:
+            self.metrics.count("kimi_proxy_degraded_answers_total")
+            logger.warning("! Kimi answered with a weaker model: %s", answer.degraded)
+        if answer.ended:
             await stream.drain(END_SECONDS)
             return
         with suppress(ProxyError, TimeoutError):
             async with asyncio.timeout(END_SECONDS):
                 while not exchange.conversation_id and await stream.read() is not None:
-                    self.note_opened(exchange, stream.answer.conversation_id)
+                    self.note_opened(exchange, answer.conversation_id)
         stream.close()
-        await self._stop(exchange, stream.answer.message_id)
-
-    async def _stop(self, exchange: Exchange, message_id: str) -> None:
-        """Have Kimi stop an answer that nobody reads any more. A failure is logged."""
-        if exchange.conversation_id and (message_id or exchange.protocol is not self.connect):
+        if exchange.conversation_id and answer.message_id:
             try:
-                await exchange.protocol.stop(exchange.account, exchange.conversation_id, message_id)
+                await exchange.protocol.stop(exchange.account, exchange.conversation_id, answer.message_id)
             except ProxyError as error:
                 logger.warning("! an answer of account %s may go on: %s", exchange.account.label, error)
 
@@ -6960,6 +6956,7 @@ class Gateway:
             logger.info("removed %d of %d conversations of account %s left open", removed, len(orphans), account.label)
 
 
+@dataclass(slots=True)
 class LiveAnswer:
     """One answer, pulled by `read` within `async with`; leaving that at any point cleans up.
 
@@ -6967,22 +6964,19 @@ class LiveAnswer:
     may be asked, and by either protocol; from then on nothing is asked again, unless a filter wants a second try.
     """
 
-    def __init__(
-        self, gateway: Gateway, accounts: Sequence[Account], question: Question, start_chain: Callable[[], Chain]
-    ) -> None:
-        self.upload_result: UploadResult
-        self._gateway = gateway
-        self._accounts = accounts
-        self._question = question
-        self._start_chain = start_chain
-        self._chain: Chain
-        self._deadline = asyncio.get_running_loop().time() + gateway.settings.answer_seconds
-        self._account: Account | None = None  # whose slot is taken
-        self._exchange: Exchange | None = None
-        self._first: list[Event] = []
-        self._continuations_left = MAX_CONTINUATIONS
-        self._is_second_try = False
-        self._over = False
+    _gateway: Gateway
+    _accounts: Sequence[Account]
+    _question: Question
+    _start_chain: Callable[[], Chain]
+    _deadline: float  # loop time
+    _chain: Chain = field(init=False)
+    upload_result: UploadResult = field(init=False)
+    _account: Account | None = None  # whose slot is taken
+    _exchange: Exchange | None = None
+    _first: list[Event] = field(default_factory=list)
+    _continuations_left: int = MAX_CONTINUATIONS
+    _is_second_try: bool = False
+    _over: bool = False
 
     async def __aenter__(self) -> LiveAnswer:
         try:
@@ -7075,7 +7069,9 @@ class LiveAnswer:
                 protocol = gateway.connect
         account.cooldown_until = 0.0
         account.slots.note_answering()
-        gateway.stay_with(protocol)
+        if protocol is gateway.connect and gateway.may_change(gateway.current):
+            gateway.current = protocol
+            logger.warning("classic seems to be retired, connect answered: staying with it (KIMI_PROTOCOL=connect)")
 
     async def _ask(self, account: Account, protocol: KimiProtocol, question: Question) -> None:
         """Ask by one protocol, until there is something to see. Files go first: a bad one opens no conversation."""
@@ -7125,7 +7121,11 @@ class LiveAnswer:
                     await self._ask_again()
                 shown = self._chain.feed(await self._read_events())
             except ProxyError as failure:
-                shown = self._give_up(failure)
+                # Where the second try fails, the first answer may still be of use.
+                shown = self._chain.give_up() if self._is_second_try and failure.status != 422 else []
+                if not shown:
+                    raise
+                logger.warning("! asking once more failed: %s", failure)
             if shown:
                 if isinstance(shown[-1], Finished):
                     await self._finish()
@@ -7171,14 +7171,6 @@ class LiveAnswer:
         chain.begin_retry()
         self._is_second_try = True
         await self._start(first.account, first.protocol, question, keep_former=stays)
-
-    def _give_up(self, failure: ProxyError) -> list[Event]:
-        """What the first answer still has, where the second try failed and that is of use. Raises `failure` else."""
-        events = [] if not self._is_second_try or failure.status == 422 else self._chain.give_up()
-        if not events:
-            raise failure
-        logger.warning("! asking once more failed: %s", failure)
-        return events
 
     async def _finish(self) -> None:
         """Note that the answer is over, and keep its conversation where the client wants that: before it is told."""
