@@ -5393,7 +5393,6 @@ def _digest_inline(attachment: Attachment) -> tuple[bytes, int]:
 PARSE_SECONDS: Final = 120.0  # limit for Kimi to read a file that was uploaded
 END_SECONDS: Final = 1.0  # how long the end of the stream is awaited once the text is over
 MAX_REPLY_BYTES: Final = 1_048_576
-MAX_ERROR_BYTES: Final = 65_536
 _REGISTER_SECONDS: Final = 30.0  # [1]
 _FIRST_POLL_SECONDS: Final = 0.2  # doubled each time, to 3 s
 
@@ -5562,10 +5561,10 @@ class Question:
     the client's name, `model` what it means for the account that is asked, set before it is.
 
     `effort` is how much the client wants it to think, empty when it does not say. With `has_tools` the client offers
-    tools, and the service's own stay away. With a `segment_id`, the service is asked to continue an answer that met its
-    length limit (classic). `conversation_id` is empty, `new` for a conversation that is kept, or the one to continue,
-    after its message `parent_id` (connect). `attachments` become `file_ids` when they are uploaded; the list is emptied
-    when they are not needed any more.
+    tools, and the plugins of the service stay away. With a `segment_id`, the service is asked to continue an answer
+    that met its length limit (classic). `conversation_id` is empty, `new` for a conversation that is kept, or the one
+    to continue, after its message `parent_id` (connect). `attachments` become `file_ids` when they are uploaded; the
+    list is emptied when they are not needed any more.
     """
 
     text: str = field(repr=False)
@@ -5588,7 +5587,8 @@ class Question:
 
 @dataclass(slots=True)
 class ApiRequest:
-    """One call of the service. `step` names it for people; `headers` are added to the browser's.
+    """One call of the service. `step` names it for people; `headers` are added to the browser's. `other_url` is tried
+    when the service does not know `url`.
 
     `with_ids`: the ids in the access token are sent as headers [2+]. `repeatable`: it may be sent twice, if a kept
     connection was closed. `seconds` is its limit when the ordinary one does not fit; `lenient`: any body means success,
@@ -5599,6 +5599,7 @@ class ApiRequest:
     method: str
     url: str = field(repr=False)
     headers: dict[str, str] = field(repr=False)
+    other_url: str = field(default="", repr=False)
     body: bytes = field(default=b"", repr=False)
     with_ids: bool = False
     repeatable: bool = True
@@ -5654,24 +5655,16 @@ def _render_connect_error(error: aiohttp.ClientConnectorError) -> str:
     return f"no connection to {error.host}:{error.port} ({os.strerror(error.errno) if error.errno else 'failed'})"
 
 
-async def _read_reply(response: aiohttp.ClientResponse, step: str) -> bytearray:
-    """The whole body of a reply, of a failure's the first 64 KiB. Raises `ProxyError` for a good one over its limit."""
-    max_bytes = MAX_REPLY_BYTES if response.status < 400 else MAX_ERROR_BYTES
-    body = bytearray()
-    while piece := await response.content.readany():
-        body += piece
-        if len(body) > max_bytes:
-            response.close()
-            if response.status < 400:
-                raise ProxyError("service_failed", f"{step}: a reply of more than {max_bytes} bytes")
-            break
-    return body
-
-
 async def _parse_reply(response: aiohttp.ClientResponse, request: ApiRequest) -> dict[str, Any]:
     """The JSON object of a reply that means success, else the failure that it means."""
     status, kind = response.status, quote_words(response.content_type)
-    body = await _read_reply(response, request.step)
+    body = bytearray()
+    async for piece in response.content.iter_any():
+        body += piece
+        if len(body) > MAX_REPLY_BYTES:  # of a failure, its beginning will do
+            if status < 400:
+                raise ProxyError("service_failed", f"{request.step}: a reply of more than {MAX_REPLY_BYTES} bytes")
+            break
     try:
         value: Any = parse_json(body, surrogates=True) if body else {}
     except WireError:
@@ -5693,12 +5686,6 @@ async def _parse_reply(response: aiohttp.ClientResponse, request: ApiRequest) ->
 
 
 _RETIRED_STATUSES: Final = frozenset({301, 302, 303, 307, 308, 404, 405, 410})
-
-
-def _make_stale(error: ProxyError, access_token: str) -> StaleToken:
-    stale = StaleToken(error.code, error.detail)
-    stale.access_token = access_token
-    return stale
 
 
 class KimiClient:
@@ -5791,7 +5778,7 @@ class KimiClient:
             if error.code != "token_dead":
                 raise
             await self._accounts.drop(account, token)
-            raise _make_stale(error, token) from None
+            raise StaleToken(error.code, error.detail) from None
 
     async def _with_token(self, account: Account, once: Callable[[str], Awaitable[Result]]) -> Result:
         """What `once` returns for the account's access token, or for a new one when that was dead."""
@@ -5822,6 +5809,14 @@ class KimiClient:
             raise _error_of_network(request.step, error) from None
 
     async def _send(self, request: ApiRequest, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
+        """The response, from `other_url` when the service does not know the first."""
+        response = await self._send_or_repeat(request, headers)
+        if response.status not in (404, 501) or not request.other_url:
+            return response
+        response.close()
+        return await self._send_or_repeat(replace(request, url=request.other_url), headers)
+
+    async def _send_or_repeat(self, request: ApiRequest, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
         """The response; a request on a kept connection that turned out closed is sent once more."""
         connection: list[str] = []
         try:
@@ -6043,7 +6038,10 @@ class AnswerStream:
         except WireError as error:
             self._failure = ProxyError("answer_broken", f"Kimi's stream cannot be read: {error}")
         except ProxyError as error:
-            self._failure = error if error.code != "token_dead" else _make_stale(error, self._access_token)
+            self._failure = error
+            if error.code == "token_dead":
+                self._failure = StaleToken(error.code, error.detail)
+                self._failure.access_token = self._access_token
         if self._failure is not None or answer.ended:
             self._watchdog.stop()
         if self._failure is not None and not events:
@@ -6069,6 +6067,14 @@ class StoredFile:
     file_id: str = ""
 
 
+_CHAT: Final = "/apiv2/kimi.gateway.chat.v1.ChatService/Chat"
+_DELETE: Final = "/apiv2/kimi.chat.v1.ChatService/DeleteChat"
+_OTHER_PATHS: Final[Mapping[str, str]] = {  # tried when the service does not know the first
+    _CHAT: "/apiv2/kimi.chat.v1.ChatService/Chat",  # [1]
+    _DELETE: "/apiv2/kimi.gateway.chat.v1.ChatService/DeleteChat",  # [2+]
+}
+
+
 class _Protocol:
     """What the two protocols share: they send JSON as the service's own web page does."""
 
@@ -6083,24 +6089,22 @@ class _Protocol:
         return self.base_url
 
     def _request(
-        self, account: Account, step: str, method: str, path: str, value: object = None, *, conversation_id: str = ""
+        self, account: Account, step: str, method: str, path: str, value: object = None, *, place: str = ""
     ) -> ApiRequest:
-        """A request with a JSON body, from the page that a browser would send it from [ref], [2+]."""
+        """A request with a JSON body, as the page of the conversation `place`, or the first page, sends it [2+]."""
         base_url = self.base_url_for(account)
         headers = {
             "Origin": str(URL(base_url).origin()),
-            "Referer": f"{base_url}/chat/{conversation_id}" if conversation_id else base_url,
+            "Referer": f"{base_url}/chat/{place}" if place else base_url,
             "Content-Type": "application/json",
         }
         body = b"" if value is None else encode_json(value).encode()
-        return ApiRequest(step, method, base_url + path, headers, body, self._with_ids)
+        other_url = base_url + _OTHER_PATHS[path] if path in _OTHER_PATHS else ""
+        return ApiRequest(step, method, base_url + path, headers, other_url, body, self._with_ids)
 
-    async def _post(
-        self, account: Account, step: str, path: str, value: object, *, conversation_id: str = ""
-    ) -> dict[str, Any]:
+    async def _post(self, account: Account, step: str, path: str, value: object, *, place: str = "") -> dict[str, Any]:
         """The JSON object that the service replies."""
-        request = self._request(account, step, "POST", path, value, conversation_id=conversation_id)
-        return await self._client.call(account, request)
+        return await self._client.call(account, self._request(account, step, "POST", path, value, place=place))
 
     async def _stream(
         self,
@@ -6209,7 +6213,7 @@ class Classic(_Protocol):
         options = {"kimiplus_id": _agent_of(model), "use_math": model.use_math, "use_research": model.use_research}
         value |= {key: option for key, option in options.items() if option}
         path = f"/api/chat/{conversation_id}/completion/stream"
-        request = self._request(account, "asking", "POST", path, value, conversation_id=conversation_id)
+        request = self._request(account, "asking", "POST", path, value, place=conversation_id)
         answer = ClassicAnswer(continues=bool(question.segment_id))
         return await self._stream(account, request, "text/event-stream", SSEParser(), answer, deadline)
 
@@ -6219,7 +6223,7 @@ class Classic(_Protocol):
     async def remove(self, account: Account, conversation_id: str) -> None:
         """Remove the conversation, so that it does not show in the user's history."""
         path = f"/api/chat/{conversation_id}"
-        request = self._request(account, "removing the conversation", "DELETE", path, conversation_id=conversation_id)
+        request = self._request(account, "removing the conversation", "DELETE", path, place=conversation_id)
         await self._client.call(account, request)
 
     async def store_file(self, account: Account, file: OpenFile) -> StoredFile:
@@ -6275,9 +6279,6 @@ _MODELS: Final = "/apiv2/kimi.gateway.config.v1.ConfigService/GetAvailableModels
 _CANCEL: Final = "/apiv2/kimi.gateway.chat.v1.ChatService/CancelChat"
 _UPLOAD: Final = "/apiv2-files/file/upload"
 _PROGRESS: Final = "/apiv2-files/kimi.gateway.file.v1.FileService/GetFileParseProgress"
-# Names of which the second is tried when the service does not know the first.
-_CHAT: Final = ("/apiv2/kimi.gateway.chat.v1.ChatService/Chat", "/apiv2/kimi.chat.v1.ChatService/Chat")
-_DELETE: Final = ("/apiv2/kimi.chat.v1.ChatService/DeleteChat", "/apiv2/kimi.gateway.chat.v1.ChatService/DeleteChat")
 
 
 class Connect(_Protocol):
@@ -6354,38 +6355,33 @@ class Connect(_Protocol):
             stream = await self._ask(account, conversation_id, question, named, deadline)
             try:
                 await stream.peek()
-            except ProxyError as error:
-                if error.upstream_status != 400 or scenario == _FALLBACKS[-1][0]:
+                return stream
+            except BaseException as error:
+                stream.close()
+                if getattr(error, "upstream_status", None) != 400 or scenario == _FALLBACKS[-1][0]:
                     raise
                 logger.debug("! %s", error)
                 self._fallback = len(_FALLBACKS) - 1
-            else:
-                return stream
 
     async def _ask(
         self, account: Account, conversation_id: str, question: Question, model: Model, deadline: float
     ) -> AnswerStream:
+        request = self._request(account, "asking", "POST", _CHAT)
+        request.headers |= {"Content-Type": "application/connect+json", "Connect-Protocol-Version": "1"}
         value = _render_question(question, model, conversation_id)
-
-        async def ask_at(path: str) -> AnswerStream:
-            request = self._request(account, "asking", "POST", path)
-            request.headers |= {"Content-Type": "application/connect+json", "Connect-Protocol-Version": "1"}
-            request.body = encode_envelope(encode_json(value).encode())
-            answer = ConnectAnswer(conversation_id)
-            kind = "application/connect+json"
-            return await self._stream(account, request, kind, EnvelopeParser(), answer, deadline)
-
-        return await _try_paths(_CHAT, ask_at)
+        request.body = encode_envelope(encode_json(value).encode())
+        answer = ConnectAnswer(conversation_id)
+        return await self._stream(account, request, "application/connect+json", EnvelopeParser(), answer, deadline)
 
     async def stop(self, account: Account, conversation_id: str, message_id: str) -> None:
         """Stop an answer that is running; `message_id` is the answer's [2+]."""
         value = {"chat_id": conversation_id, "message_id": message_id}
-        await self._post(account, "stopping the answer", _CANCEL, value, conversation_id=conversation_id)
+        await self._post(account, "stopping the answer", _CANCEL, value, place=conversation_id)
 
     async def remove(self, account: Account, conversation_id: str) -> None:
         """Remove the conversation, so that it does not show in the user's history."""
-        step, value = "removing the conversation", {"chat_id": conversation_id}
-        await _try_paths(_DELETE, lambda path: self._post(account, step, path, value, conversation_id=conversation_id))
+        value = {"chat_id": conversation_id}
+        await self._post(account, "removing the conversation", _DELETE, value, place=conversation_id)
 
     async def store_file(self, account: Account, file: OpenFile) -> StoredFile:
         """Send the bytes, as a form."""
@@ -6407,29 +6403,15 @@ class Connect(_Protocol):
         raise ProxyError("service_silent", f"having a file read: not within {PARSE_SECONDS:g} s")
 
 
-async def _try_paths(paths: tuple[str, str], call: Callable[[str], Awaitable[Result]]) -> Result:
-    """What `call` returns for the first of `paths` that the service knows."""
-    try:
-        return await call(paths[0])
-    except ProxyError as refusal:
-        if refusal.upstream_status not in (404, 501):
-            raise
-        try:
-            return await call(paths[1])
-        except ProxyError as error:
-            raise refusal if error.upstream_status in (404, 501) else error from None
-
-
 def _render_question(question: Question, model: Model, conversation_id: str) -> dict[str, Any]:
     """The body of Chat. A new chat leaves `chat_id` and `parent_id` out [2+]."""
     blocks: list[dict[str, Any]] = [{"message_id": "", "text": {"content": question.text}}]
     for file_id in question.file_ids:
         blocks.append({"message_id": "", "file": {"id": file_id, "status": "PROCESS_STATUS_SUCCESS"}})
     message: dict[str, Any] = {"role": "user", "blocks": blocks, "scenario": model.scenario}
-    searches = question.use_search
     value: dict[str, Any] = {
         "scenario": model.scenario,
-        "tools": [{"type": "TOOL_TYPE_SEARCH", "search": {}}] if searches else [],
+        "tools": [{"type": "TOOL_TYPE_SEARCH", "search": {}}] if question.use_search else [],
         "message": message,
         "options": _render_options(question, model),
     }
