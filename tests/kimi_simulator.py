@@ -340,6 +340,35 @@ def _call_tools(asked: str, most: int = 1) -> str:
     return f"Let me see.\n\n{calls}" if calls else "There is nothing to call."
 
 
+def _call_natively(asked: str) -> str:
+    """A call of each function in the form that Kimi's models write by themselves [2+]."""
+    calls = [
+        f"<|tool_call_begin|>functions.{tool['name']}:{number}<|tool_call_argument_begin|>"
+        f"{json.dumps(make_sample(tool['parameters']), ensure_ascii=False)}<|tool_call_end|>"
+        for number, tool in enumerate(_read_tools(asked))
+    ]
+    return f"Let me see.\n\n<|tool_calls_section_begin|>{''.join(calls)}<|tool_calls_section_end|>"
+
+
+def _call_loosely(asked: str) -> str:
+    """A call of the first function as models get it nearly right: numbers as text, a null, wrapped, in a fence."""
+    (tool, *_) = _read_tools(asked)
+    sample = {
+        name: str(value) if isinstance(value, int) else value for name, value in make_sample(tool["parameters"]).items()
+    }
+    call = {
+        "type": "function",
+        "function": {"name": f"functions.{tool['name']}", "arguments": {**sample, "more": None}},
+    }
+    return f"Let me see.\n\n```json\n<tool_call>\n{json.dumps([call], ensure_ascii=False)}\n</tool_call>\n```\n"
+
+
+def _call_barely(asked: str) -> str:
+    """The arguments of the first function and nothing of a call, amid words."""
+    (tool, *_) = _read_tools(asked)
+    return f"好的：{json.dumps(make_sample(tool['parameters']), ensure_ascii=False)}\n\nShall I go on?"
+
+
 def _read_as_agent(asked: str) -> str:
     """Read the file that the task names, by whatever tool of an agent can, and tell what it says."""
     results = re.findall(r"<tool_response>\n(.*?)\n</tool_response>", asked)
@@ -372,10 +401,14 @@ TALKS: Final[dict[str, Callable[[str], str]]] = {
     "echo": lambda asked: asked,
     "tool": _call_tools,
     "tools": lambda asked: _call_tools(asked, 9),
+    "tool-native": _call_natively,
+    "tool-loose": _call_loosely,
+    "tool-bare": _call_barely,
     "tool-bad": lambda asked: _call_tools(asked) if _AGAIN in asked else _BAD_CALL,
     "tool-worse": lambda asked: _BAD_CALL,
     "agent": _read_as_agent,
     "json": _answer_in_form,
+    "json-words": lambda asked: f"好的：{_answer_in_form(asked)}\n\nI hope this helps {{you}}.",
     "json-bad": lambda asked: _answer_in_form(asked) if _AGAIN in asked else "Sure! Here you are.",
     "json-worse": lambda asked: "Sure! Here you are.",
 }

@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import io
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -532,6 +533,44 @@ async def test_a_call_of_a_function_whole_and_streamed(
     assert streamed == {"index": 0, "id": streamed["id"], "type": "function", "function": call["function"]}
     assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
     assert not searched((await simulator.settle(token)).asked[0])
+
+
+SCHEMA: dict[str, Any] = WEATHER["function"]["parameters"] | {"additionalProperties": False}  # type: ignore[index]
+CALLING: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {
+        "tools": [{"type": "function", "function": {"name": "get_weather", "parameters": SCHEMA}}]
+    },
+    "/v1/responses": {"tools": [{"type": "function", "name": "get_weather", "parameters": SCHEMA}]},
+    "/v1/messages": {"tools": [{"name": "get_weather", "input_schema": SCHEMA}], "max_tokens": 999},
+}
+
+
+@pytest.mark.parametrize("stream_it", [True, False])
+@pytest.mark.parametrize("script", ["tool-native", "tool-loose", "tool-bare"])
+@pytest.mark.parametrize("path", CALLING)
+async def test_an_imperfect_call_is_a_call_in_every_api(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession, path: str, script: str, stream_it: bool
+) -> None:
+    choice: Any = {"type": "any"} if path.endswith("messages") else "required"
+    demand = {"tool_choice": choice} if script == "tool-bare" else {}
+    body = {"model": "kimi", "stream": stream_it, **CALLING[path], **demand}
+    body["input" if path.endswith("responses") else "messages"] = [{"role": "user", "content": "Weather?"}]
+    token = simulator.token(script)
+    async with http.post(proxy + path, json=body, headers=bearer(token)) as response:
+        text = await response.text()
+    assert response.status == 200, text
+    assert "get_weather" in text and re.search(r'city[\\": ]+Paris', text) and re.search(r'days[\\": ]+7', text)
+    assert "tool_call>" not in text and "<|tool" not in text and "```" not in text and "好的" not in text
+    assert len((await simulator.settle(token)).asked) == 1
+
+
+async def test_json_amid_words_needs_no_second_question(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession
+) -> None:
+    token = simulator.token("json-words")
+    _, answer, _ = await ask(http, proxy, token, response_format=FORM)
+    assert json.loads(answer["choices"][0]["message"]["content"])
+    assert len((await simulator.settle(token)).asked) == 1
 
 
 async def test_a_bad_call_is_asked_for_once_more(simulator: Simulator, proxy: str, http: aiohttp.ClientSession) -> None:
