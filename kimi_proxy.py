@@ -2764,7 +2764,7 @@ def parse_responses_request(body: bytes | bytearray, find_item: FindItem = lambd
         raise root["conversation"].invalid_param("is not known here: use previous_response_id, or send all items")
     previous, instructions = root.get_text("previous_response_id"), root.get_text("instructions")
     items = _parse_items(root, find_item)
-    messages = _join_calls(message for item in items for message in _parse_item(item))
+    messages = [message for item in items for message in _parse_item(item)]
     if not previous and all(one.is_empty and one.mentions and one.role != "user" for one in messages):
         raise root["input"].invalid_param("must be a text, or a list with at least one message")
     tools = [tool for item in items if item.get_text("type") in _TOOL_ITEMS for tool in item.get_items("tools")]
@@ -3203,18 +3203,6 @@ def _parse_item(item: Node) -> list[Message]:
     return [_make_message(role if _ROLE.fullmatch(role) else "assistant", _tell_unknown(item, kind))]
 
 
-def _join_calls(messages: Iterable[Message]) -> list[Message]:
-    """Each run of messages that are calls alone, told in the assistant's message before it."""
-    joined: list[Message] = []
-    for is_call, run in groupby(messages, key=lambda message: bool(message.calls and not message.text)):
-        if not is_call:
-            joined += run
-            continue
-        words = joined.pop() if joined and joined[-1].role == "assistant" else Message("assistant", "")
-        joined.append(replace(words, calls=(*words.calls, *(call for message in run for call in message.calls))))
-    return joined
-
-
 def _make_echo(root: Node, request: ChatRequest) -> dict[str, Any]:
     """What a response object repeats of its request; fields without an effect are constants, of any type."""
     metadata, text = root.value.get("metadata"), root.get_object("text")
@@ -3306,21 +3294,25 @@ class UrlMarker:
 def merge_messages(messages: Sequence[Message], start: int = 0, *, mark_urls: bool = True) -> str:
     """The messages from `start` on as the one text that the service takes: `role:text` and a line end each [ref].
 
-    The result of a call is told by the name of the latest call before it that had its id. URLs are marked in the
-    user's messages alone [2+], in the newest first.
+    Calls alone stand with the assistant's words before them; a result has the name of the latest call with its id. URLs
+    are marked in the user's messages alone [2+], in the newest first.
     """
     marker = UrlMarker(MAX_MARKED_URLS if mark_urls else 0)
     texts = [marker.mark(one.text) if one.role == "user" else one.text for one in reversed(messages)]
     names: dict[str, str] = {}
     lines: list[str] = []
+    role = ""
     for message, text in zip(messages, reversed(texts), strict=True):
         names.update((call.id, call.name) for call in message.calls)
         words = [text] if text else []
         if message.role in RESULT_ROLES:
             words = [render_tool_response(names.get(message.tool_call_id) or message.tool_name, text)]
         words += (render_tool_call(call.name, call.arguments) for call in message.calls)
+        is_continued = message.calls and not text and role == message.role == "assistant" and len(lines) > start
         is_told = not (message.is_empty and message.mentions)
-        lines.append("".join([message.role, ":", "\n".join(words), "\n"]) if is_told else "")
+        head = "" if is_continued else f"{message.role}:"
+        lines.append("".join([head, "\n".join(words), "\n"]) if is_told else "")
+        role = message.role if is_told else role
     return "".join(lines[start:])
 
 

@@ -180,7 +180,9 @@ def test_calls_are_told_with_the_words_before_them_and_results_by_their_names() 
     second = {**CALL, "call_id": "call_2", "name": "list", "arguments": ""}
     reasoning = {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "hm"}]}
     assert messages(say, reasoning, CALL, second, RESULT, {**RESULT, "call_id": "call_2", "output": None}, CALL) == (
-        Message("assistant", "Let me see.", calls=(CALL_MADE, FunctionCall("call_2", "list", ""))),
+        Message("assistant", "Let me see."),
+        Message("assistant", "", calls=(CALL_MADE,)),
+        Message("assistant", "", calls=(FunctionCall("call_2", "list", ""),)),
         Message("tool", "text of a", tool_call_id="call_1"),
         Message("tool", "", tool_call_id="call_2"),
         Message("assistant", "", calls=(CALL_MADE,)),
@@ -257,8 +259,8 @@ def test_a_conversation_of_openai_is_refused_by_its_name() -> None:
 
 def test_many_calls_are_read_in_linear_time() -> None:
     calls = [{**CALL, "call_id": f"call_{number}"} for number in range(20_000)]
-    (message,) = messages(*calls)
-    assert len(message.calls) == 20_000
+    prompt = render_prompt(parse(input=calls))
+    assert (prompt.count("<tool_call>"), prompt.count("assistant:")) == (20_000, 1)
 
 
 FUNCTION = {
@@ -535,6 +537,7 @@ def test_a_request_of_codex() -> None:
     assert [message.role for message in request.messages] == [
         "developer",
         "user",
+        "assistant",
         "assistant",
         "tool",
         "assistant",
