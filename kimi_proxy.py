@@ -2,26 +2,26 @@
 # SPDX-License-Identifier: MIT
 """kimi_proxy: an OpenAI-compatible gateway in front of the Kimi web service, in one module.
 
-A program that speaks the OpenAI API calls us (the *client*); we drive the Kimi web service (the *service*)
-with the user's own refresh token (the *account*), and answer in the client's form.
+A program that speaks the OpenAI API calls us (the *client*). We drive the Kimi web service with the user's own refresh
+token (the *account*), and answer in the client's form. The path of a chat:
 
-    client ──HTTP──▶ handler ─▶ ChatRequest ─▶ merged text + attachments
-                                                    │
-                 Account (token cache) ◀── Asking ──┤  Classic or Connect: upload, open, ask, remove
-                                                    │  bytes, as the network cut them
-                         SSEParser / EnvelopeParser │  frames
-                      ClassicAnswer / ConnectAnswer │  events (Text, Thinking, SearchHit, … Finished)
-      filters: citations, length, calls, stop, form │  events
-    client ◀── StreamResponse ◀── reply encoder ◀───┘
+    client ─▶ middleware ─▶ handler ─▶ ChatRequest ─▶ Question (prompt, attachments)
+                              │
+                              │  async with gateway.answer(accounts, question, …) as answer:
+                              │      picks an account, uploads, opens and asks, until there is something to show
+                              │  while (events := await answer.read()) is not None:
+                              │      bytes ─▶ SSEParser / EnvelopeParser ─▶ ClassicAnswer / ConnectAnswer ─▶ filters
+                              ▼
+    client ◀─ StreamResponse.write(encoder.feed(events))
 
-Two seams carry the design, and both are plain values: *events* (whatever Kimi says, in either dialect) and *reply
-encoders* (whatever form the client wants). Sections 5 to 11 do no I/O and read no clock; each section knows only what
-stands above it.
+Data is pulled, by `await answer.read()`, and flows through return values. Two seams carry the design, and both are
+plain values: *events* (what Kimi says, in either protocol) and *encoders* (the form that the client wants). Sections 5
+to 11 do no I/O and read no clock; each section uses only names from above it.
 
 Run it with ``python kimi_proxy.py``; ``--help`` lists the settings, ``ask "question"`` is a terminal client, ``check``
-tries every step of the service with your token. To read it, start at ``Asking`` in section 16, through which every
-chat goes, then ``_chat_completions`` in section 18. What is known of the service, and how surely, is told by the
-docstring of ``tests/kimi_simulator.py``; [ref], [2+], [1] and [open] below are its marks.
+tries every step of Kimi with your token. To read it, start at ``Gateway`` in section 16, then at the handlers in
+section 18. What is known of Kimi, and how surely, is told by the docstring of ``tests/kimi_simulator.py``; [ref],
+[2+], [1] and [open] below are its marks.
 """
 
 from __future__ import annotations
@@ -78,17 +78,7 @@ from functools import cached_property, partial
 from itertools import accumulate, cycle, groupby, islice
 from math import isfinite, nan
 from pathlib import Path
-from typing import (
-    Any,
-    Final,
-    Literal,
-    NoReturn,
-    TypeVar,
-    cast,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Any, Final, Literal, NoReturn, TypeVar, cast, get_args, get_origin, get_type_hints
 from urllib.parse import unquote, urljoin
 
 import aiohttp
@@ -8255,9 +8245,8 @@ class Notifier:
         """Send `fields`, such as READY="1" or STATUS="…"."""
         if self._socket is not None:
             with suppress(OSError):
-                self._socket.sendto(
-                    "\n".join(f"{name}={value}" for name, value in fields.items()).encode(), self._address
-                )
+                lines = [f"{name}={value}" for name, value in fields.items()]
+                self._socket.sendto("\n".join(lines).encode(), self._address)
 
     async def beat(self, app: web.Application) -> None:
         """Tell regularly that the loop runs, and what runs in it, until cancelled."""
@@ -8386,15 +8375,10 @@ async def _print_answer(url: str, token: str, body: dict[str, Any]) -> int:
     from aiohttp_sse_client.client import EventSource  # noqa: PLC0415  # serving does not need it
 
     logging.getLogger("aiohttp_sse_client").setLevel(logging.CRITICAL)
-    refusals: list[bytes] = []
 
-    async def keep_refusal(
-        request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
-    ) -> aiohttp.ClientResponse:
-        response = await handler(request)
+    async def refuse(response: aiohttp.ClientResponse) -> None:
         if response.status != 200:
-            refusals.append(await response.read())
-        return response
+            raise ConnectionError(_read_failure(await response.read()))
 
     screen = _Screen()
     try:
@@ -8402,14 +8386,14 @@ async def _print_answer(url: str, token: str, body: dict[str, Any]) -> int:
             aiohttp.ClientSession(
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
                 headers={"Authorization": f"Bearer {token}"} if token else {},
-                middlewares=(keep_refusal,),
+                raise_for_status=refuse,
             ) as session,
             EventSource(url, option={"method": "POST"}, session=session, max_connect_retry=0, json=body) as source,
         ):
             return await _print_events(source, screen)
     except ConnectionError as error:
         hint = "" if token else " In the terminal, set PROXY_API_KEY or KIMI_REFRESH_TOKEN."
-        return screen.fail(_read_failure(refusals[0]) + hint if refusals else str(error))
+        return screen.fail(f"{error}{hint}")
     except aiohttp.ClientError as error:
         return screen.fail(f"cannot reach {url} ({type(error).__name__}); is the proxy running?")
     finally:
@@ -8637,29 +8621,25 @@ def _mask(text: str) -> str:
     return re.sub(r"[^\W_]", lambda letter: "x" if letter[0].isascii() else "字", text)
 
 
-def anonymize_stream(data: bytes, dialect: str) -> bytes:
-    """A recorded answer without tokens, ids and texts, in the form of `tests/wire/`."""
-    if dialect == "classic":
-        frames = _read_frames(SSEParser(), data)
-        return b"".join(encode_sse(encode_json(anonymize(_json_or_text(frame.data.encode())))) for frame in frames)
-    envelopes = _read_frames(EnvelopeParser(), data)
-    return b"".join(
-        encode_envelope(encode_json(anonymize(_json_or_text(envelope.payload))).encode(), envelope.flags & 0xFE)
-        for envelope in envelopes
-    )
-
-
-def _read_frames(parser: Any, data: bytes) -> Iterator[Any]:
-    """The frames of a recorded stream, up to what breaks it."""
+def anonymize_stream(data: bytes, protocol: str) -> bytes:
+    """A recorded answer without tokens, ids and texts, up to what breaks it, in the form of `tests/wire/`."""
+    pieces = []
     with suppress(WireError):
-        yield from parser.feed(data)
+        if protocol == "classic":
+            for event in SSEParser().feed(data):
+                pieces.append(encode_sse(_anonymize_json(event.data.encode())))
+        else:
+            for envelope in EnvelopeParser().feed(data):
+                pieces.append(encode_envelope(_anonymize_json(envelope.payload).encode(), envelope.flags & 0xFE))
+    return b"".join(pieces)
 
 
-def _json_or_text(data: bytes) -> Any:
+def _anonymize_json(data: bytes) -> str:
     try:
-        return parse_json(data, surrogates=True)
+        value = parse_json(data, surrogates=True)
     except WireError:
-        return data.decode("utf-8", "replace")
+        value = data.decode("utf-8", "replace")
+    return encode_json(anonymize(value))
 
 
 if __name__ == "__main__":
