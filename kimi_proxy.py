@@ -6143,6 +6143,9 @@ async def _poll(seconds: float) -> AsyncIterator[float]:
     yield 0.0
 
 
+CLASSIC_URL: Final = "https://kimi.moonshot.cn"
+
+
 class Classic(_Protocol):
     """The classic protocol: paths and bodies [ref].
 
@@ -6155,7 +6158,7 @@ class Classic(_Protocol):
     hits_inline = True
 
     def __init__(self, client: KimiClient, base_url: str) -> None:
-        super().__init__(client, base_url or "https://kimi.moonshot.cn")
+        super().__init__(client, base_url or CLASSIC_URL)
 
     async def refresh(self, account: Account) -> TokenPair:
         """A new pair of tokens for `account`."""
@@ -6251,7 +6254,7 @@ def _agent_of(model: Model) -> str:
     return model.agent_id or (_K1_AGENT if model.thinking else "")
 
 
-# The twins of the service: base URL, and where tokens are refreshed. A token is for one of them [2+].
+# The twins of the connect service: base URL, and where tokens are refreshed. A token is for one of them [2+].
 TWINS: Final[Mapping[str, tuple[str, str]]] = {
     "cn": ("https://www.kimi.com", "https://auth.kimi.com"),
     "global": ("https://www.kimi.ai", "https://auth.kimi.ai"),
@@ -6280,6 +6283,10 @@ class Connect(_Protocol):
     def base_url_for(self, account: Account) -> str:
         """Where the service of `account` is: as its token tells, or as the last refresh found out."""
         return self.base_url if self._has_base_url else TWINS[self._twin_of(account)][0]
+
+    def needs(self, account: Account) -> bool:
+        """Whether only connect can be spoken for `account`: its token is an access token, or of no use elsewhere."""
+        return account.is_access_token or self._twin_of(account) == "global" or bool(account.twin)
 
     @staticmethod
     def _twin_of(account: Account) -> str:
@@ -6756,13 +6763,17 @@ class Gateway:
         raise candidates.failure
 
     async def refresh(self, account: Account) -> TokenPair:
-        """A new pair of tokens, by the protocol in use, or in `auto` by connect where classic seems retired."""
+        """A new pair of tokens, by the protocol in use, or in `auto` by connect where classic refuses the token."""
+        protocol = self.protocol_of(account)
         try:
-            pair = await self.current.refresh(account)
-        except ProtocolRetired:
-            if not self.may_change(self.current):
+            pair = await protocol.refresh(account)
+        except ProxyError as error:
+            is_retired = isinstance(error, ProtocolRetired)
+            if not self.may_change(protocol) or not (is_retired or error.code == "token_dead"):
                 raise
             pair = await self.connect.refresh(account)
+            if not is_retired:
+                account.twin = account.twin or "cn"  # a token of connect alone
         self.metrics.count("kimi_proxy_tokens_refreshed_total")
         return pair
 
@@ -6771,7 +6782,7 @@ class Gateway:
 
         Only connect tells them; without an account, or where Kimi does not answer, the list is built in.
         """
-        if self.current is not self.connect and (account is None or not account.is_access_token):
+        if (self.current if account is None else self.protocol_of(account)) is self.classic:
             return CLASSIC_MODELS
         if account is None:
             return CONNECT_MODELS
@@ -6801,8 +6812,8 @@ class Gateway:
         return model
 
     def protocol_of(self, account: Account) -> KimiProtocol:
-        """The protocol in use; an access token has meaning in connect alone."""
-        return self.connect if account.is_access_token and self.may_change(self.current) else self.current
+        """The protocol in use, or the only one that takes the account's token."""
+        return self.connect if self.may_change(self.current) and self.connect.needs(account) else self.current
 
     def protocol_named(self, name: str) -> KimiProtocol:
         """The protocol that a kept conversation was opened in."""
@@ -7016,7 +7027,7 @@ class LiveAnswer:
         if question.goes_on:
             name, question.parent_id = await gateway.kept.find(account, question.conversation_id)
             protocol = gateway.protocol_named(name)
-        is_fresh = False
+        is_fresh = is_retired = False
         while True:
             try:
                 await self._ask(account, protocol, question)
@@ -7030,10 +7041,10 @@ class LiveAnswer:
                 if not gateway.may_change(protocol):
                     raise
                 logger.debug("! %s", failure)
-                protocol = gateway.connect
+                protocol, is_retired = gateway.connect, True
         account.cooldown_until = 0.0
         account.slots.note_answering()
-        if protocol is gateway.connect and gateway.may_change(gateway.current):
+        if is_retired and gateway.may_change(gateway.current):
             gateway.current = protocol
             logger.warning("classic seems to be retired, connect answered: staying with it (KIMI_PROTOCOL=connect)")
 

@@ -674,10 +674,42 @@ async def test_a_token_that_does_not_tell_its_region_is_tried_at_both_twins(
     await simulator.settle(at_home)
 
 
+async def test_auto_finds_a_token_that_connect_alone_takes(
+    simulator: Simulator,
+    overseas: Simulator,
+    start_proxy: StartProxy,
+    http: aiohttp.ClientSession,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kimi_proxy, "CLASSIC_URL", simulator.url)
+    proxy = await start_proxy(protocol="auto", **OPEN)
+    for service, faults, expected in (
+        (overseas, ("overseas",), ["refresh", "ask"]),
+        (simulator, ("new-refresh",), ["refresh", "refresh", "ask"]),  # classic refuses it
+        (simulator, (), ["refresh", "open", "ask"]),
+    ):
+        token = service.token("hello", *faults)
+        assert (await answer(http, proxy, token))[0] == 200
+        assert steps(await service.settle(token)) == expected
+
+
+def test_a_token_tells_its_region_in_its_claims() -> None:
+    connect = Connect(cast(Any, None), "", "https://auth.kimi.com")
+    for claims, url in (
+        ({"aud": ["kimi.ai"], "region": "overseas"}, "https://www.kimi.ai"),
+        ({"aud": "kimi.com"}, "https://www.kimi.com"),
+        ({}, "https://www.kimi.com"),
+    ):
+        part = base64.urlsafe_b64encode(json.dumps(claims).encode()).decode().rstrip("=")
+        account = kimi_proxy.Account(f"e30.{part}.x", b"", "label")
+        assert connect.base_url_for(account) == url
+        assert Connect(cast(Any, None), "http://mine", "").base_url_for(account) == "http://mine"
+
+
 async def test_an_access_token_goes_to_the_twin_that_it_tells(
     simulator: Simulator, overseas: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession
 ) -> None:
-    proxy = await start_proxy(protocol="connect", **OPEN)
+    proxy = await start_proxy(protocol="auto", **OPEN)
     token = overseas.token("hello", "overseas")
     assert (await answer(http, proxy, overseas.make_access_token(token)))[0] == 200
     await overseas.settle(token)
