@@ -7439,52 +7439,41 @@ class ResponseWriter:
 
     async def write(self, data: bytes) -> None:
         """Write `data` as fast as the client takes it; the head goes before it. Raises `ClientGone`."""
-        response = self._response or await self._begin()
+        response = self._response or await self._begin(data)
         try:
             await response.write(data)
         except ConnectionError:
             raise ClientGone from None
         self._silent_at = self._loop.time() + FIRST_KEEP_ALIVE_SECONDS
 
-    async def finish(self) -> web.StreamResponse:
-        """End a good reply."""
-        return await self._end(self._encoder.finish(), 200)
-
-    async def fail(self, error: ProxyError) -> web.StreamResponse:
-        """End a reply whose head went out and that failed since."""
-        return await self._end(self._encoder.fail(error), error.status)
-
-    async def _begin(self) -> web.StreamResponse:
-        headers = {
-            "Content-Type": f"{self._encoder.content_type}; charset=utf-8",
-            "Cache-Control": "no-cache",
-            "X-Accel-Buffering": "no",
-        }
-        response = self._response = web.StreamResponse(headers=headers)
-        if self._request.version >= aiohttp.HttpVersion11:
-            response.enable_chunked_encoding()
-        await self._prepare(response)
+    async def end(self, data: bytes) -> web.StreamResponse:
+        """End the reply with `data`. Raises `ClientGone`."""
+        self._ended = True
+        if data:
+            await self.write(data)
+        response = cast(web.StreamResponse, self._response)
+        with _client_gone():
+            await response.write_eof()
         return response
 
-    async def _prepare(self, response: web.StreamResponse) -> None:
-        raw = self._request.get_extra_info("socket")
-        with suppress(OSError):  # a connection that is lost already
-            if raw is not None:
-                raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+    async def _begin(self, data: bytes) -> web.StreamResponse:
+        """Send the head; `data` comes next, which is all where the answer is whole."""
+        response = self._response = web.StreamResponse(
+            headers={
+                "Content-Type": f"{self._encoder.content_type}; charset=utf-8",
+                "Cache-Control": "no-cache",
+                "X-Accel-Buffering": "no",
+            }
+        )
+        if not self._encoder.keep_alive:
+            response.content_length = len(data)
+        elif self._request.version >= aiohttp.HttpVersion11:
+            response.enable_chunked_encoding()
+        with suppress(OSError, AttributeError):  # a connection that is lost already
+            self._request.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         with _client_gone():
             await response.prepare(self._request)
-
-    async def _end(self, data: bytes, status: int) -> web.StreamResponse:
-        self._ended = True
-        response = self._response
-        if self._encoder.content_type == "application/json":
-            response = _json_response(data, status)
-            await self._prepare(response)
-        else:
-            await self.write(data)
-        with _client_gone():
-            await cast(web.StreamResponse, response).write_eof()
-        return cast(web.StreamResponse, response)
+        return response
 
     def _check(self, now: float) -> float:
         """The watchdog's look; when to look again."""
@@ -7506,7 +7495,7 @@ class ResponseWriter:
         if self._ended:
             return
         with suppress(ClientGone), _client_gone():
-            response = self._response or await self._begin()
+            response = self._response or await self._begin(b"")
             await response.write(self._encoder.keep_alive)
 
 
@@ -7648,7 +7637,7 @@ async def _answer(api: Api, request: web.Request) -> web.StreamResponse:
     state.answering.add(task)
     try:
         await _relay(request, asked, writer)
-        return await writer.finish()
+        return await writer.end(asked.encoder.finish())
     except asyncio.CancelledError:
         if not _is_ended_by_us(request):
             raise
@@ -7667,7 +7656,7 @@ async def _answer(api: Api, request: web.Request) -> web.StreamResponse:
     if not writer.begun:
         raise error
     _note_failure(request, error)
-    return await writer.fail(error)
+    return await writer.end(asked.encoder.fail(error))
 
 
 async def _relay(request: web.Request, asked: Asked, writer: ResponseWriter) -> None:
@@ -7832,14 +7821,11 @@ async def _token_check(request: web.Request) -> web.StreamResponse:
     """The reference's `POST /token/check`: whether Kimi takes a refresh token [ref]."""
     accounts = request.app[STATE].accounts
     try:
-        value = parse_json(await read_body(request, 65_536))
-    except WireError as error:
-        raise ProxyError("invalid_json", f"the body: {error}") from None
-    token = value.get("token") if isinstance(value, dict) else None
-    if not isinstance(token, str) or not TOKEN_SHAPE.fullmatch(token):
+        token = cast(Any, parse_json(await read_body(request, 65_536)))["token"]
+    except (WireError, LookupError, TypeError):
+        raise ProxyError("invalid_json", 'the body must be {"token": …}') from None
+    if not isinstance(token, str) or not TOKEN_SHAPE.fullmatch(token) or is_access_token(read_claims(token)):
         raise ProxyError("invalid_request", "token: must be a refresh token", param="token")
-    if is_access_token(read_claims(token)):
-        raise ProxyError("invalid_request", "token: is an access token, which tells its own end", param="token")
     try:
         await accounts.access_token(accounts.get(token))
     except ProxyError as error:
@@ -7893,10 +7879,7 @@ API key: what its owner gave you, or your own Kimi refresh token.</p>
 
 def json_response(value: object, status: int = 200) -> web.Response:
     """A response with `value` as JSON."""
-    return _json_response(encode_json(value).encode(), status)
-
-
-def _json_response(body: bytes, status: int) -> web.Response:
+    body = encode_json(value).encode()
     return web.Response(body=body, status=status, content_type="application/json", charset="utf-8")
 
 
