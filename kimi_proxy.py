@@ -1902,9 +1902,9 @@ class ThinkFilter(Filter):
         return [*([Thinking(thought)] if thought else []), *_texts(text)]
 
 
-_URL_MARK: Final = re.compile(
-    r'(?P<start><url id="[^"<>\n]{0,500}" type="url"(?: \w{1,20}="[^"<>\n]{0,500}"){0,9}>)|(?P<end></url>)'
-    rf"|(?P<begun><url [^<>\n]{{0,1000}}|{_list_starts('<url ', '</url>')})\Z"
+_URL_MARK: Final = re.compile(r'<url id="[^<>"]{0,500}" type="url"[^<>]{0,500}>([^<>]{0,2000})</url>')
+_MAY_BECOME_URL_MARK: Final = re.compile(
+    rf"(?:{_list_starts('<url id=')}|<url id=[^<>]{{0,1030}}(?:>[^<>]{{0,2000}}(?:{_list_starts('</url>')})?)?)\Z"
 )
 
 
@@ -1917,30 +1917,17 @@ class UrlMarkFilter(Filter):
     def begin_retry(self) -> None:
         """Expect another answer."""
         self._held = ""
-        self._is_open = False
 
     def feed(self, event: Event) -> list[Event]:
         """What becomes of one event."""
-        if type(event) is Text:
-            return self._take_text(event.text) if self._held or "<" in event.text else [event]
+        if type(event) is Text and (self._held or "<" in event.text):
+            text = _URL_MARK.sub(r"\1", self._held + event.text)
+            begun = _MAY_BECOME_URL_MARK.search(text)
+            self._held = begun[0] if begun else ""
+            return _texts(text.removesuffix(self._held))
         if self._held and isinstance(event, Finished):
             return [Text(self._held), event]
         return [event]
-
-    def _take_text(self, text: str) -> list[Event]:
-        text, self._held = self._held + text, ""
-        pieces: list[str] = []
-        at = 0
-        for mark in _URL_MARK.finditer(text):
-            if mark["end"] and not self._is_open:  # of a tag that somebody else wrote
-                continue
-            pieces.append(text[at : mark.start()])
-            at = mark.end()
-            if mark["begun"]:
-                self._held = mark[0]
-            else:
-                self._is_open = bool(mark["start"])
-        return _texts("".join([*pieces, text[at:]]))
 
 
 MAX_CITATION: Final = 16_384  # characters between <REF> and </REF>, quotation included
