@@ -66,10 +66,9 @@ from collections.abc import (
 )
 from contextlib import (
     AbstractAsyncContextManager,
-    AbstractContextManager,
     asynccontextmanager,
-    closing,
     contextmanager,
+    nullcontext,
     suppress,
 )
 from contextvars import ContextVar
@@ -78,7 +77,7 @@ from functools import cached_property, partial
 from itertools import accumulate, cycle, groupby, islice
 from math import isfinite, nan
 from pathlib import Path
-from typing import Any, Final, Literal, NoReturn, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import IO, Any, Final, Literal, NoReturn, TypeVar, cast, get_args, get_origin, get_type_hints
 from urllib.parse import unquote, urljoin
 
 import aiohttp
@@ -4906,43 +4905,28 @@ TRANSFER_SECONDS: Final = 120.0  # limit for a whole file
 MAX_REDIRECTS: Final = 5
 PUBLIC: Final = "public"
 
-
-@dataclass(frozen=True, slots=True)
-class AddressRule:
-    """A range of addresses and the verdict on it: `public`, or the word for why it is denied."""
-
-    network: ipaddress.IPv4Network | ipaddress.IPv6Network
-    verdict: str
-
-
 # The first that fits decides. Python's own `is_global` says yes to a dozen of these ranges (tried with 3.11).
-ADDRESS_RULES: Final[Sequence[AddressRule]] = [
-    AddressRule(ipaddress.ip_network(network), verdict)
-    for network, verdict in (
-        ("0.0.0.0/8", "this-network"),  # RFC 791
-        ("10.0.0.0/8", "private"),  # RFC 1918
-        ("100.64.0.0/10", "shared"),  # RFC 6598; some clouds' metadata service is in it
-        ("127.0.0.0/8", "loopback"),  # RFC 1122
-        ("168.63.129.16/32", "cloud-host"),  # Azure's, reachable from its machines alone
-        ("169.254.0.0/16", "link-local"),  # RFC 3927; most clouds' metadata service is in it
-        ("172.16.0.0/12", "private"),  # RFC 1918
-        ("192.0.0.0/24", "protocol"),  # RFC 6890
-        ("192.0.2.0/24", "documentation"),  # RFC 5737
-        ("192.88.99.0/24", "relay"),  # RFC 7526
-        ("192.168.0.0/16", "private"),  # RFC 1918
-        ("198.18.0.0/15", "benchmark"),  # RFC 2544
-        ("198.51.100.0/24", "documentation"),  # RFC 5737
-        ("203.0.113.0/24", "documentation"),  # RFC 5737
-        ("224.0.0.0/4", "multicast"),  # RFC 5771
-        ("240.0.0.0/4", "reserved"),  # RFC 1112; the broadcast address is in it
-        ("0.0.0.0/0", PUBLIC),
-        ("2001::/23", "protocol"),  # RFC 2928; Teredo (RFC 4380) is in it
-        ("2001:db8::/32", "documentation"),  # RFC 3849
-        ("2002::/16", "6to4"),  # RFC 3056
-        ("3fff::/20", "documentation"),  # RFC 9637
-        ("2000::/3", PUBLIC),  # RFC 4291: all that is given out of global unicast addresses
-        ("::/0", "not-unicast"),
+ADDRESS_RULES: Final = [
+    (ipaddress.ip_network(network), verdict)
+    for verdict, networks in (
+        ("this-network", "0.0.0.0/8"),  # RFC 791
+        ("private", "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16"),  # RFC 1918
+        ("shared", "100.64.0.0/10"),  # RFC 6598; some clouds' metadata service is in it
+        ("loopback", "127.0.0.0/8"),  # RFC 1122
+        ("cloud-host", "168.63.129.16/32"),  # Azure's, reachable from its machines alone
+        ("link-local", "169.254.0.0/16"),  # RFC 3927; most clouds' metadata service is in it
+        ("protocol", "192.0.0.0/24 2001::/23"),  # RFC 6890, RFC 2928; Teredo (RFC 4380) is in it
+        ("documentation", "192.0.2.0/24 198.51.100.0/24 203.0.113.0/24 2001:db8::/32"),  # RFC 5737, RFC 3849
+        ("documentation", "3fff::/20"),  # RFC 9637
+        ("relay", "192.88.99.0/24"),  # RFC 7526
+        ("benchmark", "198.18.0.0/15"),  # RFC 2544
+        ("multicast", "224.0.0.0/4"),  # RFC 5771
+        ("reserved", "240.0.0.0/4"),  # RFC 1112; the broadcast address is in it
+        ("6to4", "2002::/16"),  # RFC 3056
+        (PUBLIC, "0.0.0.0/0 2000::/3"),  # RFC 4291: all that is given out of global unicast addresses
+        ("not-unicast", "::/0"),
     )
+    for network in networks.split()
 ]
 _NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052
 
@@ -4963,63 +4947,51 @@ def classify_address(text: str) -> str:
             address = address.ipv4_mapped
         elif address in _NAT64:
             address = ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)
-    return next(rule.verdict for rule in ADDRESS_RULES if address in rule.network)
+    return next(verdict for network, verdict in ADDRESS_RULES if address in network)
 
 
 # Ports of other protocols, which a request of ours could speak to (WHATWG Fetch, "port blocking"), and 0.
 # fmt: off
-_BAD_PORTS: Final = frozenset({
-    0, 1, 7, 9, 11, 13, 15, 17, 19, 20, 21, 22, 23, 25, 37, 42, 43, 53, 69, 77, 79, 87, 95, 101, 102, 103, 104,
-    109, 110, 111, 113, 115, 117, 119, 123, 135, 137, 139, 143, 161, 179, 389, 427, 465, 512, 513, 514, 515, 526,
-    530, 531, 532, 540, 548, 554, 556, 563, 587, 601, 636, 989, 990, 993, 995, 1719, 1720, 1723, 2049, 3659,
-    4045, 4190, 5060, 5061, 6000, 6566, 6665, 6666, 6667, 6668, 6669, 6679, 6697, 10080,
-})
+_BAD_PORTS: Final = frozenset((
+    0, 1, 7, 9, 11, 13, 15, 17, 19, 20, 21, 22, 23, 25, 37, 42, 43, 53, 69, 77, 79, 87, 95, 101, 102, 103, 104, 109,
+    110, 111, 113, 115, 117, 119, 123, 135, 137, 139, 143, 161, 179, 389, 427, 465, 512, 513, 514, 515, 526, 530, 531,
+    532, 540, 548, 554, 556, 563, 587, 601, 636, 989, 990, 993, 995, 1719, 1720, 1723, 2049, 3659, 4045, 4190, 5060,
+    5061, 6000, 6566, 6665, 6666, 6667, 6668, 6669, 6679, 6697, 10080,
+))
 # fmt: on
 
 
-_ENCODED_URL: Final = re.compile(r"[!-~]+")
-
-
 def check_file_url(text: str) -> URL:
-    """The URL in `text`, as far as its letters tell whether it may be fetched; its address is judged when connecting.
-
-    Raises `ProxyError` `file_url_invalid`.
-    """
+    """The URL in `text`, if it may be fetched as far as its letters tell; its address is judged when connecting."""
     text = text.strip()
-    if len(text) > 8192 or "\\" in text or not text.isprintable():
-        raise ProxyError("file_url_invalid", "the file's URL is too long, or has characters that no URL has")
     if not re.match(r"https?://[^/?#]{1,255}(?:[/?#]|\Z)", text, re.IGNORECASE):
         raise ProxyError("file_url_invalid", "the file's URL does not begin with http:// or https:// and a host")
+    if len(text) > 8192 or "\\" in text or not text.isprintable():
+        raise ProxyError("file_url_invalid", "the file's URL is too long, or has characters that no URL has")
     try:
-        url = URL(text, encoded=_ENCODED_URL.fullmatch(text) is not None)  # signed ones must stay as they are
-        is_good = bool(url.host) and url.port not in _BAD_PORTS
+        url = URL(text, encoded=text.isascii() and " " not in text)  # signed ones must stay as they are
+        is_good = bool(url.host) and url.port not in _BAD_PORTS and url.raw_user is None and url.raw_password is None
     except (ValueError, IndexError):  # IndexError: yarl's, for some brackets
         is_good = False
     if not is_good:
-        raise ProxyError("file_url_invalid", "the file's URL is not valid, or its port is that of another protocol")
-    if url.raw_user is not None or url.raw_password is not None:
-        raise ProxyError("file_url_invalid", "the file's URL has a user name in it")
+        raise ProxyError(
+            "file_url_invalid", "the file's URL is not valid, or has a user name or another protocol's port"
+        )
     return url
 
 
-_EXTRA_TYPES: Final[Mapping[str, str]] = {
+_EXTRA_TYPES: Final = {
     ".md": "text/markdown",
     ".xml": "application/xml",
     ".docx": "application/vnd.openxmlformats-officedocument.wordprocessingml.document",
     ".xlsx": "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet",
     ".pptx": "application/vnd.openxmlformats-officedocument.presentationml.presentation",
     ".epub": "application/epub+zip",
-    ".rtf": "application/rtf",
-    ".webp": "image/webp",
     ".wav": "audio/wav",
 }
-# An instance of its own has the built-in table only, so that the result does not depend on the machine's files.
-_TYPES: Final[Mapping[str, str]] = {**mimetypes.MimeTypes().types_map[True], **_EXTRA_TYPES}
-# The table names the preferred extension of a type first.
-_EXTENSIONS: Final[Mapping[str, str]] = {
-    kind: extension for extension, kind in [*reversed([*_TYPES.items()]), *_EXTRA_TYPES.items()]
-}
-_MEANINGLESS_TYPES: Final = frozenset({"", "application/octet-stream", "binary/octet-stream", "application/x-download"})
+_BUILT_IN: Final = mimetypes.MimeTypes().types_map  # Python's own, whatever files the machine has
+_TYPES: Final = _EXTRA_TYPES | _BUILT_IN[False] | _BUILT_IN[True] | _EXTRA_TYPES  # the first extension of a type counts
+_MEANINGLESS_TYPES: Final = ("application/octet-stream", "binary/octet-stream", "application/x-download")
 _EXTENSION: Final = re.compile(r"\.[A-Za-z0-9]{1,8}\Z")
 
 
@@ -5029,14 +5001,14 @@ def name_file(names: Sequence[str], content_type: str, kind: str) -> tuple[str, 
     The first of `names` with an extension wins, else the first; one without gets the extension of the type. A type that
     is missing or means nothing is replaced by that of the extension.
     """
-    cleaned = [name for name in map(_clean_name, names) if name]
-    name = next((one for one in cleaned if _EXTENSION.search(one)), cleaned[0] if cleaned else kind)
+    cleaned = [*filter(None, map(_clean_name, names)), kind]
+    name = next(filter(_EXTENSION.search, cleaned), cleaned[0])
     extension = _EXTENSION.search(name)
     content_type = content_type.partition(";")[0].strip().lower()
     if content_type in _MEANINGLESS_TYPES or not re.fullmatch(r"[a-z0-9.+-]+/[a-z0-9.+-]+", content_type):
-        content_type = _TYPES.get(extension[0].lower() if extension else "", "application/octet-stream")
+        content_type = _TYPES.get(extension[0].lower() if extension else "", _MEANINGLESS_TYPES[0])
     if extension is None and content_type not in _MEANINGLESS_TYPES:
-        name += _EXTENSIONS.get(content_type, "")
+        name += next((one for one, kind in _TYPES.items() if kind == content_type), "")
     return name, content_type
 
 
@@ -5046,10 +5018,6 @@ def _clean_name(name: str) -> str:
     name = "".join(letter for letter in name if letter.isprintable() and letter not in '"<>|:*?').strip(". ")
     extension = _EXTENSION.search(name)
     return name if len(name) <= 120 else name[:100] + (extension[0] if extension else "")
-
-
-class DeniedAddress(OSError):
-    """A connection that the guard did not let begin."""
 
 
 class AddressGuard:
@@ -5062,19 +5030,14 @@ class AddressGuard:
     def make_socket(self, address_info: tuple[Any, ...]) -> socket.socket:
         """A socket for `(family, type, proto, name, address)`, one address that is about to be connected to.
 
-        Raises `DeniedAddress`; the verdict goes to log and metrics, and never to a client.
+        Raises `PermissionError`; the verdict goes to log and metrics, and never to a client.
         """
         family, kind, protocol, _, address = address_info
         verdict = PUBLIC if self._allow_private else self._judge(family, address)
         if verdict != PUBLIC:
             self._metrics.count("kimi_proxy_denied_addresses_total", verdict=verdict)
             logger.warning("! a file's URL led to an address that is denied (%s)", verdict)
-            raise DeniedAddress("denied")
-        return self.open_socket(family, kind, protocol)
-
-    @staticmethod
-    def open_socket(family: int, kind: int, protocol: int) -> socket.socket:
-        """The socket itself."""
+            raise PermissionError("denied")
         return socket.socket(family, kind, protocol)
 
     @staticmethod
@@ -5090,79 +5053,46 @@ class AddressGuard:
         return PUBLIC
 
 
+@dataclass(slots=True)
 class OpenFile:
     """A file that is ready to be sent: `read` yields exactly `size_bytes` bytes, or raises.
 
-    `source` returns the next piece, empty at the end. `failure` is what `read` raised, since aiohttp raises an error of
-    its own instead.
+    `source` returns the next piece, empty at the end; cancelled, it leaves `waiting_for_source` set. `failure` is what
+    `read` raised, since aiohttp raises an error of its own instead.
     """
 
-    def __init__(
-        self, kind: str, name: str, content_type: str, size_bytes: int, source: Callable[[], Awaitable[bytes]]
-    ) -> None:
-        self.kind = kind
-        self.name = name
-        self.content_type = content_type
-        self.size_bytes = size_bytes
-        self.sent_bytes = 0
-        self.waiting_for_source = False
-        self.failure: ProxyError | None = None
-        self._source = source
+    kind: str
+    name: str = field(repr=False)
+    content_type: str
+    size_bytes: int
+    source: Callable[[], Awaitable[bytes]] = field(repr=False)
+    sent_bytes: int = 0
+    waiting_for_source: bool = False
+    failure: ProxyError | None = None
 
     async def read(self) -> AsyncIterator[bytes]:
         """The bytes, once. Raises `ProxyError`: the source's, or `file_broken` where there are more or less of them."""
         try:
-            while piece := await self._read_source():
+            while True:
+                self.waiting_for_source = True
+                piece = await self.source()
+                self.waiting_for_source = False
                 self.sent_bytes += len(piece)
-                if self.sent_bytes > self.size_bytes:
-                    raise ProxyError("file_broken", "the file is longer than promised")
+                if self.sent_bytes > self.size_bytes or (not piece and self.sent_bytes < self.size_bytes):
+                    raise ProxyError("file_broken", "the file is longer or shorter than promised")
+                if not piece:
+                    return
                 yield piece
-            if self.sent_bytes < self.size_bytes:
-                raise ProxyError("file_broken", "the file is shorter than promised")
         except ProxyError as error:
             self.failure = error
             raise
 
-    async def _read_source(self) -> bytes:
-        self.waiting_for_source = True  # stays so when cancelled: this tells who was waited for
-        piece = await self._source()
-        self.waiting_for_source = False
-        return piece
 
-
-class Spool:
-    """A temporary file without a name. Raises `ProxyError` `spool_full` where it cannot be written."""
-
-    def __init__(self, directory: str) -> None:
-        self.size_bytes = 0
-        with _spool_errors():
-            self._file = tempfile.TemporaryFile(dir=directory or None)  # noqa: SIM115  # see `close`
-
-    async def write(self, piece: bytes) -> None:
-        """Append `piece`."""
-        self.size_bytes += len(piece)
-        with _spool_errors():
-            await asyncio.to_thread(self._file.write, piece)
-
-    async def rewind(self) -> Callable[[], Awaitable[bytes]]:
-        """What reads it from its beginning, a piece at each call."""
-        with _spool_errors():
-            await asyncio.to_thread(self._file.seek, 0)  # writes what is still in the buffer
-        return partial(asyncio.to_thread, self._file.read, 65_536)
-
-    def close(self) -> None:
-        """Close it, which removes it."""
-        with suppress(OSError):  # a full disk, which was reported by then
-            self._file.close()
-
-
-@contextmanager
-def _spool_errors() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else type(error).__name__
-        raise ProxyError("spool_full", f"writing a temporary file: {reason}") from None
+def open_spool(kind: str, name: str, content_type: str, spool: IO[bytes]) -> OpenFile:
+    """What was written to `spool`, from its beginning."""
+    size_bytes = spool.seek(0, os.SEEK_END)
+    spool.seek(0)
+    return OpenFile(kind, name, content_type, size_bytes, partial(asyncio.to_thread, spool.read, 65_536))
 
 
 @dataclass(frozen=True, slots=True)
@@ -5172,7 +5102,13 @@ class ReceivedFile:
     name: str = field(repr=False)
     content_type: str
     purpose: str = field(repr=False)
-    spool: Spool
+    spool: IO[bytes]
+
+    def open(self) -> AbstractAsyncContextManager[OpenFile]:
+        """The file, from its beginning each time."""
+        name, content_type = name_file([self.name], self.content_type, "file")
+        kind = "image" if content_type.startswith("image/") else "file"
+        return nullcontext(open_spool(kind, name, content_type, self.spool))
 
 
 class Files:
@@ -5181,15 +5117,12 @@ class Files:
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._limit_mb = settings.max_file_mb
         self._spool_dir = settings.spool_dir
-        guard = AddressGuard(metrics, allow_private=settings.allow_private_urls)
+        make_socket = AddressGuard(metrics, allow_private=settings.allow_private_urls).make_socket
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(
-                limit=0, socket_factory=guard.make_socket, force_close=True, use_dns_cache=False
-            ),
+            connector=aiohttp.TCPConnector(limit=0, socket_factory=make_socket, force_close=True, use_dns_cache=False),
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
             headers={"User-Agent": "kimi_proxy", "Accept-Encoding": "identity"},
-            auto_decompress=False,  # aiohttp does not notice that a gzip body is cut
         )
 
     async def close(self) -> None:
@@ -5202,61 +5135,66 @@ class Files:
             raise ProxyError("file_too_large", f"the file has more than {self._limit_mb} MB")
 
     async def identify(self, attachment: Attachment) -> tuple[bytes, int]:
-        """A digest that identifies `attachment`, of its URL or of its bytes, and the number of these.
-
-        Raises `ProxyError` for inline data that is not base64, empty or too large.
-        """
+        """A digest of `attachment`'s URL, or of its inline bytes, and their number. Raises `ProxyError`."""
         if attachment.url:
             return hashlib.sha256(attachment.url.encode()).digest(), 0
         self.check_size(attachment.inline_bytes)
+        digest, size_bytes = hashlib.sha256(), 0
         try:
-            digest, size_bytes = await asyncio.to_thread(_digest_inline, attachment)
+            for piece in decode_base64(attachment.data, attachment.start):
+                digest.update(piece)
+                size_bytes += len(piece)
+                await asyncio.sleep(0)  # the loop is everybody's
         except WireError as error:
             raise ProxyError("invalid_request", f"{attachment.path}: {error}") from None
         self.check_size(size_bytes)
         if not size_bytes:
             raise ProxyError("invalid_request", f"{attachment.path}: the file is empty")
-        return digest, size_bytes
+        return digest.digest(), size_bytes
 
     @asynccontextmanager
     async def open(self, attachment: Attachment, size_bytes: int) -> AsyncIterator[OpenFile]:
         """The file of `attachment`, with its origin's head read; `size_bytes` as in `identify`. Raises `ProxyError`."""
-        if attachment.url:
-            async with self._open_url(attachment) as file:
-                yield file
+        kind = attachment.kind
+        if not attachment.url:
+            read = partial(asyncio.to_thread, next, decode_base64(attachment.data, attachment.start), b"")
+            yield OpenFile(kind, *name_file([attachment.name], attachment.content_type, kind), size_bytes, read)
             return
-        name, content_type = name_file([attachment.name], attachment.content_type, attachment.kind)
-        read = partial(asyncio.to_thread, next, decode_base64(attachment.data, attachment.start), b"")
-        yield OpenFile(attachment.kind, name, content_type, size_bytes, read)
-
-    def open_spool(self) -> AbstractContextManager[Spool]:
-        """An empty spool, which is closed when the context is left."""
-        return closing(Spool(self._spool_dir))
-
-    @asynccontextmanager
-    async def open_received(self, received: ReceivedFile) -> AsyncIterator[OpenFile]:
-        """A file that a client uploaded, from its beginning."""
-        name, content_type = name_file([received.name], received.content_type, "file")
-        kind = "image" if content_type.startswith("image/") else "file"
-        yield OpenFile(kind, name, content_type, received.spool.size_bytes, await received.spool.rewind())
-
-    @asynccontextmanager
-    async def _open_url(self, attachment: Attachment) -> AsyncIterator[OpenFile]:
         async with await self._follow(attachment.url) as response:
-            size_bytes = self._check_head(response)
+            promised_bytes = self._check_head(response)
             names = [_disposition_name(response), response.url.name]
-            name, content_type = name_file(names, response.headers.get("Content-Type", ""), attachment.kind)
-            if size_bytes is not None:
-                yield OpenFile(attachment.kind, name, content_type, size_bytes, partial(_read_origin, response))
+            named = name_file(names, response.headers.get("Content-Type", ""), kind)
+            if promised_bytes is not None:
+                yield OpenFile(kind, *named, promised_bytes, lambda: _ask_origin(response.content.readany()))
                 return
-            with self.open_spool() as spool:
-                await self._fill(spool, response)
-                yield OpenFile(attachment.kind, name, content_type, spool.size_bytes, await spool.rewind())
+            with self.make_spool() as spool:
+                while piece := await _ask_origin(response.content.readany()):
+                    await self.write_spool(spool, piece)
+                if not spool.tell():
+                    raise ProxyError("file_url_invalid", "the file is empty")
+                yield open_spool(kind, *named, spool)
+
+    @contextmanager
+    def make_spool(self) -> Iterator[IO[bytes]]:
+        """A temporary file without a name. Raises `ProxyError` `spool_full` where it cannot be made or written."""
+        try:
+            with tempfile.TemporaryFile(dir=self._spool_dir or None) as spool:
+                yield spool
+        except ConnectionError:  # the client's
+            raise
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else type(error).__name__
+            raise ProxyError("spool_full", f"writing a temporary file: {reason}") from None
+
+    async def write_spool(self, spool: IO[bytes], piece: bytes) -> None:
+        """Append `piece`. Raises `ProxyError` `file_too_large`."""
+        self.check_size(spool.tell() + len(piece))
+        await asyncio.to_thread(spool.write, piece)
 
     async def _follow(self, text: str) -> aiohttp.ClientResponse:
         """The response at a URL after redirects, each of which is checked. The caller closes it."""
         for _ in range(MAX_REDIRECTS + 1):
-            response = await self._get(check_file_url(text))
+            response = await _ask_origin(self._session.get(check_file_url(text), allow_redirects=False))
             if response.status not in (301, 302, 303, 307, 308):
                 return response
             response.close()
@@ -5266,74 +5204,33 @@ class Files:
                 raise ProxyError("file_url_invalid", "a redirect of the file's origin leads nowhere") from None
         raise ProxyError("file_url_invalid", f"more than {MAX_REDIRECTS} redirects")
 
-    async def _get(self, url: URL) -> aiohttp.ClientResponse:
-        try:
-            async with asyncio.timeout(FILE_SECONDS):
-                return await self._session.get(url, allow_redirects=False)
-        except TimeoutError:
-            raise ProxyError("file_silent", "the file's origin does not answer in time") from None
-        except aiohttp.ClientConnectorCertificateError:
-            raise ProxyError("file_url_invalid", "the TLS certificate of the file's origin is not valid") from None
-        except (aiohttp.ClientConnectorError, aiohttp.InvalidURL, ValueError):
-            # One answer for a name that does not exist, an address that is denied, and one where nobody listens.
-            raise ProxyError("file_url_invalid", "the file's address cannot be reached, or is not public") from None
-        except (aiohttp.ClientError, ConnectionError) as error:
-            raise ProxyError("file_broken", f"the file's origin gave no answer ({type(error).__name__})") from None
-
     def _check_head(self, response: aiohttp.ClientResponse) -> int | None:
         """The size that the response head promises; None where it does not tell the size of the decoded file."""
         if response.status != 200:
             raise ProxyError("file_url_invalid", f"the file's origin answers HTTP {response.status}")
-        is_framed = response.headers.get("Transfer-Encoding", "chunked").lower() == "chunked"
-        if not is_framed or _encoding(response) not in ("", "gzip", "x-gzip", "deflate"):
+        encoding = response.headers.get("Content-Encoding", "identity").lower()
+        if encoding not in ("identity", "gzip", "deflate"):
             raise ProxyError("file_url_invalid", "the file's origin sends an encoding that nobody asked for")
-        size_bytes = response.content_length
-        if size_bytes == 0:
+        if response.content_length == 0:
             raise ProxyError("file_url_invalid", "the file is empty")
-        self.check_size(size_bytes or 0)
-        return None if _encoding(response) else size_bytes
-
-    async def _fill(self, spool: Spool, response: aiohttp.ClientResponse) -> None:
-        """Write the whole body, decoded, to `spool`. Raises `ProxyError`."""
-        inflater = zlib.decompressobj(47) if _encoding(response) else None  # 47: gzip or deflate
-        while piece := await _read_origin(response):
-            for decoded in (piece,) if inflater is None else _inflate(inflater, piece):
-                self.check_size(spool.size_bytes + len(decoded))
-                await spool.write(decoded)
-        if inflater is not None and not inflater.eof:
-            raise ProxyError("file_broken", "its compressed body is cut")
-        if not spool.size_bytes:
-            raise ProxyError("file_url_invalid", "the file is empty")
+        self.check_size(response.content_length or 0)
+        return response.content_length if encoding == "identity" else None
 
 
-async def _read_origin(response: aiohttp.ClientResponse) -> bytes:
-    """The next bytes of the body as the network brings them; empty at its end."""
+async def _ask_origin(work: Awaitable[Result]) -> Result:
+    """What an origin gives within `FILE_SECONDS`: a response, or the next bytes of one as the network brings them."""
     try:
         async with asyncio.timeout(FILE_SECONDS):
-            return await response.content.readany()
+            return await work
     except TimeoutError:
         raise ProxyError("file_silent", f"the file's origin sends nothing for {FILE_SECONDS:g} s") from None
-    except (aiohttp.ClientError, ConnectionError, RuntimeError) as error:
-        # aiohttp raises RuntimeError where the connection was lost before.
-        raise ProxyError("file_broken", f"its origin broke off ({type(error).__name__})") from None
-
-
-def _inflate(inflater: Any, piece: bytes) -> Iterator[bytes]:
-    """What `piece` decodes to, at most 64 KiB at a time: a small body may become a huge file."""
-    try:
-        while piece and not inflater.eof:
-            yield inflater.decompress(piece, 65_536)
-            piece = inflater.unconsumed_tail
-    except zlib.error:
-        raise ProxyError("file_broken", "its compressed body cannot be decoded") from None
-    if piece or inflater.unused_data:
-        raise ProxyError("file_broken", "more bytes behind the end of its compressed body")
-
-
-def _encoding(response: aiohttp.ClientResponse) -> str:
-    """The content encoding of the body; empty where there is none."""
-    encoding = response.headers.get("Content-Encoding", "").strip().lower()
-    return "" if encoding == "identity" else encoding
+    except aiohttp.ClientConnectorCertificateError:
+        raise ProxyError("file_url_invalid", "the TLS certificate of the file's origin is not valid") from None
+    except (aiohttp.ClientConnectorError, aiohttp.InvalidURL, ValueError):
+        # One answer for a name that does not exist, an address that is denied, and one where nobody listens.
+        raise ProxyError("file_url_invalid", "the file's address cannot be reached, or is not public") from None
+    except (aiohttp.ClientError, ConnectionError, RuntimeError) as error:  # the last where it was lost before
+        raise ProxyError("file_broken", f"the file's origin broke off ({type(error).__name__})") from None
 
 
 def _disposition_name(response: aiohttp.ClientResponse) -> str:
@@ -5343,14 +5240,6 @@ def _disposition_name(response: aiohttp.ClientResponse) -> str:
     except (ValueError, LookupError):  # aiohttp's, for a hostile header
         return ""
     return (disposition and disposition.filename) or ""
-
-
-def _digest_inline(attachment: Attachment) -> tuple[bytes, int]:
-    digest, size_bytes = hashlib.sha256(), 0
-    for piece in decode_base64(attachment.data, attachment.start):
-        digest.update(piece)
-        size_bytes += len(piece)
-    return digest.digest(), size_bytes
 
 
 # ==== 15. Kimi ==============================================================
@@ -6443,12 +6332,6 @@ class UploadedFile:
     purpose: str = field(repr=False)
     created: int
 
-    def id_for(self, protocol: str, param: str) -> str:
-        """Kimi's id. Raises `ProxyError` where another protocol is in use by now."""
-        if protocol != self.protocol:
-            raise ProxyError("file_not_found", "it was uploaded in another protocol of Kimi", param=param)
-        return self.kimi_id
-
     def render(self) -> dict[str, Any]:
         """OpenAI's file object."""
         return {
@@ -6474,10 +6357,9 @@ class UploadResult:
 def keep_messages(messages: Sequence[Message], result: UploadResult) -> tuple[Message, ...]:
     """`messages` with their attachments as references to what was uploaded: nothing large is kept."""
     ids = iter(result.file_ids)
-    owner = result.account.digest
 
-    def keep(attachment: Attachment) -> Attachment:
-        return Attachment(attachment.kind, attachment.path, uploaded=(owner, result.protocol, next(ids)))
+    def keep(one: Attachment) -> Attachment:
+        return Attachment(one.kind, one.path, uploaded=(result.account.digest, result.protocol, next(ids)))
 
     return tuple(replace(message, attachments=tuple(map(keep, message.attachments))) for message in messages)
 
@@ -6507,8 +6389,7 @@ class Uploads:
 
         Raises `ProxyError`, the first failure's: the other uploads are cancelled then.
         """
-        inline_bytes = sum(attachment.inline_bytes for attachment in attachments)
-        if inline_bytes > self._max_inline_mb * MEGABYTE:
+        if sum(attachment.inline_bytes for attachment in attachments) > self._max_inline_mb * MEGABYTE:
             raise ProxyError("file_too_large", f"inline files of more than {self._max_inline_mb} MB together")
         gate = asyncio.Semaphore(self.MAX_PARALLEL)
         work = [asyncio.create_task(self._find(gate, account, protocol, one)) for one in attachments]
@@ -6534,44 +6415,52 @@ class Uploads:
                 raise ProxyError("previous_response_not_found", "its files were brought in another protocol of Kimi")
             return kimi_id
         if attachment.file_id:
-            return self.find(attachment.file_id, [account], attachment.path).id_for(protocol.name, attachment.path)
+            file = self.find(attachment.file_id, [account], attachment.path)
+            if file.protocol != protocol.name:
+                raise ProxyError("file_not_found", "uploaded in another protocol of Kimi", param=attachment.path)
+            return file.kimi_id
         async with gate:
             try:
-                digest, size_bytes = await self._files.identify(attachment)
-                key = _key_of(account, protocol.name, attachment, digest)
-                while (running := self._running.get(key)) is not None:
-                    await asyncio.wait({running})
-                    if isinstance(failure := running.result(), ProxyError):
-                        raise failure.copy()
-                until, file_id = self._kept.get(key, (0.0, ""))
-                if asyncio.get_running_loop().time() < until:
-                    return file_id
-                opening = partial(self._files.open, attachment, size_bytes)
-                return await self._upload_and_keep(key, account, protocol, opening)
+                return await self._upload_once(account, protocol, attachment)
             except ProxyError as error:
                 error.param = error.param or attachment.path
                 raise
 
-    async def _upload_and_keep(self, key: bytes, account: Account, protocol: KimiProtocol, opening: Opening) -> str:
-        running = self._running[key] = asyncio.get_running_loop().create_future()
-        outcome = None
+    async def _upload_once(self, account: Account, protocol: KimiProtocol, attachment: Attachment) -> str:
+        digest, size_bytes = await self._files.identify(attachment)
+        extension = attachment.name.rpartition(".")[2][:20]
+        about = f"\0{protocol.name}\0{attachment.kind}\0{extension}\0{bool(attachment.url)}\0".encode()
+        key = hashlib.sha256(account.digest + about + digest).digest()  # reveals neither account nor file
+        while (running := self._running.get(key)) is not None:
+            await asyncio.wait({running})
+            if isinstance(failure := running.result(), ProxyError):
+                raise failure.copy()
+        loop, outcome = asyncio.get_running_loop(), None
+        until, file_id = self._kept.get(key, (0.0, ""))
+        if loop.time() < until:
+            return file_id
+        running = self._running[key] = loop.create_future()
         try:
-            _, file_id = await _upload(account, protocol, opening)
+            _, file_id = await _upload(account, protocol, partial(self._files.open, attachment, size_bytes))
         except ProxyError as error:
             outcome = error.copy()
             raise
         finally:
             del self._running[key]
             running.set_result(outcome)
-        self._kept.pop(key, None)
-        self._kept[key] = (asyncio.get_running_loop().time() + self.KEPT_SECONDS, file_id)
-        while len(self._kept) > self.MAX_KEPT:
-            del self._kept[next(iter(self._kept))]
+        self._remember(self._kept, key, (loop.time() + self.KEPT_SECONDS, file_id))
         return file_id
+
+    def _remember(self, table: dict[Any, Any], key: object, value: object) -> None:
+        """Set an entry of a table that forgets its oldest ones."""
+        table.pop(key, None)
+        table[key] = value
+        if len(table) > self.MAX_KEPT:
+            del table[next(iter(table))]
 
     async def add(self, account: Account, protocol: KimiProtocol, received: ReceivedFile) -> UploadedFile:
         """Upload a client's file to Kimi, and remember it under an id of ours."""
-        file, kimi_id = await _upload(account, protocol, partial(self._files.open_received, received))
+        file, kimi_id = await _upload(account, protocol, received.open)
         uploaded = UploadedFile(
             id=f"file-{secrets.token_hex(12)}",
             owner=account.digest,
@@ -6582,9 +6471,7 @@ class Uploads:
             purpose=received.purpose,
             created=int(time.time()),
         )
-        self._uploaded[uploaded.id] = uploaded
-        while len(self._uploaded) > self.MAX_KEPT:
-            del self._uploaded[next(iter(self._uploaded))]
+        self._remember(self._uploaded, uploaded.id, uploaded)
         return uploaded
 
     def find(self, file_id: str, accounts: Sequence[Account], param: str | None = None) -> UploadedFile:
@@ -6593,11 +6480,6 @@ class Uploads:
         if file is None or file.owner not in {account.digest for account in accounts}:
             raise ProxyError("file_not_found", param=param)
         return file
-
-    def owns(self, account: Account, file_id: str) -> bool:
-        """Whether `account` uploaded that file."""
-        file = self._uploaded.get(file_id)
-        return file is not None and file.owner == account.digest
 
     def list_uploaded(self, accounts: Sequence[Account]) -> list[UploadedFile]:
         """What `accounts` uploaded, the newest first."""
@@ -6622,7 +6504,6 @@ async def _upload(account: Account, protocol: KimiProtocol, opening: Opening) ->
 
 
 async def _store(account: Account, protocol: KimiProtocol, opening: Opening) -> tuple[OpenFile, StoredFile]:
-    """Stream a file's bytes to Kimi."""
     file = None
     try:
         async with asyncio.timeout(TRANSFER_SECONDS), opening() as file:
@@ -6630,13 +6511,6 @@ async def _store(account: Account, protocol: KimiProtocol, opening: Opening) -> 
     except TimeoutError:
         code = "file_silent" if file is None or file.waiting_for_source else "storage_silent"
         raise ProxyError(code, f"the file's way to Kimi takes more than {TRANSFER_SECONDS:g} s") from None
-
-
-def _key_of(account: Account, protocol: str, attachment: Attachment, digest: bytes) -> bytes:
-    """A digest that identifies a file of an account, and reveals neither."""
-    extension = attachment.name.rpartition(".")[2][:20]
-    about = f"\0{protocol}\0{attachment.kind}\0{extension}\0{bool(attachment.url)}\0".encode()
-    return hashlib.sha256(account.digest + about + digest).digest()
 
 
 @dataclass(slots=True)
@@ -6998,8 +6872,8 @@ class LiveAnswer:
             owners.append(keepers[0])
         for attachment in question.attachments:
             if attachment.file_id:
-                uploads.find(attachment.file_id, self._accounts, attachment.path)
-                owners += [one for one in self._accounts if uploads.owns(one, attachment.file_id)]
+                owner = uploads.find(attachment.file_id, self._accounts, attachment.path).owner
+                owners += [one for one in self._accounts if one.digest == owner]
         if len(set(owners)) > 1:
             raise ProxyError("invalid_request", "its files and its conversation belong to two accounts")
         return owners[:1] or self._accounts
@@ -7724,60 +7598,40 @@ async def _model(request: web.Request) -> web.StreamResponse:
     raise ProxyError("model_not_found", quote_words(name)[:60], param="model")
 
 
-MAX_FORM_FIELDS: Final = 20
-_FORM_ERRORS: Final = (  # RuntimeError is aiohttp's for some charsets
-    ValueError,
-    AssertionError,
-    RuntimeError,
-    web.RequestPayloadError,
-    aiohttp.ClientPayloadError,
-    HttpProcessingError,
-)
+# aiohttp's reader of forms raises these, RuntimeError for some charsets.
+_FORM_ERRORS = (ValueError, AssertionError, RuntimeError, web.RequestPayloadError, aiohttp.ClientPayloadError)
 
 
 async def _create_file(request: web.Request) -> web.StreamResponse:
     """OpenAI's "Upload file": a form with `file` and `purpose`."""
-    state = request.app[STATE]
-    accounts = find_accounts(request)
+    state, accounts = request.app[STATE], find_accounts(request)
     if request.content_type != "multipart/form-data":
         raise ProxyError("invalid_request", "the body must be a form (multipart/form-data) with the field `file`")
     state.files.check_size((request.content_length or 0) - MEGABYTE)  # the form around it takes less
-    with state.files.open_spool() as spool:
+    with state.files.make_spool() as spool:
         try:
             async with asyncio.timeout(TRANSFER_SECONDS):
                 received = await _receive_file(request, spool)
         except TimeoutError:
             raise ProxyError("body_timeout", f"not within {TRANSFER_SECONDS:g} s") from None
-        except _FORM_ERRORS:
+        except (*_FORM_ERRORS, HttpProcessingError):
             raise ProxyError("body_broken", "the form cannot be read") from None
-        uploaded = await state.gateway.upload(accounts, received)
-    return json_response(uploaded.render())
+        return json_response((await state.gateway.upload(accounts, received)).render())
 
 
-async def _receive_file(request: web.Request, spool: Spool) -> ReceivedFile:
-    """The file of a form, written to `spool`.
-
-    `request.post()` would read a text field of any size into memory, and leave the temporary files of a form that
-    breaks off to the garbage collector.
-    """
-    name, content_type, purpose = None, "", "assistants"
-    form = await request.multipart()
-    for _ in range(MAX_FORM_FIELDS):
-        part = await form.next()
-        if part is None:
-            break
+async def _receive_file(request: web.Request, spool: IO[bytes]) -> ReceivedFile:
+    """The file of a form, written to `spool`. `request.post()` would read a text field of any size into memory."""
+    files, name, content_type, purpose = request.app[STATE].files, None, "", "assistants"
+    async for part in await request.multipart():
         if not isinstance(part, aiohttp.BodyPartReader):
             raise ValueError("a form within a form")
         if part.name == "file" and name is None:
             name, content_type = part.filename or "", part.headers.get("Content-Type", "")
             while piece := await part.read_chunk(65_536):
-                request.app[STATE].files.check_size(spool.size_bytes + len(piece))
-                await spool.write(piece)
+                await files.write_spool(spool, piece)
         elif part.name == "purpose":
             purpose = (await part.read_chunk()).decode("utf-8", "replace")[:64]
-    else:
-        raise ValueError("too many fields")
-    if not spool.size_bytes:
+    if not spool.tell():
         raise ProxyError("invalid_request", "file: is missing" if name is None else "file: is empty", param="file")
     return ReceivedFile(name or "", content_type, purpose, spool)
 
