@@ -5667,41 +5667,32 @@ class KimiClient:
             raise _error_of_network(request.step, error) from None
 
     async def _send(self, request: ApiRequest, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
-        """The response, from `other_url` when the service does not know the first."""
-        response = await self._send_or_repeat(request, headers)
-        if response.status not in (404, 501) or not request.other_url:
-            return response
-        response.close()
-        return await self._send_or_repeat(replace(request, url=request.other_url), headers)
-
-    async def _send_or_repeat(self, request: ApiRequest, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
-        """The response; a request on a kept connection that turned out closed is sent once more."""
-        connection: list[str] = []
-        try:
-            return await self._send_once(request, headers, connection)
-        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
-            # aiohttp itself repeats other methods than POST.
-            if not request.repeatable or "kept" not in connection or request.method != "POST":
-                raise
-        logger.debug("! %s: a kept connection was closed, calling once more", request.step)
-        return await self._send_once(request, headers, [])
-
-    async def _send_once(
-        self, request: ApiRequest, headers: Mapping[str, str], connection: list[str]
-    ) -> aiohttp.ClientResponse:
-        body = request.body
-        started = time.monotonic()
-        response = await self._session.request(
-            request.method,
-            URL(request.url, encoded=True),
-            data=io.BytesIO(body) if len(body) > MEGABYTE else body or None,  # aiohttp sends the former in pieces
-            headers=headers,
-            allow_redirects=False,
-            trace_request_ctx=connection,  # aiohttp's tracing tells there of a kept one
-        )
-        self._metrics.observe("kimi_proxy_upstream_seconds", time.monotonic() - started)
-        logger.debug("> %s HTTP %d", request.step, response.status)
-        return response
+        """The response, of a second try when a kept connection was closed or the service does not know the URL."""
+        url, body, is_second = request.url, request.body, False
+        while True:
+            connection: list[str] = []  # aiohttp's tracing tells there of a kept one
+            started = time.monotonic()
+            try:
+                response = await self._session.request(
+                    request.method,
+                    URL(url, encoded=True),
+                    data=io.BytesIO(body) if len(body) > MEGABYTE else body or None,  # the former is sent in pieces
+                    headers=headers,
+                    allow_redirects=False,
+                    trace_request_ctx=connection,
+                )
+                self._metrics.observe("kimi_proxy_upstream_seconds", time.monotonic() - started)
+                logger.debug("> %s HTTP %d", request.step, response.status)
+                if is_second or not request.other_url or response.status not in (404, 501):
+                    return response
+                response.close()
+                url = request.other_url
+            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+                # aiohttp itself repeats other methods than POST.
+                if is_second or not connection or not request.repeatable or request.method != "POST":
+                    raise
+                logger.debug("! %s: a kept connection was closed, calling once more", request.step)
+            is_second = True
 
     @asynccontextmanager
     async def _send_file(
