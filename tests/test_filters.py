@@ -414,14 +414,6 @@ WRITTEN: dict[str, str] = {
         "。对于 HTTP 接口，可以在 Ingress 里开启 gzip 与 TLS,并把 timeout 调到 60s。最后别忘了给 Prometheus "
         "暴露 /metrics 路径，这样 Grafana 的 dashboard 才能显示 QPS、latency 以及 error rate。"
     ),
-    "essay with English names": (
-        "爱因斯坦（Albert Einstein)在 1905 年发表的论文《论动体的电动力学》中提出了狭义相对论。他从两个假"
-        "设出发：第一，物理定律在所有惯性系中形式相同；第二，真空中的光速 c 与光源的运动无关。由此可以推"
-        "导出 Lorentz transformation,以及著名的质能方程 E = mc²。十年以后，他又把引力解释为时空的弯曲，这"
-        "就是广义相对论（general relativity)。1919 年，Arthur Eddington 率领的考察队在日全食期间测量了星"
-        '光的偏折，结果与理论预言相符，The Times 随即以 "Revolution in Science" 为题作了报道。今天，GPS '
-        "卫星每天都要根据相对论修正约 38 微秒的时间误差，否则定位会在一天之内偏离十公里以上。"
-    ),
     "numbers": (
         "2023年全年营业收入为1,284.6亿元，同比增长12.8%;净利润173.2亿元，同比增长9.4%。分季度看，一季度收"
         "入298.1亿元，二季度315.7亿元，三季度327.9亿元，四季度342.9亿元。截至12月31日，公司员工总数为48,215"
@@ -463,55 +455,12 @@ WRITTEN: dict[str, str] = {
         "- [ ] 支持多个账号\n"
         "- [ ] 提供 Docker 镜像\n"
     ),
-    "English Markdown": (
-        "## Changes in 2.4.0\n"
-        "\n"
-        "- **Added** a `--watch` flag, which rebuilds the site whenever a file changes (#412).\n"
-        "- **Fixed** the crash on empty front matter; thanks to @marie for the report.\n"
-        "- The default theme now follows `prefers-color-scheme`.\n"
-        "\n"
-        "### Upgrade notes\n"
-        "\n"
-        "1. Run `npm install my-generator@2.4.0 --save-dev`.\n"
-        "2. Replace `config.outDir` with `config.output.path`:\n"
-        "\n"
-        "```js\n"
-        "export default {\n"
-        '  output: { path: "dist", clean: true },\n'
-        "  plugins: [feed({ limit: 20 })],\n"
-        "};\n"
-        "```\n"
-        "\n"
-        "See the [migration guide](https://docs.example.com/migrate/2.4) for details.\n"
-    ),
     "JSON": (
         '{"id": "order-20931", "created": "2024-11-05T08:13:22Z", "customer": {"name": "Li Wei", "email": '
         '"li.wei@example.com", "vip": true}, "items": [{"sku": "A-1001", "title": "Mechanical keyboard", '
         '"quantity": 1, "price": 399.0}, {"sku": "B-2040", "title": "USB-C cable, 2 m", "quantity": 3, "price": '
         '29.5}], "shipping": {"city": "杭州", "street": "文三路 478 号", "zip": "310012"}, "discount": null,'
         ' "total": 487.5, "notes": ["gift wrapping", "请在工作日送货"]}'
-    ),
-    "indented JSON": (
-        "{\n"
-        '  "type": "object",\n'
-        '  "properties": {\n'
-        '    "location": {\n'
-        '      "type": "string",\n'
-        '      "description": "The city and state, e.g. San Francisco, CA"\n'
-        "    },\n"
-        '    "unit": {\n'
-        '      "type": "string",\n'
-        '      "enum": ["celsius", "fahrenheit"]\n'
-        "    },\n"
-        '    "days": {\n'
-        '      "type": "integer",\n'
-        '      "minimum": 1,\n'
-        '      "maximum": 14\n'
-        "    }\n"
-        "  },\n"
-        '  "required": ["location"],\n'
-        '  "additionalProperties": false\n'
-        "}\n"
     ),
     "Python": (
         "import asyncio\n"
@@ -562,18 +511,6 @@ WRITTEN: dict[str, str] = {
         "        config[key] = value\n"
         "    return config\n"
     ),
-    "TypeScript": (
-        "export async function fetchUsers(page = 1, pageSize = 20): Promise<User[]> {\n"
-        "  const response = await fetch(`${API_BASE_URL}/users?page=${page}&size=${pageSize}`, {\n"
-        '    headers: { Accept: "application/json", Authorization: `Bearer ${getToken()}` },\n'
-        "  });\n"
-        "  if (!response.ok) {\n"
-        "    throw new HttpError(response.status, await response.text());\n"
-        "  }\n"
-        "  const body = (await response.json()) as { items: User[]; nextCursor?: string };\n"
-        "  return body.items.filter((user) => user.isActive && !user.deletedAt).map(normalizeUser);\n"
-        "}\n"
-    ),
     "shell": (
         "#!/usr/bin/env bash\n"
         "set -euo pipefail\n"
@@ -585,16 +522,6 @@ WRITTEN: dict[str, str] = {
         'pg_dump --host=localhost --username=app --format=custom app_production > "$BACKUP_DIR/app-$STAMP.dump"\n'
         "find \"$BACKUP_DIR\" -name '*.dump' -mtime +14 -print -delete\n"
         'echo "done: $(ls -lh "$BACKUP_DIR" | wc -l) files" >&2\n'
-    ),
-    "log": (
-        "2024-06-18 09:41:07,312 INFO  [main] com.example.Server - started on port 8080 in 2.418 seconds\n"
-        "2024-06-18 09:41:09,877 WARN  [pool-2-thread-5] com.example.Cache - miss ratio 0.73 above 0.50\n"
-        "2024-06-18 09:41:12,004 ERROR [http-17] com.example.Orders - request a81f3c9e failed: Connection "
-        "refused\n"
-        "Traceback (most recent call last):\n"
-        '  File "/srv/app/orders.py", line 118, in submit\n'
-        "    response = session.post(url, json=payload, timeout=5)\n"
-        "ConnectionRefusedError: [Errno 111] Connection refused\n"
     ),
     "tool call": (
         "<tool_call>\n"
