@@ -640,6 +640,27 @@ async def test_an_answer_is_stopped_by_the_ids_of_chat_and_message(simulator: Si
         assert [call.step for call in record.calls][-3:] == ["ask", "stop", "remove"]
 
 
+@pytest.mark.parametrize("faults", [(), ("no-stop",)])
+@pytest.mark.parametrize("leaves", [True, False])
+async def test_an_answer_that_is_not_wanted_any_more_is_stopped_and_then_removed(
+    simulator: Simulator,
+    start_proxy: StartProxy,
+    http: aiohttp.ClientSession,
+    log_lines: LogRecorder,
+    faults: tuple[str, ...],
+    leaves: bool,
+) -> None:
+    proxy = await start_proxy(protocol="connect")
+    token = simulator.token("long", "pace=0.02", *faults)
+    body = chat_body(stream=True, stop=[] if leaves else ["5"])
+    async with http.post(proxy + CHAT, json=body, headers=bearer(token)) as response:
+        await response.content.readany()
+        await (response.content.readany() if leaves else response.read())
+    account = await simulator.settle(token)
+    assert steps(account) == ["refresh", "ask", "stop"] and account.calls[-1].step == "remove"
+    assert ("may go on" in log_lines.text) is bool(faults)
+
+
 # The twins of the service.
 
 
