@@ -5104,11 +5104,11 @@ class ReceivedFile:
     purpose: str = field(repr=False)
     spool: IO[bytes]
 
-    def open(self) -> AbstractAsyncContextManager[OpenFile]:
+    def open(self) -> OpenFile:
         """The file, from its beginning each time."""
         name, content_type = name_file([self.name], self.content_type, "file")
         kind = "image" if content_type.startswith("image/") else "file"
-        return nullcontext(open_spool(kind, name, content_type, self.spool))
+        return open_spool(kind, name, content_type, self.spool)
 
 
 class Files:
@@ -6312,45 +6312,23 @@ MAX_CONTINUATIONS: Final = 3  # of one answer that meets its length limit (class
 
 @dataclass(frozen=True, slots=True)
 class UploadedFile:
-    """A file that a client uploaded: its id here, its owner, and where Kimi has it."""
+    """A file that a client uploaded: its owner, where Kimi has it, and OpenAI's object of it."""
 
-    id: str
     owner: bytes = field(repr=False)
     protocol: str
     kimi_id: str = field(repr=False)
-    name: str = field(repr=False)
-    size_bytes: int
-    purpose: str = field(repr=False)
-    created: int
-
-    def render(self) -> dict[str, Any]:
-        """OpenAI's file object."""
-        return {
-            "id": self.id,
-            "object": "file",
-            "bytes": self.size_bytes,
-            "created_at": self.created,
-            "filename": self.name,
-            "purpose": self.purpose,
-            "status": "processed",
-        }
+    shown: Mapping[str, Any] = field(repr=False)
 
 
-@dataclass(frozen=True, slots=True)
-class UploadResult:
-    """Where the attachments of a question are: account, protocol, and Kimi's ids in the attachments' order."""
-
-    account: Account
-    protocol: str
-    file_ids: tuple[str, ...]
+Reference = tuple[bytes, str, str]  # of an uploaded file: its owner's digest, the protocol, Kimi's id
 
 
-def keep_messages(messages: Sequence[Message], result: UploadResult) -> tuple[Message, ...]:
+def keep_messages(messages: Sequence[Message], references: Sequence[Reference]) -> tuple[Message, ...]:
     """`messages` with their attachments as references to what was uploaded: nothing large is kept."""
-    ids = iter(result.file_ids)
+    rest = iter(references)
 
     def keep(one: Attachment) -> Attachment:
-        return Attachment(one.kind, one.path, uploaded=(result.account.digest, result.protocol, next(ids)))
+        return Attachment(one.kind, one.path, uploaded=next(rest))
 
     return tuple(replace(message, attachments=tuple(map(keep, message.attachments))) for message in messages)
 
@@ -6358,32 +6336,26 @@ def keep_messages(messages: Sequence[Message], result: UploadResult) -> tuple[Me
 class Uploads:
     """Uploads files to Kimi, and remembers the ids for an hour: programs send the files of a chat with each turn.
 
-    A file is known by a digest (of account, protocol, and URL or bytes). Of several requests for the same file, one
-    uploads it; the others wait, and share its failure. One that was only cancelled is done again by the next.
+    Of several requests for the same file, one uploads it; the others wait, and share its failure. An upload that was
+    only cancelled is done again by the next.
     """
 
     MAX_KEPT = 4096
     KEPT_SECONDS = 3600.0
-    MAX_PARALLEL = 4  # uploads of one request
 
     def __init__(self, files: Files, settings: Settings) -> None:
         self._files = files
         self._max_inline_mb = settings.max_inline_mb
-        self._kept: dict[bytes, tuple[float, str]] = {}
-        self._running: dict[bytes, asyncio.Future[ProxyError | None]] = {}
+        self._kept: dict[tuple[object, ...], tuple[float, str]] = {}
+        self._running: dict[tuple[object, ...], asyncio.Future[ProxyError | None]] = {}
         self._uploaded: dict[str, UploadedFile] = {}
 
-    async def upload(
-        self, account: Account, protocol: KimiProtocol, attachments: Sequence[Attachment]
-    ) -> tuple[str, ...]:
-        """Kimi's ids of `attachments`, in their order.
-
-        Raises `ProxyError`, the first failure's: the other uploads are cancelled then.
-        """
-        if sum(attachment.inline_bytes for attachment in attachments) > self._max_inline_mb * MEGABYTE:
+    async def upload(self, account: Account, protocol: KimiProtocol, files: Sequence[Attachment]) -> list[Reference]:
+        """References to `files`, in their order. Raises the first `ProxyError`, and cancels the other uploads."""
+        if sum(file.inline_bytes for file in files) > self._max_inline_mb * MEGABYTE:
             raise ProxyError("file_too_large", f"inline files of more than {self._max_inline_mb} MB together")
-        gate = asyncio.Semaphore(self.MAX_PARALLEL)
-        work = [asyncio.create_task(self._find(gate, account, protocol, one)) for one in attachments]
+        gate = asyncio.Semaphore(4)
+        work = [asyncio.create_task(self._find(gate, account, protocol, file)) for file in files]
         # No task group: in one, a failure hides a cancellation that comes with it.
         try:
             done, _ = await asyncio.wait(work, return_when=asyncio.FIRST_EXCEPTION)
@@ -6392,53 +6364,47 @@ class Uploads:
                 task.cancel()
             await asyncio.gather(*work, return_exceptions=True)
         for task in done:
-            if (failure := task.exception()) is not None:
-                raise failure
-        return tuple(task.result() for task in work)
+            task.result()  # raises its failure
+        return [(account.digest, protocol.name, task.result()) for task in work]
 
-    async def _find(
-        self, gate: asyncio.Semaphore, account: Account, protocol: KimiProtocol, attachment: Attachment
-    ) -> str:
+    async def _find(self, gate: asyncio.Semaphore, account: Account, protocol: KimiProtocol, file: Attachment) -> str:
         """The id of one file: the one that is remembered, else a new one."""
-        if attachment.uploaded is not None:
-            owner, name, kimi_id = attachment.uploaded
+        if file.uploaded is not None:
+            owner, name, kimi_id = file.uploaded
             if (owner, name) != (account.digest, protocol.name):
                 raise ProxyError("previous_response_not_found", "its files were brought in another protocol of Kimi")
             return kimi_id
-        if attachment.file_id:
-            file = self.find(attachment.file_id, [account], attachment.path)
-            if file.protocol != protocol.name:
-                raise ProxyError("file_not_found", "uploaded in another protocol of Kimi", param=attachment.path)
-            return file.kimi_id
+        if file.file_id:
+            uploaded = self.find(file.file_id, [account], file.path)
+            if uploaded.protocol != protocol.name:
+                raise ProxyError("file_not_found", "it was uploaded in another protocol of Kimi", param=file.path)
+            return uploaded.kimi_id
         async with gate:
             try:
-                return await self._upload_once(account, protocol, attachment)
+                return await self._upload_once(account, protocol, file)
             except ProxyError as error:
-                error.param = error.param or attachment.path
+                error.param = error.param or file.path
                 raise
 
     async def _upload_once(self, account: Account, protocol: KimiProtocol, attachment: Attachment) -> str:
         digest, size_bytes = await self._files.identify(attachment)
-        extension = attachment.name.rpartition(".")[2][:20]
-        about = f"\0{protocol.name}\0{attachment.kind}\0{extension}\0{bool(attachment.url)}\0".encode()
-        key = hashlib.sha256(account.digest + about + digest).digest()  # reveals neither account nor file
+        key = (account.digest, protocol.name, attachment.kind, attachment.name, bool(attachment.url), digest)
         while (running := self._running.get(key)) is not None:
             await asyncio.wait({running})
-            if isinstance(failure := running.result(), ProxyError):
+            if (failure := running.result()) is not None:
                 raise failure.copy()
         loop, outcome = asyncio.get_running_loop(), None
         until, file_id = self._kept.get(key, (0.0, ""))
         if loop.time() < until:
             return file_id
-        running = self._running[key] = loop.create_future()
+        self._running[key] = loop.create_future()
         try:
-            _, file_id = await _upload(account, protocol, partial(self._files.open, attachment, size_bytes))
+            file_id = await _upload(account, protocol, self._files.open(attachment, size_bytes))
         except ProxyError as error:
             outcome = error.copy()
             raise
         finally:
-            del self._running[key]
-            running.set_result(outcome)
+            self._running.pop(key).set_result(outcome)
         self._remember(self._kept, key, (loop.time() + self.KEPT_SECONDS, file_id))
         return file_id
 
@@ -6449,21 +6415,21 @@ class Uploads:
         if len(table) > self.MAX_KEPT:
             del table[next(iter(table))]
 
-    async def add(self, account: Account, protocol: KimiProtocol, received: ReceivedFile) -> UploadedFile:
-        """Upload a client's file to Kimi, and remember it under an id of ours."""
-        file, kimi_id = await _upload(account, protocol, received.open)
-        uploaded = UploadedFile(
-            id=f"file-{secrets.token_hex(12)}",
-            owner=account.digest,
-            protocol=protocol.name,
-            kimi_id=kimi_id,
-            name=file.name,
-            size_bytes=file.size_bytes,
-            purpose=received.purpose,
-            created=int(time.time()),
-        )
-        self._remember(self._uploaded, uploaded.id, uploaded)
-        return uploaded
+    async def add(self, account: Account, protocol: KimiProtocol, received: ReceivedFile) -> Mapping[str, Any]:
+        """Upload a client's file to Kimi, and remember it under an id of ours: OpenAI's object of it."""
+        file = received.open()
+        kimi_id = await _upload(account, protocol, nullcontext(file))
+        shown = {
+            "id": f"file-{secrets.token_hex(12)}",
+            "object": "file",
+            "bytes": file.size_bytes,
+            "created_at": int(time.time()),
+            "filename": file.name,
+            "purpose": received.purpose,
+            "status": "processed",
+        }
+        self._remember(self._uploaded, shown["id"], UploadedFile(account.digest, protocol.name, kimi_id, shown))
+        return shown
 
     def find(self, file_id: str, accounts: Sequence[Account], param: str | None = None) -> UploadedFile:
         """What one of `accounts` uploaded as `file_id`. Raises `ProxyError` `file_not_found`, for a stranger's too."""
@@ -6479,29 +6445,19 @@ class Uploads:
 
     def forget(self, file_id: str, accounts: Sequence[Account]) -> None:
         """Forget an id; Kimi keeps the file. Raises `ProxyError` `file_not_found`."""
-        del self._uploaded[self.find(file_id, accounts).id]
+        del self._uploaded[self.find(file_id, accounts).shown["id"]]
 
 
-Opening = Callable[[], AbstractAsyncContextManager[OpenFile]]
-
-
-async def _upload(account: Account, protocol: KimiProtocol, opening: Opening) -> tuple[OpenFile, str]:
-    """Stream a file to Kimi and wait until it can be referred to: the file, and Kimi's id of it."""
-    try:
-        file, stored = await _store(account, protocol, opening)
-    except StaleToken:
-        file, stored = await _store(account, protocol, opening)
-    return file, await protocol.register_file(account, stored)
-
-
-async def _store(account: Account, protocol: KimiProtocol, opening: Opening) -> tuple[OpenFile, StoredFile]:
+async def _upload(account: Account, protocol: KimiProtocol, opening: AbstractAsyncContextManager[OpenFile]) -> str:
+    """Stream a file to Kimi, and wait until it can be referred to: Kimi's id of it."""
     file = None
     try:
-        async with asyncio.timeout(TRANSFER_SECONDS), opening() as file:
-            return file, await protocol.store_file(account, file)
+        async with asyncio.timeout(TRANSFER_SECONDS), opening as file:
+            stored = await protocol.store_file(account, file)
     except TimeoutError:
         code = "file_silent" if file is None or file.waiting_for_source else "storage_silent"
         raise ProxyError(code, f"the file's way to Kimi takes more than {TRANSFER_SECONDS:g} s") from None
+    return await protocol.register_file(account, stored)
 
 
 @dataclass(slots=True)
@@ -6598,13 +6554,15 @@ class Gateway:
         deadline = asyncio.get_running_loop().time() + self.settings.answer_seconds
         return LiveAnswer(self, accounts, question, start_chain, deadline)
 
-    async def upload(self, accounts: Sequence[Account], received: ReceivedFile) -> UploadedFile:
+    async def upload(self, accounts: Sequence[Account], received: ReceivedFile) -> Mapping[str, Any]:
         """Bring a client's file to Kimi, for one of `accounts`. Raises `ProxyError`."""
         candidates = Candidates(accounts)
         for account in candidates:
             protocol = self.protocol_of(account)
             try:
                 try:
+                    return await self.uploads.add(account, protocol, received)
+                except StaleToken:  # there is a new one by now
                     return await self.uploads.add(account, protocol, received)
                 except ProtocolRetired:
                     if not self.may_change(protocol):
@@ -6797,7 +6755,8 @@ class LiveAnswer:
     _start_chain: Callable[[], Chain]
     _deadline: float  # loop time
     _chain: Chain = field(init=False)
-    upload_result: UploadResult = field(init=False)
+    owner: bytes = b""  # the digest of the account that answers
+    references: Sequence[Reference] = ()  # to what was uploaded of the question
     _account: Account | None = None  # whose slot is taken
     _exchange: Exchange | None = None
     _first: list[Event] = field(default_factory=list)
@@ -6902,11 +6861,11 @@ class LiveAnswer:
 
     async def _ask(self, account: Account, protocol: KimiProtocol, question: Question) -> None:
         """Ask by one protocol, until there is something to see. Files go first: a bad one opens no conversation."""
-        file_ids: tuple[str, ...] = ()
+        self.owner, self.references = account.digest, ()
         if question.attachments:
-            file_ids = await self._gateway.uploads.upload(account, protocol, question.attachments)
-            question = replace(question, attachments=[], file_ids=tuple(dict.fromkeys(file_ids)))
-        self.upload_result = UploadResult(account, protocol.name, file_ids)
+            self.references = await self._gateway.uploads.upload(account, protocol, question.attachments)
+            file_ids = dict.fromkeys(kimi_id for _, _, kimi_id in self.references)
+            question = replace(question, attachments=[], file_ids=tuple(file_ids))
         self._chain = self._start_chain()
         exchange = await self._start(account, protocol, question)
         shown: list[Event] = []
@@ -7516,7 +7475,7 @@ async def _relay(request: web.Request, asked: Asked, writer: ResponseWriter) -> 
     state, encoder, started = request.app[STATE], asked.encoder, time.monotonic()
     async with state.gateway.answer(asked.accounts, asked.question, asked.start_chain) as answer:
         state.metrics.observe("kimi_proxy_first_text_seconds", time.monotonic() - started)
-        messages = None if asked.messages is None else keep_messages(asked.messages, answer.upload_result)
+        messages = None if asked.messages is None else keep_messages(asked.messages, answer.references)
         asked.messages = None  # with its inline files
         release_body(request)
         while (events := await answer.read()) is not None:
@@ -7526,7 +7485,7 @@ async def _relay(request: web.Request, asked: Asked, writer: ResponseWriter) -> 
     if messages is not None and encoder.response is not None:
         said = (*messages, answer_message(encoder.response))
         size = len(encode_json(encoder.response)) + sum(len(message.text) + 200 for message in said)
-        kept = KeptResponse(answer.upload_result.account.digest, encoder.response, said, size)
+        kept = KeptResponse(answer.owner, encoder.response, said, size)
         state.responses.keep(encoder.response["id"], kept)
 
 
@@ -7589,7 +7548,6 @@ async def _model(request: web.Request) -> web.StreamResponse:
     raise ProxyError("model_not_found", quote_words(name)[:60], param="model")
 
 
-# aiohttp's reader of forms raises these, RuntimeError for some charsets.
 _FORM_ERRORS = (ValueError, AssertionError, RuntimeError, web.RequestPayloadError, aiohttp.ClientPayloadError)
 
 
@@ -7605,9 +7563,9 @@ async def _create_file(request: web.Request) -> web.StreamResponse:
                 received = await _receive_file(request, spool)
         except TimeoutError:
             raise ProxyError("body_timeout", f"not within {TRANSFER_SECONDS:g} s") from None
-        except (*_FORM_ERRORS, HttpProcessingError):
+        except (*_FORM_ERRORS, HttpProcessingError):  # aiohttp raises RuntimeError for some charsets
             raise ProxyError("body_broken", "the form cannot be read") from None
-        return json_response((await state.gateway.upload(accounts, received)).render())
+        return json_response(await state.gateway.upload(accounts, received))
 
 
 async def _receive_file(request: web.Request, spool: IO[bytes]) -> ReceivedFile:
@@ -7628,14 +7586,13 @@ async def _receive_file(request: web.Request, spool: IO[bytes]) -> ReceivedFile:
 
 
 async def _list_files(request: web.Request) -> web.StreamResponse:
-    files = [file.render() for file in request.app[STATE].gateway.uploads.list_uploaded(find_accounts(request))]
-    ends = {"first_id": files[0]["id"], "last_id": files[-1]["id"]} if files else {"first_id": None, "last_id": None}
-    return json_response({"object": "list", "data": files, "has_more": False, **ends})
+    files = [file.shown for file in request.app[STATE].gateway.uploads.list_uploaded(find_accounts(request))]
+    return json_response({"object": "list", "data": files, "has_more": False})
 
 
 async def _file(request: web.Request) -> web.StreamResponse:
     file = request.app[STATE].gateway.uploads.find(request.match_info["id"], find_accounts(request), "file_id")
-    return json_response(file.render())
+    return json_response(file.shown)
 
 
 async def _delete_file(request: web.Request) -> web.StreamResponse:

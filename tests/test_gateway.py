@@ -439,10 +439,11 @@ async def test_of_many_uploaded_files_the_newest_are_known(
     assert [one["id"] for one in listed["data"]] == [ids[2], ids[1]]
 
 
-async def test_an_upload_moves_on_to_the_next_account(
+async def test_an_upload_gets_a_new_token_once_and_moves_on_to_the_next_account(
     simulator: Simulator, proxy: str, http: aiohttp.ClientSession
 ) -> None:
-    bad, good = simulator.token("read", "unauthorized-always=refresh"), simulator.token("read")
+    bad = simulator.token("read", "unauthorized-always=refresh")
+    good = simulator.token("read", "unauthorized-once=sign", "unauthorized-once=upload")
     form = aiohttp.FormData()
     form.add_field("file", io.BytesIO(b"hello"), filename="a.txt")
     async with http.post(f"{proxy}/v1/files", data=form, headers=bearer(f"{bad},{good}")) as response:
