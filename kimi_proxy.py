@@ -3342,16 +3342,15 @@ MAX_CHUNK_CHARACTERS: Final = 8192  # some clients read no line longer than 64 K
 class ContentRenderer:
     """The text that a client is shown, event by event, and OpenAI's `annotations` of it.
 
-    `sources` as KIMI_SOURCES has it: `text`, `annotations` or `none`. Inline hits stand where they arrive in a streamed
-    answer, and in a list at the end of a whole one [ref]; others in a numbered Markdown list at the end. Without
-    `sentence` a moderated answer ends as it is.
+    `sources`: `text`, `annotations` or `none`. Inline hits stand where they arrive if `streamed`, else in a list at the
+    end [ref]; others in a numbered Markdown list at the end. Without `sentence` a moderated answer ends as it is.
     """
 
     def __init__(self, sources: str, *, streamed: bool, sentence: bool = True) -> None:
         self.length = 0
         self.annotations: list[dict[str, Any]] = []
         self._sources = sources
-        self._streamed = streamed
+        self._streamed = streamed and sources == "text"
         self._sentence = sentence
         self._inline = False
         self._after_hits = False
@@ -3359,60 +3358,42 @@ class ContentRenderer:
         self._cited: set[str] = set()
 
     def feed(self, event: Event) -> str:
-        """The text that `event` adds to the content. The two methods below give what the end adds."""
+        """The text that `event` adds to the content."""
         text = ""
         match event:
-            case Thinking() | ToolCall() | Finished():
-                pass
             case Text():
                 text = "\n" + event.text if self._after_hits else event.text
                 self._after_hits = False
-            case SearchHit():
-                text = self._add_hit(event) if self._inline else ""
-            case Citation():
-                text = self._cite(event) if self._sources != "none" else ""
-            case Sources():
-                self._hits = list(event.hits)
             case Opened():
                 self._inline = event.hits_inline
-        self.length += len(text)
-        return text
-
-    def end_text(self, reason: FinishReason) -> str:
-        """The sentence that ends a moderated answer."""
-        if reason != "content_filter" or not self._sentence:
-            return ""
-        text = MODERATED_SENTENCE if self.length else MODERATED_SENTENCE.lstrip()
+            case SearchHit() if self._inline and self._streamed:
+                self._after_hits = True
+                text = f"检索 {event.title}({event.url}) ...\n"
+                self._annotate(event, self.length, text[:-1])
+            case SearchHit() if self._inline:
+                self._hits.append(event)
+            case Citation() if self._sources != "none":
+                text = f"[{event.number}]"
+                self._cited.add(event.hit.url)
+                self._annotate(event.hit, self.length, text)
+            case Sources():
+                self._hits = list(event.hits)
+            case Finished("content_filter") if self._sentence:
+                text = MODERATED_SENTENCE if self.length else MODERATED_SENTENCE.lstrip()
         self.length += len(text)
         return text
 
     def list_sources(self) -> str:
         """The list of sources at the end of an answer. Hits that are not cited are annotated there."""
-        is_listed = bool(self._hits) and self._sources == "text"
-        text = _SOURCES_HEAD if is_listed else ""
+        text = _SOURCES_HEAD if self._hits and self._sources == "text" else ""
         for number, hit in enumerate(self._hits, 1):
-            line = self._render_hit(number, hit) if is_listed else ""
+            line = self._render_hit(number, hit) if text else ""
             if hit.url not in self._cited:
                 self._annotate(hit, self.length + len(text), line.rstrip("\n"))
             text += line
         text = text if self._inline else text.rstrip("\n")
         self.length += len(text)
         return text
-
-    def _add_hit(self, hit: SearchHit) -> str:
-        if not self._streamed or self._sources != "text":
-            self._hits.append(hit)
-            return ""
-        self._after_hits = True
-        line = f"检索 {hit.title}({hit.url}) ..."
-        self._annotate(hit, self.length, line)
-        return line + "\n"
-
-    def _cite(self, citation: Citation) -> str:
-        mark = f"[{citation.number}]"
-        self._cited.add(citation.hit.url)
-        self._annotate(citation.hit, self.length, mark)
-        return mark
 
     def _render_hit(self, number: int, hit: SearchHit) -> str:
         """A line of the list: a Markdown link whatever the hit holds, or as the reference words inline hits [ref]."""
@@ -3428,493 +3409,377 @@ class ContentRenderer:
             self.annotations.append({"type": "url_citation", "url_citation": citation})
 
 
-class Usage:
-    """The estimate of a request's tokens: of its prompt, and of what the model has `written` and `thought`."""
+def encode_event(value: Mapping[str, Any]) -> bytes:
+    """`value` as an SSE event, which has the name of its `type` where there is one."""
+    return encode_sse(encode_json(value), value.get("type", ""))
 
-    def __init__(self, prompt: str) -> None:
-        self.prompt_tokens = estimate_tokens(prompt)
-        self.written = TokenCounter()
-        self.thought = TokenCounter()
 
-    @property
-    def completion_tokens(self) -> int:
-        """What the model wrote and thought. What the proxy itself adds to an answer does not count."""
-        return self.written.tokens + self.thought.tokens
-
-    def render(self) -> dict[str, Any]:
-        """OpenAI's `usage` object."""
-        usage: dict[str, Any] = {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
-        }
-        if self.thought.tokens:
-            usage["completion_tokens_details"] = {"reasoning_tokens": self.thought.tokens}
-        return usage
+def split_event(value: Mapping[str, Any]) -> tuple[bytes, bytes]:
+    """An event before and after its last empty string: rendered once, since only the text there changes."""
+    before, _, after = encode_event(value).rpartition(b'""')
+    return before, after
 
 
 class Encoder:
-    """Encodes one answer for a client. This base has what all do; its defaults are those of a stream.
+    """Encodes one answer for a client: a stream event by event, else one JSON object once the answer is over.
 
     `chunks`: how many pieces of text and calls the client was shown. `keep_alive` fills silence; empty where nothing
     may. `response`: the Responses API's object once the answer is over, None in the other APIs.
 
-    A subclass has `_add_text` (`kind`: `text`, `thinking`, or `sources` for their list), `_add_call` and `_end`, which
-    append bytes to `_output`.
+    A subclass is the form of an API. It streams runs of text (`kind`: `text`, `thinking`, or `sources` for their list)
+    by the template that `_begin_text` makes, and has `_stream_call` and `_stream_end`. Its `_render_whole` makes the
+    object of `_blocks`: runs of text with their kinds, and calls with the kind `call`, in the order in which they came.
     """
 
-    content_type = "text/event-stream"
     keep_alive = b": still waiting for Kimi\n\n"  # a comment, which clients skip (WHATWG HTML, section 9.2.7)
     response: Mapping[str, Any] | None = None
+    _annotates = True  # the API has a place for annotations
+    _streams_hits = False  # a stream shows inline hits where they arrive
+    _ending = b""
+    _kind = ""  # of the run of text that is being streamed
+    _template = (b"", b"")  # of its events: what stands before and after the text
 
-    def __init__(
-        self, request: ChatRequest, created: int, response_id: str, renderer: ContentRenderer, usage: Usage
-    ) -> None:
+    def __init__(self, request: ChatRequest, *, created: int, sources: str, prompt: str, response_id: str = "") -> None:
         self.chunks = 0
-        self._conversation_id = ""
-        self._model = request.model
+        self.content_type = "text/event-stream" if request.stream else "application/json"
+        self.keep_alive = self.keep_alive if request.stream else b""
+        self._streamed = request.stream
+        self._request = replace(request, messages=())  # their files are large
         self._created = created
-        self._legacy = request.legacy_functions
-        self._renderer = renderer
-        self._usage = usage
+        self._conversation_id = ""
+        self._renderer = ContentRenderer(
+            self._choose_sources(request, sources),
+            streamed=request.stream and self._streams_hits,
+            sentence=request.response_format is None,
+        )
+        self._prompt_tokens = estimate_tokens(prompt)
+        self._written = TokenCounter()
+        self._thought = TokenCounter()
+        self._blocks: list[tuple[str, Any]] = []
         self._output: list[bytes] = []
+
+    def _choose_sources(self, request: ChatRequest, sources: str) -> str:
+        """How sources are shown: never as text where a program reads it, and no mark without its source."""
+        is_silent = "silent" in request.model.split("-")[1:] or request.tools or request.response_format is not None
+        if sources == "text" and is_silent:
+            sources = "annotations"
+        return "none" if sources == "annotations" and not self._annotates else sources
 
     def feed(self, events: list[Event]) -> bytes:
         """The bytes for `events`. Empty until there is something to show: before that, a failure has its own status."""
         for event in events:
             match event:
                 case Thinking():
-                    self._usage.thought.feed(event.text)
+                    self._thought.feed(event.text)
                     self._add_text("thinking", event.text)
                 case Text():
-                    self._usage.written.feed(event.text)
+                    self._written.feed(event.text)
                     self._add_text("text", self._renderer.feed(event))
                 case ToolCall():
-                    self._usage.written.feed(render_tool_call(event.name, event.arguments))
-                    self._add_call(event)
+                    self._written.feed(render_tool_call(event.name, event.arguments))
+                    self._blocks.append(("call", event))
                     self.chunks += 1
-                case Opened():
-                    self._conversation_id = event.conversation_id
-                    self._renderer.feed(event)
-                case Finished():
-                    if text := self._renderer.end_text(event.reason):
-                        self._add_text("text", text)
-                    if text := self._renderer.list_sources():
-                        self._add_text("sources", text)
-                    self._end(event)
+                    if self._streamed:
+                        self._stream_call(event)
                 case _:
+                    if isinstance(event, Opened):
+                        self._conversation_id = event.conversation_id
                     if text := self._renderer.feed(event):
                         self._add_text("text", text)
-        return self._flush()
+                    if isinstance(event, Finished):
+                        self._add_end(event)
+        data = b"".join(self._output) if self._streamed else b""
+        self._output.clear()
+        return data
 
     def finish(self) -> bytes:
-        """What ends a complete answer."""
-        return b""
+        """What ends a complete answer, or all of it where it is not streamed."""
+        return self._ending
 
     def fail(self, error: ProxyError) -> bytes:
-        """What ends an answer that failed after its first bytes were sent; empty for a whole answer."""
-        return b""
+        """The last event of a stream that failed after its first bytes were sent; empty for a whole answer."""
+        return encode_event(self._render_failure(error)) if self._streamed else b""
 
     def _add_text(self, kind: str, text: str) -> None:
-        raise NotImplementedError
-
-    def _add_call(self, call: ToolCall) -> None:
-        raise NotImplementedError
-
-    def _end(self, finished: Finished) -> None:
-        raise NotImplementedError
-
-    def _render_head(self, kind: str) -> dict[str, Any]:
-        """What all of OpenAI's objects begin with, but those of the Responses API."""
-        return {"id": self._conversation_id, "object": kind, "created": self._created, "model": self._model}
-
-    def _write(self, value: object, event: str = "") -> None:
-        self._output.append(encode_sse(encode_json(value), event))
-
-    def _write_text(self, text: str, before: bytes, after: bytes) -> None:
-        """Put `text` into the event that `split_event` split, in pieces that every client takes."""
+        if not self._streamed:
+            if not self._blocks or self._blocks[-1][0] != kind:
+                self._blocks.append((kind, bytearray()))  # thousands of small strings would take ten times the memory
+            self._blocks[-1][1].extend(text.encode("utf-8", "replace"))
+            self.chunks += 1
+            return
+        if kind != self._kind:
+            self._kind = kind
+            self._begin_text(kind)
+        before, after = self._template
         for start in range(0, len(text), MAX_CHUNK_CHARACTERS):
             piece = text[start : start + MAX_CHUNK_CHARACTERS]
             self._output += (before, encode_json(piece).encode(), after)
             self.chunks += 1
 
-    def _flush(self) -> bytes:
-        data = b"".join(self._output)
-        self._output.clear()
-        return data
+    def _add_end(self, finished: Finished) -> None:
+        if text := self._renderer.list_sources():
+            self._add_text("sources", text)
+        if self._streamed:
+            self._stream_end(finished)
+        else:
+            self._ending = encode_json(self._render_whole(finished)).encode()
+
+    def _count_tokens(self) -> tuple[int, int, int]:
+        """The tokens of the prompt, of all that the model wrote, and of its thinking. What the proxy adds is free."""
+        thought = self._thought.tokens
+        return self._prompt_tokens, self._written.tokens + thought, thought
+
+    def _write(self, value: Mapping[str, Any]) -> None:
+        self._output.append(encode_event(value))
+
+    def _begin_text(self, kind: str) -> None: ...
+    def _stream_call(self, call: ToolCall) -> None: ...
+    def _stream_end(self, finished: Finished) -> None: ...
+
+    def _render_whole(self, finished: Finished) -> Mapping[str, Any] | None:
+        self._stream_end(finished)
+        return self.response
+
+    def _render_failure(self, error: ProxyError) -> dict[str, Any]:
+        return {**render_error(error), "choices": []}
 
 
-def split_event(value: object, event: str = "") -> tuple[bytes, bytes]:
-    """An SSE event before and after its last empty string: rendered once, since only the text there changes."""
-    before, _, after = encode_sse(encode_json(value), event).rpartition(b'""')
-    return before, after
+class ChatEncoder(Encoder):
+    """OpenAI's `chat.completion`, or its chunks (OpenAI API reference, "Create chat completion", "Streaming").
 
-
-class WholeAnswer(Encoder):
-    """Collects an answer, which `_render` makes one JSON object when it is over.
-
-    `_blocks`: runs of text, each with its kind, and calls, in the order in which they came.
+    The last chunk carries `usage` where `include_usage` of `stream_options` is not given [ref].
     """
 
-    content_type = "application/json"
-    keep_alive = b""
+    _streams_hits = True
+    _ending = b"data: [DONE]\n\n"
+    _objects = ("chat.completion", "chat.completion.chunk")
+    _is_first = True  # the first delta has the role
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._blocks: list[tuple[str, bytearray] | ToolCall] = []
-        self._finished = Finished("stop")
+    def _begin_text(self, kind: str) -> None:
+        if self._is_first:
+            self._kind = ""  # what follows the first delta needs another template
+        name = "reasoning_content" if kind == "thinking" else "content"
+        self._template = split_event(self._render_chunk({**self._start(), name: ""}))
 
-    def finish(self) -> bytes:
-        """The body."""
-        return encode_json(self._render()).encode()
+    def _stream_call(self, call: ToolCall) -> None:
+        calls = self._render_calls([{"index": len(self._blocks) - 1, **_render_call(call)}])
+        self._write(self._render_chunk({**self._start(content=None), **calls}))
 
-    def _add_text(self, kind: str, text: str) -> None:
-        self.chunks += 1
-        last = self._blocks[-1] if self._blocks else None
-        if isinstance(last, ToolCall) or last is None or last[0] != kind:
-            last = (kind, bytearray())  # thousands of small strings would take ten times the memory
-            self._blocks.append(last)
-        last[1].extend(text.encode("utf-8", "replace"))
+    def _stream_end(self, finished: Finished) -> None:
+        chunk = self._render_chunk({**self._start(content=""), **self._render_annotations()}, finished.reason)
+        usage = {"usage": self._render_usage()}
+        self._write(chunk | (usage if self._request.include_usage is None else {}))
+        if self._request.include_usage:
+            self._write({**chunk, "choices": [], **usage})
 
-    def _add_call(self, call: ToolCall) -> None:
-        self._blocks.append(call)
+    def _start(self, **fields: Any) -> dict[str, Any]:
+        """What the first delta has beside its own fields."""
+        is_first, self._is_first = self._is_first, False
+        return {"role": "assistant", **fields} if is_first else {}
 
-    def _end(self, finished: Finished) -> None:
-        self._finished = finished
+    def _render_chunk(self, delta: dict[str, Any], reason: FinishReason | None = None) -> dict[str, Any]:
+        usage = {"usage": None} if self._request.include_usage else {}
+        return {**self._render_head(), **usage, "choices": [self._render_choice("delta", delta, reason)]}
 
-    def _join(self, *kinds: str) -> str:
-        runs = [block for block in self._blocks if not isinstance(block, ToolCall)]
-        return "".join(text.decode() for kind, text in runs if kind in kinds)
+    def _render_whole(self, finished: Finished) -> dict[str, Any]:
+        text = b"".join(value for kind, value in self._blocks if kind in ("text", "sources")).decode()
+        thinking = b"".join(value for kind, value in self._blocks if kind == "thinking").decode()
+        calls = [_render_call(call) for kind, call in self._blocks if kind == "call"]
+        message = {
+            "role": "assistant",
+            "content": text or (None if calls else ""),
+            **(self._render_calls(calls) if calls else {}),
+            **({"reasoning_content": thinking} if thinking else {}),
+            **self._render_annotations(),
+        }
+        choice = self._render_choice("message", message, finished.reason)
+        return {**self._render_head(), "choices": [choice], "usage": self._render_usage()}
 
-    def _render(self) -> dict[str, Any]:
-        raise NotImplementedError
+    def _render_head(self) -> dict[str, Any]:
+        kind = self._objects[self._streamed]
+        return {"id": self._conversation_id, "object": kind, "created": self._created, "model": self._request.model}
+
+    def _render_choice(self, field: str, message: dict[str, Any], reason: FinishReason | None) -> dict[str, Any]:
+        is_old_call = self._request.legacy_functions and reason == "tool_calls"
+        return {"index": 0, field: message, "finish_reason": "function_call" if is_old_call else reason}
+
+    def _render_calls(self, calls: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"function_call": calls[0]["function"]} if self._request.legacy_functions else {"tool_calls": calls}
+
+    def _render_annotations(self) -> dict[str, Any]:
+        return {"annotations": self._renderer.annotations} if self._renderer.annotations else {}
+
+    def _render_usage(self) -> dict[str, Any]:
+        prompt, completion, thought = self._count_tokens()
+        usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        return {**usage, "completion_tokens_details": {"reasoning_tokens": thought}} if thought else usage
 
 
 def _render_call(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
-def _name_reason(reason: FinishReason, legacy: bool) -> str:
-    """The `finish_reason`; the old form of functions has its own word for a call."""
-    return "function_call" if legacy and reason == "tool_calls" else reason
+class CompletionEncoder(ChatEncoder):
+    """The older API's `text_completion`, which has no form for thinking, calls and annotations."""
 
-
-class WholeChat(WholeAnswer):
-    """OpenAI's `chat.completion` object."""
-
-    def _render(self) -> dict[str, Any]:
-        text, thinking = self._join("text", "sources"), self._join("thinking")
-        calls = [_render_call(block) for block in self._blocks if isinstance(block, ToolCall)]
-        message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None}
-        if calls and self._legacy:
-            message["function_call"] = calls[0]["function"]
-        elif calls:
-            message["tool_calls"] = calls
-        if thinking:
-            message["reasoning_content"] = thinking
-        if self._renderer.annotations:
-            message["annotations"] = self._renderer.annotations
-        reason = _name_reason(self._finished.reason, self._legacy)
-        choice = {"index": 0, "message": message, "finish_reason": reason}
-        return {**self._render_head("chat.completion"), "choices": [choice], "usage": self._usage.render()}
-
-
-class ChatStream(Encoder):
-    """OpenAI's `chat.completion.chunk` events (OpenAI API reference, "Streaming").
-
-    `include_usage` as in `stream_options`; where that is None, the last chunk carries `usage` [ref].
-    """
-
-    _object = "chat.completion.chunk"
-
-    def __init__(self, request: ChatRequest, *args: Any) -> None:
-        super().__init__(request, *args)
-        self._include_usage = request.include_usage
-        self._role = {"role": "assistant"}  # of the first chunk
-        self._templates: dict[str, tuple[bytes, bytes]] = {}  # of the other chunks of text, by their field
-        self._calls = 0
-
-    def finish(self) -> bytes:
-        """The mark of a complete stream."""
-        return b"data: [DONE]\n\n"
-
-    def fail(self, error: ProxyError) -> bytes:
-        """The last event of a stream that failed: no `[DONE]` follows."""
-        return encode_sse(encode_json({**render_error(error), "choices": []}))
-
-    def _add_text(self, kind: str, text: str) -> None:
-        name = "reasoning_content" if kind == "thinking" else "content"
-        self._write_text(text, *(self._templates.get(name) or self._make_template(name)))
-
-    def _make_template(self, name: str) -> tuple[bytes, bytes]:
-        start = self._start()
-        template = split_event(self._render_chunk({**start, name: ""}))
-        if not start:
-            self._templates[name] = template
-        return template
-
-    def _add_call(self, call: ToolCall) -> None:
-        value = _render_call(call)
-        if self._legacy:
-            calls = {"function_call": value["function"]}
-        else:
-            calls = {"tool_calls": [{"index": self._calls, **value}]}
-        self._calls += 1
-        self._write(self._render_chunk({**self._start(content=None), **calls}))
-
-    def _end(self, finished: Finished) -> None:
-        delta = self._start(content="")
-        if self._renderer.annotations:
-            delta["annotations"] = self._renderer.annotations
-        usage = {"usage": self._usage.render()}
-        self._write(self._render_chunk(delta, finished.reason) | (usage if self._include_usage is None else {}))
-        if self._include_usage:
-            self._write({**self._render_chunk({}), "choices": [], **usage})
-
-    def _start(self, **fields: Any) -> dict[str, Any]:
-        """What the first delta has beside its own fields."""
-        role, self._role = self._role, {}
-        return {**role, **fields} if role else {}
-
-    def _render_chunk(self, delta: dict[str, Any], reason: FinishReason | None = None) -> dict[str, Any]:
-        usage = {"usage": None} if self._include_usage else {}
-        return {**self._render_head(self._object), **usage, "choices": [self._render_choice(delta, reason)]}
-
-    def _render_choice(self, delta: dict[str, Any], reason: FinishReason | None) -> dict[str, Any]:
-        return {"index": 0, "delta": delta, "finish_reason": reason and _name_reason(reason, self._legacy)}
-
-
-def _render_completion_choice(text: str, reason: FinishReason | None) -> dict[str, Any]:
-    return {"index": 0, "logprobs": None, "text": text, "finish_reason": reason}
-
-
-class WholeCompletion(WholeAnswer):
-    """The older API's `text_completion` object (OpenAI API reference, "Create completion")."""
-
-    def _render(self) -> dict[str, Any]:
-        choice = _render_completion_choice(self._join("text", "sources"), self._finished.reason)
-        return {**self._render_head("text_completion"), "choices": [choice], "usage": self._usage.render()}
-
-
-class CompletionStream(ChatStream):
-    """The older API's `text_completion` chunks, which have no form for thinking, calls and annotations."""
-
-    _object = "text_completion"
+    _objects = ("text_completion", "text_completion")
 
     def _add_text(self, kind: str, text: str) -> None:
         if kind != "thinking":
             super()._add_text(kind, text)
 
-    def _add_call(self, call: ToolCall) -> None:
-        pass
-
-    def _render_choice(self, delta: dict[str, Any], reason: FinishReason | None) -> dict[str, Any]:
-        return _render_completion_choice(delta.get("content", ""), reason)
+    def _render_choice(self, field: str, message: dict[str, Any], reason: FinishReason | None) -> dict[str, Any]:
+        return {"index": 0, "logprobs": None, "text": message.get("content") or "", "finish_reason": reason}
 
 
 _SIGNATURE: Final = "a2ltaV9wcm94eQ=="  # clients send it back with the thinking, where it is dropped
-_STOP_REASONS: Final[Mapping[FinishReason, str]] = {
-    "stop": "end_turn",
-    "length": "max_tokens",
-    "tool_calls": "tool_use",
-    "content_filter": "refusal",
-}
-_MESSAGES_ERRORS: Final[Mapping[int, str]] = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    405: "invalid_request_error",
-    413: "request_too_large",
-    422: "invalid_request_error",
-    429: "rate_limit_error",
-    504: "timeout_error",
-}
+_STOP_REASONS: Final = {"length": "max_tokens", "tool_calls": "tool_use", "content_filter": "refusal"}
+_MESSAGES_ERRORS: Final = {404: "not_found_error", 408: "api_error", 413: "request_too_large", 504: "timeout_error"}
 
 
 def render_messages_error(error: ProxyError) -> dict[str, Any]:
     """Anthropic's error object (Anthropic API reference, "Errors")."""
-    kind = _MESSAGES_ERRORS.get(error.status, "api_error")
+    kind = _MESSAGES_ERRORS.get(error.status, error.failure.type)
     return {"type": "error", "error": {"type": kind, "message": error.message}}
 
 
-def _render_message_object(
-    id: str, model: str, content: list[dict[str, Any]], stop: Mapping[str, str | None], usage: Usage, output_tokens: int
-) -> dict[str, Any]:
-    tokens = {"input_tokens": usage.prompt_tokens, "output_tokens": output_tokens}
-    return {
-        "id": f"msg_{id}",
-        "type": "message",
-        "role": "assistant",
-        "model": model,
-        "content": content,
-        **stop,
-        "usage": {**tokens, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0},
-    }
-
-
-def _render_stop(finished: Finished) -> dict[str, str | None]:
-    reason = "stop_sequence" if finished.stop_sequence else _STOP_REASONS[finished.reason]
-    return {"stop_reason": reason, "stop_sequence": finished.stop_sequence or None}
-
-
-def _render_block(block: tuple[str, bytearray] | ToolCall) -> dict[str, Any]:
-    """A block of a message."""
-    match block:
-        case ToolCall():
-            return {"type": "tool_use", "id": block.id, "name": block.name, "input": json.loads(block.arguments)}
-        case ("thinking", text):
-            return {"type": "thinking", "thinking": text.decode(), "signature": _SIGNATURE}
-        case (_, text):
-            return {"type": "text", "text": text.decode()}
-
-
-class WholeMessage(WholeAnswer):
-    """Anthropic's message object, with the same blocks as the stream's."""
-
-    def _render(self) -> dict[str, Any]:
-        content = [_render_block(block) for block in self._blocks or [("text", bytearray())]]
-        stop, tokens = _render_stop(self._finished), self._usage.completion_tokens
-        return _render_message_object(self._conversation_id, self._model, content, stop, self._usage, tokens)
-
-
-class MessagesStream(Encoder):
-    """Anthropic's events (Anthropic API reference, "Streaming Messages").
+class MessagesEncoder(Encoder):
+    """Anthropic's message, or its events (Anthropic API reference, "Create a Message", "Streaming Messages").
 
     Thinking, text and each call have blocks of their own, in the order in which they came. The list of sources is the
     last. An answer without any block has an empty text, since clients read the first block without asking.
     """
 
-    keep_alive = encode_sse('{"type":"ping"}', "ping")  # may stand before `message_start` too
-    _index = -1  # of the last block
-    _kind = ""  # of the block that is open; empty where none is
-    _template = (b"", b"")  # of that block's deltas
-
-    def finish(self) -> bytes:
-        """The mark of a complete stream."""
-        return encode_sse('{"type":"message_stop"}', "message_stop")
-
-    def fail(self, error: ProxyError) -> bytes:
-        """The last event of a stream that failed: no `message_stop` follows."""
-        return encode_sse(encode_json(render_messages_error(error)), "error")
-
-    def _add_text(self, kind: str, text: str) -> None:
-        if kind != self._kind:
-            self._begin_text(kind)
-        self._write_text(text, *self._template)
+    keep_alive = encode_event({"type": "ping"})  # may stand before `message_start` too
+    _annotates = False
+    _ending = encode_event({"type": "message_stop"})
+    _index = -1  # of the block that is open
+    _type = ""  # of that block
 
     def _begin_text(self, kind: str) -> None:
-        name, more = ("thinking", {"signature": ""}) if kind == "thinking" else ("text", {})
-        self._begin_block({"type": name, name: "", **more})
-        delta = {"type": f"{name}_delta", name: ""}
-        self._template = split_event(self._render("content_block_delta", delta=delta), "content_block_delta")
-        self._kind = kind
+        self._begin_block(_render_block(kind, b"", signature=""))
+        self._template = split_event(self._render_delta({"type": f"{self._type}_delta", self._type: ""}))
 
-    def _add_call(self, call: ToolCall) -> None:
-        self._begin_block({"type": "tool_use", "id": call.id, "name": call.name, "input": {}})
-        self._emit("content_block_delta", delta={"type": "input_json_delta", "partial_json": call.arguments})
-        self._emit("content_block_stop")
+    def _stream_call(self, call: ToolCall) -> None:
+        self._kind = ""
+        self._begin_block({**_render_block("call", call), "input": {}})
+        self._write(self._render_delta({"type": "input_json_delta", "partial_json": call.arguments}))
 
-    def _end(self, finished: Finished) -> None:
+    def _stream_end(self, finished: Finished) -> None:
         if self._index < 0:
             self._begin_text("text")
-        self._end_text()
-        usage = {"output_tokens": self._usage.completion_tokens}
-        value = {"type": "message_delta", "delta": _render_stop(finished), "usage": usage}
-        self._write(value, "message_delta")
+        self._end_block()
+        usage = {"output_tokens": self._count_tokens()[1]}
+        self._write({"type": "message_delta", "delta": _render_stop(finished), "usage": usage})
 
     def _begin_block(self, block: dict[str, Any]) -> None:
-        """Begin a block, and the message where it is the first."""
-        self._end_text()
+        """Begin a block after the one that is open, or the message where it is the first."""
         if self._index < 0:
             stop = {"stop_reason": None, "stop_sequence": None}
-            message = _render_message_object(self._conversation_id, self._model, [], stop, self._usage, 1)
-            self._write({"type": "message_start", "message": message}, "message_start")
+            self._write({"type": "message_start", "message": self._render_message([], stop, 1)})
+        else:
+            self._end_block()
         self._index += 1
-        self._emit("content_block_start", content_block=block)
+        self._type = block["type"]
+        self._write({"type": "content_block_start", "index": self._index, "content_block": block})
 
-    def _end_text(self) -> None:
-        """End the open block of text or thinking, if there is one."""
-        kind, self._kind = self._kind, ""
-        if kind == "thinking":
-            self._emit("content_block_delta", delta={"type": "signature_delta", "signature": _SIGNATURE})
-        if kind:
-            self._emit("content_block_stop")
+    def _end_block(self) -> None:
+        if self._type == "thinking":
+            self._write(self._render_delta({"type": "signature_delta", "signature": _SIGNATURE}))
+        self._write({"type": "content_block_stop", "index": self._index})
 
-    def _emit(self, event: str, **fields: Any) -> None:
-        self._write(self._render(event, **fields), event)
+    def _render_delta(self, delta: dict[str, Any]) -> dict[str, Any]:
+        return {"type": "content_block_delta", "index": self._index, "delta": delta}
 
-    def _render(self, event: str, **fields: Any) -> dict[str, Any]:
-        """An event of the block at hand."""
-        return {"type": event, "index": self._index, **fields}
+    def _render_whole(self, finished: Finished) -> dict[str, Any]:
+        content = [_render_block(kind, value) for kind, value in self._blocks or [("text", b"")]]
+        return self._render_message(content, _render_stop(finished), self._count_tokens()[1])
+
+    def _render_message(self, content: list[Any], stop: Mapping[str, Any], output_tokens: int) -> dict[str, Any]:
+        head = {"id": f"msg_{self._conversation_id}", "type": "message", "role": "assistant"}
+        tokens = {"input_tokens": self._prompt_tokens, "output_tokens": output_tokens}
+        usage = {**tokens, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}
+        return {**head, "model": self._request.model, "content": content, **stop, "usage": usage}
+
+    def _render_failure(self, error: ProxyError) -> dict[str, Any]:
+        return render_messages_error(error)
 
 
-_ITEM_NAMES: Final = {  # the prefix of an item's id, the index of its part, the events of its part and text
-    "message": ("msg", "content_index", "response.content_part", "response.output_text"),
-    "reasoning": ("rs", "summary_index", "response.reasoning_summary_part", "response.reasoning_summary_text"),
-}
+def _render_block(kind: str, value: Any, signature: str = _SIGNATURE) -> dict[str, Any]:
+    """A block of a message: of a run of text, or of a call."""
+    if kind == "call":
+        return {"type": "tool_use", "id": value.id, "name": value.name, "input": json.loads(value.arguments)}
+    if kind == "thinking":
+        return {"type": "thinking", "thinking": value.decode(), "signature": signature}
+    return {"type": "text", "text": value.decode()}
+
+
+def _render_stop(finished: Finished) -> dict[str, str | None]:
+    reason = "stop_sequence" if finished.stop_sequence else _STOP_REASONS.get(finished.reason, "end_turn")
+    return {"stop_reason": reason, "stop_sequence": finished.stop_sequence or None}
 
 
 class _Item:
-    """The item of a response that is being written. `start` is its position in all text shown."""
+    """The message or reasoning item that is being written, with its one part.
 
-    def __init__(self, type: str, response_id: str, output_index: int, start: int) -> None:
-        prefix, index, self.part_event, self.text_event = _ITEM_NAMES[type]
+    `start` is its position in all text shown; `path` leads its events to the part; `extra` is in those about the text.
+    """
+
+    def __init__(self, type: str, id: str, output_index: int, start: int) -> None:
         self.type = type
         self.start = start
         self.text = bytearray()  # thousands of small strings would take ten times the memory
-        self.annotations: list[dict[str, Any]] = []
-        self.path = {"item_id": _name_item(prefix, response_id, output_index), "output_index": output_index, index: 0}
-        self.extra: dict[str, Any] = {"logprobs": []} if type == "message" else {}
-        event = f"{self.text_event}.delta"
-        # From delta to delta, only the text and the number differ.
-        self.delta_start, _ = split_event({"type": event, **self.path, **self.extra, "delta": ""}, event)
-
-    def render(self, status: str, *parts: Mapping[str, Any]) -> dict[str, Any]:
-        """The item with the `parts` that are complete."""
-        known = {"id": self.path["item_id"], "type": self.type}
-        if self.type == "reasoning":
-            return {**known, "summary": list(parts)}
-        return {**known, "status": status, "role": "assistant", "content": list(parts)}
-
-    def render_part(self) -> dict[str, Any]:
-        """The one part, as far as it has come."""
-        text = self.text.decode()
-        if self.type == "reasoning":
-            return {"type": "summary_text", "text": text}
-        return {"type": "output_text", "text": text, "annotations": list(self.annotations), **self.extra}
+        self.parts: list[dict[str, Any]] = []
+        index = "content_index" if type == "message" else "summary_index"
+        self.path: dict[str, Any] = {"item_id": id, "output_index": output_index, index: 0}
+        if type == "message":
+            self.value = {"id": id, "type": type, "status": "in_progress", "role": "assistant", "content": self.parts}
+            self.part: dict[str, Any] = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+            self.extra: dict[str, Any] = {"logprobs": []}
+            self.part_event, self.text_event = "response.content_part", "response.output_text"
+        else:
+            self.value = {"id": id, "type": type, "summary": self.parts}
+            self.part = {"type": "summary_text", "text": ""}
+            self.extra = {}
+            self.part_event, self.text_event = "response.reasoning_summary_part", "response.reasoning_summary_text"
+        # From delta to delta, only the text and the number after it differ.
+        self.delta_start, _ = split_event({"type": f"{self.text_event}.delta", **self.path, **self.extra, "delta": ""})
 
 
-def _name_item(prefix: str, response_id: str, output_index: int) -> str:
-    return f"{prefix}_{response_id.removeprefix('resp_')}_{output_index}"
+_ID_PREFIXES: Final = {"message": "msg", "reasoning": "rs", "function_call": "fc"}
+_INCOMPLETE: Final = {"length": "max_output_tokens", "content_filter": "content_filter"}
 
 
-class ResponsesStream(Encoder):
-    """The events of the Responses API (OpenAI API reference, "Streaming events"), numbered from 0.
+class ResponsesEncoder(Encoder):
+    """The Responses API's object, or its events (OpenAI API reference, "Streaming events"), numbered from 0.
 
     Each run of thinking becomes a reasoning item, each run of text a message. Calls come last: what stands at the
     text's end, sources and the sentence of moderation, is known only when the answer is over, and a message is whole
-    before the next item begins.
+    before the next item begins. A whole answer is the object that ends a stream.
     """
 
-    def __init__(self, request: ChatRequest, created: int, response_id: str, *args: Any) -> None:
-        super().__init__(request, created, response_id, *args)
-        echo = request.responses.echo if request.responses is not None else {}
-        head = {"id": response_id, "object": "response", "created_at": created, "model": request.model}
-        self._head: dict[str, Any] = {**head, **echo}
+    def __init__(self, request: ChatRequest, *, response_id: str = "", **fields: Any) -> None:
+        super().__init__(request, **fields)
+        head = {"id": response_id, "object": "response", "created_at": self._created, "model": request.model}
+        self._head: dict[str, Any] = {**head, **(request.responses.echo if request.responses else {})}
         self._number = 0
         self._items: list[dict[str, Any]] = []
         self._item: _Item | None = None
-        self._calls: list[ToolCall] = []
-        self._namespaced = {tool.name: tool for tool in request.tools if tool.namespace}
-        self._annotated = 0  # how many annotations were emitted
 
     def fail(self, error: ProxyError) -> bytes:
-        """The last event of an answer that failed; nothing where it was over before."""
-        if self.response is None:
-            self._begin()
-            self._emit("response.failed", response=self._render("failed", error=_render_response_error(error)))
-        return self._flush()
+        """The last event of an answer that failed; nothing where it was over before.
+
+        The codes of its `error` are a closed set; ours stands in the message. Codex CLI waits as `try again in` says.
+        """
+        if self.response is not None:
+            return b""
+        is_limit = error.status == 429
+        wait = f"; try again in {error.retry_after_seconds}s" if is_limit else ""
+        code = "rate_limit_exceeded" if is_limit else "server_error"
+        details = {"code": code, "message": f"{error.code}: {error.message}{wait}"}
+        self._begin()
+        self._emit("response.failed", response=self._render("failed", error=details))
+        return self.feed([])
 
     def _add_text(self, kind: str, text: str) -> None:
         item, item_type = self._item, "reasoning" if kind == "thinking" else "message"
@@ -3926,63 +3791,57 @@ class ResponsesStream(Encoder):
             self._output += (item.delta_start, piece, b',"sequence_number":%d}\n\n' % self._number)
             self._number += 1
             self.chunks += 1
-        self._emit_annotations()
+        self._emit_annotations(item)
 
-    def _add_call(self, call: ToolCall) -> None:
-        self._calls.append(call)
-
-    def _end(self, finished: Finished) -> None:
+    def _stream_end(self, finished: Finished) -> None:
         """Emit all that is left. An answer without calls ends with a message, be it empty."""
         reason = _INCOMPLETE.get(finished.reason)
         status = "incomplete" if reason else "completed"
         self._begin()
-        if not self._calls and (self._item is None or self._item.type != "message"):
+        if not self._blocks and (self._item is None or self._item.type != "message"):
             self._begin_item("message", self._renderer.length)
-        self._emit_annotations()
         self._end_item(status)
-        for call in self._calls:
+        for _, call in self._blocks:
             self._emit_call(call)
         details = {"reason": reason} if reason else None
-        usage = _render_response_usage(self._usage)
-        self.response = self._render(status, incomplete_details=details, usage=usage)
+        self.response = self._render(status, incomplete_details=details, usage=self._render_usage())
         self._emit(f"response.{status}", response=self.response)
 
     def _begin(self) -> None:
         """Emit the two events before all others, once."""
         if self._number == 0:
-            response = self._render("in_progress")
-            self._emit("response.created", response=response)
-            self._emit("response.in_progress", response=response)
+            self._emit("response.created", response=self._render("in_progress"))
+            self._emit("response.in_progress", response=self._render("in_progress"))
 
     def _begin_item(self, type: str, start: int) -> _Item:
-        """End the item that is being written, and begin another."""
         self._begin()
         self._end_item("completed")
-        index = len(self._items)
-        item = self._item = _Item(type, self._head["id"], index, start)
-        self._emit("response.output_item.added", output_index=index, item=item.render("in_progress"))
-        self._emit(f"{item.part_event}.added", **item.path, part=item.render_part())
+        item = self._item = _Item(type, self._make_id(type), len(self._items), start)
+        self._emit("response.output_item.added", output_index=len(self._items), item=item.value)
+        self._emit(f"{item.part_event}.added", **item.path, part=item.part)
         return item
 
     def _end_item(self, status: str) -> None:
         item, self._item = self._item, None
         if item is None:
             return
-        part = item.render_part()
-        self._emit(f"{item.text_event}.done", **item.path, text=part["text"], **item.extra)
-        self._emit(f"{item.part_event}.done", **item.path, part=part)
-        self._emit_item(item.render(status, part))
+        self._emit_annotations(item)
+        item.part["text"] = item.text.decode()
+        self._emit(f"{item.text_event}.done", **item.path, text=item.part["text"], **item.extra)
+        self._emit(f"{item.part_event}.done", **item.path, part=item.part)
+        item.parts.append(item.part)
+        if item.type == "message":
+            item.value["status"] = status
+        self._emit_item(item.value)
 
     def _emit_call(self, call: ToolCall) -> None:
-        index = len(self._items)
-        item_id = _name_item("fc", self._head["id"], index)
-        tool = self._namespaced.get(call.name)
+        tool = next((tool for tool in self._request.tools if tool.name == call.name and tool.namespace), None)
         name = {"namespace": tool.namespace, "name": tool.own_name} if tool is not None else {"name": call.name}
-        item = {"id": item_id, "type": "function_call", "call_id": call.id, **name}
-        path = {"item_id": item_id, "output_index": index}
+        item = {"id": self._make_id("function_call"), "type": "function_call", "call_id": call.id, **name}
+        item |= {"status": "in_progress", "arguments": ""}
+        path = {"item_id": item["id"], "output_index": len(self._items)}
         event = "response.function_call_arguments"
-        begun = {**item, "status": "in_progress", "arguments": ""}
-        self._emit("response.output_item.added", output_index=index, item=begun)
+        self._emit("response.output_item.added", output_index=len(self._items), item=item)
         self._emit(f"{event}.delta", **path, delta=call.arguments)
         self._emit(f"{event}.done", **path, name=item["name"], arguments=call.arguments)
         self._emit_item({**item, "status": "completed", "arguments": call.arguments})
@@ -3991,22 +3850,25 @@ class ResponsesStream(Encoder):
         self._emit("response.output_item.done", output_index=len(self._items), item=item)
         self._items.append(item)
 
-    def _emit_annotations(self) -> None:
+    def _make_id(self, type: str) -> str:
+        return f"{_ID_PREFIXES[type]}_{self._head['id'].removeprefix('resp_')}_{len(self._items)}"
+
+    def _emit_annotations(self, item: _Item) -> None:
         """Emit the annotations that are new, with their positions in the message that is being written."""
-        item, annotations = self._item, self._renderer.annotations
-        if item is None or item.type != "message" or self._annotated == len(annotations):
+        if item.type != "message":
             return
-        for annotation in annotations[self._annotated :]:
-            citation = annotation["url_citation"]
-            start, end = citation["start_index"] - item.start, citation["end_index"] - item.start
-            value = {"type": "url_citation", **citation, "start_index": start, "end_index": end}
-            fields = {**item.path, "annotation_index": len(item.annotations), "annotation": value}
-            self._emit("response.output_text.annotation.added", **fields)
-            item.annotations.append(value)
-        self._annotated = len(annotations)
+        known = item.part["annotations"]
+        for annotation in self._renderer.annotations:
+            value = {"type": "url_citation", **annotation["url_citation"]}
+            value["start_index"] -= item.start
+            value["end_index"] -= item.start
+            path = {**item.path, "annotation_index": len(known)}
+            self._emit("response.output_text.annotation.added", **path, annotation=value)
+            known.append(value)
+        self._renderer.annotations.clear()
 
     def _emit(self, event: str, **fields: Any) -> None:
-        self._write({"type": event, "sequence_number": self._number, **fields}, event)
+        self._write({"type": event, "sequence_number": self._number, **fields})
         self._number += 1
 
     def _render(self, status: str, **fields: Any) -> dict[str, Any]:
@@ -4014,111 +3876,35 @@ class ResponsesStream(Encoder):
         unknown = {"error": None, "incomplete_details": None, "usage": None}
         return {**self._head, "status": status, **unknown, "output": list(self._items), **fields}
 
-
-class WholeResponse(ResponsesStream):
-    """The response object alone, the same that ends a stream."""
-
-    content_type = "application/json"
-    keep_alive = b""
-
-    def finish(self) -> bytes:
-        """The body."""
-        return encode_json(self.response).encode()
-
-    def _flush(self) -> bytes:
-        self._output.clear()
-        return b""
-
-
-_INCOMPLETE: Final[Mapping[str, str]] = {"length": "max_output_tokens", "content_filter": "content_filter"}
-
-
-def _render_response_usage(usage: Usage) -> dict[str, Any]:
-    """The Responses API's `usage` object."""
-    return {
-        "input_tokens": usage.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-        "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": usage.thought.tokens},
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-    }
-
-
-def _render_response_error(error: ProxyError) -> dict[str, Any]:
-    """The `error` of a response object, whose codes are a closed set; ours stands in the message.
-
-    Codex CLI reads from the words `try again in 5s` how long to wait.
-    """
-    is_limit = error.status == 429
-    wait = f"; try again in {error.retry_after_seconds}s" if is_limit and error.retry_after_seconds else ""
-    code = "rate_limit_exceeded" if is_limit else "server_error"
-    return {"code": code, "message": f"{error.code}: {error.message}{wait}"}
+    def _render_usage(self) -> dict[str, Any]:
+        prompt, completion, thought = self._count_tokens()
+        return {
+            "input_tokens": prompt,
+            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "output_tokens": completion,
+            "output_tokens_details": {"reasoning_tokens": thought},
+            "total_tokens": prompt + completion,
+        }
 
 
 @dataclass(frozen=True, slots=True)
 class Api:
-    """How one API is spoken.
-
-    `call_prefix` begins the ids of calls. `annotates`: the API has a place for annotations. `streams_hits`: a stream
-    shows inline hits where they arrive; else they are listed at the end, streamed as whole.
-    """
+    """How one API is spoken; `call_prefix` begins the ids of calls."""
 
     name: str
     parse: Callable[[bytes | bytearray, FindItem], ChatRequest]
-    stream: type[Encoder]
-    whole: type[Encoder]
+    make_encoder: type[Encoder]
     render_error: Callable[[ProxyError], dict[str, Any]] = render_error
     call_prefix: str = "call"
-    annotates: bool = True
-    streams_hits: bool = False
-
-    def make_encoder(
-        self, request: ChatRequest, *, created: int, sources: str, prompt: str, response_id: str = ""
-    ) -> Encoder:
-        """The encoder for an answer to `request`.
-
-        `created` in Unix seconds, `sources` as KIMI_SOURCES, `prompt` to count its tokens.
-        """
-        renderer = ContentRenderer(
-            self._choose_sources(request, sources),
-            streamed=request.stream and self.streams_hits,
-            sentence=request.response_format is None,
-        )
-        encoder = self.stream if request.stream else self.whole
-        return encoder(request, created, response_id, renderer, Usage(prompt))
-
-    def _choose_sources(self, request: ChatRequest, sources: str) -> str:
-        """How an answer shows its sources: as KIMI_SOURCES has it, but never as text where a program reads it.
-
-        Where there are no annotations, no mark refers to sources that are not shown.
-        """
-        is_silent = "silent" in request.model.split("-")[1:] or request.tools or request.response_format is not None
-        if sources == "text" and is_silent:
-            sources = "annotations"
-        return "none" if sources == "annotations" and not self.annotates else sources
 
 
 APIS: Final[Mapping[str, Api]] = {
-    "/v1/chat/completions": Api(
-        "chat", lambda body, _: parse_chat_request(body), ChatStream, WholeChat, streams_hits=True
-    ),
-    "/v1/completions": Api(
-        "completions",
-        lambda body, _: parse_completion_request(body),
-        CompletionStream,
-        WholeCompletion,
-        streams_hits=True,
-    ),
+    "/v1/chat/completions": Api("chat", lambda body, _: parse_chat_request(body), ChatEncoder),
+    "/v1/completions": Api("completions", lambda body, _: parse_completion_request(body), CompletionEncoder),
     "/v1/messages": Api(
-        "messages",
-        lambda body, _: parse_messages_request(body),
-        MessagesStream,
-        WholeMessage,
-        render_messages_error,
-        call_prefix="toolu",
-        annotates=False,
+        "messages", lambda body, _: parse_messages_request(body), MessagesEncoder, render_messages_error, "toolu"
     ),
-    "/v1/responses": Api("responses", parse_responses_request, ResponsesStream, WholeResponse),
+    "/v1/responses": Api("responses", parse_responses_request, ResponsesEncoder),
 }
 
 
