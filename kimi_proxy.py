@@ -569,10 +569,9 @@ class Metrics:
 
 
 def _render_histogram(name: str, times: Sequence[float]) -> list[str]:
-    numbers = list(accumulate(times[:-1]))
-    rows = zip([*map(str, _BUCKETS), "+Inf"], numbers, strict=True)
+    rows = zip([*map(str, _BUCKETS), "+Inf"], accumulate(times[:-1]), strict=True)
     lines = [f'{name}_bucket{{le="{bound}"}} {number:g}' for bound, number in rows]
-    return [*lines, f"{name}_count {numbers[-1]:g}", f"{name}_sum {times[-1]}"]
+    return [*lines, f"{name}_count {sum(times[:-1]):g}", f"{name}_sum {times[-1]}"]
 
 
 def _render_labels(labels: Sequence[tuple[str, str]]) -> str:
@@ -7806,9 +7805,8 @@ class Notifier:
         if self._socket is not None:
             self._socket.setblocking(False)
         is_ours = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        microseconds = environ.get("WATCHDOG_USEC", "")
-        watchdog_seconds = int(microseconds) / 1e6 if is_ours and microseconds.isdigit() else 0.0
-        self._beat_seconds = min(watchdog_seconds / 2 or 10.0, 10.0)
+        microseconds = int(environ.get("WATCHDOG_USEC", "0")) if is_ours else 0
+        self._beat_seconds = min(microseconds / 2e6 or 10.0, 10.0)
 
     def tell(self, **fields: str) -> None:
         """Send `fields`, such as READY="1" or STATUS="…"."""
@@ -8049,7 +8047,7 @@ async def _check(settings: Settings, token: str, record: str | None) -> int:
     async with open_service_session(url) as session, open_service_session(url, reuse=False) as transfers:
         for name in ("classic", "connect"):
             if settings.protocol in ("auto", name):
-                check = _Check(settings, name, session, transfers, tasks, state)
+                check = _Check(settings, name, [session, transfers], tasks, state)
                 if await check.run(token):
                     good.append(name)
                 if record and check.pieces:
@@ -8068,8 +8066,7 @@ class _Check:
         self,
         settings: Settings,
         name: str,
-        session: aiohttp.ClientSession,
-        transfers: aiohttp.ClientSession,
+        sessions: list[aiohttp.ClientSession],
         tasks: BackgroundTasks,
         state: StateFiles,
     ) -> None:
@@ -8077,7 +8074,7 @@ class _Check:
         self._settings = settings
         self._conversation_id = ""
         self._accounts = Accounts(lambda one: self._protocol.refresh(one), tasks, state)  # noqa: PLW0108  # made below
-        client = KimiClient(session, transfers, self._accounts, Metrics(), settings)
+        client = KimiClient(sessions[0], sessions[1], self._accounts, Metrics(), settings)
         connect = Connect(client, settings.base_url, settings.auth_url)
         self._protocol: KimiProtocol = connect if name == "connect" else Classic(client, settings.base_url)
 
@@ -8086,8 +8083,9 @@ class _Check:
         account = self._accounts.get(token)
         question = Question("user:Say OK.\n", use_search=False)
         try:
-            await self._step("address", self._look_up())
-            await self._step("connection and TLS", self._connect())
+            url = URL(self._settings.proxy_url or self._protocol.base_url)
+            await self._step("address", self._look_up(url))
+            await self._step("connection and TLS", self._connect(url))
             await self._step("token", self._accounts.access_token(account))
             if self._protocol.name == "connect":
                 question.model = choose_model("kimi", await self._step("models", self._protocol.models(account)))[0]
@@ -8124,16 +8122,14 @@ class _Check:
         finally:
             await files.close()
 
-    async def _look_up(self) -> int:
-        url = URL(self._settings.proxy_url or self._protocol.base_url)
+    async def _look_up(self, url: URL) -> int:
         try:
             found = await asyncio.get_running_loop().getaddrinfo(url.host, url.port)
         except OSError:
             raise ProxyError("service_unreachable", f"the name {url.host} cannot be resolved") from None
         return len({entry[4][0] for entry in found})
 
-    async def _connect(self) -> None:
-        url = URL(self._settings.proxy_url or self._protocol.base_url)
+    async def _connect(self, url: URL) -> None:
         try:
             async with asyncio.timeout(self._settings.call_seconds):
                 _, writer = await asyncio.open_connection(url.host, url.port, ssl=url.scheme == "https" or None)
