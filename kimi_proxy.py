@@ -6804,12 +6804,9 @@ class KeptResponses:
         kept = self.find(f"resp_{name}", accounts)
         return next((item for item in kept.response["output"] if item["id"] == item_id), None) if kept else None
 
-    def forget(self, response_id: str, accounts: Sequence[Account]) -> bool:
-        """Forget a response; whether there was one."""
-        found = self.find(response_id, accounts) is not None
-        if found:
-            self._drop(response_id)
-        return found
+    def forget(self, response_id: str) -> None:
+        """Forget a response that was found."""
+        self._drop(response_id)
 
     def _drop(self, response_id: str) -> None:
         self._characters -= self._kept.pop(response_id).size
@@ -7144,11 +7141,6 @@ def speaks_anthropic(request: web.Request) -> bool:
     return path.lstrip("/").startswith("v1/messages")
 
 
-def make_request_id() -> str:
-    """An id for a request that brought none."""
-    return secrets.token_hex(6)
-
-
 def read_credential(request: web.Request) -> str:
     """What a client shows: `x-api-key`, else the Bearer token (RFC 6750); empty where there is neither."""
     if key := request.headers.get("x-api-key", "").strip():
@@ -7157,20 +7149,14 @@ def read_credential(request: web.Request) -> str:
     return text.strip() if scheme.lower() == "bearer" else ""
 
 
-def read_tokens(request: web.Request) -> tuple[str, ...]:
-    """The client's comma-separated tokens. Raises `ProxyError` where there is none."""
-    tokens = read_pasted_tokens(read_credential(request))
-    if not tokens:
-        raise ProxyError("token_missing")
-    if len(tokens) > MAX_TOKENS_IN_REQUEST:
-        raise ProxyError("token_missing", f"at most {MAX_TOKENS_IN_REQUEST} tokens in a request")
-    return tokens
-
-
 def find_accounts(request: web.Request) -> list[Account]:
     """The accounts that a request is for: those that the proxy holds, else those of the client's own tokens."""
     state = request.app[STATE]
-    tokens = state.access.tokens if state.access.holds else read_tokens(request)
+    tokens = state.access.tokens if state.access.holds else read_pasted_tokens(read_credential(request))
+    if not tokens:
+        raise ProxyError("token_missing")
+    if len(tokens) > MAX_TOKENS_IN_REQUEST and not state.access.holds:
+        raise ProxyError("token_missing", f"at most {MAX_TOKENS_IN_REQUEST} tokens in a request")
     return [state.accounts.get(token) for token in tokens]
 
 
@@ -7234,25 +7220,16 @@ async def _answer(api: Api, request: web.Request) -> web.StreamResponse:
     try:
         await _relay(request, asked, writer)
         return await writer.end(asked.encoder.finish())
-    except asyncio.CancelledError:
-        if not _is_ended_by_us(request):
-            raise
-        error = ProxyError("shutting_down")
-    except ProxyError as failure:
-        error = failure
-    except ClientGone:
-        raise
-    except Exception:
-        logger.exception("! the proxy itself failed")
-        error = ProxyError("internal_error")
+    except BaseException as failure:
+        error = _to_error(request, failure)
+        if not writer.begun:
+            raise error from None
+        _note_failure(request, error)
+        return await writer.end(asked.encoder.fail(error))
     finally:
         writer.close()
         state.answering.discard(task)
         request[OUTCOME].chunks = asked.encoder.chunks
-    if not writer.begun:
-        raise error
-    _note_failure(request, error)
-    return await writer.end(asked.encoder.fail(error))
 
 
 async def _relay(request: web.Request, asked: Asked, writer: ResponseWriter) -> None:
@@ -7274,9 +7251,25 @@ async def _relay(request: web.Request, asked: Asked, writer: ResponseWriter) -> 
         state.responses.keep(encoder.response["id"], kept)
 
 
-def _is_ended_by_us(request: web.Request) -> bool:
-    """Whether a request that was cancelled has a client to be told so: then the proxy shuts down."""
-    return request.app[STATE].draining.is_set() and request.transport is not None
+def _to_error(request: web.Request, failure: BaseException) -> ProxyError:
+    """What the client is told of a failure, aiohttp's own answers among them. Raises it where nobody can be told."""
+    if isinstance(failure, ProxyError):
+        return failure
+    if isinstance(failure, web.HTTPMethodNotAllowed):
+        return ProxyError("method_not_allowed", f"here it is {KNOWN_PATHS}")
+    if isinstance(failure, web.HTTPNotFound):
+        hint = "; your base URL has /v1 twice" if "/v1/v1" in request.path else ""
+        return ProxyError("not_found", f"here it is {KNOWN_PATHS}{hint}")
+    if isinstance(failure, web.HTTPException):
+        return ProxyError("invalid_request", f"HTTP {failure.status}")
+    if isinstance(failure, asyncio.CancelledError):  # by us on shutdown, else because the client is gone
+        if request.app[STATE].draining.is_set() and request.transport is not None:
+            return ProxyError("shutting_down")
+        raise failure
+    if isinstance(failure, ClientGone) or not isinstance(failure, Exception):
+        raise failure
+    logger.error("! the proxy itself failed", exc_info=failure)
+    return ProxyError("internal_error")
 
 
 async def _count_tokens(request: web.Request) -> web.StreamResponse:
@@ -7286,51 +7279,35 @@ async def _count_tokens(request: web.Request) -> web.StreamResponse:
 
 
 async def _response(request: web.Request) -> web.StreamResponse:
-    kept = request.app[STATE].responses.find(request.match_info["id"], find_accounts(request))
+    """GET and DELETE of an answer that is kept."""
+    responses, response_id = request.app[STATE].responses, request.match_info["id"]
+    kept = responses.find(response_id, find_accounts(request))
     if kept is None:
         raise ProxyError("response_not_found")
-    return json_response(kept.response)
-
-
-async def _delete_response(request: web.Request) -> web.StreamResponse:
-    response_id = request.match_info["id"]
-    if not request.app[STATE].responses.forget(response_id, find_accounts(request)):
-        raise ProxyError("response_not_found")
+    if request.method == "GET":
+        return json_response(kept.response)
+    responses.forget(response_id)
     return json_response({"id": response_id, "object": "response", "deleted": True})
 
 
-async def _list_models(request: web.Request) -> list[dict[str, Any]]:
-    """The entries of the list of models: each model, and with search."""
-    state = request.app[STATE]
+async def _models(request: web.Request) -> web.StreamResponse:
+    """The list of models, each also with search, or one of them; in Anthropic's form for its clients."""
+    state, wanted, is_anthropic = request.app[STATE], request.match_info.get("id"), speaks_anthropic(request)
     asks_kimi = state.access.holds or bool(read_credential(request))
     account = Candidates(find_accounts(request)).choose() if asks_kimi else None
-    common = {"object": "model", "created": MODELS_CREATED, "owned_by": "kimi"}
-    return [
-        {"id": name, **common, **model.describe()}
-        for model in await state.gateway.models(account)
-        for name in (model.id, f"{model.id}-search")
-    ]
-
-
-async def _models(request: web.Request) -> web.StreamResponse:
-    models = await _list_models(request)
-    if not speaks_anthropic(request):
-        return json_response({"object": "list", "data": models})
-    data = [_render_anthropic_model(model["id"]) for model in models]
-    return json_response({"data": data, "has_more": False, "first_id": data[0]["id"], "last_id": data[-1]["id"]})
-
-
-def _render_anthropic_model(name: str) -> dict[str, Any]:
-    """A model as Anthropic's API lists it (Anthropic API reference, "List Models")."""
-    return {"type": "model", "id": name, "display_name": name, "created_at": "2024-01-01T00:00:00Z"}
-
-
-async def _model(request: web.Request) -> web.StreamResponse:
-    name = request.match_info["id"]
-    for entry in await _list_models(request):
-        if entry["id"] == name:
-            return json_response(_render_anthropic_model(name) if speaks_anthropic(request) else entry)
-    raise ProxyError("model_not_found", quote_words(name)[:60], param="model")
+    models: dict[str, dict[str, Any]] = {}
+    for model in await state.gateway.models(account):
+        for name in (model.id, f"{model.id}-search"):
+            form: dict[str, Any] = {"object": "model", "created": MODELS_CREATED, "owned_by": "kimi"}
+            if is_anthropic:
+                form = {"type": "model", "display_name": name, "created_at": "2024-01-01T00:00:00Z"}
+            models[name] = {"id": name, **form, **({} if is_anthropic else model.describe())}
+    if wanted is not None:
+        if wanted not in models:
+            raise ProxyError("model_not_found", quote_words(wanted)[:60], param="model")
+        return json_response(models[wanted])
+    ends = {"has_more": False, "first_id": next(iter(models)), "last_id": next(reversed(models))}
+    return json_response({"data": list(models.values()), **(ends if is_anthropic else {"object": "list"})})
 
 
 _FORM_ERRORS = (ValueError, AssertionError, RuntimeError, web.RequestPayloadError, aiohttp.ClientPayloadError)
@@ -7457,16 +7434,6 @@ def json_response(value: object, status: int = 200) -> web.Response:
     return web.Response(body=body, status=status, content_type="application/json", charset="utf-8")
 
 
-def render_failure(error: ProxyError, *, anthropic: bool = False) -> web.Response:
-    """The whole response to a request that failed, in OpenAI's form or in Anthropic's."""
-    response = json_response(render_messages_error(error) if anthropic else render_error(error), error.status)
-    if error.retry_after_seconds:
-        response.headers["Retry-After"] = str(error.retry_after_seconds)
-    if error.code.startswith("body_"):  # what is left of the body is not worth reading
-        response.force_close()
-    return response
-
-
 def _note_failure(request: web.Request, error: ProxyError) -> None:
     outcome = request[OUTCOME]
     outcome.failure, outcome.upstream_status = error.code, error.upstream_status
@@ -7480,7 +7447,7 @@ async def request_middleware(request: web.Request, handler: Handler) -> web.Stre
     """Around every request: its id and its log line."""
     state, started = request.app[STATE], time.monotonic()
     given = request.headers.get("X-Request-Id", "")
-    request_id.set(given if _REQUEST_ID.fullmatch(given) else make_request_id())
+    request_id.set(given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(6))
     request[OUTCOME] = Outcome()
     task = cast(asyncio.Task[Any], asyncio.current_task())
     state.running.add(task)
@@ -7523,42 +7490,32 @@ def _log_request(request: web.Request, status: int, seconds: float) -> None:
 @web.middleware
 async def error_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Around every handler: who may call, how many, and failures in the client's form."""
-    allowed: Iterable[str] = ()
+    allowed: Collection[str] = ()
     try:
-        _check_access(request)
-        state = request.app[STATE]
+        state, is_preflight = request.app[STATE], _check_access(request)
         if len(state.running) > state.settings.max_requests and request.path not in (*OPEN_PATHS, "/metrics"):
             raise ProxyError("too_busy")
-        if _is_preflight(request):
-            return web.Response(status=204)
-        return await handler(request)
-    except ProxyError as failure:
-        error = failure
-    except web.HTTPException as failure:
-        error = _error_of_http(request, failure)
-        allowed = failure.allowed_methods if isinstance(failure, web.HTTPMethodNotAllowed) else allowed
-    except ClientGone:
-        raise
-    except asyncio.CancelledError:
-        if not _is_ended_by_us(request):
-            raise
-        error = ProxyError("shutting_down")
-    except Exception:
-        logger.exception("! the proxy itself failed")
-        error = ProxyError("internal_error")
+        return web.Response(status=204) if is_preflight else await handler(request)
+    except BaseException as failure:
+        error = _to_error(request, failure)
+        allowed = failure.allowed_methods if isinstance(failure, web.HTTPMethodNotAllowed) else ()
     _note_failure(request, error)
-    response = render_failure(error, anthropic=speaks_anthropic(request))
+    response = json_response(
+        render_messages_error(error) if speaks_anthropic(request) else render_error(error), error.status
+    )
+    if error.retry_after_seconds:
+        response.headers["Retry-After"] = str(error.retry_after_seconds)
     if allowed:
         response.headers["Allow"] = ", ".join(sorted(allowed))
+    if error.code.startswith("body_"):  # what is left of the body is not worth reading
+        response.force_close()
     return response
 
 
-def _is_preflight(request: web.Request) -> bool:
-    return request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
-
-
-def _check_access(request: web.Request) -> None:
-    """Raise `ProxyError` for who may not call: web pages first, then clients without a key where there are keys."""
+def _check_access(request: web.Request) -> bool:
+    """Whether this is a browser's preflight. Raises `ProxyError` for who may not call: a web page, then a client
+    without a key where there are keys.
+    """
     access = request.app[STATE].access
     hosts = request.headers.getall("Host", [])
     origin = request.headers.get("Origin")
@@ -7567,18 +7524,10 @@ def _check_access(request: web.Request) -> None:
         access.check_page(request.raw_path.partition("://")[2].partition("/")[0], origin)
     if origin is None and request.headers.get("Sec-Fetch-Site") == "cross-site" and request.path not in OPEN_PATHS:
         access.check_page("localhost", "null")  # a browser's request for another page, in a form without an Origin
-    if access.has_keys and request.path not in OPEN_PATHS and not _is_preflight(request):
+    is_preflight = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
+    if access.has_keys and request.path not in OPEN_PATHS and not is_preflight:
         request[OUTCOME].key = access.check_key(read_credential(request))
-
-
-def _error_of_http(request: web.Request, failure: web.HTTPException) -> ProxyError:
-    """What aiohttp's own answers (404, 405, 413 and the like) are here."""
-    if isinstance(failure, web.HTTPMethodNotAllowed):
-        return ProxyError("method_not_allowed", f"here it is {KNOWN_PATHS}")
-    if isinstance(failure, web.HTTPNotFound):
-        hint = "; your base URL has /v1 twice" if "/v1/v1" in request.path else ""
-        return ProxyError("not_found", f"here it is {KNOWN_PATHS}{hint}")
-    return ProxyError("invalid_request", f"HTTP {failure.status}")
+    return is_preflight
 
 
 async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
@@ -7694,20 +7643,14 @@ async def end_requests(app: web.Application) -> None:
         await asyncio.wait(set(state.running), timeout=2)
 
 
-async def _expect(request: web.Request) -> None:
-    """Answer `Expect: 100-continue`; other expectations have no effect (RFC 9110, section 10.1.1)."""
-    if request.headers.get("Expect", "").lower() == "100-continue" and request.transport is not None:
-        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-
-
 _ROUTES: Final[Sequence[tuple[str, str, Handler]]] = (
     *(("POST", path, partial(_answer, api)) for path, api in APIS.items()),
     ("POST", "/chat/completions", partial(_answer, APIS["/v1/chat/completions"])),
     ("POST", "/v1/messages/count_tokens", _count_tokens),
     ("GET", "/v1/responses/{id}", _response),
-    ("DELETE", "/v1/responses/{id}", _delete_response),
+    ("DELETE", "/v1/responses/{id}", _response),
     ("GET", "/v1/models", _models),
-    ("GET", "/v1/models/{id}", _model),
+    ("GET", "/v1/models/{id}", _models),
     ("POST", "/v1/files", _create_file),
     ("GET", "/v1/files", _list_files),
     ("GET", "/v1/files/{id}", _file),
@@ -7731,11 +7674,7 @@ def make_app(settings: Settings, hosts: Sequence[str] = ()) -> web.Application:
     app[_ACCESS] = Access(settings, os.environ, hosts)
     app.cleanup_ctx.append(_own_state)
     app.on_response_prepare.append(_add_headers)
-    for method, path, handler in _ROUTES:
-        if method == "GET":
-            app.router.add_get(path, handler, expect_handler=_expect)
-        else:
-            app.router.add_route(method, path, handler, expect_handler=_expect)
+    app.add_routes([web.route(method, path, handler) for method, path, handler in _ROUTES])
     return app
 
 
