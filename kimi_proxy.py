@@ -50,7 +50,6 @@ import sys
 import tempfile
 import time
 import traceback
-import zlib
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import (
@@ -582,8 +581,7 @@ def _render_labels(labels: Sequence[tuple[str, str]]) -> str:
 # ==== 5. Wire formats =======================================================
 #
 # Bytes to values and back, without I/O. A parser's `feed` is a generator: it yields what became complete, and then
-# raises `WireError` where the bytes break the format or a limit. Any split of the bytes gives the same values, in
-# linear time. A limit is checked before more is kept.
+# raises `WireError` where the bytes break the format or a limit. Any split of the bytes gives the same values.
 
 
 class WireError(ValueError):
@@ -638,20 +636,18 @@ class SSEParser:
         """Nothing: at the end of the input, an event without its blank line is dropped."""
 
     def _keep(self, piece: str) -> None:
-        if not piece:
-            return
-        self._size += len(piece if piece.isascii() else piece.encode())
-        if self._size > self._limit_bytes:
-            raise WireError(f"an event of more than {self._limit_bytes} bytes")
-        self._line.append(piece)
+        if piece:
+            self._size += len(piece if piece.isascii() else piece.encode())
+            if self._size > self._limit_bytes:
+                raise WireError(f"an event of more than {self._limit_bytes} bytes")
+            self._line.append(piece)
 
     def _read_field(self, line: str) -> None:
         name, _, value = line.partition(":")
-        value = value.removeprefix(" ")
         if name == "data":
-            self._data.append(value)
+            self._data.append(value.removeprefix(" "))
         elif name == "event":
-            self._event = value
+            self._event = value.removeprefix(" ")
 
 
 def encode_sse(data: str, event: str = "") -> bytes:
@@ -664,21 +660,16 @@ def encode_sse(data: str, event: str = "") -> bytes:
 
 @dataclass(slots=True)
 class Envelope:
-    """One message of a Connect stream: its `flags` byte and its decompressed `payload`."""
+    """One message of a Connect stream: its `flags` byte and its `payload`."""
 
     flags: int
     payload: bytes = field(repr=False)
-
-    @property
-    def end_stream(self) -> bool:
-        """Whether this is the last envelope: flag 0x02 [2+]; some saw 0x80 [open]."""
-        return bool(self.flags & 0x82)
 
 
 class EnvelopeParser:
     """Parser of Connect's envelopes (Connect protocol, "Streaming RPCs"): flags, 4 bytes big-endian length, payload.
 
-    A compressed payload (flag 0x01) is gzip. `limit_bytes` bounds a payload, compressed or not.
+    `limit_bytes` bounds a payload. A compressed one (flag 0x01), which nobody asked for, is an error.
     """
 
     def __init__(self, limit_bytes: int = 4_194_304) -> None:
@@ -694,13 +685,12 @@ class EnvelopeParser:
             end = start + 5 + int.from_bytes(buffer[start + 1 : start + 5], "big")
             if end - start - 5 > self._limit_bytes:
                 raise WireError(f"an envelope of more than {self._limit_bytes} bytes")
+            if buffer[start] & 0x01:
+                raise WireError("a compressed envelope")
             if end > size:
                 break
-            flags, payload = buffer[start], bytes(buffer[start + 5 : end])
+            yield Envelope(buffer[start], bytes(buffer[start + 5 : end]))
             start = end
-            if flags & 0x01 and payload:
-                payload = decompress_gzip(payload, self._limit_bytes)
-            yield Envelope(flags, payload)
         del buffer[:start]
 
     def finish(self) -> None:
@@ -714,27 +704,12 @@ def encode_envelope(payload: bytes, flags: int = 0) -> bytes:
     return bytes((flags,)) + len(payload).to_bytes(4, "big") + payload
 
 
-def decompress_gzip(data: bytes, limit_bytes: int) -> bytes:
-    """Decompress gzip. Raises `WireError` when it is not gzip, is cut, or becomes longer than `limit_bytes`."""
-    decompressor = zlib.decompressobj(wbits=31)
-    try:
-        decompressed = decompressor.decompress(data, limit_bytes + 1)
-    except zlib.error:
-        raise WireError("a compressed envelope that is not gzip") from None
-    if len(decompressed) > limit_bytes or not decompressor.eof:
-        raise WireError("a compressed envelope that is cut or too large")
-    return decompressed
-
-
 def _refuse_constant(name: str) -> NoReturn:
     raise WireError(f"{name} is not JSON")
 
 
 _DECODER: Final = json.JSONDecoder(parse_constant=_refuse_constant)
 _ENCODER: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
-_HALF_PAIR: Final = re.compile(  # up to the first escaped surrogate without its other half
-    rb"(?:[^\\]++|\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(?!u[dD][89a-fA-F]).))*+\\", re.DOTALL
-)
 
 
 def parse_json(data: bytes | bytearray, *, surrogates: bool = False) -> Any:
@@ -744,8 +719,10 @@ def parse_json(data: bytes | bytearray, *, surrogates: bool = False) -> Any:
     """
     try:
         value = _DECODER.decode(data.decode())
-    except UnicodeDecodeError:
-        raise WireError("not UTF-8") from None
+        if not surrogates and (b"\\ud" in data or b"\\uD" in data):
+            _ENCODER.encode(value).encode()
+    except UnicodeError:
+        raise WireError("not UTF-8, or half of a surrogate pair") from None
     except json.JSONDecodeError as error:
         raise WireError(f"{error.msg} at line {error.lineno} column {error.colno}") from None
     except RecursionError:
@@ -754,8 +731,6 @@ def parse_json(data: bytes | bytearray, *, surrogates: bool = False) -> Any:
         raise
     except ValueError:
         raise WireError("a number with too many digits") from None
-    if not surrogates and (b"\\ud" in data or b"\\uD" in data) and _HALF_PAIR.match(data):
-        raise WireError("half of a surrogate pair")
     return value
 
 
@@ -765,7 +740,7 @@ def encode_json(value: object) -> str:
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
-_BASE64_ALPHABET: Final = {ord("-"): "+", ord("_"): "/", **{ord(space): None for space in " \t\r\n"}}
+_BASE64_ALPHABET: Final = str.maketrans("-_=", "+/!", " \t\r\n")  # padding that is not at the end is an error
 
 
 def decode_base64(text: str, start: int = 0) -> Iterator[bytes]:
@@ -773,44 +748,32 @@ def decode_base64(text: str, start: int = 0) -> Iterator[bytes]:
 
     White space may stand anywhere, the padding may be missing. Raises `WireError` for anything else.
     """
-    rest, padded = "", False
-    for at in range(start, len(text), 65_536):
-        part = rest + text[at : at + 65_536].translate(_BASE64_ALPHABET)
-        if padded and part:
-            raise WireError("not base64")
-        whole = len(part) & ~3
-        rest = part[whole:]
-        if whole:
-            padded = part[whole - 1] == "="
-            yield _decode_quads(part[:whole])
-    if padded and rest:
-        raise WireError("not base64")
-    if rest:
-        yield _decode_quads(rest + "=" * (-len(rest) % 4))
-
-
-def _decode_quads(text: str) -> bytes:
-    try:
-        return binascii.a2b_base64(text, strict_mode=True)
-    except ValueError:
-        raise WireError("not base64") from None
+    tail = text[-100:]
+    end = len(text) - len(tail) + len(tail.rstrip("= \t\r\n"))
+    rest = ""
+    for at in range(start, end, 65_536):
+        rest += text[at : min(at + 65_536, end)].translate(_BASE64_ALPHABET)
+        size = len(rest) & ~3 if at + 65_536 < end else len(rest)
+        try:
+            piece = binascii.a2b_base64(rest[:size] + "=" * (-size % 4), strict_mode=True)
+        except ValueError:
+            raise WireError("not base64") from None
+        if piece:
+            yield piece
+        rest = rest[size:]
 
 
 # ==== 6. Events =============================================================
 #
 # Whatever Kimi says, in either protocol, becomes one small closed set of values. Nothing after this point knows which
-# protocol spoke; `Opened.hits_inline` alone tells how search hits are shown. `Text` and `Thinking`, the most common,
-# are not frozen: that makes them cheaper to create.
+# protocol spoke. `Text` and `Thinking`, the most common, are not frozen: that makes them cheaper to create.
 
 FinishReason = Literal["stop", "length", "content_filter", "tool_calls"]
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The conversation exists: always the first event of an answer.
-
-    `hits_inline`: search hits are shown in the reference's words; else as a numbered list at the end, in `Sources`.
-    """
+    """The conversation exists. `hits_inline`: search hits are shown in the reference's words, else as a list."""
 
     conversation_id: str
     hits_inline: bool
@@ -839,7 +802,7 @@ class SearchHit:
 
 @dataclass(frozen=True, slots=True)
 class Citation:
-    """A place in the text that cites a hit, shown as `[number]`. Stands in order between the texts around it."""
+    """A place in the text that cites a hit, shown as `[number]`."""
 
     number: int
     hit: SearchHit
@@ -877,29 +840,35 @@ Event = Opened | Text | Thinking | SearchHit | Citation | Sources | ToolCall | F
 # Frames in, events out, one object per answer: everything known about Kimi's streams stands here. What is unknown is
 # ignored, never a failure. An answer is judged when it ends: without any text it is an error, not an empty success.
 
-SURROGATE: Final = re.compile("[\ud800-\udfff]")
+IDENTIFIER: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")  # an id of the service that may stand in a path as it is
+
+
+def dig(value: object, *path: str) -> Any:
+    """What stands at `path` in a JSON value; None where it is missing or something has another shape."""
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def dig_word(value: object, *path: str) -> str:
+    """The string or number at `path` in a JSON value, as a string; empty for anything else."""
+    word = dig(value, *path)
+    return word if isinstance(word, str) else str(word) if isinstance(word, int) else ""
+
+
+def dig_list(value: object, *path: str) -> list[Any]:
+    """The list at `path` in a JSON value; empty for anything else."""
+    found = dig(value, *path)
+    return found if isinstance(found, list) else []
 
 
 def join_surrogates(text: str) -> str:
     """`text` with the halves of surrogate pairs joined, and U+FFFD for a half that stays alone."""
-    if text.isascii() or not SURROGATE.search(text):
-        return text
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-
-def make_hit(value: Mapping[str, Any], key: str = "") -> SearchHit | None:
-    """The hit that an object with `title` and `url` describes; None without a URL."""
-    title, url = value.get("title"), value.get("url")
-    if not isinstance(url, str) or not url:
-        return None
-    title = title if isinstance(title, str) and title else url
-    return SearchHit(join_surrogates(title), join_surrogates(url), key)
-
-
-def _get_word(value: Mapping[str, Any], key: str) -> str:
-    """A field that is a string or an integer, as a string; empty for anything else."""
-    word = value.get(key)
-    return word if isinstance(word, str) else str(word) if isinstance(word, int) else ""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
 
 
 def _parse_frame(data: bytes) -> dict[str, Any]:
@@ -907,73 +876,82 @@ def _parse_frame(data: bytes) -> dict[str, Any]:
         value = parse_json(data, surrogates=True)
     except WireError as error:
         raise ProxyError("answer_broken", f"a frame of Kimi's stream is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ProxyError("answer_broken", "a frame of Kimi's stream is not a JSON object")
-    return value
+    if isinstance(value, dict):
+        return value
+    raise ProxyError("answer_broken", "a frame of Kimi's stream is not a JSON object")
 
 
 class Answer:
-    """What is known of one answer so far; the subclass of a protocol reads its frames.
-
-    `ended`: the service said the end, and later frames are ignored. `done`: the text is over, though an error may
-    follow. `kind`: of the last frame, for the debug log. `progress`: how many frames were more than a heartbeat.
-    `segment_id`: where an answer that ended at its length limit can be continued, else empty. `degraded`: the
-    service's words when a weaker model answers. `unknown_fields`: what was ignored, as (where, name).
-    """
-
-    _MAX_UNKNOWN_FIELDS = 50
+    """What is known of one answer so far; the subclass of a protocol reads its frames."""
 
     def __init__(self, conversation_id: str = "") -> None:
-        self.ended = False
-        self.done = False
-        self.kind = ""
-        self.progress = 0
+        self.ended = False  # the service said the end: later frames are ignored
+        self.done = False  # the text is over, though an error may follow
+        self.kind = ""  # of the last frame, for the debug log
+        self.progress = 0  # how many frames were more than a heartbeat
         self.conversation_id = conversation_id
         self.message_id = ""
-        self.segment_id = ""
-        self.degraded = ""
-        self.unknown_fields: list[tuple[str, str]] = []
+        self.segment_id = ""  # where an answer that ended at its length limit can be continued
+        self.degraded = ""  # the service's words when a weaker model answers
+        self.unknown_fields: set[tuple[str, str]] = set()  # what was ignored, as (where, name)
         self._has_text = False
         self._halves: dict[type[Text], str] = {}  # high halves of surrogate pairs that wait for the next text [open]
+        self._hits: set[tuple[str, str]] = set()  # those emitted, as (url, key)
+
+    def finish(self) -> list[Event]:
+        """What the end of the stream means where none was said before: after `done` an end, else a cut [ref]."""
+        return [] if self.ended else self._end("stop" if self.done else "length")
 
     def _say(self, kind: type[Text], content: object) -> list[Event]:
         """The event for a piece of text; none for what is not text, and while nothing of it can be shown."""
         if not isinstance(content, str) or not content:
             return []
-        text = self._halves.pop(kind, "") + content if self._halves else content
+        self._has_text = self._has_text or kind is Text
+        text = self._halves.pop(kind, "") + content
         if "\ud800" <= text[-1] <= "\udbff":
             self._halves[kind], text = text[-1], text[:-1]
-        if not text:
-            return []
-        if kind is Text:
-            self._has_text = True
-        return [kind(join_surrogates(text))]
+        return [kind(join_surrogates(text))] if text else []
+
+    def _read_hits(self, values: list[Any], call_id: str = "") -> list[Event]:
+        """The hits that were not emitted yet, once by each key by which the text may cite them.
+
+        Keys are `tools://CALL#N` [2+] and the older `refIndex`. N counts from 0: a search result is number `id` - 1,
+        an opened page is where it stands among the contents of its tool.
+        """
+        events: list[Event] = []
+        for position, value in enumerate(values):
+            page = dig(value, "searchResult") or dig(value, "webOpenUrl") or value
+            base = dig(page, "base") or page
+            keys = [dig_word(page, "refIndex")]
+            if call_id:
+                number = dig_word(value, "searchResult", "id")
+                keys.insert(0, f"tools://{call_id}#{int(number) - 1 if number.isdecimal() else position}")
+            url = join_surrogates(dig_word(base, "url"))
+            for key in keys:
+                if url and (url, key) not in self._hits:
+                    self._hits |= {(url, key), (url, "")}
+                    events.append(SearchHit(join_surrogates(dig_word(base, "title")) or url, url, key))
+        return events
 
     def _end(self, reason: FinishReason) -> list[Event]:
         """The last events. Raises `ProxyError` `answer_empty` when there was no text."""
         self.ended = True
-        if not self._has_text and Text not in self._halves and reason != "content_filter":
+        if not self._has_text and reason != "content_filter":
             raise ProxyError("answer_empty")
         return [*(kind("\ufffd") for kind in self._halves), Finished(reason)]
 
-    def _note_unknown(self, where: str, name: str) -> None:
-        if len(self.unknown_fields) < self._MAX_UNKNOWN_FIELDS and (where, name) not in self.unknown_fields:
-            self.unknown_fields.append((where, name))
-
 
 class ClassicAnswer(Answer):
-    """The events of one classic answer, from its server-sent events [ref].
+    """The events of one classic answer, from its server-sent events [ref]; `Opened` is not among them.
 
-    The conversation is known before, so that `Opened` is not among the events. `continues`: this is the continuation
-    of an answer that met its length limit [2+], and need not have text of its own.
+    `continues`: this is the continuation of an answer that met its length limit [2+], and may have no text of its own.
     """
 
     def __init__(self, *, continues: bool = False) -> None:
         super().__init__()
         self._has_text = continues
-        self._segment_id = ""
-        self._cut_short = False
-        self._urls: set[str] = set()
+        self._request_id = ""
+        self._reason: FinishReason = "stop"
 
     def feed(self, frame: ServerSentEvent) -> list[Event]:
         """What one frame says. Raises `ProxyError`: `answer_broken`, `answer_empty`, or what an `error_type` says."""
@@ -983,174 +961,112 @@ class ClassicAnswer(Answer):
         if isinstance(value.get("error_type"), str):
             raise error_of_reply(200, value, "asking")
         self.progress += 1
-        kind = self.kind = _get_word(value, "event")[:40]
+        kind = self.kind = str(value.get("event"))[:40]
         if kind == "cmpl":
             return self._say(Text, value.get("text"))
-        if kind == "search_plus":
-            return self._read_hit(value.get("msg"))
-        if kind == "req" and isinstance(value.get("id"), str):
-            self._segment_id = value["id"]
-        elif kind == "length":
-            self._cut_short = True
-        elif kind == "all_done":
-            self.segment_id = self._segment_id if self._cut_short else ""
-            return self._end("length" if self._cut_short else "stop")
-        elif kind == "error":
+        if kind == "search_plus" and dig(value, "msg", "type") == "get_res":
+            return self._read_hits([value["msg"]])
+        if kind == "all_done":
+            self.segment_id = self._request_id if self._reason == "length" else ""
+            return self._end(self._reason)
+        if kind == "error":
             return self._end("content_filter")
+        if kind == "req":
+            self._request_id = dig_word(value, "id")
+        elif kind == "length":
+            self._reason = "length"
         return []
 
-    def finish(self) -> list[Event]:
-        """What the end of the stream means: nothing after `ended`, else an answer that was cut short [ref]."""
-        return [] if self.ended else self._end("length")
 
-    def _read_hit(self, message: object) -> list[Event]:
-        """A search hit, once, from the `msg` of a `search_plus` event; other types of it show nothing [ref]."""
-        hit = make_hit(message) if isinstance(message, dict) and message.get("type") == "get_res" else None
-        if hit is None or hit.url in self._urls:
-            return []
-        self._urls.add(hit.url)
-        return [hit]
-
-
-@dataclass(slots=True)
-class _BlockText:
-    """The text of one block: the pieces that were sent on, and the service's, where it replaced what was sent."""
-
-    sent: list[str] = field(default_factory=list)
-    replaced: list[str] | None = None
-
-    def append(self, content: str) -> str:
-        """Add a piece, and return what to send."""
-        self.sent.append(content)
-        if self.replaced is not None:
-            self.replaced.append(content)
-        return content
-
-    def set(self, content: str) -> str:
-        """Replace the text, and return what to send: what was sent cannot be taken back, only extended."""
-        sent, replaced = "".join(self.sent), "".join(self.replaced or ())
-        if content.startswith(sent):
-            self.replaced = None
-            added = content[len(sent) :]
-        else:
-            self.replaced = [content]
-            added = content[len(replaced) :] if replaced and content.startswith(replaced) else ""
-        self.sent.append(added)
-        return added
-
-
-@dataclass(slots=True)
-class _ToolBlock:
-    """One of the service's own tools at work: its name, the id of its call, and how many contents it gave."""
-
-    name: str = ""
-    call_id: str = ""
-    size: int = 0
+_SANDBOX: Final = re.compile(r"python|shell|bash|sandbox", re.IGNORECASE)  # names of the model's own tools [2+]
+_MODERATION: Final = re.compile(r"MODERAT|SENSITIVE|SAFETY|CENSOR|CONTENT_FILTER", re.IGNORECASE)  # not told [open]
+_FRAME_KEYS: Final = {"op", "mask", "eventOffset", "chat", "message", "block", "ref", "notification", "done"} | {
+    "heartbeat",
+    "messageId",
+    "status",
+    "timestamp",
+}
+_BLOCK_KEYS: Final = {"id", "messageId", "message_id", "parentId", "status", "stage", "createTime", "updateTime"}
 
 
 class ConnectAnswer(Answer):
-    """The events of one connect answer, from its envelopes [2+].
-
-    `Opened` is emitted once the stream tells the conversation's id, unless `conversation_id` was given.
-    """
+    """The events of one connect answer, from its envelopes [2+]; `Opened` only where no `conversation_id` is given."""
 
     def __init__(self, conversation_id: str = "") -> None:
         super().__init__(conversation_id)
-        self._moderated = False
-        self._asks_user = False
+        self._ending: FinishReason | None = None  # where the answer ends before its stream
         self._thinks = False  # whether text carries thinking
         self._has_think_blocks = False
         self._other_messages: set[str] = set()  # the ids of messages that are not the model's
-        self._texts: dict[tuple[str, type[Text]], _BlockText] = {}
-        self._tools: dict[str, _ToolBlock] = {}
-        self._hits: set[tuple[str, str]] = set()
+        self._texts: dict[tuple[str, type[Text]], list[str]] = {}  # of each block, in pieces
+        self._tools: dict[str, dict[str, Any]] = {}  # the service's own at work, by block
 
     def feed(self, envelope: Envelope) -> list[Event]:
         """What one envelope says. Raises `ProxyError`: `answer_broken`, `answer_empty`, or what an error in it says."""
         if self.ended:
             return []
-        value = _parse_frame(envelope.payload) if envelope.payload else {}
+        value = _parse_frame(envelope.payload or b"{}")
         if isinstance(value.get("error"), dict):
-            raise error_of_connect(200, value["error"], "asking")
-        if envelope.end_stream:
+            raise error_of_reply(200, value, "asking")
+        if envelope.flags & 0x82:  # the end: 0x02 [2+], some saw 0x80 [open]
             self.kind = "end"
             return self._end("stop")
-        self.kind = (_get_word(value, "mask") or next(iter(value), ""))[:40]
+        self.kind = str(value.get("mask") or next(iter(value), ""))[:40]
         if value and "heartbeat" not in value:
             self.progress += 1
-        events = self._read_object(value)
-        return events + self._end("stop") if self._asks_user else events
-
-    def finish(self) -> list[Event]:
-        """What the end of the stream means without its end envelope: after `done` an end, before it a cut."""
-        return [] if self.ended else self._end("stop" if self.done else "length")
-
-    def _end(self, reason: FinishReason) -> list[Event]:
-        return super()._end("content_filter" if self._moderated else reason)
-
-    def _read_object(self, value: dict[str, Any]) -> list[Event]:
-        operation = (_get_word(value, "op") or "set").lower()
-        if operation not in ("set", "append"):
-            self._note_unknown("operation", operation)
-        if not _OBJECT_KEYS.issuperset(value):
-            for key in value.keys() - _OBJECT_KEYS:
-                self._note_unknown("message", key)
         self.done = self.done or "done" in value
-        if self._is_of_other(value):
-            return []
-        self._read_status(value)
-        events: list[Event] = []
-        for key, part in value.items():
-            if not isinstance(part, dict) or self._is_of_other(part):
-                continue
-            if key == "block":
-                events += self._read_block(part, operation == "append")
-            elif key == "chat":
-                events += self._read_chat(part)
-            elif key == "message":
-                events += self._read_message(part)
-            elif key == "ref":
-                events += self._read_hits([part.get("search")])
-            elif key == "notification" and "DEGRADE" in _get_word(part, "type").upper():
-                self.degraded = quote_words(_get_word(part, "message") or _get_word(part, "type"))
-        return events
+        events = [] if self._is_of_other(value) else self._read_frame(value)
+        return events + self._end(self._ending) if self._ending else events
 
-    def _is_of_other(self, value: Mapping[str, Any]) -> bool:
+    def _is_of_other(self, value: dict[str, Any]) -> bool:
         """Whether a frame or block belongs to a message of somebody else, such as the echo of the user's own."""
         identifier = value.get("messageId") or value.get("message_id")
         return isinstance(identifier, str) and identifier in self._other_messages
 
-    def _read_status(self, value: Mapping[str, Any]) -> None:
+    def _read_status(self, value: dict[str, Any]) -> None:
         """Note where the model waits for the user: the answer ends there, the stream does not [1]."""
-        if "status" in value and _get_word(value, "status").upper().endswith("ASK_USER_QUESTION"):
-            self._asks_user = True
+        if "status" in value and dig_word(value, "status").upper().endswith("ASK_USER_QUESTION"):
+            self._ending = "stop"
 
-    def _read_chat(self, chat: dict[str, Any]) -> list[Event]:
-        identifier = chat.get("id")
-        if self.conversation_id or not isinstance(identifier, str) or not IDENTIFIER.fullmatch(identifier):
-            return []
-        self.conversation_id = identifier
-        return [Opened(identifier, hits_inline=False)]
+    def _read_frame(self, value: dict[str, Any]) -> list[Event]:
+        events: list[Event] = []
+        append = str(value.get("op")).lower() == "append"
+        self._read_status(value)
+        for key, part in value.items():
+            if key not in _FRAME_KEYS:
+                self.unknown_fields.add(("message", key))
+            elif not isinstance(part, dict) or self._is_of_other(part):
+                continue
+            elif key == "block":
+                events += self._read_block(part, append)
+            elif key == "chat" and not self.conversation_id and IDENTIFIER.fullmatch(dig_word(part, "id")):
+                self.conversation_id = dig_word(part, "id")
+                events.append(Opened(self.conversation_id, hits_inline=False))
+            elif key == "message":
+                events += self._read_message(part)
+            elif key == "ref":
+                events += self._read_hits([part.get("search")])
+            elif key == "notification" and "DEGRADE" in dig_word(part, "type").upper():
+                self.degraded = quote_words(dig_word(part, "message") or dig_word(part, "type"))
+        return events
 
     def _read_message(self, message: dict[str, Any]) -> list[Event]:
-        identifier, role = _get_word(message, "id"), _get_word(message, "role").lower()
-        if identifier and role:
-            if role != "assistant":
-                self._other_messages.add(identifier)
-                return []
+        identifier, role = dig_word(message, "id"), dig_word(message, "role").lower()
+        if identifier and role == "assistant":
             self.message_id = identifier
-        self._read_status(message)
-        references = message.get("refs")
-        if not isinstance(references, dict):
+        elif identifier and role:
+            self._other_messages.add(identifier)
             return []
-        return self._read_hits(references.get("searchChunks")) + self._read_hits(references.get("usedSearchChunks"))
+        self._read_status(message)
+        found = message.get("refs")
+        return self._read_hits(dig_list(found, "searchChunks") + dig_list(found, "usedSearchChunks"))
 
     def _read_block(self, block: dict[str, Any], append: bool) -> list[Event]:
         events: list[Event] = []
-        identifier = _get_word(block, "id")
+        identifier = dig_word(block, "id")
         self._read_status(block)
         for key, part in block.items():
-            if key in _IGNORED_BLOCK_KEYS:
+            if key in _BLOCK_KEYS:
                 continue
             if key == "text":
                 thinks = self._thinks and not self._has_think_blocks
@@ -1158,184 +1074,67 @@ class ConnectAnswer(Answer):
             elif key == "think":
                 self._has_think_blocks = True
                 events += self._read_text(Thinking, identifier, part, append)
-            elif key == "tool":
+            elif key == "tool" and isinstance(part, dict):
                 events += self._read_tool(identifier, part, append)
             elif key == "search":
-                events += self._read_hits(part.get("webPages") if isinstance(part, dict) else None)
+                events += self._read_hits(dig_list(part, "webPages"))
             elif key == "multiStage":
-                self._read_stage(part)
+                self._read_stages(dig_list(part, "stages"))
             elif key in ("exception", "error"):
                 self._read_exception(part)
             else:
-                self._note_unknown("block", key)
+                self.unknown_fields.add(("block", key))
         return events
 
     def _read_text(self, kind: type[Text], identifier: str, part: object, append: bool) -> list[Event]:
+        """What a piece adds to its block's text. A second `set` cannot take back what was sent, only extend it [2+]."""
         content = part.get("content") if isinstance(part, dict) else part
         tool = self._tools.get(identifier)
-        if not isinstance(content, str) or (tool is not None and _SANDBOX.search(tool.name)):
+        if not isinstance(content, str) or (tool and _SANDBOX.search(dig_word(tool, "name"))):
             return []
-        text = self._texts.setdefault((identifier, kind), _BlockText())
-        return self._say(kind, text.append(content) if append else text.set(content))
+        pieces = self._texts.setdefault((identifier, kind), [])
+        if append:
+            pieces.append(content)
+            return self._say(kind, content)
+        before = "".join(pieces)
+        if before.startswith(content):
+            return []
+        pieces[:] = [content]
+        return self._say(kind, content[len(before) :] if content.startswith(before) else "")
 
-    def _read_stage(self, part: object) -> None:
+    def _read_stages(self, stages: list[Any]) -> None:
         """The phase in which text carries thinking: from its stage's start to its end."""
-        stages = part.get("stages") if isinstance(part, dict) else None
-        first = stages[0] if isinstance(stages, list) and stages and isinstance(stages[0], dict) else {}
-        if _get_word(first, "name").upper() == "STAGE_NAME_THINKING":
-            ends = ("DONE", "END", "FINISHED", "COMPLETED", "CANCELLED")
-            self._thinks = not _get_word(first, "status").upper().endswith(ends)
+        for stage in stages:
+            if dig_word(stage, "name").upper() == "STAGE_NAME_THINKING":
+                self._thinks = not dig_word(stage, "status").upper().endswith(("DONE", "END", "FINISHED", "COMPLETED"))
 
     def _read_exception(self, part: object) -> None:
         """Raise the failure that `exception` or `error` of a block tells, an object or a list; note moderation."""
-        while isinstance(part, dict) and isinstance(part.get("error"), dict | list):
-            part = part["error"]
+        part = dig(part, "error") or part
         for error in part if isinstance(part, list) else [part]:
-            if not isinstance(error, dict) or not error:
-                continue
-            reason = _get_word(error, "reason").upper()
-            if not any(word in reason for word in _MODERATION_WORDS):
-                raise error_of_connect(200, {"code": "internal", **error}, "asking")
-            self._moderated = True
+            if _MODERATION.search(dig_word(error, "reason")):
+                self._ending = "content_filter"
+            elif error and isinstance(error, dict):
+                raise error_of_reply(200, {"code": "internal", **error}, "asking")
 
-    def _read_tool(self, identifier: str, part: object, append: bool) -> list[Event]:
+    def _read_tool(self, identifier: str, part: dict[str, Any], append: bool) -> list[Event]:
         """The hits of one of the service's own tools; what its sandbox does is nobody's business."""
-        if not isinstance(part, dict):
-            return []
         self._read_status(part)
-        tool = self._tools.setdefault(identifier, _ToolBlock())
-        tool.name = _get_word(part, "name") or tool.name
-        tool.call_id = _get_word(part, "toolCallId") or tool.call_id
-        contents = part.get("contents")
-        if not isinstance(contents, list) or _SANDBOX.search(tool.name):
+        tool = self._tools.setdefault(identifier, {})
+        before = dig_list(tool, "contents")
+        tool |= {key: value for key, value in part.items() if value}
+        if append:
+            tool["contents"] = before + dig_list(part, "contents")
+        if _SANDBOX.search(dig_word(tool, "name")):
             return []
-        start = tool.size if append else 0
-        tool.size = start + len(contents)
-        return self._read_hits(contents, tool.call_id, start)
-
-    def _read_hits(self, values: object, call_id: str = "", start: int = 0) -> list[Event]:
-        """The hits in a list that were not emitted yet; `start` is the first one's position in its tool's contents."""
-        events: list[Event] = []
-        for position, value in enumerate(values if isinstance(values, list) else [], start):
-            if not isinstance(value, dict):
-                continue
-            page = value.get("searchResult") or value.get("webOpenUrl") or value
-            base = page.get("base", page) if isinstance(page, dict) else None
-            if not isinstance(base, dict):
-                continue
-            for key in _list_keys(value, page, call_id, position):
-                hit = make_hit(base, key)
-                if hit is not None and (hit.url, hit.key) not in self._hits:
-                    self._hits |= {(hit.url, hit.key), (hit.url, "")}
-                    events.append(hit)
-        return events
+        return self._read_hits(dig_list(tool, "contents"), dig_word(tool, "toolCallId"))
 
 
-def _list_keys(value: Mapping[str, Any], page: Mapping[str, Any], call_id: str, position: int) -> list[str]:
-    """The keys by which a text may cite a hit: `tools://CALL#N` [2+] and the older `refIndex`; else one empty key.
-
-    N counts from 0. A search result is number `id` - 1, an opened page is where it stands in the contents.
-    """
-    index = _get_word(page, "refIndex") or _get_word(value, "refIndex")
-    if not call_id:
-        return [index]
-    number = "" if "webOpenUrl" in value else _get_word(page, "id")
-    is_number = number.isdecimal() and len(number) < 10
-    key = f"tools://{call_id}#{int(number) - 1 if is_number else position}"
-    return [key, index] if index else [key]
-
-
-IDENTIFIER: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")  # an id of the service that may stand in a path as it is
-_SANDBOX: Final = re.compile(r"python|shell|bash|sandbox", re.IGNORECASE)  # names of the model's own tools [2+]
-_OBJECT_KEYS: Final = frozenset(
-    {"op", "mask", "eventOffset", "chat", "message", "block", "ref", "notification", "done"}
-    | {"heartbeat", "messageId", "status", "timestamp"}
-)
-_IGNORED_BLOCK_KEYS: Final = frozenset(
-    {"id", "messageId", "message_id", "parentId", "status", "stage", "createTime", "updateTime"}
-)
-_MODERATION_WORDS: Final = ("MODERAT", "SENSITIVE", "SAFETY", "CENSOR", "CONTENT_FILTER")  # none is documented [open]
-
-
-def error_of_reply(
-    status: int, value: object, step: str, *, retry_after_seconds: int | None = None, words: str = ""
-) -> ProxyError:
-    """The failure that a reply means, by its HTTP `status` and JSON `value`, at `step` [ref].
-
-    A string `error_type` is a failure whatever the status. `words` stand in where `value` has none. An object of the
-    connect protocol, which has `code` instead, means what `error_of_connect` says.
-    """
-    reply: dict[str, Any] = value if isinstance(value, dict) else {}
-    error = reply.get("error", reply)
-    if isinstance(error, dict) and isinstance(error.get("code"), str) and "error_type" not in reply:
-        return error_of_connect(status, error, step, retry_after_seconds=retry_after_seconds)
-    name, message = _get_word(reply, "error_type"), _get_word(reply, "message")
-    code = _CODES.get(name) or _code_of_status(status)
-    return _make_error(code, step, status, name, message or words, retry_after_seconds)
-
-
-def error_of_connect(
-    status: int, error: Mapping[str, Any], step: str, *, retry_after_seconds: int | None = None
-) -> ProxyError:
-    """The failure that a Connect error object means: `{code, message, details}` [2+].
-
-    A known reason decides, else the code; where both say nothing, the HTTP `status` does.
-    """
-    name = _get_word(error, "code") or "unknown"
-    reasons, words = [_get_word(error, "reason")], [_get_word(error, "message")]
-    details = error.get("details")
-    for detail in [error, *(details if isinstance(details, list) else [])]:
-        debug = detail.get("debug") if isinstance(detail, dict) else None
-        if isinstance(debug, dict):
-            localized = debug.get("localizedMessage")
-            reasons.append(_get_word(debug, "reason"))
-            words.append(_get_word(localized, "message") if isinstance(localized, dict) else "")
-    said = [word for word in words + reasons if word]
-    reason = " ".join(reasons).upper()
-    by_reason = next((code for word, code in _REASON_CODES.items() if word in reason), "")
-    code = by_reason or _CODES.get(name) or _code_of_status(status)
-    status = _CONNECT_STATUSES.get(name, status) if status == 200 else status
-    if "CAPTCHA" in reason:
-        said.append("open Kimi in a browser once, and solve its captcha")
-    return _make_error(code, step, status, name, ", ".join(dict.fromkeys(said)), retry_after_seconds)
-
-
-def _make_error(code: str, step: str, status: int, name: str, said: str, retry_after: int | None) -> ProxyError:
-    detail = ", ".join(filter(None, (f"{step}: HTTP {status}", quote_words(name))))
-    said = quote_words(said)
-    if FAILURES[code].status != 429 and status != 503:
-        retry_after = None
-    if code == "quota_used_up":
-        retry_after = max(retry_after or 0, _QUOTA_SECONDS)
-    return ProxyError(
-        code, f"{detail}: {said}" if said else detail, retry_after_seconds=retry_after, upstream_status=status
-    )
-
-
-def _code_of_status(status: int) -> str:
-    if status in (401, 429):
-        return "token_dead" if status == 401 else "rate_limited"
-    return "service_refused" if 400 <= status < 500 else "service_failed"
-
-
-_QUOTA_SECONDS: Final = 1800
-_CODES: Final[Mapping[str, str]] = {  # by classic's `error_type` [ref] or connect's `code` [2+]
-    "auth.token.invalid": "token_dead",
-    "auth.account_abnormal": "service_refused",
-    "chat.user_stream_pushing": "answer_running",
-    "chat.anonymous_usage_exceeded": "quota_used_up",
-    "unauthenticated": "token_dead",
-    "resource_exhausted": "rate_limited",
-    "permission_denied": "service_refused",
-    "invalid_argument": "service_refused",
-    "failed_precondition": "service_refused",
-    "not_found": "service_refused",
-    "unavailable": "service_failed",
-    "internal": "service_failed",
-}
-# The HTTP status that an error has when it comes within a stream (Connect protocol, "Error Codes").
-_CONNECT_STATUSES: Final[Mapping[str, int]] = {"invalid_argument": 400, "not_found": 404, "unimplemented": 501}
-_REASON_CODES: Final[Mapping[str, str]] = {  # by a word of the reason [2+], [1]
+_CODES: Final = {  # by a word of classic's `error_type` [ref] or of a reason in connect [2+], [1]
+    "AUTH.TOKEN.INVALID": "token_dead",
+    "AUTH.ACCOUNT_ABNORMAL": "service_refused",
+    "USER_STREAM_PUSHING": "answer_running",
+    "USAGE_EXCEEDED": "quota_used_up",
     "OVERLOAD": "service_busy",
     "QUOTA": "quota_used_up",
     "INVALID_AUTH_TOKEN": "token_dead",
@@ -1343,6 +1142,40 @@ _REASON_CODES: Final[Mapping[str, str]] = {  # by a word of the reason [2+], [1]
     "FILE_MODERATION": "file_unreadable",
     "CAPTCHA": "service_refused",
 }
+_CONNECT_STATUSES: Final = (  # the HTTP status of each code (Connect protocol, "Error Codes")
+    {"invalid_argument": 400, "failed_precondition": 400, "unauthenticated": 401, "permission_denied": 403}
+    | {"not_found": 404, "resource_exhausted": 429, "internal": 500, "unimplemented": 501, "unavailable": 503}
+)
+
+
+def error_of_reply(
+    status: int, value: object, step: str, *, retry_after_seconds: int | None = None, words: str = ""
+) -> ProxyError:
+    """The failure that a reply or a frame means, by its HTTP `status` and JSON `value`, at `step`.
+
+    Classic tells `{error_type, message}` [ref], connect `{code, message, details}`, bare or as `error` [2+]. A known
+    reason decides, else connect's code, else the HTTP status. `words` stand in where `value` has none.
+    """
+    error = dig(value, "error") if isinstance(dig(value, "error"), dict) else value
+    name = dig_word(value, "error_type") or dig_word(error, "code")
+    status = _CONNECT_STATUSES.get(name, status)
+    parts = [error, *(dig(part, "debug") for part in [error, *dig_list(error, "details")])]
+    reasons = [dig_word(part, "reason") for part in parts]
+    said = [dig_word(part, *path) for path in (("message",), ("localizedMessage", "message")) for part in parts]
+    said = [word for word in dict.fromkeys(said + reasons) if word] or [words]
+    reason = " ".join([name, *reasons]).upper()
+    if "CAPTCHA" in reason:
+        said.append("open Kimi in a browser once, and solve its captcha")
+    by_status = "service_refused" if 400 <= status < 500 else "service_failed"
+    by_status = {401: "token_dead", 429: "rate_limited"}.get(status, by_status)
+    code = next((code for word, code in _CODES.items() if word in reason), by_status)
+    if FAILURES[code].status != 429 and status != 503:
+        retry_after_seconds = None
+    if code == "quota_used_up":
+        retry_after_seconds = max(retry_after_seconds or 0, 1800)
+    head = ", ".join(filter(None, (f"{step}: HTTP {status}", quote_words(name))))
+    detail = ": ".join(filter(None, (head, quote_words(", ".join(said)))))
+    return ProxyError(code, detail, retry_after_seconds=retry_after_seconds, upstream_status=status)
 
 
 # ==== 8. Tools ==============================================================

@@ -693,7 +693,6 @@ CONNECT_SHAPES: Final[dict[str, Callable[[Pieces], Pieces]]] = {
     "limit-late": lambda pieces: [*pieces[:-2], make_envelope(connect_error("resource_exhausted", "late"), 2)],
     "dead-late": lambda pieces: [*pieces[:-2], make_envelope(connect_error("unauthenticated", "late"), 2)],
     "end-flag-80": lambda pieces: [*pieces[:-1], make_envelope({}, 0x80)],
-    "compressed": lambda pieces: [_compress(piece) for piece in pieces],
     "huge-line": lambda pieces: [*pieces[:-1], b"\0\x05\0\0\0", *[b"x" * 65_536] * 64, pieces[-1]],
     "set-twice": lambda pieces: [
         *pieces[:-2],
@@ -713,11 +712,6 @@ CONNECT_SHAPES: Final[dict[str, Callable[[Pieces], Pieces]]] = {
     "block-error": lambda pieces: [*pieces[:-2], make_envelope({"block": {"error": {"reason": "X"}}}), *pieces[-2:]],
     "steady": lambda pieces: pieces,
 }
-
-
-def _compress(envelope: bytes) -> bytes:
-    payload = gzip.compress(envelope[5:])
-    return bytes([envelope[0] | 1]) + struct.pack(">I", len(payload)) + payload
 
 
 def connect_error(code: str, message: str, reason: str = "REASON_X") -> dict[str, Any]:
@@ -1596,7 +1590,7 @@ class Simulator:
             number += 1
             if chat_id and not account.conversations[chat_id].told:
                 written += piece
-                account.conversations[chat_id].told = chat_id.encode() in written or order.has("compressed")
+                account.conversations[chat_id].told = chat_id.encode() in written
                 self._changed.set()
             if pace:
                 due += pace

@@ -28,7 +28,6 @@ from kimi_proxy import (
     SSEParser,
     Text,
     Thinking,
-    error_of_connect,
     error_of_reply,
     join_surrogates,
 )
@@ -353,7 +352,8 @@ CONNECT_ANSWERS: dict[str, tuple[list[Any], list[Event]]] = {
         ],
     ),
     "hits of a search by append": (
-        [OPENING, tool([page(None)]), tool([page(None, "https://2.cd")], "append"), block("text", "a"), DONE_1],
+        [OPENING, tool([page(None)]), block("tool", {"status": "STATUS_RUNNING"}, "set", "t")]
+        + [tool([page(None, "https://2.cd")], "append"), block("text", "a"), DONE_1],
         [
             OPENED,
             hit("tools://web_search:3#0"),
@@ -513,8 +513,8 @@ REASONS = {
 def test_a_reason_tells_the_failure_wherever_it_stands(reason: str) -> None:
     debug = {"reason": reason, "localizedMessage": {"message": "请稍后"}}
     for error in (
-        error_of_connect(429, {"code": "resource_exhausted", "details": [{"debug": debug}]}, "asking"),
-        error_of_connect(200, {"code": "resource_exhausted", "debug": debug}, "asking"),
+        error_of_reply(429, {"code": "resource_exhausted", "details": [{"debug": debug}]}, "asking"),
+        error_of_reply(200, {"code": "resource_exhausted", "debug": debug}, "asking"),
     ):
         assert (error.code, error.retry_after_seconds) == REASONS[reason]
         assert "请稍后" in error.message and ("captcha" in error.message) is ("CAPTCHA" in reason)
@@ -539,7 +539,7 @@ def test_exceptions_and_errors_of_blocks_are_failures(part: dict[str, Any]) -> N
 def test_a_quota_waits_as_long_as_the_service_says_and_half_an_hour_at_least() -> None:
     error = {"code": "resource_exhausted", "reason": "QUOTA_EXCEEDED_WINDOW_5H"}
     for said, wait in ((None, 1800), (60, 1800), (7200, 7200)):
-        assert error_of_connect(429, error, "asking", retry_after_seconds=said).retry_after_seconds == wait
+        assert error_of_reply(429, error, "asking", retry_after_seconds=said).retry_after_seconds == wait
 
 
 @pytest.mark.parametrize("error", [{"code": "unknown", "message": "m"}, {"message": "m"}, {"code": "tomorrow"}])
@@ -549,7 +549,6 @@ def test_a_quota_waits_as_long_as_the_service_says_and_half_an_hour_at_least() -
 )
 def test_where_the_code_says_nothing_the_status_does(error: dict[str, Any], status: int, code: str, wait: int) -> None:
     for failure in (
-        error_of_connect(status, error, "asking", retry_after_seconds=7),
         error_of_reply(status, {"error": error}, "asking", retry_after_seconds=7),
         error_of_reply(status, error, "asking", retry_after_seconds=7),
     ):
@@ -558,10 +557,10 @@ def test_where_the_code_says_nothing_the_status_does(error: dict[str, Any], stat
 
 def test_what_is_not_known_is_named() -> None:
     answering = ConnectAnswer()
-    values: list[Any] = [{"op": "merge", "tomorrow": 1}, {"block": {"new": {}}}]
+    values: list[Any] = [{"op": "set", "tomorrow": 1}, {"block": {"new": {}}}]
     for value in values * 2:
         answering.feed(Envelope(0, json.dumps(value).encode()))
-    assert answering.unknown_fields == [("operation", "merge"), ("message", "tomorrow"), ("block", "new")]
+    assert answering.unknown_fields == {("message", "tomorrow"), ("block", "new")}
 
 
 CODES = {
@@ -580,58 +579,19 @@ CODES = {
 def test_every_connect_code_is_a_failure_with_the_services_words(code: str) -> None:
     debug = {"reason": "REASON_X", "localizedMessage": {"message": "出错了"}}
     value = {"code": code, "message": "said", "details": [{"debug": debug}, None, {"debug": 1}]}
-    for error in (error_of_connect(400, value, "asking"), error_of_reply(400, {"error": value}, "asking")):
+    for error in (error_of_reply(400, value, "asking"), error_of_reply(400, {"error": value}, "asking")):
         assert error.code == CODES[code]
         assert all(word in error.message for word in ("asking", "said", "REASON_X", "出错了", code))
     assert error_of_reply(403, value, "asking").code == CODES[code]
 
 
+KEYS = ["op", "chat", "id", "message", "refs", "searchChunks", "block", "text", "think", "content", "tool", "base"]
+KEYS += ["contents", "multiStage", "stages", "name", "exception", "error", "code", "done", "url", "searchResult"]
+KEYS += ["webOpenUrl", "ref", "search", "status", "toolCallId", "messageId", "role", "notification", "type"]
+WORDS = ["set", "append", "a", "web_search:1#1", "STAGE_NAME_THINKING"]
 JSON = st.recursive(
-    st.none() | st.integers(-2, 2) | st.sampled_from(["set", "append", "a", "web_search:1#1", "STAGE_NAME_THINKING"]),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(
-                [
-                    "op",
-                    "chat",
-                    "id",
-                    "message",
-                    "refs",
-                    "searchChunks",
-                    "block",
-                    "text",
-                    "think",
-                    "content",
-                    "tool",
-                    "base",
-                ]
-                + [
-                    "contents",
-                    "multiStage",
-                    "stages",
-                    "name",
-                    "exception",
-                    "error",
-                    "code",
-                    "done",
-                    "url",
-                    "searchResult",
-                    "webOpenUrl",
-                    "ref",
-                    "search",
-                    "status",
-                    "toolCallId",
-                    "messageId",
-                    "role",
-                    "notification",
-                    "type",
-                ]
-            ),
-            inner,
-            max_size=4,
-        )
-    ),
+    st.none() | st.integers(-2, 2) | st.sampled_from(WORDS),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
     max_leaves=25,
 )
 

@@ -206,7 +206,7 @@ async def test_answers_are_shown_as_promised(
 @pytest.mark.parametrize(
     ("dialect", "shape"),
     [("classic", shape) for shape in ("cut-characters", "one-piece", "crlf", "cr", "comments", "bom")]
-    + [("connect", shape) for shape in ("cut-characters", "one-piece", "compressed", "end-flag-80", "set-twice")],
+    + [("connect", shape) for shape in ("cut-characters", "one-piece", "end-flag-80", "set-twice")],
 )
 @pytest.mark.parametrize("script", ["hello", "search", "surrogate"])
 async def test_the_cut_of_the_bytes_changes_nothing(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import gzip
 import json
 import re
 from itertools import pairwise
@@ -19,7 +18,6 @@ from kimi_proxy import (
     SSEParser,
     WireError,
     decode_base64,
-    decompress_gzip,
     encode_envelope,
     encode_json,
     encode_sse,
@@ -182,20 +180,8 @@ def test_a_whole_surrogate_pair_is_a_character() -> None:
     assert parse_json(b'"\\ud83d\\udc4d"') == "👍"
 
 
-ESCAPES = [
-    "a",
-    "你",
-    "👍",
-    "\\n",
-    "\\\\",
-    "\\u0041",
-    "\\ud7ff",
-    "\\uE000",
-    "\\ud83d\\udc4d",
-    "\\uD83D\\uDC4D",
-    "\\ud83d",
-    "\\uDC4D",
-]
+ESCAPES = ["a", "你", "👍", "\\n", "\\\\", "\\u0041", "\\ud7ff", "\\uE000"]
+ESCAPES += ["\\ud83d\\udc4d", "\\uD83D\\uDC4D", "\\ud83d", "\\uDC4D"]
 
 
 @given(st.lists(st.sampled_from(ESCAPES), max_size=12).map("".join))
@@ -260,23 +246,15 @@ def test_any_bytes_are_envelopes_or_a_wire_error_however_cut(data: bytes, draw: 
     assert parse([data]) == parse([data[:cut], data[cut:]]) == parse([data[at : at + 1] for at in range(len(data))])
 
 
-@pytest.mark.parametrize("flags", [1, 3, 0x81])
-def test_a_compressed_envelope_is_decompressed(flags: int) -> None:
-    (envelope,) = EnvelopeParser().feed(encode_envelope(gzip.compress(b'{"a":1}'), flags))
-    assert envelope.payload == b'{"a":1}' and envelope.end_stream is (flags != 1)
-
-
 @pytest.mark.parametrize(
     "data",
     [
-        encode_envelope(b"no gzip", 1),
-        encode_envelope(gzip.compress(b"x" * 5000, mtime=0), 1),
-        encode_envelope(gzip.compress(b"xy", mtime=0)[:-4], 1),
+        encode_envelope(b"compressed", 1),
         b"\0\xff\xff\xff\xff",
         encode_envelope(b"x" * 1001),
     ],
 )
-def test_an_envelope_that_cannot_be_opened_or_is_too_large_raises_after_those_before_it(data: bytes) -> None:
+def test_a_compressed_or_too_large_envelope_raises_after_those_before_it(data: bytes) -> None:
     envelopes = EnvelopeParser(limit_bytes=1000).feed(encode_envelope(b"a") + data)
     assert next(envelopes) == Envelope(0, b"a")
     with pytest.raises(WireError):
@@ -294,12 +272,6 @@ def test_a_large_envelope_in_small_pieces_costs_no_more_than_its_length() -> Non
     data = encode_envelope(b"x" * 3_000_000)
     parser = EnvelopeParser()
     assert sum(len(list(parser.feed(data[at : at + 100]))) for at in range(0, len(data), 100)) == 1
-
-
-def test_decompression_stops_at_the_limit() -> None:
-    assert decompress_gzip(gzip.compress(b"a" * 100), 100) == b"a" * 100
-    with pytest.raises(WireError):
-        decompress_gzip(gzip.compress(b"a" * 101), 100)
 
 
 def test_envelopes_show_no_content() -> None:
@@ -326,30 +298,15 @@ def test_base64_in_any_spelling_gives_its_bytes(tail: bytes, blocks: int, spelli
     assert all(len(piece) <= 65_536 for piece in pieces)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "A",
-        "AAAAA",
-        "A===",
-        "QQ=",
-        "QQ===",
-        "QQ==QUJD",
-        "Q=Q=",
-        "====",
-        "AAA!",
-        "文字",
-        "%41",
-        "=" * 200_000,
-        "A" * 65_536 + "=",
-        "A" * 65_534 + "==" + "A" * 4,
-        "A" * 65_534 + "==" + "=",
-        "\0" * 4,
-    ],
-)
+def test_padding_may_be_short_or_long() -> None:
+    assert [b"".join(decode_base64(text)) for text in ("QQ", "QQ=", "QQ==", "QQ===\n")] == [b"A"] * 4
+
+
+SHORT_BASE64 = ["A", "AAAAA", "A===", "QQ==QUJD", "Q=Q=", "AAA!", "文字", "%41", "\0" * 4]
+LONG_BASE64 = ["=" * 200_000, "A" * 65_533, "A" * 65_534 + "==" + "A" * 4]
+
+
+@pytest.mark.parametrize("text", SHORT_BASE64 + LONG_BASE64)
 def test_what_is_no_base64_is_refused(text: str) -> None:
-    if text == "QQ=":  # a short padding is mended
-        assert b"".join(decode_base64(text)) == b"A"
-        return
     with pytest.raises(WireError):
         list(decode_base64(text))
