@@ -6096,12 +6096,6 @@ class Exchange:
     abandoned: bool = False
     closed: asyncio.Event = field(default_factory=asyncio.Event)
 
-    @property
-    def may_be_left(self) -> bool:
-        """Whether Kimi may have a conversation whose id nobody knows: the connection was lost before it came."""
-        asked = self.stream is not None or (self.starting is not None and self.starting.cancelled())
-        return asked and not self.conversation_id and not (self.stream is not None and self.stream.answer.ended)
-
 
 class Candidates:
     """The accounts to ask, one after the other: the least busy, then the one unused for longest.
@@ -6134,7 +6128,7 @@ class Candidates:
 
     @property
     def failure(self) -> ProxyError:
-        """What to tell the client where every account was refused: a limit rather than a dead token."""
+        """What to tell the client where all were refused: a limit rather than a dead token."""
         return max(self._failures, key=lambda failure: failure.status)
 
     def choose(self) -> Account | None:
@@ -6283,7 +6277,9 @@ class Gateway:
             exchange.closed.set()
             if account is not None:
                 account.slots.release()
-        if exchange.may_be_left:
+        stream, starting = exchange.stream, exchange.starting
+        is_lost = not stream.answer.ended if stream is not None else starting is not None and starting.cancelled()
+        if is_lost and not exchange.conversation_id:
             self.metrics.count("kimi_proxy_removals_failed_total")
             logger.warning("! a conversation of account %s may be left: its id was not read", exchange.account.label)
         if exchange.conversation_id and not exchange.kept:
@@ -6594,16 +6590,13 @@ class LiveAnswer:
             account.slots.release()
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(frozen=True, slots=True)
 class KeptResponse:
-    """One answer of the Responses API that can be continued: its object, and what was said.
+    """One answer of the Responses API that can be continued; `size` is about how many characters it holds."""
 
-    `size` is about how many characters of memory that holds.
-    """
-
-    owner: bytes
-    response: Mapping[str, Any]
-    messages: tuple[Message, ...]
+    owner: bytes = field(repr=False)
+    response: Mapping[str, Any] = field(repr=False)
+    messages: tuple[Message, ...] = field(repr=False)
     size: int
 
 
@@ -6624,7 +6617,7 @@ class KeptResponses:
         self._kept[response_id] = kept
         self._characters += kept.size
         while len(self._kept) > self.MAX_RESPONSES or self._characters > self.MAX_CHARACTERS:
-            self._drop(next(iter(self._kept)))
+            self.forget(next(iter(self._kept)))
 
     def find(self, response_id: str, accounts: Sequence[Account]) -> KeptResponse | None:
         """What is kept of a response of one of `accounts`; None for a stranger's too."""
@@ -6639,9 +6632,6 @@ class KeptResponses:
 
     def forget(self, response_id: str) -> None:
         """Forget a response that was found."""
-        self._drop(response_id)
-
-    def _drop(self, response_id: str) -> None:
         self._characters -= self._kept.pop(response_id).size
 
 
