@@ -796,7 +796,6 @@ ORIGIN_FAULTS: Final[dict[str, str]] = {
     "cut": "the connection reset in the middle",
     "close": "the connection closed in the middle, in an orderly way",
     "cut-chunk": "a broken chunk in the middle",
-    "long": "more bytes than the head promises",
     "endless": "a chunked body without end",
     "after-storage": "the second half comes when the storage has bytes of the first",
     "no-http": "an answer that is no HTTP",
@@ -1420,8 +1419,6 @@ class Simulator:
             response.content_length = size
         await response.prepare(request)
         await self._send_pieces(request, response, pieces, size, order)
-        if "long" in order and request.transport is not None:
-            request.transport.write(b"more" * 1000)
         await response.write_eof()
         return response
 

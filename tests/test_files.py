@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import errno
-import gzip
 import io
 import ipaddress
 import json
 import socket
-import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -23,18 +21,11 @@ from conftest import LogRecorder, StartProxy, bearer, wait_until_nothing_is_spoo
 from kimi_simulator import Account, File, Simulator, digest_content, make_content
 
 import kimi_proxy
-from kimi_proxy import (
-    AddressGuard,
-    Metrics,
-    OpenFile,
-    ProxyError,
-    Uploads,
-    check_file_url,
-    classify_address,
-    name_file,
-)
+from kimi_proxy import AddressGuard, Metrics, OpenFile, ProxyError, check_file_url, classify_address, name_file
 
 CHAT = "/v1/chat/completions"
+TEXT = "data:text/plain;base64,"
+WEBP = "data:image/webp;base64,"
 DOCX = "application/vnd.openxmlformats-officedocument.wordprocessingml.document"
 
 
@@ -83,65 +74,43 @@ def test_each_address_has_its_verdict() -> None:
     assert classify_address("") == "unreadable"
 
 
-GOOD_URLS = [
-    "http://example.com",
-    "https://example.com/a b/文.pdf?x=1#y",
-    "HTTPS://EXAMPLE.com:8443/",
-    "http://example.com:9000/bucket",
-    "  https://例子.中国/文件.pdf\n",
-    "http://[2606:4700::1111]/",
-    "http://example.com/a@b:c",
-]
+GOOD_URLS = """
+http://example.com
+https://example.com/a b/文.pdf?x=1#y
+HTTPS://EXAMPLE.com:8443/
+http://example.com:9000/bucket
+https://例子.中国/文件.pdf
+http://[2606:4700::1111]/
+http://example.com/a@b:c
+"""
+BAD_URLS = """
+x
+http:127.0.0.1/
+http://
+http://?x
+http://#@a
+data:text/plain,hi
+javascript:alert(1)
+http://:x@example.com/
+http://127.0.0.1\\@example.com/
+http://exa\tmple.com/
+http://example.com/\rx
+http://example.com/\0x
+http://example.com:25/
+http://example.com:6667/
+http://example.com:-1/
+http://[::1/
+http://\ud800.com/
+http://ⓛ-[][@#
+"""
+LONG_URLS = ["http://example.com/" + "x" * 9000, "http://" + "ﷺ" * 256 + "/", "http://" + "a." * 200 + "com/"]
 
 
-@pytest.mark.parametrize("text", GOOD_URLS)
-def test_good_urls_pass(text: str) -> None:
-    assert check_file_url(text).scheme in ("http", "https")
+def test_good_urls_pass() -> None:
+    assert {check_file_url(f" {text}\n").scheme for text in GOOD_URLS.split("\n")[1:-1]} == {"http", "https"}
 
 
-BAD_URLS = [
-    "",
-    "x",
-    "//127.0.0.1/",
-    "http:///127.0.0.1/",
-    "http:127.0.0.1/",
-    "http://",
-    "http://?x",
-    "http://#@a",
-    "file:///etc/passwd",
-    "ftp://example.com/x",
-    "gopher://example.com/_x",
-    "dict://example.com/",
-    "unix:/run/x.sock",
-    "jar:http://example.com/x!/",
-    "ws://example.com/",
-    "wss://example.com/",
-    "tcp://127.0.0.1:80",
-    "data:text/plain,hi",
-    "javascript:alert(1)",
-    "http://a@example.com/",
-    "http://a:80@example.com/",
-    "http://:x@example.com/",
-    "http://127.0.0.1\\@example.com/",
-    "http://exa\tmple.com/",
-    "http://example.com/\r\nHost: x",
-    "http://example.com/\0",
-    "http://example.com:0/",
-    "http://example.com:22/",
-    "http://example.com:25/",
-    "http://example.com:6667/",
-    "http://example.com:99999/",
-    "http://example.com:-1/",
-    "http://[::1/",
-    "http://example.com/" + "x" * 9000,
-    "http://\ud800.com/",
-    "http://" + "ﷺ" * 256 + "/",
-    "http://" + "a." * 200 + "com/",
-    "http://ⓛ-[][@#",
-]
-
-
-@pytest.mark.parametrize("text", BAD_URLS)
+@pytest.mark.parametrize("text", ["", *BAD_URLS.split("\n")[1:-1], *LONG_URLS])
 def test_bad_urls_are_refused_before_any_name_is_looked_up(text: str) -> None:
     with pytest.raises(ProxyError) as caught:
         check_file_url(text)
@@ -228,6 +197,10 @@ def data_url(content: bytes, head: str = "data:application/pdf;base64,") -> str:
     return head + base64.b64encode(content).decode()
 
 
+def openai_part(data: str, name: str) -> dict[str, Any]:
+    return {"type": "file", "file": {"file_data": data, "filename": name}}
+
+
 async def ask(url: str, token: str, *parts: Any, text: str = "文档里说了什么?", **fields: Any) -> tuple[int, Any]:
     """A whole answer about files: status and JSON."""
     content = [*parts, {"type": "text", "text": text}]
@@ -274,7 +247,6 @@ ORIGINS = {
     "gzip": ("100000+gzip/test.pdf", "test.pdf", "application/pdf"),
     "deflate": ("100000+deflate/test.pdf", "test.pdf", "application/pdf"),
     "five redirects": ("100000+redirect=5/test.pdf", "test.pdf", "application/pdf"),
-    "slow": ("200000+slow=0.05/test.pdf", "test.pdf", "application/pdf"),
     "typed": ("100+type=image.png/x", "x.png", "image/png"),
     "query": ("100/a%20b%E6%96%87.pdf?x=1&y=.exe", "a b文.pdf", "application/pdf"),
     "disposition": ("100+disposition=%25E6%2596%2587.docx/download", "文.docx", DOCX),
@@ -298,40 +270,17 @@ async def test_a_file_by_url_arrives_byte_for_byte(simulator: Simulator, open_pr
 
 
 CONTENT = b"".join(make_content(50_000))
+ENCODED = base64.b64encode(CONTENT).decode()
 INLINE: dict[str, tuple[Any, str, str]] = {
     "data url": (file_part(data_url(CONTENT)), "file.pdf", "application/pdf"),
     "image": (image_part(data_url(CONTENT, "data:image/png;base64,")), "image.png", "image/png"),
-    "image as a string": (
-        {"type": "image_url", "image_url": data_url(CONTENT, "data:image/webp;base64,")},
-        "image.webp",
-        "image/webp",
-    ),
-    "openai's file": (
-        {"type": "file", "file": {"file_data": data_url(CONTENT), "filename": "年报.pdf"}},
-        "年报.pdf",
-        "application/pdf",
-    ),
-    "bare base64": (
-        {"type": "file", "file": {"file_data": base64.b64encode(CONTENT).decode(), "filename": "a.csv"}},
-        "a.csv",
-        "text/csv",
-    ),
-    "named in the url": (
-        file_part(data_url(CONTENT, "data:text/plain;name=%E6%96%87.md;charset=utf-8;base64,")),
-        "文.md",
-        "text/plain",
-    ),
-    "wrapped lines": (file_part("data:text/plain;base64," + base64.encodebytes(CONTENT).decode()), "file.txt", ""),
-    "url alphabet": (
-        file_part("data:text/plain;base64," + base64.urlsafe_b64encode(CONTENT).decode().rstrip("=")),
-        "file.txt",
-        "",
-    ),
-    "percent signs": (
-        file_part("data:text/plain;base64," + base64.b64encode(CONTENT).decode().replace("+", "%2B")),
-        "file.txt",
-        "",
-    ),
+    "image as a string": ({"type": "image_url", "image_url": WEBP + ENCODED}, "image.webp", "image/webp"),
+    "openai's file": (openai_part(data_url(CONTENT), "年报.pdf"), "年报.pdf", "application/pdf"),
+    "bare base64": (openai_part(ENCODED, "a.csv"), "a.csv", "text/csv"),
+    "named": (file_part(f"data:text/plain;name=%E6%96%87.md;charset=utf-8;base64,{ENCODED}"), "文.md", "text/plain"),
+    "wrapped lines": (file_part(TEXT + base64.encodebytes(CONTENT).decode()), "file.txt", "text/plain"),
+    "url alphabet": (file_part(TEXT + ENCODED.translate({43: "-", 47: "_", 61: None})), "file.txt", "text/plain"),
+    "percent signs": (file_part(TEXT + ENCODED.replace("+", "%2B")), "file.txt", "text/plain"),
 }
 
 
@@ -344,59 +293,39 @@ async def test_an_inline_file_arrives_byte_for_byte(simulator: Simulator, open_p
     assert status == 200, answer
     (file,) = files_of(await simulator.settle(token))
     assert (file.size, file.sha256) == (50_000, digest_content(50_000))
-    assert (file.name, file.content_type) == (file_name, content_type or "text/plain")
+    assert (file.name, file.content_type) == (file_name, content_type)
 
 
 @both_protocols
-async def test_the_references_two_bodies_work_as_they_are(
-    simulator: Simulator, open_proxy: str, http: aiohttp.ClientSession, dialect: str
+@pytest.mark.parametrize(
+    ("type", "field", "name"), [("file", "file_url", "a.pdf"), ("image_url", "image_url", "a.png")]
+)
+async def test_the_references_bodies_work_as_they_are(
+    simulator: Simulator, open_proxy: str, dialect: str, type: str, field: str, name: str
 ) -> None:
-    for kind, name, question in (
-        ("file_url", "test.pdf", "文档里说了什么?"),
-        ("image_url", "normal-dark.png", "图像描述了什么?"),
-    ):
-        part_type = "file" if kind == "file_url" else kind
-        part = {"type": part_type, kind: {"url": f"{simulator.origin_url}/3000/{name}"}}
-        content = [part, {"type": "text", "text": question}]
-        body = {"messages": [{"role": "user", "content": content}], "use_search": False}
-        token = simulator.token("read")
-        async with http.post(open_proxy + CHAT, json=body, headers=bearer(token)) as response:
-            answer = await response.json()
-        assert name in answer["choices"][0]["message"]["content"]
-        account = await simulator.settle(token)
-        steps = [call.step for call in account.calls if call.step not in ("refresh", "models")]
-        if dialect == "classic":
-            assert steps == ["sign", "store", "register", "parse", "open", "ask", "remove"]
-            action = "file" if kind == "file_url" else "image"
-            assert account.calls[1].body == {"action": action, "name": name}
-            assert account.asked[0]["use_search"] is False
-        else:
-            assert steps == ["upload", "progress", "ask", "remove"]
-
-
-async def test_files_keep_the_order_of_the_messages(simulator: Simulator, open_proxy: str) -> None:
     token = simulator.token("read")
-    parts = [file_part(f"{simulator.origin_url}/{100 + at}+slow={0.05 * (5 - at)}/{at}.pdf") for at in range(5)]
+    part = {"type": type, field: {"url": f"{simulator.origin_url}/3000/{name}"}}
+    _, answer = await ask(open_proxy, token, part, use_search=False)
+    assert name in answer["choices"][0]["message"]["content"]
+    account = await simulator.settle(token)
+    steps = [call.step for call in account.calls if call.step not in ("refresh", "models")]
+    if dialect == "classic":
+        assert steps == ["sign", "store", "register", "parse", "open", "ask", "remove"]
+        assert account.calls[1].body == {"action": type.removesuffix("_url"), "name": name}
+    else:
+        assert steps == ["upload", "progress", "ask", "remove"]
+
+
+async def test_files_keep_the_order_of_the_messages_and_come_four_at_once(
+    simulator: Simulator, open_proxy: str
+) -> None:
+    token = simulator.token("read")
+    parts = [file_part(f"{simulator.origin_url}/{100 + at}+slow={0.05 * (9 - at)}/{at}.pdf") for at in range(9)]
     messages = [{"role": "user", "content": parts[:2]}, {"role": "assistant", "content": "ok"}]
     messages.append({"role": "user", "content": [*parts[2:], {"type": "text", "text": "?"}]})
-    status, _ = await ask(open_proxy, token, messages=messages)
-    assert status == 200
+    assert (await ask(open_proxy, token, messages=messages))[0] == 200
     names = [file.name for file in files_of(await simulator.settle(token))]
-    assert names == [f"{at}.pdf" for at in range(5)]
-
-
-async def test_four_files_of_a_request_are_on_their_way_at_once(simulator: Simulator, open_proxy: str) -> None:
-    token = simulator.token("read")
-    parts = [file_part(f"{simulator.origin_url}/100000+slow=0.05/{at}.pdf") for at in range(9)]
-    assert (await ask(open_proxy, token, *parts))[0] == 200
-    assert len(refs_of(simulator.account(token))) == 9
-    assert simulator.origins_most == 4
-
-
-async def test_more_than_twenty_files_are_refused(simulator: Simulator, open_proxy: str) -> None:
-    status, answer = await ask(open_proxy, simulator.token("read"), *[file_part(f"http://h/{at}") for at in range(21)])
-    assert (status, answer["error"]["param"]) == (400, "messages")
-    assert "20" in answer["error"]["message"]
+    assert names == [f"{at}.pdf" for at in range(9)] and simulator.origins_most == 4
 
 
 @both_protocols
@@ -424,16 +353,6 @@ async def test_a_file_is_known_again_for_an_hour(
         advance(seconds)
         assert (await ask(open_proxy, token, part))[0] == 200
         assert len(simulator.fetches) == fetches
-
-
-async def test_of_many_files_the_newest_are_known_again(
-    simulator: Simulator, open_proxy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Uploads, "MAX_KEPT", 2)
-    token = simulator.token("read")
-    for name in ("a", "b", "c", "c", "b", "a"):
-        assert (await ask(open_proxy, token, file_part(f"{simulator.origin_url}/100/{name}.pdf")))[0] == 200
-    assert simulator.fetches == [f"/100/{name}.pdf" for name in ("a", "b", "c", "a")]
 
 
 async def test_the_same_file_asked_for_at_once_is_uploaded_once(simulator: Simulator, open_proxy: str) -> None:
@@ -484,53 +403,37 @@ async def test_a_large_file_flows_it_is_not_held(simulator: Simulator, open_prox
     assert files_of(simulator.account(token))[0].sha256 == digest_content(2_000_000)
 
 
-Fault = tuple[str, int, str, int]
-# What an origin does → status, code, the reference's number.
-ORIGIN_FAULTS: dict[str, Fault] = {
-    "not found": ("100+status=404/a.pdf", 400, "file_url_invalid", -2003),
-    "forbidden": ("100+status=403/a.pdf", 400, "file_url_invalid", -2003),
-    "fails": ("100+status=500/a.pdf", 400, "file_url_invalid", -2003),
-    "partial": ("100+status=206/a.pdf", 400, "file_url_invalid", -2003),
-    "empty": ("0/a.pdf", 400, "file_url_invalid", -2003),
-    "empty without length": ("0+no-length/a.pdf", 400, "file_url_invalid", -2003),
-    "six redirects": ("100+redirect=6/a.pdf", 400, "file_url_invalid", -2003),
-    "unknown encoding": ("100+encoding=compress/a.pdf", 400, "file_url_invalid", -2003),
-    "two encodings": ("100+encoding=gzip,%20gzip/a.pdf", 400, "file_url_invalid", -2003),
-    "no http": ("100+no-http/a.pdf", 502, "file_broken", -2003),
-    "no answer": ("100+hang/a.pdf", 504, "file_silent", -2003),
-    "stalls": ("900000+stall/a.pdf", 504, "file_silent", -2003),
-    "stalls without length": ("900000+stall+no-length/a.pdf", 504, "file_silent", -2003),
-    "reset": ("900000+cut/a.pdf", 502, "file_broken", -2003),
-    "reset without length": ("900000+cut+no-length/a.pdf", 502, "file_broken", -2003),
-    "closed": ("900000+close/a.pdf", 502, "file_broken", -2003),
-    "closed without length": ("900000+close+no-length/a.pdf", 502, "file_broken", -2003),
-    "broken chunk": ("900000+cut-chunk/a.pdf", 502, "file_broken", -2003),
-    "closed within gzip": ("900000+close+gzip/a.pdf", 502, "file_broken", -2003),
-    "too large by its head": ("2097153/a.pdf", 413, "file_too_large", -2004),
-    "too large without length": ("2097153+no-length/a.pdf", 413, "file_too_large", -2004),
-    "endless": ("1+endless/a.pdf", 413, "file_too_large", -2004),
-    "cut deflate in good order": ("900000+deflate+half+no-length/a.pdf", 502, "file_broken", -2003),
-    "zeros behind gzip": ("40+gzip+zeros-behind/a.pdf", 502, "file_broken", -2003),
-    "empty gzip members without end": ("40+gzip+members/a.pdf", 504, "file_silent", -2003),
-    "gzip bomb": ("5000000+zeros+gzip/a.pdf", 413, "file_too_large", -2004),
+# What clients are told → what an origin does.
+ORIGIN_FAULTS = {
+    (400, "file_url_invalid", -2003): """
+        100+status=404 100+status=403 100+status=500 100+status=206 0 0+no-length 100+redirect=6 100+encoding=compress
+        100+encoding=gzip,%20gzip
+    """,
+    (502, "file_broken", -2003): """
+        100+no-http 900000+cut 900000+cut+no-length 900000+close 900000+close+no-length 900000+cut-chunk
+        900000+close+gzip 900000+deflate+half+no-length 40+gzip+zeros-behind
+    """,
+    (504, "file_silent", -2003): "100+hang 900000+stall 900000+stall+no-length 40+gzip+members",
+    (413, "file_too_large", -2004): "2097153 2097153+no-length 1+endless 5000000+zeros+gzip",
 }
 
 
 @both_protocols
-@pytest.mark.parametrize("name", ORIGIN_FAULTS)
+@pytest.mark.parametrize(
+    ("order", "failure"), [(order, failure) for failure, text in ORIGIN_FAULTS.items() for order in text.split()]
+)
 async def test_what_an_origin_does_wrong_is_told_and_leaves_nothing(
-    simulator: Simulator, open_proxy: str, log_lines: LogRecorder, name: str
+    simulator: Simulator, open_proxy: str, log_lines: LogRecorder, order: str, failure: tuple[int, str, int]
 ) -> None:
-    path, status, code, number = ORIGIN_FAULTS[name]
     token = simulator.token("read")
-    seen, answer = await ask(open_proxy, token, file_part(f"{simulator.origin_url}/{path}"))
-    assert (seen, answer["error"]["code"], answer["code"]) == (status, code, number)
+    seen, answer = await ask(open_proxy, token, file_part(f"{simulator.origin_url}/{order}/a.pdf"))
+    assert (seen, answer["error"]["code"], answer["code"]) == failure
     assert answer["error"]["param"] == "messages[0].content[0].file_url.url"
     await nothing_was_asked(simulator, token)
     told = json.dumps(answer) + log_lines.text
     assert "a.pdf" not in told and simulator.origin_url not in told
-    if "status=" in path:
-        assert f"HTTP {path[11:14]}" in answer["error"]["message"]
+    if "status=" in order:
+        assert f"HTTP {order[11:14]}" in answer["error"]["message"]
 
 
 @pytest.mark.parametrize("order", ["900000+slow=0.1", "900000+slow=0.1+no-length"])
@@ -545,25 +448,15 @@ async def test_an_origin_that_never_rests_and_never_ends_meets_the_limit_of_the_
     await wait_until_nothing_is_spooled(tmp_path)
 
 
-async def test_an_origin_that_sends_more_than_it_promised_does_no_harm(simulator: Simulator, open_proxy: str) -> None:
-    """HTTP ends a body at its length. Where the rest comes at once, aiohttp sees that something is wrong."""
-    token = simulator.token("read")
-    status, _ = await ask(open_proxy, token, file_part(f"{simulator.origin_url}/1000+long/a.pdf"))
-    account = simulator.account(token)
-    assert (status == 502 and not account.conversations) or files_of(account)[0].sha256 == digest_content(1000)
-
-
-@pytest.mark.parametrize(("promised", "sent"), [(5, 3), (5, 2), (5, 4)])
-async def test_a_file_keeps_the_promise_of_its_length_or_fails(promised: int, sent: int) -> None:
-    pieces = [b"ab"] * sent
-
-    async def read() -> bytes:
-        return pieces.pop() if pieces else b""
-
-    file = OpenFile("file", "a", "text/plain", promised, read)
+@pytest.mark.parametrize("sent", [2, 3, 4])
+async def test_a_file_keeps_the_promise_of_its_length_or_fails(sent: int) -> None:
+    source = asyncio.StreamReader()
+    source.feed_data(b"ab" * sent)
+    source.feed_eof()
+    file = OpenFile("file", "a", "text/plain", 5, partial(source.read, 2))
     with pytest.raises(ProxyError) as caught:
         async for _ in file.read():
-            assert file.sent_bytes <= promised
+            assert file.sent_bytes <= 5
     assert caught.value.code == "file_broken" and file.failure is caught.value
 
 
@@ -741,52 +634,31 @@ async def test_a_conversation_that_goes_on_gets_the_files_of_its_last_message(
     assert [file.name for file in files_of(simulator.account(token))] == ["b.pdf"]
 
 
-async def test_a_full_disk_is_told(
-    simulator: Simulator, open_proxy: str, http: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Full(io.BytesIO):
-        def write(self, data: Any) -> int:
-            raise OSError(errno.ENOSPC, "full")
-
-    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Full())
-    token = simulator.token("read")
-    status, answer = await ask(open_proxy, token, file_part(f"{simulator.origin_url}/100+no-length/a.pdf"))
-    assert (status, answer["error"]["code"]) == (507, "spool_full")
-    assert "No space left" in answer["error"]["message"]
-    async with http.post(f"{open_proxy}/v1/files", data={"file": io.BytesIO(b"x")}, headers=bearer(token)) as response:
-        assert (response.status, (await response.json())["error"]["code"]) == (507, "spool_full")
-    await nothing_was_asked(simulator, token)
-
-
-BAD_PARTS: dict[str, tuple[Any, int, str, str]] = {
-    "no url": ({"type": "file", "file_url": {}}, 400, "invalid_request", "file_url.url"),
-    "no string": ({"type": "image_url", "image_url": {"url": 7}}, 400, "invalid_request", "image_url.url"),
-    "nothing": ({"type": "file"}, 400, "invalid_request", "file_data"),
-    "no object": ({"type": "file", "file": "x"}, 400, "invalid_request", "file"),
-    "not base64": (file_part("data:text/plain,hello"), 400, "invalid_request", "file_url.url"),
-    "no comma": (file_part("data:text/plain;base64"), 400, "invalid_request", "file_url.url"),
-    "bad base64": (file_part("data:text/plain;base64,!!!!"), 400, "invalid_request", "file_url.url"),
-    "half base64": (file_part("data:text/plain;base64,QUJDR"), 400, "invalid_request", "file_url.url"),
-    "percent signs without end": (
-        file_part("data:text/plain;base64," + "%" * 1_000_000),
-        400,
-        "invalid_request",
-        "file_url.url",
-    ),
-    "padding within": (file_part("data:text/plain;base64,QQ==QUJD"), 400, "invalid_request", "file_url.url"),
-    "empty": (file_part("data:text/plain;base64,"), 400, "invalid_request", "file_url.url"),
-    "too large": (file_part(data_url(bytes(2_097_153))), 413, "file_too_large", "file_url.url"),
-    "other scheme": (file_part("file:///etc/passwd"), 400, "file_url_invalid", "file_url.url"),
+BAD_PARTS: dict[str, tuple[Any, str]] = {
+    "no url": ({"type": "file", "file_url": {}}, "file_url.url"),
+    "no string": ({"type": "image_url", "image_url": {"url": 7}}, "image_url.url"),
+    "nothing": ({"type": "file"}, "file_data"),
+    "no object": ({"type": "file", "file": "x"}, "file"),
+    "not base64": (file_part("data:text/plain,hello"), "file_url.url"),
+    "no comma": (file_part("data:text/plain;base64"), "file_url.url"),
+    "bad base64": (file_part(TEXT + "!!!!"), "file_url.url"),
+    "half base64": (file_part(TEXT + "QUJDR"), "file_url.url"),
+    "percent signs without end": (file_part(TEXT + "%" * 1_000_000), "file_url.url"),
+    "padding within": (file_part(TEXT + "QQ==QUJD"), "file_url.url"),
+    "empty": (file_part(TEXT), "file_url.url"),
+    "too large": (file_part(data_url(bytes(2_097_153))), "file_url.url"),
+    "other scheme": (file_part("file:///etc/passwd"), "file_url.url"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_PARTS)
-async def test_a_bad_part_is_told_by_its_place(simulator: Simulator, open_proxy: str, name: str) -> None:
-    part, status, code, place = BAD_PARTS[name]
+async def test_a_bad_part_is_told_by_its_path(simulator: Simulator, open_proxy: str, name: str) -> None:
+    part, path = BAD_PARTS[name]
+    special = {"too large": (413, "file_too_large"), "other scheme": (400, "file_url_invalid")}
     token = simulator.token("read")
-    seen, answer = await ask(open_proxy, token, {"type": "text", "text": "a"}, part)
-    assert (seen, answer["error"]["code"]) == (status, code), answer
-    assert answer["error"]["param"] == f"messages[0].content[1].{place}"
+    status, answer = await ask(open_proxy, token, {"type": "text", "text": "a"}, part)
+    assert (status, answer["error"]["code"]) == special.get(name, (400, "invalid_request")), answer
+    assert answer["error"]["param"] == f"messages[0].content[1].{path}"
     await nothing_was_asked(simulator, token)
 
 
@@ -797,15 +669,6 @@ async def test_inline_files_have_a_limit_together(simulator: Simulator, open_pro
     bad = [file_part(data_url(bytes([at]) * 1_250_000)) for at in range(3)]
     status, answer = await ask(open_proxy, simulator.token("read"), *bad)
     assert (status, answer["error"]["code"]) == (413, "file_too_large")
-
-
-async def test_a_body_beyond_the_inline_limit_is_refused_by_its_length(simulator: Simulator, open_proxy: str) -> None:
-    part = file_part(data_url(bytes(5_000_000)))
-    try:
-        status, answer = await ask(open_proxy, simulator.token("read"), part)
-    except aiohttp.ClientConnectionError:
-        return  # closed while the body was still on its way
-    assert (status, answer["error"]["code"]) == (413, "body_too_large")
 
 
 # Hostile addresses, with the guard as it is by default. No packet leaves: what reaches the socket is counted.
@@ -824,7 +687,7 @@ def count_sockets(monkeypatch: pytest.MonkeyPatch) -> list[socket.socket]:
     return made
 
 
-HOSTILE_HOSTS = """
+HOSTILE = """
 127.0.0.1 127.1 2130706433 0x7f000001 0x7f.1 0x7f.0x0.0x0.0x1 017700000001 0177.0.0.1 127.0.0.1. 0 0.0.0.0
 localhost LOCALHOST. ⓛⓞⓒⓐⓛⓗⓞⓢⓣ 127。0。0。1 ①②⑦.⓪.⓪.① １２７.0.0.1 127.0.0.1%00 %31%32%37.0.0.1
 10.0.0.1 172.31.255.255 192.168.1.1 100.64.0.1 100.100.100.200
@@ -833,20 +696,10 @@ localhost LOCALHOST. ⓛⓞⓒⓐⓛⓗⓞⓢⓣ 127。0。0。1 ①②⑦.⓪.�
 [2002:7f00:1::] [2001:db8::1] [3fff::1] [5f00::1] [fd00:ec2::254] [fe80::1%25lo] [fec0::1] [ff02::1] [::ffff:7f00:1]
 a@127.0.0.1 a:80@127.0.0.1 127.0.0.1#@a 127.0.0.1\\@a
 127.0.0.1:22 127.0.0.1:0 127.0.0.1:99999 [::1]:80 [0:0:0:0:0:0:0:1]
+https://127.0.0.1/ ws://127.0.0.1/ tcp://127.0.0.1/ //127.0.0.1/ http:///127.0.0.1/ file:///etc/passwd ftp://127.0.0.1/
+gopher://127.0.0.1/ dict://127.0.0.1:11211/ unix:///run/docker.sock jar:http://127.0.0.1!/
 """
-HOSTILE_URLS = [f"http://{host}/x.pdf" for host in HOSTILE_HOSTS.split()] + [
-    "https://127.0.0.1/",
-    "ws://127.0.0.1/",
-    "tcp://127.0.0.1/",
-    "//127.0.0.1/",
-    "http:///127.0.0.1/",
-    "file:///etc/passwd",
-    "ftp://127.0.0.1/",
-    "gopher://127.0.0.1/",
-    "dict://127.0.0.1:11211/",
-    "unix:///run/docker.sock",
-    "jar:http://127.0.0.1!/",
-]
+HOSTILE_URLS = [one if "//" in one else f"http://{one}/x.pdf" for one in HOSTILE.split()]
 
 
 def forbid_name_servers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -959,15 +812,6 @@ async def test_the_environments_proxy_is_not_used_for_files(
     proxy = await start_proxy(allow_private_urls=True)
     token = simulator.token("read")
     assert (await ask(proxy, token, file_part(f"{simulator.origin_url}/100/a.pdf")))[0] == 200
-
-
-async def test_a_compressed_body_counts_by_what_it_becomes(
-    simulator: Simulator, open_proxy: str, http: aiohttp.ClientSession
-) -> None:
-    body = gzip.compress(json.dumps({"messages": [{"content": [file_part(data_url(bytes(9_000_000)))]}]}).encode())
-    headers = bearer(simulator.token("read")) | {"Content-Encoding": "gzip", "Content-Type": "application/json"}
-    async with http.post(open_proxy + CHAT, data=body, headers=headers) as response:
-        assert (response.status, (await response.json())["error"]["code"]) == (413, "body_too_large")
 
 
 @pytest.mark.parametrize("header", ['filename*0="a\'b"', "filename*=undefined''abc%41", "filename*=punycode''a-99%41"])
