@@ -8,7 +8,7 @@ import io
 import ipaddress
 import json
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -468,49 +468,40 @@ async def nothing_was_asked(simulator: Simulator, token: str) -> None:
     assert not account.conversations and account.count("open") == account.count("ask") == 0
 
 
-# What the service does wrong: the protocol it is tried in (either, where none is named) → its faults, status, code.
-UPLOAD_FAULTS: dict[str, tuple[str, tuple[str, ...], int, str]] = {
-    "storage refuses": ("classic", ("storage-status=403",), 502, "storage_failed"),
-    "storage fails": ("classic", ("storage-status=503",), 502, "storage_failed"),
-    "storage redirects": ("classic", ("storage-status=307",), 502, "storage_failed"),
-    "storage answers too early": ("", ("storage-early",), 502, "storage_failed"),
-    "storage stalls": ("", ("storage-stall",), 504, "storage_silent"),
-    "storage resets": ("", ("storage-reset",), 502, "storage_failed"),
-    "signing fails": ("classic", ("status=sign:500",), 502, "service_failed"),
-    "signing hangs": ("classic", ("silent=sign",), 504, "service_silent"),
-    "registering fails": ("classic", ("status=register:500",), 502, "service_failed"),
-    "reading fails": ("classic", ("status=parse:500",), 502, "service_failed"),
-    "reading hangs": ("classic", ("silent=parse",), 504, "service_silent"),
-    "upload limited": ("connect", ("status=upload:429", "retry-after=7"), 429, "rate_limited"),
-    "upload fails": ("connect", ("status=upload:500",), 502, "service_failed"),
-    "upload gives HTML": ("connect", ("wrong-type=upload",), 502, "service_failed"),
-    "dead token each time": ("connect", ("unauthorized-always=upload",), 401, "token_dead"),
-    "progress fails": ("connect", ("status=progress:500",), 502, "service_failed"),
-    "never read": ("connect", ("parse-slow=999",), 504, "service_silent"),
-    "cannot be read": ("connect", ("parse-fail",), 400, "file_unreadable"),
-    "cannot be read, classic": ("classic", ("parse-fail",), 502, "service_failed"),
+# Protocols, and what clients are told → what the service does wrong.
+UPLOAD_FAULTS = {
+    ("classic connect", 502, "storage_failed"): "storage-early storage-reset",
+    ("classic connect", 504, "storage_silent"): "storage-stall",
+    ("classic", 502, "storage_failed"): "storage-status=403 storage-status=503 storage-status=307",
+    ("classic", 502, "service_failed"): "status=sign:500 status=register:500 status=parse:500 parse-fail",
+    ("classic", 504, "service_silent"): "silent=sign silent=parse",
+    ("connect", 502, "service_failed"): "status=upload:500 wrong-type=upload status=progress:500",
+    ("connect", 504, "service_silent"): "parse-slow=999",
+    ("connect", 429, "rate_limited"): "status=upload:429",
+    ("connect", 401, "token_dead"): "unauthorized-always=upload",
+    ("connect", 400, "file_unreadable"): "parse-fail",
 }
-
-
-def in_protocols(faults: Mapping[str, tuple[Any, ...]]) -> list[tuple[str, str]]:
-    """Protocol and name of each of `faults`, which name the protocol first."""
-    return [(one, name) for name, (only, *_) in faults.items() for one in ([only] if only else ["classic", "connect"])]
-
-
 # Where the file comes from matters to its own way alone.
 UPLOADS = [
-    (dialect, name, source)
-    for dialect, name in in_protocols(UPLOAD_FAULTS)
-    for source in (("url", "spooled", "inline") if name.startswith("storage") else ("url",))
+    (dialect, fault, source, (status, code))
+    for (dialects, status, code), faults in UPLOAD_FAULTS.items()
+    for dialect in dialects.split()
+    for fault in faults.split()
+    for source in (("url", "spooled", "inline") if fault.startswith("storage") else ("url",))
 ]
 
 
 @pytest.mark.usefixtures("nothing_is_left")
-@pytest.mark.parametrize(("dialect", "name", "source"), UPLOADS)
+@pytest.mark.parametrize(("dialect", "fault", "source", "failure"), UPLOADS)
 async def test_what_the_service_does_wrong_with_a_file_is_told_and_leaves_nothing(
-    simulator: Simulator, start_proxy: StartProxy, log_lines: LogRecorder, tmp_path: Path, name: str, source: str
+    simulator: Simulator,
+    start_proxy: StartProxy,
+    log_lines: LogRecorder,
+    tmp_path: Path,
+    fault: str,
+    source: str,
+    failure: tuple[int, str],
 ) -> None:
-    _, faults, status, code = UPLOAD_FAULTS[name]
     proxy = await start_proxy(
         allow_private_urls=True,
         spool_dir=str(tmp_path),
@@ -519,13 +510,13 @@ async def test_what_the_service_does_wrong_with_a_file_is_told_and_leaves_nothin
         PARSE_SECONDS=1.0,
         max_inline_mb=9,
     )
-    size = 6_000_000 if name.startswith("storage") else 60_000  # more than the buffers of a connection hold
+    size = 6_000_000 if fault.startswith("storage") else 60_000  # more than the buffers of a connection hold
     content = b"".join(make_content(size))
     order = f"{size}+no-length" if source == "spooled" else f"{size}"
     part = file_part(data_url(content) if source == "inline" else f"{simulator.origin_url}/{order}/a.pdf")
-    token = simulator.token("read", *faults)
-    seen, answer = await ask(proxy, token, part)
-    assert (seen, answer["error"]["code"]) == (status, code), answer
+    token = simulator.token("read", fault)
+    status, answer = await ask(proxy, token, part)
+    assert (status, answer["error"]["code"]) == failure, answer
     await nothing_was_asked(simulator, token)
     await wait_until_nothing_is_spooled(tmp_path)
     assert "sign=" not in json.dumps(answer) + log_lines.text
@@ -533,21 +524,16 @@ async def test_what_the_service_does_wrong_with_a_file_is_told_and_leaves_nothin
     assert (await ask(proxy, simulator.token("read"), part))[0] == 200
 
 
-HELPED: dict[str, tuple[str, tuple[str, ...]]] = {
-    "pictures are files": ("classic", ("no-pictures",)),
-    "registered later": ("classic", ("register-slow=2",)),
-    "read as a stream": ("classic", ("parse-stream",)),
-    "dead token at signing": ("classic", ("unauthorized-once=sign",)),
-    "dead token at registering": ("classic", ("unauthorized-once=register",)),
-    "dead token at the upload": ("connect", ("unauthorized-once=upload",)),
-    "dead token afterwards": ("connect", ("unauthorized-once=progress",)),
-    "read later": ("connect", ("parse-slow=2",)),
-}
+HELPED = [
+    *[("classic", fault) for fault in ("no-pictures", "register-slow=2", "parse-stream")],
+    *[("classic", fault) for fault in ("unauthorized-once=sign", "unauthorized-once=register")],
+    *[("connect", fault) for fault in ("unauthorized-once=upload", "unauthorized-once=progress", "parse-slow=2")],
+]
 
 
-@pytest.mark.parametrize(("dialect", "name"), in_protocols(HELPED))
-async def test_what_can_be_helped_is_not_noticed(simulator: Simulator, open_proxy: str, name: str) -> None:
-    token = simulator.token("read", *HELPED[name][1])
+@pytest.mark.parametrize(("dialect", "fault"), HELPED)
+async def test_what_can_be_helped_is_not_noticed(simulator: Simulator, open_proxy: str, fault: str) -> None:
+    token = simulator.token("read", fault)
     parts = image_part(f"{simulator.origin_url}/70000/a.png"), image_part(data_url(CONTENT, "data:image/png;base64,"))
     status, answer = await ask(open_proxy, token, *parts)
     assert status == 200, answer
@@ -563,24 +549,23 @@ async def test_a_failed_file_cancels_the_others_of_its_request(simulator: Simula
 
 
 # What an origin and the service do when the client leaves; it leaves once the step was called that is named.
-LEAVING: dict[str, tuple[str, str, tuple[str, ...], str]] = {
-    "no head yet": ("", "900000+hang", (), "origin"),
-    "in the middle": ("", "900000+stall", (), "origin"),
-    "in the middle of a spooled file": ("", "900000+stall+no-length", (), "origin"),
-    "storage stalls": ("", "1900000", ("storage-stall",), "storage"),
-    "storage stalls with a spooled file": ("", "1900000+no-length", ("storage-stall",), "storage"),
-    "signing": ("classic", "100", ("silent=sign",), "sign"),
-    "registering": ("classic", "100", ("silent=register",), "register"),
-    "reading": ("classic", "100", ("silent=parse",), "parse"),
-    "progress": ("connect", "100", ("silent=progress",), "progress"),
-}
+LEAVING: list[tuple[str, str, list[str], str]] = [
+    ("classic", "900000+hang", [], "origin"),
+    ("classic", "900000+stall", [], "origin"),
+    ("classic", "900000+stall+no-length", [], "origin"),
+    ("classic", "1900000", ["storage-stall"], "storage"),
+    ("connect", "1900000+no-length", ["storage-stall"], "storage"),
+    ("classic", "100", ["silent=sign"], "sign"),
+    ("classic", "100", ["silent=register"], "register"),
+    ("classic", "100", ["silent=parse"], "parse"),
+    ("connect", "100", ["silent=progress"], "progress"),
+]
 
 
-@pytest.mark.parametrize(("dialect", "name"), in_protocols(LEAVING))
+@pytest.mark.parametrize(("dialect", "order", "faults", "step"), LEAVING)
 async def test_a_client_that_leaves_takes_its_transfers_with_it(
-    simulator: Simulator, open_proxy: str, name: str
+    simulator: Simulator, open_proxy: str, order: str, faults: list[str], step: str
 ) -> None:
-    _, order, faults, step = LEAVING[name]
     token = simulator.token("read", *faults)
     asking = asyncio.create_task(ask(open_proxy, token, file_part(f"{simulator.origin_url}/{order}/a.pdf")))
 
