@@ -31,7 +31,6 @@ import asyncio
 import base64
 import binascii
 import codecs
-import errno
 import gc
 import hashlib
 import hmac
@@ -65,6 +64,7 @@ from collections.abc import (
 )
 from contextlib import (
     AbstractAsyncContextManager,
+    ExitStack,
     asynccontextmanager,
     contextmanager,
     nullcontext,
@@ -72,7 +72,7 @@ from contextlib import (
 )
 from contextvars import ContextVar
 from dataclasses import Field, asdict, dataclass, field, fields, replace
-from functools import cached_property, partial
+from functools import partial
 from itertools import accumulate, cycle, groupby, islice
 from math import isfinite, nan
 from pathlib import Path
@@ -3810,8 +3810,8 @@ class Watchdog:
 #
 # One account is one refresh token as the client sends it. Its access token is fetched when needed, by one task of the
 # application under the account's lock, however many requests wait: no waiter that goes away can cancel it, and a
-# rotated token cannot get lost. The state directory keeps what has to outlive the process: the newest tokens, the
-# conversations that clients keep, and those that are open.
+# rotated token cannot get lost. What has to outlive the process is in the state directory: for each account a file with
+# its newest tokens and the conversations that its client keeps, for each process a list of those that are open.
 
 TOKEN_SECONDS: Final = 300.0  # the life of an access token that does not tell it [ref]
 MAX_ACCOUNTS: Final = 1000  # in memory; the one that is unused for longest is forgotten first
@@ -3819,23 +3819,19 @@ MAX_ACCOUNT_REQUESTS: Final = 64  # answers of one account at once
 QUEUE_SECONDS: Final = 60.0  # how long a request waits for its turn
 SERIALIZED_SECONDS: Final = 600.0  # how long an account answers one request at a time once Kimi asked for that
 LOCK_SECONDS: Final = 30.0  # how long one process waits for another that holds an account's state
-_REFUSAL_SECONDS: Final = 10.0  # programs repeat a 401 many times; the service is asked once in this time
+REFUSAL_SECONDS: Final = 10.0  # programs repeat a 401 many times; Kimi is asked once in this time
 _DAY_SECONDS: Final = 86_400
 
 
 @dataclass(frozen=True, slots=True)
 class TokenPair:
-    """What a refresh gives: an access token, and the refresh token to use from now on (empty: the same).
-
-    The rest is ours: the refresh token that gave them, which may still be good where the newest is not [open]; when
-    they came (Unix seconds), and how long the access token lives.
-    """
+    """What a refresh gives: an access token, and the refresh token to use from now on (empty: the same)."""
 
     access_token: str = field(repr=False)
     refresh_token: str = field(repr=False)
-    previous_refresh_token: str = field(default="", repr=False)
-    received: float = 0.0
-    life_seconds: float = 0.0
+    previous_refresh_token: str = field(default="", repr=False)  # gave them; may be good where the newest is not [open]
+    received: float = 0.0  # Unix seconds
+    life_seconds: float = 0.0  # of the access token
 
     @property
     def is_live(self) -> bool:
@@ -3843,37 +3839,23 @@ class TokenPair:
         return 0 <= time.time() - self.received < self.life_seconds
 
 
-_FIELDS: Final = tuple(
-    re.compile(rf"\b{name}[\"']?\s*[=:]\s*[\"']?([^\s\"',;}}]+)", re.IGNORECASE)
-    for name in ("refresh_?token", "kimi-auth", "access_?token")
-)
-_BEFORE: Final = re.compile(r"^[\"'`\s]*(?:authorization:\s*)?(?:bearer\s+)*[\"'`]*", re.IGNORECASE)
-_LOOKS: Final = (
-    (re.compile(r"https?://.*"), "a URL"),
-    (re.compile(r"sk-[\w-]{16,}"), "a key of Kimi's API platform, which is another service"),
-    (re.compile(r"\{.*", re.DOTALL), "JSON without a refresh_token"),
-    (re.compile(r"null|undefined|none|\[object Object\]|<.*>|\W*", re.IGNORECASE), "a placeholder"),
-    (re.compile(r".*;.*", re.DOTALL), "cookies without kimi-auth"),
-    (re.compile(r".*\s.*", re.DOTALL), "several words"),
-)
+_NO_TOKEN: Final = re.compile(r"(?is)https?://.*|sk-[\w-]{16,}|\{.*|null|undefined|none|\[object object\]|<.*>|\W*")
 
 
 def read_pasted_token(text: str) -> str:
-    """The token in what a user pasted: bare, quoted, behind `Bearer`, in a cookie or in JSON [2+].
-
-    Raises `ProxyError` `token_malformed`, which says what it looks like instead.
-    """
-    found = next(filter(None, (pattern.search(text) for pattern in _FIELDS)), None)
-    token = found[1] if found is not None else _BEFORE.sub("", text).rstrip("\"'` \t\r\n")
-    looks_like = next((words for pattern, words in _LOOKS if pattern.fullmatch(token)), "")
-    if not looks_like and TOKEN_SHAPE.fullmatch(token):
-        return token
-    words = f"this looks like {looks_like}" if looks_like else "it has characters that no token has"
-    raise ProxyError("token_malformed", words)
+    """The token in what a user pasted: bare, quoted, after `Bearer`, in a cookie or in JSON [2+]; else `ProxyError`."""
+    token = re.sub(r"(?i)^(?:[\"'`\s]|authorization:|bearer\s)+", "", text).rstrip("\"'` \t\r\n")
+    for name in ("access_?token", "kimi-auth", "refresh_?token"):  # the last one found counts
+        if found := re.search(rf"(?i)\b{name}[\"']?\s*[=:]\s*[\"']?([^\s\"',;}}]+)", text):
+            token = found[1]
+    if _NO_TOKEN.fullmatch(token) or not TOKEN_SHAPE.fullmatch(token):
+        words = "this looks like a URL, a key of Kimi's API platform, a placeholder, or cookies or JSON without a token"
+        raise ProxyError("token_malformed", words)
+    return token
 
 
 def read_pasted_tokens(text: str, separators: str = ",") -> tuple[str, ...]:
-    """The tokens in what a user pasted, each once; cookies and JSON hold one. Raises `ProxyError` `token_malformed`."""
+    """The tokens in what a user pasted, each once; cookies and JSON hold one. Raises `ProxyError`."""
     is_one = text.lstrip().startswith("{") or ";" in text
     words = [text] if is_one else re.split(f"[{separators}]+", re.sub(r"(?i)\bbearer\s+", "", text))
     return tuple(dict.fromkeys(read_pasted_token(word) for word in words if word.strip()))
@@ -3881,19 +3863,17 @@ def read_pasted_tokens(text: str, separators: str = ",") -> tuple[str, ...]:
 
 def read_claims(token: str) -> dict[str, Any]:
     """The claims of a JSON Web Token (RFC 7519), unverified; empty for any other token."""
-    parts = token.split(".")
-    if len(parts) != 3:
-        return {}
     try:
-        value: Any = parse_json(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4)))
+        _, payload, _ = token.split(".")
+        value: Any = parse_json(base64.urlsafe_b64decode(payload + "=="))
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
 
 
-def _read_time(claims: Mapping[str, Any], name: str) -> float | None:
+def _read_time(claims: Mapping[str, Any], name: str) -> float:
     value = claims.get(name)
-    return float(value) if isinstance(value, int | float) and abs(value) < 1e12 else None
+    return float(value) if isinstance(value, int | float) and abs(value) < 1e12 else 0.0
 
 
 def is_access_token(claims: Mapping[str, Any]) -> bool:
@@ -3913,8 +3893,8 @@ def region_of(claims: Mapping[str, Any]) -> str:
 class AnswerSlots:
     """The answers of one account that run here, and the requests that wait for their turn, in their order.
 
-    A slot is held until the response of its answer is closed. Where the service refused an answer because another one
-    ran, they run one by one: for ten minutes, or until two are seen to overlap.
+    A slot is held until the response of its answer is closed. Where Kimi refused an answer because another one ran,
+    they run one by one: for ten minutes, or until two are seen to overlap.
     """
 
     def __init__(self) -> None:
@@ -3928,22 +3908,19 @@ class AnswerSlots:
         """Whether the answers run one by one."""
         return asyncio.get_running_loop().time() < self._serialized_until
 
-    @property
-    def is_free(self) -> bool:
-        """Whether one more answer may run at once."""
-        return self.running < (1 if self.serialized else MAX_ACCOUNT_REQUESTS)
+    def _is_full(self) -> bool:
+        return self.running >= (1 if self.serialized else MAX_ACCOUNT_REQUESTS)
 
     async def acquire(self, queue_length: int) -> None:
         """Take a slot when it is one's turn; `release` gives it back. Raises `ProxyError` `queue_full`."""
-        if not self.is_free and not self.serialized:
-            raise ProxyError("queue_full", f"{MAX_ACCOUNT_REQUESTS} answers of this account run already")
-        if not self.is_free and self.waiting >= queue_length:
-            raise ProxyError("queue_full", f"{self.waiting} wait already; see PROXY_QUEUE_LENGTH")
+        if self._is_full() and (not self.serialized or self.waiting >= queue_length):
+            words = f"{self.running} answers run and {self.waiting} requests wait already; see PROXY_QUEUE_LENGTH"
+            raise ProxyError("queue_full", words)
         self.waiting += 1
         self._changed.set()  # the ten minutes may be over
         try:
             async with asyncio.timeout(QUEUE_SECONDS), self._turn:
-                while not self.is_free:
+                while self._is_full():
                     self._changed.clear()
                     await self._changed.wait()
                 self.running += 1
@@ -3958,557 +3935,338 @@ class AnswerSlots:
         self._changed.set()
 
     def note_refused(self) -> None:
-        """Note that the service refused an answer because another one runs."""
+        """Note that Kimi refused an answer because another one runs."""
         self._serialized_until = asyncio.get_running_loop().time() + SERIALIZED_SECONDS
 
     def note_answering(self) -> None:
-        """Note that the text of an answer came: if another one runs beside it, the service allows that."""
+        """Note that the text of an answer came: if another one runs beside it, Kimi allows that."""
         if self.running > 1:
             self._serialized_until = 0.0
             self._changed.set()
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Account:
-    """One account: the `token` that the client sends, and what came of it. `label` names it in the log.
+    """One account: the `token` that the client sends, and what came of it. Times are the event loop's."""
 
-    `digest`, the SHA-256 of that token, names it in what is kept. `tokens` is the newest pair, which `is_saved` unless
-    it could not be written; `refresh_token` is the one to use next. `is_access_token`: the client gave an access token,
-    which cannot be renewed. `claims` are the access token's. Of several accounts, one is not asked before
-    `cooldown_until` (loop time); it was asked last at `used_at`.
-    """
+    token: str
+    digest: bytes  # the SHA-256 of that token, which names the account in what is kept
+    label: str  # its name in the log
+    refresh_token: str  # the one used last
+    tokens: TokenPair  # the newest
+    is_access_token: bool  # the client gave an access token, which cannot be renewed
+    kept: dict[str, tuple[str, str]] = field(default_factory=dict)  # see `Accounts.read_kept`
+    is_saved: bool = True  # unless `tokens` or `kept` could not be written yet
+    twin: str = ""  # where its refresh token was taken, when it does not tell itself: see `TWINS`
+    refused_until: float = 0.0  # Kimi is not asked for a token before
+    cooldown_until: float = 0.0  # of several accounts, others are asked before
+    used_at: float = 0.0
+    slots: AnswerSlots = field(default_factory=AnswerSlots)
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    refreshing: asyncio.Task[str] | None = None
 
-    def __init__(self, token: str, digest: bytes, label: str) -> None:
-        self.token = self.refresh_token = token
-        self.digest = digest
-        self.label = label
-        claims = read_claims(token)
-        self.is_access_token = is_access_token(claims)
-        self.claims = claims if self.is_access_token else {}
-        self.lock = asyncio.Lock()
-        self.tokens: TokenPair | None = None
-        self.is_saved = True
-        self.twin = ""  # where its refresh token was taken, when it does not tell itself: see `TWINS`
-        self.refreshing: asyncio.Task[str | ProxyError] | None = None
-        self.refusal: ProxyError | None = None
-        self.refused_until = 0.0
-        self.slots = AnswerSlots()
-        self.cooldown_until = 0.0
-        self.used_at = 0.0
-
-    def refuse(self, error: ProxyError) -> None:
-        """Answer with `error` for a while, without asking the service."""
-        self.refusal = error.copy()
-        self.refused_until = asyncio.get_running_loop().time() + _REFUSAL_SECONDS
-
-    def __repr__(self) -> str:
-        return f"Account({self.label})"
+    @property
+    def claims(self) -> Mapping[str, Any]:
+        """The claims of its access token; empty before there is one."""
+        return read_claims(self.tokens.access_token)
 
 
 def find_state_dir(setting: str, environ: Mapping[str, str]) -> Path | None:
-    """The directory that PROXY_STATE_DIR names; None keeps all in memory.
-
-    `default` is systemd's STATE_DIRECTORY (systemd.exec(5)), else the user's own (XDG Base Directory Specification).
-    """
+    """The directory that PROXY_STATE_DIR names; by default systemd's (systemd.exec(5)), else the user's own (XDG)."""
     if setting != "default":
         return Path(setting) if setting else None
-    if given := environ.get("STATE_DIRECTORY", "").partition(":")[0]:
-        return Path(given)
-    base = environ.get("XDG_STATE_HOME") or environ.get("LOCALAPPDATA")
-    try:
-        return (Path(base) if base else Path.home() / ".local" / "state") / "kimi_proxy"
-    except RuntimeError:  # a system user without a home
-        return None
-
-
-_KIMI_HOSTS: Final = frozenset({"kimi.moonshot.cn", "kimi.com", "www.kimi.com", "kimi.ai", "www.kimi.ai"})
-
-
-def name_service(base_url: str) -> str:
-    """The name of the service that state belongs to: its host, or `kimi` for all of Kimi's own."""
-    host = URL(base_url).host or ""
-    return "kimi" if not host or host in _KIMI_HOSTS else host
+    own = environ.get("XDG_STATE_HOME") or environ.get("LOCALAPPDATA") or f"{environ.get('HOME', '')}/.local/state"
+    return Path(environ.get("STATE_DIRECTORY", "").partition(":")[0] or f"{own}/kimi_proxy")
 
 
 class StateFiles:
     """JSON objects in files of the state directory, which survive a restart and which several processes share.
 
-    They are for their owner alone, and belong to one `service`: another's are not read. Without a `directory` nothing
-    is kept. What fails is counted, and logged once.
+    They are for their owner alone, and belong to the service at `base_url`: another's are not read. A failure is
+    counted, and the first one logged. There are no locks on Windows.
     """
 
-    def __init__(self, directory: Path | None, metrics: Metrics, service: str = "kimi") -> None:
-        self.directory = directory
+    def __init__(self, directory: Path | None, metrics: Metrics, base_url: str = "") -> None:
+        host = URL(base_url).host or "kimi"
+        self._service = "kimi" if re.fullmatch(r"kimi\.moonshot\.cn|(www\.)?kimi\.(com|ai)", host) else host
+        self._is_kept = directory is not None
+        self.has_locks = self._is_kept and os.name == "posix"
+        self.directory = directory or Path()
         self.metrics = metrics
-        self._service = service
-        self._warned = False
 
-    async def read_json(self, name: str, parse: Callable[[dict[str, Any]], Result]) -> Result | None:
-        """What `parse` makes of a file; None where there is none that can be used. See `read_now`."""
-        return None if self.directory is None else await asyncio.to_thread(self.read_now, self.directory / name, parse)
-
-    def read_now(self, path: Path, parse: Callable[[dict[str, Any]], Result]) -> Result | None:
-        """`read_json`, waiting for the disk. A file that is no JSON object, or that `parse` refuses, is set aside."""
+    def read(self, name: str, parse: Callable[[dict[str, Any]], Result]) -> Result | None:
+        """What `parse` makes of a file; None where there is none of use. One that is broken is set aside."""
+        if not self._is_kept:
+            return None
+        path = self.directory / f"{name}.json"
         try:
-            value: Any = parse_json(path.read_bytes() or b"{}")
+            value: Any = parse_json(path.read_bytes())
             return parse(value) if value.pop("service", self._service) == self._service else None
-        except FileNotFoundError:
-            pass
         except OSError as error:
             self.note_failure(error)
-        except (ValueError, ArithmeticError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
             logger.warning("! a state file cannot be read, and is set aside as *.bad (%s)", type(error).__name__)
             with suppress(OSError):
                 path.replace(path.with_suffix(".bad"))
         return None
 
-    async def write_json(self, name: str, value: Mapping[str, Any]) -> bool:
-        """Whether `value` is kept: then it survives a crash."""
-        return self.directory is not None and await asyncio.to_thread(self._write, self.directory / name, value)
-
-    def encode(self, value: Mapping[str, Any]) -> bytes:
-        """The content of a file."""
-        return encode_json({"service": self._service, **value}).encode()
-
-    def _write(self, path: Path, value: Mapping[str, Any]) -> bool:
-        temporary = path.with_suffix(f".{secrets.token_hex(4)}.new")
+    def write(self, name: str, value: Mapping[str, Any], *, sync: bool = True) -> bool:
+        """Replace a file as a whole; whether that went well. With `sync` it survives a crash of the machine too."""
+        if not self._is_kept:
+            return True
+        path = self.directory / f"{name}.json"
+        temporary = path.with_suffix(".new")
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(self.encode(value))
-                file.flush()
-                os.fsync(file.fileno())
+            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+                file.write(encode_json({"service": self._service, **value}).encode())
+                if sync:
+                    file.flush()
+                    os.fsync(file.fileno())
             temporary.replace(path)
         except OSError as error:
-            with suppress(OSError):
-                temporary.unlink()
             self.note_failure(error)
             return False
         return True
 
+    def take_lock(self, name: str) -> IO[bytes]:
+        """A file that locks `name` until it is closed. Raises `OSError`: `BlockingIOError` where another one has it."""
+        import fcntl  # noqa: PLC0415  # POSIX only
+
+        path = self.directory / f"{name}.lock"
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            file = stack.enter_context(path.open("ab"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.pop_all()
+        return file
+
     @asynccontextmanager
     async def lock(self, name: str) -> AsyncIterator[None]:
-        """Hold `name` against other processes. Raises `ProxyError` `state_locked` after LOCK_SECONDS.
-
-        Where no lock can be made (no directory, a full or a read-only one, Windows), there is none.
-        """
-        has_locks = self.directory is not None and os.name == "posix"
-        held = await self._wait_for_lock(cast(Path, self.directory) / f"{name}.lock") if has_locks else None
-        try:
-            yield
-        finally:
-            if held is not None:
-                _release_lock(*held, delete=True)
-
-    async def _wait_for_lock(self, path: Path) -> tuple[Path, int] | None:
-        deadline = time.monotonic() + LOCK_SECONDS
-        try:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # Nothing is awaited between opening and returning, so that no cancellation can lose a descriptor.
-            while (descriptor := take_lock(path)) is None:
+        """Hold `name` against other processes, where that can be. Raises `state_locked` after LOCK_SECONDS."""
+        deadline, held = time.monotonic() + LOCK_SECONDS, None
+        while self.has_locks and held is None:
+            try:
+                held = self.take_lock(name)
+            except BlockingIOError:
                 if time.monotonic() >= deadline:
-                    raise ProxyError("state_locked")
+                    raise ProxyError("state_locked") from None
                 await asyncio.sleep(0.05)
-        except OSError as error:
-            self.note_failure(error)
-            return None
-        return path, descriptor
-
-    def delete_unused(self, now: float) -> int:
-        """Delete what was not used for 100 days before `now` (Unix seconds); how many files that were."""
-        deleted = 0
-        for path in self.directory.glob("tokens/*") if self.directory is not None else ():
-            with suppress(OSError):
-                if now - path.stat().st_mtime > 100 * _DAY_SECONDS:
-                    path.unlink()
-                    deleted += 1
-        return deleted
+            except OSError as error:
+                self.note_failure(error)
+                break
+        with held or nullcontext():  # nothing is awaited between taking it and this: no cancellation can lose it
+            yield
 
     def note_failure(self, error: OSError) -> None:
-        """Count a failure to keep something, and log the first."""
-        self.metrics.count("kimi_proxy_state_failures_total")
-        if not self._warned:
-            self._warned = True
-            reason = os.strerror(error.errno) if error.errno else type(error).__name__
-            words = "! state cannot be kept in %s (%s): a restart may lose tokens and open conversations"
-            logger.warning(words, self.directory, reason)
-
-
-def take_lock(path: Path) -> int | None:
-    """The descriptor of a lock file, which is ours until it is closed; None where another process holds it.
-
-    Raises `OSError` where there can be no lock.
-    """
-    import fcntl  # noqa: PLC0415  # POSIX only
-
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    is_ours = False
-    with suppress(BlockingIOError, FileNotFoundError):
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_ours = os.path.samestat(os.fstat(descriptor), path.stat())  # not so if its holder just deleted it
-        finally:
-            if not is_ours:
-                os.close(descriptor)
-    return descriptor if is_ours else None
-
-
-def _release_lock(path: Path, descriptor: int, *, delete: bool) -> None:
-    if delete:
-        with suppress(OSError):
-            path.unlink()
-    os.close(descriptor)
-
-
-_STORED_TOKEN: Final = re.compile(r"[!-~]{1,8192}")  # what may stand in a header
-
-
-def _parse_tokens(value: dict[str, Any]) -> TokenPair:
-    access_token, refresh_token = value["access_token"], value["refresh_token"]
-    previous = value.get("previous_refresh_token", refresh_token)
-    received, life_seconds = float(value["received"]), float(value["life_seconds"])
-    are_tokens = all(map(_STORED_TOKEN.fullmatch, (access_token, refresh_token, previous)))
-    if not are_tokens or not isfinite(received + life_seconds):
-        raise ValueError("not of our making")
-    return TokenPair(access_token, refresh_token, previous, received, life_seconds)
-
-
-class KeptConversations:
-    """The conversations that clients asked to keep: of each its protocol and its last answer's id, by account.
-
-    Of each account the 100 used last are kept, in a file; in memory only where that cannot be written.
-    """
-
-    _MAX = 100
-
-    def __init__(self, state: StateFiles) -> None:
-        self._state = state
-        self._unsaved: dict[bytes, dict[str, tuple[str, str]]] = {}
-
-    async def find(self, account: Account, conversation_id: str) -> tuple[str, str]:
-        """Protocol and last message id. Raises `ProxyError` `conversation_not_found`."""
-        kept = await self._read(account)
-        if conversation_id not in kept:
-            raise ProxyError("conversation_not_found", param="conversation_id")
-        return kept[conversation_id]
-
-    async def has(self, account: Account, conversation_id: str) -> bool:
-        """Whether it is a conversation that `account` keeps."""
-        return conversation_id in await self._read(account)
-
-    async def keep(self, account: Account, conversation_id: str, protocol: str, message_id: str) -> None:
-        """Remember the conversation as the one used last."""
-        name = f"tokens/{account.digest.hex()}.chats"
-        async with self._state.lock(name):
-            kept = await self._read(account)
-            kept.pop(conversation_id, None)
-            kept[conversation_id] = (protocol, message_id)
-            kept = self._unsaved[account.digest] = dict(list(kept.items())[-self._MAX :])
-            if await self._state.write_json(f"{name}.json", kept):
-                del self._unsaved[account.digest]
-        while len(self._unsaved) > MAX_ACCOUNTS:
-            del self._unsaved[next(iter(self._unsaved))]
-
-    async def _read(self, account: Account) -> dict[str, tuple[str, str]]:
-        kept = await self._state.read_json(f"tokens/{account.digest.hex()}.chats.json", _parse_kept)
-        return (kept or {}) | self._unsaved.get(account.digest, {})
-
-
-def _parse_kept(value: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    return {one: (str(protocol), str(message_id)) for one, (protocol, message_id) in value.items()}
-
-
-@dataclass(frozen=True)
-class OpenConversation:
-    """A conversation that is open at the service: its protocol, its account's digest, and since when (Unix seconds)."""
-
-    id: str
-    protocol: str
-    account: bytes
-    since: int
-
-    @cached_property
-    def json(self) -> str:
-        """How it stands in the file."""
-        return encode_json((self.id, self.protocol, self.account.hex(), self.since))
-
-
-def _parse_open(value: dict[str, Any]) -> dict[str, OpenConversation]:
-    found = {
-        one: OpenConversation(one, str(protocol), bytes.fromhex(account), int(since))
-        for one, protocol, account, since in value.get("open", ())
-    }
-    if not all(IDENTIFIER.fullmatch(one.id) and len(one.account) == 32 for one in found.values()):
-        raise ValueError("not of our making")
-    return found
+        """Count a failure to keep something, and log the first; a file may be missing."""
+        if not isinstance(error, FileNotFoundError):
+            self.metrics.count("kimi_proxy_state_failures_total")
+            if self.metrics.value("kimi_proxy_state_failures_total") == 1:
+                words = "! state cannot be kept in %s (%s): a restart may lose tokens and open conversations"
+                logger.warning(words, self.directory, error.strerror)
 
 
 class OpenConversations:
-    """The conversations that are open at the service, so that the next process can remove them should this one die.
+    """The conversations that are open at Kimi, so that the next process can remove them should this one die.
 
-    They stand in a file of this process's own, which it locks as long as it lives, and overwrites without fsync: it
-    survives the process, not the machine. What stands there and runs no more is an *orphan*: of a process that died,
-    or after a removal that failed. Without a directory, and where no lock tells the living from the dead (Windows),
-    nothing is noted.
+    They stand in a file of this process's own, written without fsync: it survives the process, not the machine. A lock
+    beside it tells the living from the dead; where there is none, nothing is noted.
     """
 
-    _MAX = 10_000
-    _MAX_DAYS = 7
-    _PAUSE_SECONDS = 600.0  # after a removal that failed
-
     def __init__(self, state: StateFiles) -> None:
+        self.orphans: dict[bytes, dict[str, str]] = {}  # by account: ids and protocols of what is to be removed
         self._state = state
-        self._directory = state.directory / "conversations" if state.directory and os.name == "posix" else None
-        self._file: tuple[Path, int] | None = None
-        self._data = b""  # what stands in it
-        self._open: dict[str, OpenConversation] = {}  # the oldest first
-        self._due: dict[str, float] = {}  # of the orphans: when to remove them (monotonic time)
-
-    @property
-    def orphan_count(self) -> int:
-        """How many are still to be removed."""
-        return len(self._due)
-
-    @property
-    def orphan_owners(self) -> set[bytes]:
-        """The digests of their accounts."""
-        return {self._open[one].account for one in self._due}
+        self._name = f"conversations/{os.getpid()}-{secrets.token_hex(8)}"
+        self._open: dict[str, tuple[str, str, int]] = {}  # by id: protocol, digest of the account, since (Unix seconds)
+        self._lock: IO[bytes] | None = None
+        if state.has_locks:
+            with suppress(OSError):
+                self._lock = state.take_lock(self._name)
 
     def add(self, account: bytes, protocol: str, conversation_id: str) -> None:
         """Note a conversation that was opened for the account with that digest."""
-        if self._directory is not None:
-            self._open[conversation_id] = OpenConversation(conversation_id, protocol, account, int(time.time()))
-            self._drop_old()
+        if self._lock is not None:
+            self._open[conversation_id] = (protocol, account.hex(), int(time.time()))
             self._write()
 
     def discard(self, conversation_id: str) -> None:
         """Note that it is removed, or its client's to keep; another's is passed over."""
-        self._due.pop(conversation_id, None)
         if self._open.pop(conversation_id, None) is not None:
             self._write()
 
     def postpone(self, conversation_id: str) -> None:
-        """Note that it could not be removed: it is given again after a pause."""
+        """Note that it could not be removed: it is tried again when its account calls."""
         if conversation_id in self._open:
-            self._due[conversation_id] = time.monotonic() + self._PAUSE_SECONDS
-
-    def orphans(self, account: bytes) -> list[OpenConversation]:
-        """What is to be removed of that account; given once, to be discarded or postponed."""
-        now = time.monotonic()
-        found = [self._open[one] for one, due in self._due.items() if due <= now and self._open[one].account == account]
-        for one in found:
-            del self._due[one.id]
-        return found
+            protocol, account, _ = self._open[conversation_id]
+            self.orphans.setdefault(bytes.fromhex(account), {})[conversation_id] = protocol
 
     def recover(self) -> int:
-        """Take over what processes that died left open, before anything is added; how many conversations that are."""
-        for path in self._directory.glob("*.json") if self._directory is not None else ():
-            try:
-                descriptor = take_lock(path)
-            except OSError as error:
-                self._state.note_failure(error)
-                continue
-            if descriptor is not None:
-                opened = self._state.read_now(path, _parse_open)  # None where it is another service's
-                merged = sorted((self._open | (opened or {})).items(), key=lambda item: item[1].since)
-                self._open = dict(merged)
-                self._drop_old()
-                _release_lock(path, descriptor, delete=opened is not None and self._write())
-        self._due = dict.fromkeys(self._open, 0.0)
+        """Take over what processes that died left open; how many conversations that are."""
+        for path in self._state.directory.glob("conversations/*.json") if self._lock is not None else ():
+            name = f"conversations/{path.stem}"
+            with suppress(OSError), self._state.take_lock(name):  # a living process's is passed over
+                found = self._state.read(name, _parse_open)  # None where it is another service's
+                self._open |= found or {}
+                if found is not None and self._write():
+                    path.unlink()
+                path.with_suffix(".lock").unlink()
+        for conversation_id in self._open:
+            self.postpone(conversation_id)
         return len(self._open)
 
     def close(self) -> None:
         """Leave what is still open to the next process."""
-        if self._file is not None:
-            _release_lock(*self._file, delete=not self._open)
-            self._file = None
-
-    def _drop_old(self) -> None:
-        """Give up what could not be removed for 7 days, and the oldest of too many."""
-        count, first = len(self._open), time.time() - self._MAX_DAYS * _DAY_SECONDS
-        while self._open:
-            oldest = next(iter(self._open.values()))
-            if oldest.since >= first and len(self._open) <= self._MAX:
-                break
-            del self._open[oldest.id]
-            self._due.pop(oldest.id, None)
-        if dropped := count - len(self._open):
-            self._state.metrics.count("kimi_proxy_orphans_dropped_total", dropped)
-            logger.warning("! %d conversations could not be removed for 7 days, and may be left at Kimi", dropped)
+        if self._lock is not None:
+            with self._lock, suppress(OSError):
+                for suffix in () if self._open else ("json", "lock"):
+                    (self._state.directory / f"{self._name}.{suffix}").unlink(missing_ok=True)
 
     def _write(self) -> bool:
-        """Write all that is open; whether that went well. A failure leaves what stood there."""
-        entries = ",".join(one.json for one in self._open.values())
-        data = self._state.encode({"open": []})[:-2] + entries.encode() + b"]}"
-        try:
-            self._file = self._file or self._make_file()
-            descriptor = self._file[1]
-            # With blanks over the end of what stood there, a process that is killed in between tears nothing.
-            if (written := os.pwrite(descriptor, data.ljust(len(self._data)), 0)) < len(data):
-                os.pwrite(descriptor, self._data.ljust(written), 0)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.ftruncate(descriptor, len(data))
-            self._data = data
-        except OSError as error:
-            self._state.note_failure(error)
-            return False
-        return True
-
-    def _make_file(self) -> tuple[Path, int]:
-        assert self._directory is not None
-        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        while True:  # a process that starts may take it for a dead one's before it is locked
-            path = self._directory / f"{os.getpid()}-{secrets.token_hex(8)}.json"
-            if (descriptor := take_lock(path)) is not None:
-                return path, descriptor
+        first = time.time() - 7 * _DAY_SECONDS
+        rest = [(one, known) for one, known in self._open.items() if known[2] >= first][-10_000:]
+        if dropped := len(self._open) - len(rest):
+            self._state.metrics.count("kimi_proxy_orphans_dropped_total", dropped)
+            logger.warning("! %d conversations could not be removed for 7 days, and may be left at Kimi", dropped)
+            self._open = dict(rest)
+        return self._state.write(self._name, {"open": self._open}, sync=False)
 
 
+def _parse_open(value: dict[str, Any]) -> dict[str, tuple[str, str, int]]:
+    rows = value["open"].items()
+    return {one: (str(protocol), bytes.fromhex(account).hex(), int(since)) for one, (protocol, account, since) in rows}
+
+
+def _parse_account(value: dict[str, Any]) -> tuple[TokenPair, dict[str, tuple[str, str]]]:
+    refresh_token = value["refresh_token"]
+    tokens = (value["access_token"], refresh_token, value.get("previous_refresh_token", refresh_token))
+    if not all(re.fullmatch("[!-~]{0,8192}", token) for token in tokens):
+        raise ValueError("not of our making")
+    kept = {one: (str(protocol), str(message_id)) for one, (protocol, message_id) in value.get("kept", {}).items()}
+    return TokenPair(*tokens, float(value["received"]), float(value["life_seconds"])), kept
+
+
+@dataclass(slots=True)
 class Accounts:
-    """The token cache. `refresh` asks the service for a new pair, by an account's `refresh_token`, or raises
-    `ProxyError`; `state` keeps what must not be lost.
-    """
+    """The token cache. `refresh` asks Kimi for a new pair, by an account's `refresh_token`, or raises `ProxyError`."""
 
-    def __init__(
-        self, refresh: Callable[[Account], Awaitable[TokenPair]], tasks: BackgroundTasks, state: StateFiles
-    ) -> None:
-        self._refresh = refresh
-        self._tasks = tasks
-        self._state = state
-        self._accounts: dict[bytes, Account] = {}
-        self._label_key = secrets.token_bytes(16)
-
-    def __len__(self) -> int:
-        return len(self._accounts)
+    refresh: Callable[[Account], Awaitable[TokenPair]]
+    tasks: BackgroundTasks
+    state: StateFiles
+    known: dict[bytes, Account] = field(default_factory=dict)  # by digest, the one unused for longest first
 
     def get(self, token: str) -> Account:
         """The account of the client's `token`, made if it is new."""
         digest = hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
-        account = self._accounts.pop(digest, None) or self._make(token, digest)
+        account = self.known.pop(digest, None) or self._make(token, digest)
         if account.token != token:  # it was known by what is kept of it alone
-            account.token, account.refusal = token, None
-        self._accounts[digest] = account
+            account.token, account.refused_until = token, 0.0
+        self.known[digest] = account
         return account
 
     async def recall(self, digest: bytes) -> Account | None:
-        """The account with that digest, in memory or by the tokens that are kept of it; None where there is neither."""
-        if digest not in self._accounts and (kept := await self._read(digest)) is not None:
-            # A client may have brought the token itself in this time.
-            self._accounts.setdefault(digest, self._make(kept.refresh_token, digest))
-        return self._accounts.get(digest)
+        """The account with that digest, in memory or by what is kept of it; None where there is neither."""
+        if digest not in self.known and (found := await self._read(digest)) is not None:
+            self.known.setdefault(digest, self._make(found[0].refresh_token, digest))  # its client may have come first
+        return self.known.get(digest)
 
     async def access_token(self, account: Account) -> str:
-        """A live access token. Raises `ProxyError`: `token_dead` or `token_expired` where the service gives none."""
-        if account.refusal is not None and asyncio.get_running_loop().time() < account.refused_until:
-            raise account.refusal.copy()
-        if account.is_access_token:
-            expires = _read_time(account.claims, "exp")
-            if expires is not None and expires <= time.time():
-                raise ProxyError("token_expired")
-            return account.token
-        if account.tokens is not None and account.tokens.is_live:
+        """A live access token. Raises `ProxyError`: `token_dead` or `token_expired` where Kimi gives none."""
+        is_refused = asyncio.get_running_loop().time() < account.refused_until
+        if account.tokens.is_live and not is_refused:
             return account.tokens.access_token
-        if account.refreshing is None:
-            account.refreshing = self._tasks.start(self._renew(account), "refresh")
-        outcome = await asyncio.shield(account.refreshing)
-        if isinstance(outcome, ProxyError):
-            raise outcome.copy()
-        return outcome
+        if is_refused or account.is_access_token:
+            raise ProxyError("token_expired" if account.is_access_token else "token_dead")
+        if account.refreshing is None or account.refreshing.done():
+            account.refreshing = self.tasks.start(self._renew(account), "refresh")
+        return await asyncio.shield(account.refreshing)
 
-    async def drop(self, account: Account, access_token: str) -> None:
-        """Use `access_token` no more, as the service refused it; another one stays."""
+    def drop(self, account: Account, access_token: str) -> None:
+        """Use `access_token` no more, as Kimi refused it; another one stays."""
         if account.is_access_token:
-            account.refuse(ProxyError("token_expired"))
-            return
-        async with account.lock:
-            if account.tokens is not None and account.tokens.access_token == access_token:
-                account.tokens = replace(account.tokens, life_seconds=0.0)
+            account.refused_until = asyncio.get_running_loop().time() + REFUSAL_SECONDS
+        elif account.tokens.access_token == access_token:
+            account.tokens = replace(account.tokens, life_seconds=0.0)
+
+    async def read_kept(self, account: Account) -> Mapping[str, tuple[str, str]]:
+        """The conversations that the client asked to keep: of each its protocol and its last answer's id."""
+        await self._load(account)
+        return account.kept
+
+    async def keep(self, account: Account, conversation_id: str, protocol: str, message_id: str) -> None:
+        """Keep the conversation as the one used last, of at most 100."""
+        async with self._hold(account):
+            others = [known for known in account.kept.items() if known[0] != conversation_id]
+            account.kept = dict([*others, (conversation_id, (protocol, message_id))][-100:])
+            account.is_saved = False
 
     async def save(self) -> None:
-        """Try once more, at the end, to write the tokens that could not be written."""
-        for account in [one for one in self._accounts.values() if not one.is_saved]:
+        """Try once more, on shutdown, to write what could not be written."""
+        for account in [one for one in self.known.values() if not one.is_saved]:
             with suppress(ProxyError):
-                async with account.lock, self._state.lock(f"tokens/{account.digest.hex()}"):
-                    kept, own = await self._read(account.digest), account.tokens
-                    if own is not None and (kept is None or kept.received < own.received):
-                        await self._write(account, own)
+                async with self._hold(account):
+                    pass
 
-    async def _renew(self, account: Account) -> str | ProxyError:
-        """An access token that another process fetched, else a new one; or the failure, which all share that wait."""
-        try:
-            async with account.lock, self._state.lock(f"tokens/{account.digest.hex()}"):
-                pairs = [pair for pair in (account.tokens, await self._read(account.digest)) if pair is not None]
-                pairs.sort(key=lambda pair: pair.received, reverse=True)
-                if pairs and pairs[0].is_live:
-                    self._use(account, pairs[0])
-                    return pairs[0].access_token
-                tokens = await self._fetch(account, pairs)
-                self._use(account, tokens)  # first: whatever the disk does, it must not get lost
-                await self._write(account, tokens)
-                return tokens.access_token
-        except ProxyError as error:
-            if error.code == "token_dead":
-                account.refuse(error)
-            return error.copy()
-        finally:
-            account.refreshing = None
+    @asynccontextmanager
+    async def _hold(self, account: Account) -> AsyncIterator[None]:
+        """Hold what is kept of `account`, read anew; what changes is written at the end."""
+        name = f"tokens/{account.digest.hex()}"
+        async with account.lock, self.state.lock(name):
+            await self._load(account)
+            yield
+            if not account.is_saved:
+                record = {**asdict(account.tokens), "kept": account.kept}
+                account.is_saved = await asyncio.to_thread(self.state.write, name, record)
 
-    async def _fetch(self, account: Account, pairs: Sequence[TokenPair]) -> TokenPair:
+    async def _read(self, digest: bytes) -> tuple[TokenPair, dict[str, tuple[str, str]]] | None:
+        return await asyncio.to_thread(self.state.read, f"tokens/{digest.hex()}", _parse_account)
+
+    async def _load(self, account: Account) -> None:
+        """Bring what is kept, perhaps by another process, together with what is in memory: the newest tokens win."""
+        if (found := await self._read(account.digest)) is not None:
+            account.tokens = max(account.tokens, found[0], key=lambda tokens: tokens.received)
+            account.kept = found[1] if account.is_saved else found[1] | account.kept
+
+    async def _renew(self, account: Account) -> str:
+        """An access token that another process fetched, else a new one."""
+        async with self._hold(account):
+            if not account.tokens.is_live:
+                account.tokens = await self._fetch(account)
+                account.is_saved = False
+        return account.tokens.access_token
+
+    async def _fetch(self, account: Account) -> TokenPair:
         """A new pair, by the newest refresh token; where that is refused, each older one is tried once [open]."""
-        newest = [pair.refresh_token for pair in pairs]
-        refusal = ProxyError("token_dead")
-        for refresh_token in dict.fromkeys((*newest, *(pair.previous_refresh_token for pair in pairs), account.token)):
-            account.refresh_token = refresh_token
+        old = account.tokens
+        for used in dict.fromkeys((old.refresh_token, old.previous_refresh_token, account.token)):
+            account.refresh_token = used
             try:
-                new = await self._refresh(account)
+                new = await self.refresh(account)
+                break
             except ProxyError as error:
                 if error.code != "token_dead":
                     raise
                 refusal = error
-            else:
-                life_seconds = _life_seconds(read_claims(new.access_token))
-                next_token = new.refresh_token or refresh_token
-                return TokenPair(new.access_token, next_token, refresh_token, time.time(), life_seconds)
-        raise refusal
-
-    @staticmethod
-    def _use(account: Account, tokens: TokenPair) -> None:
-        account.tokens, account.refresh_token = tokens, tokens.refresh_token
-        account.claims = read_claims(tokens.access_token)
-        account.refusal = None
-        logger.debug("= account %s has a new access token", account.label)
-        ends = _read_time(read_claims(tokens.refresh_token), "exp")
-        if ends is not None and ends - time.time() < 7 * _DAY_SECONDS:
-            logger.warning("! the refresh token of account %s ends within 7 days: log in anew", account.label)
-
-    async def _read(self, digest: bytes) -> TokenPair | None:
-        return await self._state.read_json(f"tokens/{digest.hex()}.json", _parse_tokens)
-
-    async def _write(self, account: Account, tokens: TokenPair) -> None:
-        is_kept = await self._state.write_json(f"tokens/{account.digest.hex()}.json", asdict(tokens))
-        account.is_saved = is_kept or self._state.directory is None
+        else:
+            account.refused_until = asyncio.get_running_loop().time() + REFUSAL_SECONDS
+            raise refusal
+        claims = read_claims(new.access_token)
+        life = _read_time(claims, "exp") - _read_time(claims, "iat")  # a difference: the clock here may be wrong
+        life = life - 60 if 120 < life < 30 * _DAY_SECONDS else TOKEN_SECONDS
+        return TokenPair(new.access_token, new.refresh_token or used, used, time.time(), life)
 
     def _make(self, token: str, digest: bytes) -> Account:
-        """A new account, which there is room for.
-
-        One that is in use stays: its place in the queue, or tokens that are nowhere else, would be lost.
-        """
-        for known, account in list(self._accounts.items()):
-            if len(self._accounts) < MAX_ACCOUNTS:
+        """A new account, which there is room for: those stay that are in use, or whose tokens are nowhere else."""
+        for account in list(self.known.values()):
+            if len(self.known) < MAX_ACCOUNTS:
                 break
-            if account.is_saved and account.refreshing is None and not account.slots.running + account.slots.waiting:
-                del self._accounts[known]
-        return Account(token, digest, hashlib.blake2b(digest, key=self._label_key, digest_size=4).hexdigest())
-
-
-def _life_seconds(claims: Mapping[str, Any]) -> float:
-    """How long a new access token is used: `exp - iat` less a minute, counted from its receipt [2+].
-
-    The difference, since the clock of a small machine may be wrong; TOKEN_SECONDS where there is none.
-    """
-    issued, expires = _read_time(claims, "iat"), _read_time(claims, "exp")
-    if issued is None or expires is None or expires <= issued:
-        return TOKEN_SECONDS
-    life = min(expires - issued, 30.0 * _DAY_SECONDS)
-    return life - 60 if life > 120 else life / 2
+            if account.is_saved and not (account.slots.running or account.slots.waiting or account.lock.locked()):
+                del self.known[account.digest]
+        claims = read_claims(token)
+        tokens = TokenPair("", token, token)
+        if is_direct := is_access_token(claims):
+            tokens = replace(tokens, access_token=token, life_seconds=_read_time(claims, "exp") or 1e12)
+        return Account(token, digest, digest.hex()[:8], token, tokens, is_direct)
 
 
 # ==== 14. Files =============================================================
@@ -5253,7 +5011,7 @@ class KimiClient:
         except ProxyError as error:
             if error.code != "token_dead":
                 raise
-            await self._accounts.drop(account, token)
+            self._accounts.drop(account, token)
             raise StaleToken(error.code, error.detail) from None
 
     async def _with_token(self, account: Account, once: Callable[[str], Awaitable[Result]]) -> Result:
@@ -5264,7 +5022,7 @@ class KimiClient:
         except ProxyError as error:
             if error.code != "token_dead":
                 raise
-        await self._accounts.drop(account, token)
+        self._accounts.drop(account, token)
         return await once(await self._accounts.access_token(account))
 
     @staticmethod
@@ -6152,7 +5910,6 @@ class Gateway:
     tasks: BackgroundTasks
     accounts: Accounts
     uploads: Uploads
-    kept: KeptConversations
     conversations: OpenConversations
     classic: Classic
     connect: Connect
@@ -6161,7 +5918,7 @@ class Gateway:
 
     def answer(self, accounts: Sequence[Account], question: Question, start_chain: Callable[[], Chain]) -> LiveAnswer:
         """The answer of one of `accounts`, for `async with`; `start_chain` makes the filters of each try."""
-        if orphaned := [account.digest for account in accounts if account.digest in self.conversations.orphan_owners]:
+        if orphaned := [account.digest for account in accounts if account.digest in self.conversations.orphans]:
             self.tasks.start(self.remove_orphans(orphaned), "remove")
         deadline = asyncio.get_running_loop().time() + self.settings.answer_seconds
         return LiveAnswer(self, accounts, question, start_chain, deadline)
@@ -6264,7 +6021,7 @@ class Gateway:
         """Remember the conversation of `exchange` for its client."""
         self.conversations.discard(exchange.conversation_id)  # first: better left than removed, once it is kept
         message_id = (exchange.stream is not None and exchange.stream.answer.message_id) or exchange.question.parent_id
-        await self.kept.keep(exchange.account, exchange.conversation_id, exchange.protocol.name, message_id)
+        await self.accounts.keep(exchange.account, exchange.conversation_id, exchange.protocol.name, message_id)
 
     async def clean_up(self, exchange: Exchange, account: Account | None) -> None:
         """Stop what runs, release the slot of `account`, and remove the conversation, unless it is kept.
@@ -6341,14 +6098,14 @@ class Gateway:
         """
         for owner in owners:
             account = await self.accounts.recall(owner)
-            orphans = [] if account is None else self.conversations.orphans(owner)
+            orphans = {} if account is None else self.conversations.orphans.pop(owner, {})
             if account is None or not orphans:
                 continue
             removed = failed = 0
-            for one in orphans:
+            for conversation_id, protocol in orphans.items():
                 if failed == MAX_REMOVAL_FAILURES:
-                    self.conversations.postpone(one.id)
-                elif await self._remove(account, self.protocol_named(one.protocol), one.id):
+                    self.conversations.postpone(conversation_id)
+                elif await self._remove(account, self.protocol_named(protocol), conversation_id):
                     removed += 1
                 else:
                     failed += 1
@@ -6430,7 +6187,8 @@ class LiveAnswer:
         question, uploads = self._question, self._gateway.uploads
         owners: list[Account] = []
         if question.goes_on:
-            keepers = [one for one in self._accounts if await self._gateway.kept.has(one, question.conversation_id)]
+            accounts = self._gateway.accounts
+            keepers = [one for one in self._accounts if question.conversation_id in await accounts.read_kept(one)]
             if not keepers:
                 raise ProxyError("conversation_not_found", param="conversation_id")
             owners.append(keepers[0])
@@ -6450,7 +6208,7 @@ class LiveAnswer:
         question = replace(self._question, model=await gateway.choose_model(account, self._question.model_name))
         protocol = gateway.protocol_of(account)
         if question.goes_on:
-            name, question.parent_id = await gateway.kept.find(account, question.conversation_id)
+            name, question.parent_id = (await gateway.accounts.read_kept(account))[question.conversation_id]
             protocol = gateway.protocol_named(name)
         is_fresh = is_retired = False
         while True:
@@ -6461,7 +6219,7 @@ class LiveAnswer:
                 if is_fresh:
                     raise
                 is_fresh = True
-                await gateway.accounts.drop(account, failure.access_token)
+                gateway.accounts.drop(account, failure.access_token)
             except ProtocolRetired as failure:
                 if not gateway.may_change(protocol):
                     raise
@@ -7223,8 +6981,8 @@ async def _metrics(request: web.Request) -> web.StreamResponse:
     gauges = {
         "kimi_proxy_requests_running": len(state.running),
         "kimi_proxy_answers_running": len(state.answering),
-        "kimi_proxy_accounts": len(state.accounts),
-        "kimi_proxy_orphans": state.conversations.orphan_count,
+        "kimi_proxy_accounts": len(state.accounts.known),
+        "kimi_proxy_orphans": sum(map(len, state.conversations.orphans.values())),
     }
     text = state.metrics.render(gauges)
     return web.Response(body=text.encode(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
@@ -7387,9 +7145,7 @@ async def _own_state(app: web.Application) -> AsyncIterator[None]:
         return await gateway.refresh(account)
 
     state_dir = find_state_dir(settings.state_dir, os.environ)
-    state_files = StateFiles(state_dir, metrics, name_service(settings.base_url))
-    if deleted := await asyncio.to_thread(state_files.delete_unused, time.time()):
-        logger.info("deleted %d state files that were unused for 100 days", deleted)
+    state_files = StateFiles(state_dir, metrics, settings.base_url)
     accounts = Accounts(refresh, tasks, state_files)
     client = KimiClient(session, transfers, accounts, metrics, settings)
     classic, connect = Classic(client, settings.base_url), Connect(client, settings.base_url, settings.auth_url)
@@ -7400,7 +7156,6 @@ async def _own_state(app: web.Application) -> AsyncIterator[None]:
         tasks,
         accounts,
         Uploads(files, settings),
-        KeptConversations(state_files),
         conversations,
         classic,
         connect,
@@ -7410,7 +7165,7 @@ async def _own_state(app: web.Application) -> AsyncIterator[None]:
         logger.info("%d conversations were left open by a process that ended", count)
         for token in access.tokens:
             accounts.get(token)  # so that it is found by its digest
-        tasks.start(gateway.remove_orphans(conversations.orphan_owners), "remove")
+        tasks.start(gateway.remove_orphans(list(conversations.orphans)), "remove")
 
     app[STATE] = State(settings, metrics, tasks, accounts, gateway, files, conversations, access)
     yield
@@ -7581,7 +7336,9 @@ class Notifier:
         """Tell regularly that the loop runs, and what runs in it, until cancelled."""
         state = app[STATE]
         while True:
-            status = f"{len(state.answering)} answers, {len(state.running)} requests, {len(state.accounts)} accounts"
+            status = (
+                f"{len(state.answering)} answers, {len(state.running)} requests, {len(state.accounts.known)} accounts"
+            )
             self.tell(WATCHDOG="1", STATUS=status)
             await asyncio.sleep(self._beat_seconds)
 
@@ -7805,7 +7562,7 @@ async def _check(settings: Settings, token: str, record: str | None) -> int:
     rotated is used, not rotated away.
     """
     tasks, url, good = BackgroundTasks(), settings.proxy_url, []
-    state = StateFiles(find_state_dir(settings.state_dir, os.environ), Metrics(), name_service(settings.base_url))
+    state = StateFiles(find_state_dir(settings.state_dir, os.environ), Metrics(), settings.base_url)
     async with open_service_session(url) as session, open_service_session(url, reuse=False) as transfers:
         for name in ("classic", "connect"):
             if settings.protocol in ("auto", name):

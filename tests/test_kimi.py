@@ -722,7 +722,7 @@ def test_a_token_tells_its_region_in_its_claims() -> None:
         ({}, "https://www.kimi.com"),
     ):
         part = base64.urlsafe_b64encode(json.dumps(claims).encode()).decode().rstrip("=")
-        account = kimi_proxy.Account(f"e30.{part}.x", b"", "label")
+        account = Accounts(cast(Any, None), BackgroundTasks(), StateFiles(None, Metrics())).get(f"e30.{part}.x")
         assert connect.base_url_for(account) == url
         assert Connect(cast(Any, None), "http://mine", "").base_url_for(account) == "http://mine"
 

@@ -341,7 +341,7 @@ async def test_ask_sends_the_proxys_key_and_check_uses_the_held_account(
         ({"KIMI_REFRESH_TOKEN_FILE": "/no/such/file"}, "KIMI_REFRESH_TOKEN_FILE: cannot be read"),
         ({"KIMI_REFRESH_TOKEN": "t", "KIMI_REFRESH_TOKEN_FILE": "x"}, "set one of them"),
         ({"KIMI_REFRESH_TOKEN": "t", "PROXY_API_KEYS": "a b:"}, "PROXY_API_KEYS: word 2"),
-        ({"KIMI_REFRESH_TOKEN": "t\x7fsesame"}, "characters that no token has"),
+        ({"KIMI_REFRESH_TOKEN": "t\x7fsesame"}, "this looks like"),
     ],
 )
 async def test_secrets_that_are_of_no_use_stop_the_start_with_one_line(environment: dict[str, str], says: str) -> None:
