@@ -5791,7 +5791,7 @@ class Uploads:
         if len(table) > self.MAX_KEPT:
             del table[next(iter(table))]
 
-    async def add(self, account: Account, protocol: KimiProtocol, received: ReceivedFile) -> Mapping[str, Any]:
+    async def add(self, account: Account, received: ReceivedFile, protocol: KimiProtocol) -> Mapping[str, Any]:
         """Upload a client's file to Kimi, and remember it under an id of ours: OpenAI's object of it."""
         file = received.open()
         kimi_id = await _upload(account, protocol, nullcontext(file))
@@ -5927,19 +5927,39 @@ class Gateway:
         """Bring a client's file to Kimi, for one of `accounts`. Raises `ProxyError`."""
         candidates = Candidates(accounts)
         for account in candidates:
-            protocol = self.protocol_of(account)
             try:
-                try:
-                    return await self.uploads.add(account, protocol, received)
-                except StaleToken:  # there is a new one by now
-                    return await self.uploads.add(account, protocol, received)
-                except ProtocolRetired:
-                    if not self.may_change(protocol):
-                        raise
-                return await self.uploads.add(account, self.connect, received)
+                return await self.insist(account, partial(self.uploads.add, account, received))
             except ProxyError as failure:
                 candidates.refuse(account, failure)
         raise candidates.failure
+
+    async def insist(
+        self, account: Account, ask: Callable[[KimiProtocol], Awaitable[Result]], protocol_name: str = ""
+    ) -> Result:
+        """What `ask` gives by a protocol: again where the token was stale, and by connect where classic seems retired.
+
+        In `auto`, connect stays in use once it answered in the place of classic.
+        """
+        named = {"": self.protocol_of(account), "classic": self.classic, "connect": self.connect}
+        protocol, is_fresh, is_retired = named[protocol_name], False, False
+        while True:
+            try:
+                result = await ask(protocol)
+                break
+            except StaleToken as failure:
+                if is_fresh:
+                    raise
+                is_fresh = True
+                self.accounts.drop(account, failure.access_token)
+            except ProtocolRetired as failure:
+                if not self.may_change(protocol):
+                    raise
+                logger.debug("! %s", failure)
+                protocol, is_retired = self.connect, True
+        if is_retired and self.may_change(self.current):
+            self.current = protocol
+            logger.warning("classic seems to be retired, connect answered: staying with it (KIMI_PROTOCOL=connect)")
+        return result
 
     async def refresh(self, account: Account) -> TokenPair:
         """A new pair of tokens, by the protocol in use, or in `auto` by connect where classic refuses the token."""
@@ -5993,10 +6013,6 @@ class Gateway:
     def protocol_of(self, account: Account) -> KimiProtocol:
         """The protocol in use, or the only one that takes the account's token."""
         return self.connect if self.may_change(self.current) and self.connect.needs(account) else self.current
-
-    def protocol_named(self, name: str) -> KimiProtocol:
-        """The protocol that a kept conversation was opened in."""
-        return self.connect if name == self.connect.name else self.classic
 
     def may_change(self, protocol: KimiProtocol) -> bool:
         """Whether to ask again by connect what `protocol` refused as one that is retired would."""
@@ -6105,7 +6121,9 @@ class Gateway:
             for conversation_id, protocol in orphans.items():
                 if failed == MAX_REMOVAL_FAILURES:
                     self.conversations.postpone(conversation_id)
-                elif await self._remove(account, self.protocol_named(protocol), conversation_id):
+                elif await self._remove(
+                    account, self.connect if protocol == "connect" else self.classic, conversation_id
+                ):
                     removed += 1
                 else:
                     failed += 1
@@ -6201,37 +6219,19 @@ class LiveAnswer:
         return owners[:1] or self._accounts
 
     async def _ask_account(self, account: Account) -> None:
-        """Ask `account`; again where its token was stale, or classic seems to be retired."""
+        """Ask `account`, when it has a slot free. Raises `ProxyError`."""
         gateway = self._gateway
         await account.slots.acquire(gateway.settings.queue_length)
         self._account = account
         question = replace(self._question, model=await gateway.choose_model(account, self._question.model_name))
-        protocol = gateway.protocol_of(account)
+        name = ""
         if question.goes_on:
             name, question.parent_id = (await gateway.accounts.read_kept(account))[question.conversation_id]
-            protocol = gateway.protocol_named(name)
-        is_fresh = is_retired = False
-        while True:
-            try:
-                await self._ask(account, protocol, question)
-                break
-            except StaleToken as failure:
-                if is_fresh:
-                    raise
-                is_fresh = True
-                gateway.accounts.drop(account, failure.access_token)
-            except ProtocolRetired as failure:
-                if not gateway.may_change(protocol):
-                    raise
-                logger.debug("! %s", failure)
-                protocol, is_retired = gateway.connect, True
+        await gateway.insist(account, partial(self._ask, account, question), name)
         account.cooldown_until = 0.0
         account.slots.note_answering()
-        if is_retired and gateway.may_change(gateway.current):
-            gateway.current = protocol
-            logger.warning("classic seems to be retired, connect answered: staying with it (KIMI_PROTOCOL=connect)")
 
-    async def _ask(self, account: Account, protocol: KimiProtocol, question: Question) -> None:
+    async def _ask(self, account: Account, question: Question, protocol: KimiProtocol) -> None:
         """Ask by one protocol, until there is something to see. Files go first: a bad one opens no conversation."""
         self.owner, self.references = account.digest, ()
         if question.attachments:
