@@ -411,7 +411,8 @@ async def test_systemd_is_told_how_it_goes(simulator: Simulator, tmp_path: Path,
             headers = bearer(simulator.token("quiet"))
             asking = asyncio.create_task(http.post(running.url + CHAT, json=chat_body(), headers=headers))
             assert "WATCHDOG=1" in await receive(queue, "STATUS=1 answers, 1 requests, 1 accounts")
-            assert (await asking).status == 200
+            async with await asking as response:
+                assert response.status == 200
         stopping = asyncio.create_task(running.stop())
         assert "EXTEND_TIMEOUT_USEC=" in await receive(queue, "STOPPING=1")
         assert (await stopping)[0] == 0
