@@ -40,6 +40,7 @@ import json
 import logging
 import mimetypes
 import os
+import platform
 import random
 import re
 import secrets
@@ -7543,9 +7544,9 @@ def check_command(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="kimi_proxy.py check",
         description="Try every step of Kimi once, with the held account (KIMI_REFRESH_TOKEN), and say what was seen. "
-        "The settings are the proxy's, by environment variable. One short question is asked in each protocol.",
+        "The settings are the proxy's, by environment variable. Three short questions are asked in each protocol.",
     )
-    recording = "write the answers' streams, tokens, ids and texts replaced, to FILE.sse, FILE.connect"
+    recording = "write the answers' streams, tokens, ids and texts replaced, to FILE-STEP.sse, FILE-STEP.connect"
     parser.add_argument("--record", metavar="FILE", help=recording)
     options = parser.parse_args(list(argv))
     settings = Settings.load(os.environ)
@@ -7561,7 +7562,7 @@ async def _check(settings: Settings, token: str, record: str | None) -> int:
     """Check the protocols that the settings admit. They share the state directory, so that a token that a running proxy
     rotated is used, not rotated away.
     """
-    tasks, url, good = BackgroundTasks(), settings.proxy_url, []
+    tasks, url, good, seen = BackgroundTasks(), settings.proxy_url, [], list[str]()
     state = StateFiles(find_state_dir(settings.state_dir, os.environ), Metrics(), settings.base_url)
     async with open_service_session(url) as session, open_service_session(url, reuse=False) as transfers:
         for name in ("classic", "connect"):
@@ -7569,17 +7570,20 @@ async def _check(settings: Settings, token: str, record: str | None) -> int:
                 check = _Check(settings, name, [session, transfers], tasks, state)
                 if await check.run(token):
                     good.append(name)
-                if record and check.pieces:
-                    path = Path(record).with_suffix(".sse" if name == "classic" else ".connect")
-                    path.write_bytes(anonymize_stream(b"".join(check.pieces), name))
+                for step, pieces in check.recorded.items() if record else ():
+                    path = Path(f"{record}-{step}").with_suffix(".sse" if name == "classic" else ".connect")
+                    path.write_bytes(anonymize_stream(b"".join(pieces), name))
                     print(f"recorded: {path}")
+                seen += check.seen
         await tasks.drain(REMOVAL_SECONDS)
+    versions = f"kimi_proxy {__version__}, Python {platform.python_version()}, aiohttp {aiohttp.__version__}"
+    print(f"For a bug report: {versions}; {'; '.join(seen)}.")
     print(f"A program in front would work: {'yes, with ' + ' and '.join(good) if good else 'no'}.")
     return 0 if good else 1
 
 
 class _Check:
-    """One protocol, step by step; `pieces` are the bytes of its answer."""
+    """One protocol, step by step: what was `seen`, and the bytes of its answers as `recorded`, by step."""
 
     def __init__(
         self,
@@ -7589,9 +7593,9 @@ class _Check:
         tasks: BackgroundTasks,
         state: StateFiles,
     ) -> None:
-        self.pieces: list[bytes] = []
+        self.recorded: dict[str, list[bytes]] = {}
+        self.seen: list[str] = [name]
         self._settings = settings
-        self._conversation_id = ""
         self._accounts = Accounts(lambda one: self._protocol.refresh(one), tasks, state)  # noqa: PLW0108  # made below
         client = KimiClient(sessions[0], sessions[1], self._accounts, Metrics(), settings)
         connect = Connect(client, settings.base_url, settings.auth_url)
@@ -7606,31 +7610,70 @@ class _Check:
             await self._step("address", self._look_up(url))
             await self._step("connection and TLS", self._connect(url))
             await self._step("token", self._accounts.access_token(account))
+            self.seen.append(f"at {URL(self._protocol.base_url_for(account)).host}")
             if self._protocol.name == "connect":
                 question.model = choose_model("kimi", await self._step("models", self._protocol.models(account)))[0]
-            else:
-                self._conversation_id = await self._step("open", self._protocol.open(account, question.model))
-            try:
-                await self._step("answer", self._ask(account, question))
-            finally:
-                if self._conversation_id:
-                    await self._step("remove", self._protocol.remove(account, self._conversation_id))
+            await self._chat(account, question, "answer")
         except ProxyError:
             return False
-        with suppress(ProxyError):  # its line says so: chats without files work all the same
+        with suppress(ProxyError):  # their lines say so: chats work all the same
+            await self._chat(account, replace(question, text="user:Who makes Kimi?\n", use_search=True), "search")
+        with suppress(ProxyError):
+            await self._chat(account, replace(question, text="user:Count to 100.\n"), "stop")
+        with suppress(ProxyError):
             await self._step("upload", self._upload(account))
         return True
+
+    async def _chat(self, account: Account, question: Question, what: str) -> None:
+        """Ask in a conversation of its own, which is removed; `what` is `answer`, `search`, or `stop`: then it is
+        stopped at its first text.
+        """
+        conversation_id = ""
+        if self._protocol.name == "classic":
+            conversation_id = await self._step("open", self._protocol.open(account, question.model))
+        deadline = asyncio.get_running_loop().time() + self._settings.silence_seconds
+        answer: Answer | None = None
+        try:
+            stream = await self._protocol.ask(account, conversation_id, question, deadline)
+            stream.raw, answer = self.recorded.setdefault(what, []), stream.answer
+            await self._step(what, self._read(account, stream, conversation_id, stops=what == "stop"))
+        except ProxyError as error:
+            if answer is None:
+                self._tell("FAIL", what, error.message)
+            raise
+        finally:
+            if conversation_id := conversation_id or (answer.conversation_id if answer is not None else ""):
+                await self._step("remove", self._protocol.remove(account, conversation_id))
+
+    async def _read(self, account: Account, stream: AnswerStream, conversation_id: str, *, stops: bool) -> list[Event]:
+        events: list[Event] = []
+        try:
+            while (more := await stream.read()) is not None:
+                events += more
+                if stops and any(isinstance(event, Text) for event in more):
+                    told = conversation_id or stream.answer.conversation_id
+                    await self._protocol.stop(account, told, stream.answer.message_id)
+                    break
+        finally:
+            await stream.drain(END_SECONDS)
+        form = next((form for form, mark in _CITATION_FORMS if mark in b"".join(stream.raw or ())), "")
+        if form:
+            self.seen.append(f"citations as {form}")
+        return events
 
     async def _step(self, what: str, work: Awaitable[Result]) -> Result:
         started = time.monotonic()
         try:
             result = await work
         except ProxyError as error:
-            print(f"FAIL  {self._protocol.name:8} {what:19} {error.message}", flush=True)
+            self._tell("FAIL", what, error.message)
             raise
-        seen = _render_seen(result)
-        print(f"ok    {self._protocol.name:8} {what:19} {time.monotonic() - started:.2f} s{seen}", flush=True)
+        self._tell("ok", what, f"{time.monotonic() - started:.2f} s", _render_seen(result))
         return result
+
+    def _tell(self, verdict: str, what: str, text: str, seen: str = "") -> None:
+        print(f"{verdict:5} {self._protocol.name:8} {what:19} {text}{seen}", flush=True)
+        self.seen.append(f"{what} {verdict}{seen}")
 
     async def _upload(self, account: Account) -> None:
         data = base64.b64encode(b"OK.\n").decode()
@@ -7659,24 +7702,13 @@ class _Check:
         with suppress(OSError):
             await writer.wait_closed()
 
-    async def _ask(self, account: Account, question: Question) -> list[Event]:
-        deadline = asyncio.get_running_loop().time() + self._settings.silence_seconds
-        stream = await self._protocol.ask(account, self._conversation_id, question, deadline)
-        stream.raw = self.pieces
-        events: list[Event] = []
-        try:
-            while (more := await stream.read()) is not None:
-                events += more
-        finally:
-            self._conversation_id = self._conversation_id or stream.answer.conversation_id
-            await stream.drain(END_SECONDS)
-        return events
-
 
 def _render_seen(result: object) -> str:
     """What a step's result is worth telling: numbers and names of models, never tokens or texts."""
     if isinstance(result, tuple) and result and isinstance(result[0], Model):
-        return ", " + ", ".join(model.id for model in result[:8])
+        shape = "new" if any(model.efforts for model in result) else "old"
+        names = (f"{model.id} ({model.default_effort})" if model.efforts else model.id for model in result[:8])
+        return f", {shape} list: " + ", ".join(names)
     if isinstance(result, list):
         return "".join(f", {count} {kind}" for kind, count in Counter(type(event).__name__ for event in result).items())
     return f", {result} addresses" if isinstance(result, int) else ""
@@ -7684,7 +7716,10 @@ def _render_seen(result: object) -> str:
 
 _KEPT_KEYS: Final = frozenset({"event", "type", "op", "mask", "role", "status", "name", "code", "reason", "scenario"})
 _KEPT_VALUE: Final = re.compile(r"[A-Za-z_.$]{1,48}")
-_KEPT_MARK: Final = re.compile("(\ue3a0cite[\ue3a3\U0001f6e0a-z_0-9:#]*\ue3a8|[a-z_]+:[0-9]+#[0-9]+)")
+_CITATION_FORMS: Final = (("<REF>", b"tools://"), ("U+E3A0", "\ue3a0".encode()), ("[^n^]", b"[^"))
+_KEPT_MARK: Final = re.compile(
+    "(<REF>cite|tools://[a-z_]+:[0-9]+#[0-9]+|</REF>|\ue3a0cite[\ue3a3\U0001f6e0a-z_0-9:#]*\ue3a8|[a-z_]+:[0-9]+#[0-9]+)"
+)
 
 
 def anonymize(value: Any, key: str = "") -> Any:

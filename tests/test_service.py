@@ -220,15 +220,19 @@ async def test_check_walks_every_step_of_both_dialects(simulator: Simulator, tmp
     assert status == 0, out + err
     lines = [line.split()[:3] for line in out.splitlines() if line.startswith("ok")]
     classic, connect = ([line[2] for line in lines if line[1] == name] for name in ("classic", "connect"))
-    assert classic == ["address", "connection", "token", "open", "answer", "remove", "upload"]
-    assert connect == ["address", "connection", "token", "models", "answer", "remove", "upload"]
+    start, chats = ["address", "connection", "token"], ["answer", "remove", "search", "remove", "stop", "remove"]
+    assert classic == [*start, *(step for chat in chats[::2] for step in ("open", chat, "remove")), "upload"]
+    assert connect == [*start, "models", *chats, "upload"]
     assert "kimi-k2.6" in out and "yes, with classic and connect" in out
+    report = next(line for line in out.splitlines() if line.startswith("For a bug report: kimi_proxy "))
+    for seen in ("at 127.0.0.1", "old list", "citations as U+E3A0", "stop ok", "remove ok", "upload ok"):
+        assert seen in report
     account = await simulator.settle(token)
     for secret in (token, *account.access_tokens, *account.conversations):
         assert secret not in out + err
-        for name in ("seen.sse", "seen.connect"):
+        for name in ("seen-answer.sse", "seen-search.sse", "seen-answer.connect", "seen-search.connect"):
             assert secret.encode() not in (tmp_path / name).read_bytes()
-    for name, text in (("seen.sse", "甲"), ("seen.connect", "月之暗面")):
+    for name, text in (("seen-answer.sse", "甲"), ("seen-search.connect", "月之暗面")):
         assert text.encode() not in (tmp_path / name).read_bytes()
         assert [event[0] for event in render_stream(tmp_path / name)][-1] == "Finished"
 
