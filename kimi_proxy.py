@@ -50,34 +50,18 @@ import sys
 import tempfile
 import time
 import traceback
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import (
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Collection,
-    Coroutine,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
-from contextlib import (
-    AbstractAsyncContextManager,
-    ExitStack,
-    asynccontextmanager,
-    contextmanager,
-    nullcontext,
-    suppress,
-)
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
+from copy import copy
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import accumulate, cycle, groupby, islice
-from math import isfinite, nan
+from math import isfinite
 from pathlib import Path
-from typing import IO, Any, Final, Literal, NoReturn, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import IO, Any, Final, Literal, NamedTuple, NoReturn, TypeVar, cast
 from urllib.parse import unquote, urljoin
 
 import aiohttp
@@ -90,8 +74,8 @@ __version__: Final = "1.7.0"
 
 # ==== 2. Settings ===========================================================
 #
-# One row per setting: default and help. The variable follows from its name, the check from its type, the unit from the
-# end of its name. A flag wins over the variable, the variable over the default. Secrets have no flag: `ps` shows flags.
+# One row per setting: default and help. The variable follows from its name, the check from the type of its default, the
+# unit from the end of its name. A flag wins over the variable. Secrets have no flag: `ps` shows flags.
 
 MEGABYTE: Final = 1_048_576
 TOKEN_SHAPE: Final = re.compile(r"[!-+\--~]{1,8192}")  # of a token or a key: no whitespace, no comma
@@ -102,58 +86,39 @@ class SettingsError(ValueError):
     """A setting is not usable. The text is one line for the person who starts the program."""
 
 
-def _kimi(default: Any, text: str, prefix: str = "KIMI_", *, secret: bool = False, **limits: int) -> Any:
-    known = {"help": text, "prefix": prefix, "secret": secret, **limits}
-    return field(default=default, metadata=known, repr=not secret)
+def _kimi(default: Any, text: str, prefix: str = "KIMI_", *, secret: bool = False, **checks: object) -> Any:
+    return field(default=default, metadata={"help": text, "prefix": prefix, "secret": secret, **checks})
 
 
 _proxy: Final = partial(_kimi, prefix="PROXY_")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Settings:
     """Everything that can be set, with its default."""
 
     host: str = _proxy("127.0.0.1", "address to listen on")
     port: int = _proxy(8000, "port to listen on; 0 takes a free one", low=0, high=65_535)
-    base_url: str = _kimi(
-        "", "base URL of Kimi; empty: https://kimi.moonshot.cn for classic, https://www.kimi.com for connect"
-    )
+    base_url: str = _kimi("", "base URL of Kimi; empty: https://kimi.moonshot.cn, or www.kimi.com for connect")
     auth_url: str = _kimi("https://auth.kimi.com", "base URL of the newer token refresh")
-    protocol: Literal["auto", "classic", "connect"] = _kimi(
-        "auto", "auto, classic or connect; auto starts with classic and moves on when that is retired"
-    )
+    protocol: str = _kimi("auto", "auto moves on from classic once that is retired", choices="auto classic connect")
     use_search: bool = _kimi(True, "search the web where neither request nor model says")
-    sources: Literal["text", "annotations", "none"] = _kimi(
-        "text", "how search hits are shown: text (in the answer, and as annotations), annotations, or none"
-    )
+    sources: str = _kimi("text", "how to show search hits; text: also in the answer", choices="text annotations none")
     refresh_token: str = _kimi("", "comma-separated refresh tokens of accounts that the proxy holds", secret=True)
-    refresh_token_file: str = _kimi(
-        "", "a file with them; a relative name is looked up in $CREDENTIALS_DIRECTORY first"
-    )
+    refresh_token_file: str = _kimi("", "a file with them; a relative name: in $CREDENTIALS_DIRECTORY first")
     api_keys: str = _proxy("", "comma-separated keys (key or name:key), one of which clients must send", secret=True)
     api_keys_file: str = _proxy("", "a file with them, comma-separated or one per line")
     allowed_hosts: tuple[str, ...] = _proxy((), "comma-separated names of a proxy that holds an account")
-    proxy_url: str = _kimi(
-        "", "HTTP proxy for Kimi and its storage, http://user:password@host:port; never for file URLs", secret=True
-    )
+    proxy_url: str = _kimi("", "HTTP proxy for all but file URLs, http://user:password@host:port", secret=True)
     queue_length: int = _proxy(16, "requests that may wait for an account that answers one at a time", low=0)
-    state_dir: str = _proxy(
-        "default",
-        "where rotated tokens, and a list of open conversations, are kept; "
-        "default: $STATE_DIRECTORY, else the user's state directory; empty: memory only",
-    )
+    state_dir: str = _proxy("default", "directory of state; default: $STATE_DIRECTORY or the user's; empty: none")
     cors_origins: tuple[str, ...] = _proxy(("*",), "comma-separated web origins whose pages may call; * is any")
-    log_level: Literal["debug", "info", "warning", "error"] = _proxy(
-        "info", "debug, info, warning or error; debug adds kind and size of each upstream event"
-    )
-    log_format: Literal["text", "json"] = _proxy("text", "text, or json: one JSON object per line")
+    log_level: str = _proxy("info", "debug tells of each upstream event", choices="debug info warning error")
+    log_format: str = _proxy("text", "json: one JSON object per line", choices="text json")
     call_seconds: float = _kimi(15.0, "limit of one ordinary call to Kimi")
     silence_seconds: float = _kimi(120.0, "an answer that is silent for this long has failed")
     answer_seconds: float = _kimi(1800.0, "limit of one whole answer")
-    drain_delay_seconds: float = _proxy(
-        0.0, "on shutdown, /health says 503 for this long before anything else changes; 2 behind a balancer", low=0
-    )
+    drain_delay_seconds: float = _proxy(0.0, "on shutdown, first only /health says 503; 2 behind a balancer", low=0)
     drain_seconds: float = _proxy(30.0, "on shutdown, running requests may finish for this long", low=0)
     max_file_mb: int = _proxy(100, "largest file of a request (1 MB is 1,048,576 bytes)")
     max_inline_mb: int = _proxy(32, "files inside a request, decoded, together; a body may have 4/3 of it and 1 MB")
@@ -168,17 +133,13 @@ class Settings:
 
     @classmethod
     def load(cls, environ: Mapping[str, str], argv: Sequence[str] = ()) -> Settings:
-        """The settings that `environ` and the flags in `argv` ask for.
-
-        Raises `SettingsError`; `--help`, `--version` and an unknown flag end the program as argparse does.
-        """
+        """The settings that `environ` and the flags in `argv` ask for. Raises `SettingsError`."""
         flags: dict[str, str | None] = vars(make_option_parser().parse_args(list(argv))) if argv else {}
         chosen: dict[str, Any] = {}
         for option in fields(cls):
             source, text = option_flag(option), flags.get(option.name)
             if text is None:
-                source = option_variable(option)
-                text = environ.get(source)
+                source, text = option_variable(option), environ.get(option_variable(option))
             if text is None:
                 continue
             try:
@@ -191,12 +152,17 @@ class Settings:
 
 def _parse_setting(option: Field[Any], text: str) -> Any:
     """The value of `text`; raises `ValueError`, which says what it must be and quotes none of it."""
-    kind = get_type_hints(Settings)[option.name]
+    checks: Mapping[str, Any] = option.metadata
+    kind = type(cast(Any, option.default))
     if kind in (int, float):
         low, high = (1, 1_000_000) if kind is int else (0.01, 86_400)
-        return _parse_number(kind, text, option.metadata.get("low", low), option.metadata.get("high", high))
-    if kind is bool or get_origin(kind) is Literal:
-        choices = _BOOLEANS if kind is bool else {word: word for word in get_args(kind)}
+        low, high = checks.get("low", low), checks.get("high", high)
+        with suppress(ValueError):
+            if low <= (number := kind(text)) <= high:
+                return number
+        raise ValueError(f"must be a {'whole ' if kind is int else ''}number from {low} to {high}")
+    if kind is bool or "choices" in checks:
+        choices = _BOOLEANS if kind is bool else {word: word for word in checks["choices"].split()}
         if text.lower() not in choices:
             raise ValueError("must be true or false" if kind is bool else f"must be one of {', '.join(choices)}")
         return choices[text.lower()]
@@ -205,16 +171,6 @@ def _parse_setting(option: Field[Any], text: str) -> Any:
     if option.name == "spool_dir" and text and not os.path.isdir(text):
         raise ValueError("must be a directory that exists")
     return text if kind is str else tuple(text.replace(",", " ").split())
-
-
-def _parse_number(kind: type[float], text: str, low: float, high: float) -> float:
-    try:
-        number = kind(text)
-    except ValueError:
-        number = nan
-    if not low <= number <= high:
-        raise ValueError(f"must be a {'whole ' if kind is int else ''}number from {low} to {high}")
-    return number
 
 
 def _check_url(text: str) -> str:
@@ -243,27 +199,27 @@ def unknown_variables(environ: Mapping[str, str]) -> list[str]:
     return sorted(name for name in environ if name.startswith(("KIMI_", "PROXY_")) and name not in known)
 
 
-def render_default(option: Field[Any]) -> str:
-    """A default as in the README: `true`, `15` s, `*`, `(empty)`."""
+def describe_option(option: Field[Any]) -> tuple[str, str]:
+    """Default and help of a setting, as `--help` and the README show them: `15` s, and what it is for."""
     unit = {"seconds": " s", "mb": " MB"}.get(option.name.rpartition("_")[2], "")
     value = ",".join(option.default) if isinstance(option.default, tuple) else option.default
     text = str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
-    return f"`{text or '(empty)'}`{unit}"
+    choices = ", ".join(option.metadata.get("choices", "").split())
+    return f"`{text or '(empty)'}`{unit}", ": ".join(filter(None, (choices, option.metadata["help"])))
 
 
 def make_option_parser() -> argparse.ArgumentParser:
     """A parser of all flags; a flag that was not given is None."""
-    parser = argparse.ArgumentParser(
-        prog="kimi_proxy.py",
-        description="An OpenAI-compatible gateway in front of the Kimi web service.",
-        epilog='`kimi_proxy.py ask "question"` asks a running proxy, `kimi_proxy.py check` tries every step of Kimi.',
-        allow_abbrev=False,  # an abbreviated flag may be that of a secret, which has none
-    )
+    about = "An OpenAI-compatible gateway in front of the Kimi web service."
+    more = '`kimi_proxy.py ask "question"` asks a running proxy, `kimi_proxy.py check` tries every step of Kimi.'
+    # no abbreviated flags: one may be that of a secret, which has none
+    parser = argparse.ArgumentParser("kimi_proxy.py", description=about, epilog=more, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"kimi_proxy {__version__}")
     for option in fields(Settings):
         if not option.metadata["secret"]:
-            text = f"{option.metadata['help']} (default {render_default(option)}; {option_variable(option)})"
-            parser.add_argument(option_flag(option), dest=option.name, metavar="X", help=text.replace("%", "%%"))
+            default, text = describe_option(option)
+            text = f"{text} (default {default}; {option_variable(option)})".replace("%", "%%")
+            parser.add_argument(option_flag(option), dest=option.name, metavar="X", help=text)
     return parser
 
 
@@ -274,8 +230,7 @@ def make_option_parser() -> argparse.ArgumentParser:
 # what to do, and `Retry-After` in seconds. A message quotes Kimi where that helps, redacted, never the client's text.
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
+class Failure(NamedTuple):
     """What one kind of failure looks like to a client."""
 
     status: int
@@ -290,15 +245,9 @@ class Failure:
         return {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(self.status, kind)
 
 
-# The words with which a message begins [ref].
-_PREFIXES: Final = {
-    -2000: "请求参数非法",
-    -2001: "请求kimi失败",
-    -2002: "Token已失效",
-    -2003: "远程文件URL非法",
-    -2004: "远程文件超出大小",
-}
-_STORAGE: Final = "browser developer tools, Application, Local Storage, refresh_token"
+# The words with which a message begins, of the numbers -2000, -2001, … [ref].
+_PREFIXES: Final = ("请求参数非法", "请求kimi失败", "Token已失效", "远程文件URL非法", "远程文件超出大小")
+_STORAGE: Final = "the Kimi web page: browser developer tools, Application, Local Storage, refresh_token"
 FAILURES: Final[Mapping[str, Failure]] = {
     "invalid_json": Failure(400, -2000, "the body is not the JSON it should be"),
     "invalid_request": Failure(400, -2000, "the request is not valid"),
@@ -307,10 +256,8 @@ FAILURES: Final[Mapping[str, Failure]] = {
     "file_unreadable": Failure(400, -2000, "Kimi cannot read this file; try another format"),
     "previous_response_not_found": Failure(400, -2000, "no such response of this account; send the whole input"),
     "token_missing": Failure(401, -2002, "send `Authorization: Bearer <refresh token>`"),
-    "token_malformed": Failure(401, -2002, f"copy one at the Kimi web page: {_STORAGE}"),
-    "token_dead": Failure(
-        401, -2002, f"Kimi refused this refresh token. Log in at the Kimi web page and copy a new one: {_STORAGE}"
-    ),
+    "token_malformed": Failure(401, -2002, f"copy one at {_STORAGE}"),
+    "token_dead": Failure(401, -2002, f"Kimi refused this refresh token; log in and copy a new one at {_STORAGE}"),
     "token_expired": Failure(401, -2002, "this access token has expired; send a refresh token, which renews itself"),
     "key_refused": Failure(401, -2002, "send one of the proxy's own API keys as Bearer token"),
     "host_denied": Failure(403, -2000, "the proxy holds an account, and may not be called by this name"),
@@ -351,9 +298,8 @@ FAILURES: Final[Mapping[str, Failure]] = {
 
 _SECRETS = re.compile(
     r"eyJ[\w-]{6,}\.[\w-]+(?:\.[\w-]*)?"  # a JSON Web Token (RFC 7519)
-    r"|(?i:bearer\s+)\S+"
+    r"|(?i:bearer\s+)\S+|[A-Za-z0-9_~+-]{40,}"
     r"|(?<=[?])[^\s\"'<>]+=[^\s\"'<>]*"  # a query, signed ones among them
-    r"|[A-Za-z0-9_~+-]{40,}"
 )
 
 
@@ -368,46 +314,22 @@ def quote_words(text: str) -> str:
 
 
 class ProxyError(Exception):
-    """A failure that a client is told about. `code` is a key of `FAILURES`; `detail` says which part, and why.
-
-    `retry_after_seconds` defaults to the table's; `param` names the request's field at fault; `upstream_status` is
-    Kimi's HTTP status where there was one, for the log.
-    """
+    """A failure that a client is told about: which part and why, the field at fault, and Kimi's HTTP status or 0."""
 
     def __init__(
-        self,
-        code: str,
-        detail: str = "",
-        *,
-        param: str | None = None,
-        retry_after_seconds: int | None = None,
-        upstream_status: int | None = None,
+        self, code: str, detail: str = "", *, param: str = "", retry_after_seconds: int = 0, upstream_status: int = 0
     ) -> None:
-        self.code = code
+        super().__init__(code, detail)
+        self.code, self.detail, self.param, self.upstream_status = code, detail, param, upstream_status
         self.failure = FAILURES[code]
         self.status = self.failure.status
-        self.detail = detail
-        self.param = param
         self.retry_after_seconds = retry_after_seconds or self.failure.retry_after_seconds
-        self.upstream_status = upstream_status
-        self.is_busy = False
-        super().__init__(self.message)
-
-    @property
-    def message(self) -> str:
-        """The sentence for people: the reference's prefix, what happened, what to do."""
-        body = f"{self.detail} ({self.failure.text})" if self.detail else self.failure.text
-        return f"[{_PREFIXES[self.failure.number]}]: {body}"
+        body = f"{detail} ({self.failure.text})" if detail else self.failure.text
+        self.message = f"[{_PREFIXES[-2000 - self.failure.number]}]: {body}"
 
     def copy(self) -> ProxyError:
         """An equal error without a traceback: a failure that many wait for is raised anew for each."""
-        return type(self)(
-            self.code,
-            self.detail,
-            param=self.param,
-            retry_after_seconds=self.retry_after_seconds,
-            upstream_status=self.upstream_status,
-        )
+        return copy(self)
 
 
 class ProtocolRetired(ProxyError):
@@ -422,15 +344,15 @@ class StaleToken(ProxyError):
 
 def render_error(error: ProxyError) -> dict[str, Any]:
     """OpenAI's error object, with the reference's `code` and `message` beside it [ref]."""
-    inner = {"message": error.message, "type": error.failure.type, "param": error.param, "code": error.code}
+    inner = {"message": error.message, "type": error.failure.type, "param": error.param or None, "code": error.code}
     return {"error": inner, "code": error.failure.number, "message": error.message}
 
 
 # ==== 4. Logs and metrics ===================================================
 #
 # A log line says what happened, to which request, and never what was said: no token, key, message text or signed URL.
-# Our own calls see to that; the formatter is the second fence. Of a traceback it shows places and classes only, since
-# messages may quote a client's header, and of other packages' lines what stands before the first value.
+# The formatter is the second fence. Of a traceback it shows places and classes only, since messages may quote a
+# client's header, and of other packages' lines what stands before the first value.
 
 logger: Final = logging.getLogger("kimi_proxy")
 request_id: Final[ContextVar[str]] = ContextVar("request_id", default="-")
@@ -440,53 +362,47 @@ class RedactingFormatter(logging.Formatter):
     """Log lines with the request's id, redacted, tracebacks without messages; as text, or as JSON objects."""
 
     def __init__(self, form: str = "text") -> None:
-        super().__init__(datefmt="%Y-%m-%dT%H:%M:%S")
+        super().__init__()
         self._form = form
 
     def format(self, record: logging.LogRecord) -> str:
         """One line for the record; as text, one more for each frame of its traceback."""
         text = record.getMessage()
-        if not record.name.startswith("kimi_proxy"):
+        if record.name != logger.name:
             constant = ": ".join(str(record.msg).partition("%")[0].partition("\n")[0].split(": ")[:2])
             text = f"{record.name}: {constant[:160]}".strip()
-        time, level = self.formatTime(record, self.datefmt), record.levelname.lower()
-        places = render_traceback(record.exc_info[1]) if record.exc_info and record.exc_info[1] else []
-        if self._form == "json":
-            value = {"time": time, "level": level, "request_id": request_id.get(), "message": redact(text)}
-            return json.dumps(value | ({"traceback": places} if places else {}), ensure_ascii=False)
-        return "\n    ".join([f"{time} {level} [{request_id.get()}] {redact(text)}", *places])
+        time, level = self.formatTime(record, "%Y-%m-%dT%H:%M:%S"), record.levelname.lower()
+        places = _trace(record.exc_info[1] if record.exc_info else None)
+        if self._form == "text":
+            return "\n    ".join([f"{time} {level} [{request_id.get()}] {redact(text)}", *places])
+        value = {"time": time, "level": level, "request_id": request_id.get(), "message": redact(text)}
+        return json.dumps(value | ({"traceback": places} if places else {}), ensure_ascii=False)
+
+
+def _trace(error: BaseException | None) -> list[str]:
+    """Where `error` and its causes came from: class and frames of each, without any value."""
+    if error is None:
+        return []
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [f"at {os.path.basename(frame.filename)}:{frame.lineno} in {frame.name}" for frame in frames]
+    before = _trace(error.__cause__ or (None if error.__suppress_context__ else error.__context__))
+    return [*before, f"{type(error).__module__}.{type(error).__qualname__}", *places]
 
 
 class QuietFilter(logging.Filter):
-    """Makes less of what other packages log: a client's fault is no error and needs no traceback, and what asyncio says
-    at each try to accept, while it cannot, is written once in ten seconds.
-    """
+    """Makes less of a client's fault, and of what asyncio says at each try to accept while it cannot."""
 
-    _last: tuple[object, float] = "", 0.0
+    _accept_failed = 0.0
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the record is to be written."""
-        if record.name.startswith("kimi_proxy"):
-            return True
         error = record.exc_info[1] if record.exc_info else None
-        if isinstance(error, web.RequestPayloadError):
-            return False  # its request was answered, and has its line
-        if isinstance(error, HttpProcessingError):
+        if record.name == "aiohttp.server" and isinstance(error, HttpProcessingError):
             record.exc_info, record.levelname = None, "INFO"
-        text, moment = self._last
-        if record.name == "asyncio" and record.msg == text and record.created < moment + 10:
-            return False
-        self._last = record.msg, record.created
-        return True
-
-
-def render_traceback(error: BaseException) -> list[str]:
-    """Where `error` came from: its class, then a line for each frame, without any value."""
-    frames = traceback.extract_tb(error.__traceback__)
-    places = [f"at {os.path.basename(frame.filename)}:{frame.lineno} in {frame.name}" for frame in frames]
-    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    before = render_traceback(cause) if cause is not None else []
-    return [*before, f"{type(error).__module__}.{type(error).__qualname__}", *places]
+        if record.name == "asyncio" and "socket.accept()" in str(record.msg):
+            before, self._accept_failed = self._accept_failed, record.created
+            return record.created > before + 2
+        return record.name != "aiohttp.server" or not isinstance(error, web.RequestPayloadError)  # has its own line
 
 
 def configure_logging(level: str, form: str = "text") -> None:
@@ -518,65 +434,48 @@ METRICS: Final[Mapping[str, tuple[str, str]]] = {
     "kimi_proxy_degraded_answers_total": ("counter", "Answers that Kimi gave with a weaker model."),
     "kimi_proxy_unknown_total": ("labelled counter", "What Kimi sent that is not known, by what it is."),
 }
-_BUCKETS: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+_BUCKETS: Final = ("0.05", "0.1", "0.25", "0.5", "1.0", "2.5", "5.0", "10.0", "30.0", "60.0", "120.0", "+Inf")
 
 
 class Metrics:
     """Counts of what happened, by name and labels, and how long it took. One instance belongs to the application."""
 
     def __init__(self) -> None:
-        self.counts: Counter[tuple[str, tuple[tuple[str, str], ...]]] = Counter()
-        self.times = {name: [0.0] * (len(_BUCKETS) + 2) for name, (kind, _) in METRICS.items() if kind == "histogram"}
+        self.counts: dict[str, float] = {name: 0 for name, (kind, _) in METRICS.items() if kind in ("counter", "gauge")}
         self._warned: set[tuple[str, str]] = set()
 
-    def count(self, name: str, amount: int = 1, **labels: str) -> None:
-        """Add `amount` to the counter `name`."""
-        self.counts[name, tuple(sorted(labels.items()))] += amount
-
-    def value(self, name: str, **labels: str) -> int:
-        """What the counter stands at."""
-        return self.counts[name, tuple(sorted(labels.items()))]
+    def count(self, name: str, amount: float = 1, **labels: str) -> float:
+        """Add `amount` to the counter `name`; what it stands at then."""
+        shown = ",".join(f"{label}={json.dumps(value)}" for label, value in labels.items())
+        key = f"{name}{{{shown}}}" if shown else name
+        self.counts[key] = self.counts.get(key, 0) + amount
+        return self.counts[key]
 
     def observe(self, name: str, seconds: float) -> None:
-        """Add a time to the histogram `name`: how many fall between each two bounds, then their sum."""
-        self.times[name][bisect_left(_BUCKETS, seconds)] += 1
-        self.times[name][-1] += seconds
+        """Add a time to the histogram `name`."""
+        for bound in _BUCKETS:
+            self.count(f"{name}_bucket", seconds <= float(bound), le=bound)
+        self.count(f"{name}_count")
+        self.count(f"{name}_sum", seconds)
 
     def warn_once(self, what: str, name: str) -> None:
         """Count something unknown from Kimi, and log it the first time that this `name` is seen (1,000 at most)."""
         self.count("kimi_proxy_unknown_total", what=what)
-        short = quote_words(name)[:60]
-        if (what, short) not in self._warned and len(self._warned) < 1000:
-            self._warned.add((what, short))
-            logger.warning("! unknown %s from Kimi, ignored: %s", what, short)
+        seen = what, quote_words(name)[:60]
+        if seen not in self._warned and len(self._warned) < 1000:
+            self._warned.add(seen)
+            logger.warning("! unknown %s from Kimi, ignored: %s", *seen)
 
     def render(self, gauges: Mapping[str, float]) -> str:
-        """All metrics in Prometheus' text format; counters without labels from 0 on, `gauges` by name."""
+        """All metrics in Prometheus' text format; those without labels from 0 on, `gauges` by name."""
         lines: list[str] = []
         for name, (kind, text) in METRICS.items():
             lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind.removeprefix('labelled ')}"]
-            if kind == "gauge":
-                lines.append(f"{name} {gauges.get(name, 0):g}")
-            elif kind == "counter":
-                lines.append(f"{name} {self.value(name)}")
-            elif kind == "histogram":
-                lines += _render_histogram(name, self.times[name])
-            else:
-                lines += [
-                    f"{name}{_render_labels(key[1])} {count}" for key, count in self.counts.items() if key[0] == name
-                ]
+            own = (name, f"{name}_bucket", f"{name}_count", f"{name}_sum")
+            lines += [
+                f"{key} {value}" for key, value in {**self.counts, **gauges}.items() if key.partition("{")[0] in own
+            ]
         return "\n".join(lines) + "\n"
-
-
-def _render_histogram(name: str, times: Sequence[float]) -> list[str]:
-    rows = zip([*map(str, _BUCKETS), "+Inf"], accumulate(times[:-1]), strict=True)
-    lines = [f'{name}_bucket{{le="{bound}"}} {number:g}' for bound, number in rows]
-    return [*lines, f"{name}_count {sum(times[:-1]):g}", f"{name}_sum {times[-1]}"]
-
-
-def _render_labels(labels: Sequence[tuple[str, str]]) -> str:
-    escaped = [(name, value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")) for name, value in labels]
-    return "{" + ",".join(f'{name}="{value}"' for name, value in escaped) + "}"
 
 
 # ==== 5. Wire formats =======================================================
@@ -1176,7 +1075,7 @@ def error_of_reply(
         retry_after_seconds = max(retry_after_seconds or 0, 1800)
     head = ", ".join(filter(None, (f"{step}: HTTP {status}", quote_words(name))))
     detail = ": ".join(filter(None, (head, quote_words(", ".join(said)))))
-    return ProxyError(code, detail, retry_after_seconds=retry_after_seconds, upstream_status=status)
+    return ProxyError(code, detail, retry_after_seconds=retry_after_seconds or 0, upstream_status=status)
 
 
 # ==== 8. Tools ==============================================================
@@ -2689,7 +2588,7 @@ _TOOL_ITEMS: Final = ("additional_tools", "tool_search_output")
 _DEFERRED_PLACEHOLDER: Final = "DeferredToolPlaceholder"  # Claude Code's own, in the place of tools not loaded yet
 
 
-def _parse_tools(nodes: Sequence[Node], loaded: Collection[str]) -> tuple[tuple[Tool, ...], tuple[str, ...], bool]:
+def _parse_tools(nodes: Sequence[Node], loaded: Iterable[str]) -> tuple[tuple[Tool, ...], tuple[str, ...], bool]:
     """The functions among tools, each name once; the names of what is left out; whether a web search is among them.
 
     A deferred function counts once the messages have `loaded` it, unless searching for it would be the API's work.
@@ -2738,7 +2637,7 @@ def _join_name(namespace: str, name: str) -> str:
 
 
 def _parse_tool_choice(
-    node: Node, tools: tuple[Tool, ...], foreign: Collection[str]
+    node: Node, tools: tuple[Tool, ...], foreign: Iterable[str]
 ) -> tuple[ToolChoice, tuple[Tool, ...]]:
     """What a choice means in any API's words, and the tools that it allows; `auto` where it wants `foreign` ones."""
     mode = value = node.value
@@ -4036,10 +3935,12 @@ class StateFiles:
 
         path = self.directory / f"{name}.lock"
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with ExitStack() as stack:
-            file = stack.enter_context(path.open("ab"))
+        file = path.open("ab")
+        try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            stack.pop_all()
+        except OSError:
+            file.close()
+            raise
         return file
 
     @asynccontextmanager
@@ -4061,11 +3962,10 @@ class StateFiles:
 
     def note_failure(self, error: OSError) -> None:
         """Count a failure to keep something, and log the first; a file may be missing."""
-        if not isinstance(error, FileNotFoundError):
-            self.metrics.count("kimi_proxy_state_failures_total")
-            if self.metrics.value("kimi_proxy_state_failures_total") == 1:
-                words = "! state cannot be kept in %s (%s): a restart may lose tokens and open conversations"
-                logger.warning(words, self.directory, error.strerror)
+        is_missing = isinstance(error, FileNotFoundError)
+        if not is_missing and self.metrics.count("kimi_proxy_state_failures_total") == 1:
+            words = "! state cannot be kept in %s (%s): a restart may lose tokens and open conversations"
+            logger.warning(words, self.directory, error.strerror)
 
 
 class OpenConversations:
@@ -5808,7 +5708,7 @@ class Uploads:
         self._remember(self._uploaded, shown["id"], UploadedFile(account.digest, protocol.name, kimi_id, shown))
         return shown
 
-    def find(self, file_id: str, accounts: Sequence[Account], param: str | None = None) -> UploadedFile:
+    def find(self, file_id: str, accounts: Sequence[Account], param: str = "") -> UploadedFile:
         """What one of `accounts` uploaded as `file_id`. Raises `ProxyError` `file_not_found`, for a stranger's too."""
         file = self._uploaded.get(file_id)
         if file is None or file.owner not in {account.digest for account in accounts}:
@@ -5881,7 +5781,7 @@ class Candidates:
             raise failure
         self._failures.append(failure)
         # A full queue is our own, and research has a quota of its own, which Kimi tells without an error.
-        if failure.code != "queue_full" and not (failure.code == "quota_used_up" and failure.upstream_status is None):
+        if failure.code != "queue_full" and not (failure.code == "quota_used_up" and not failure.upstream_status):
             seconds = DEAD_SECONDS if failure.status == 401 else failure.retry_after_seconds
             account.cooldown_until = asyncio.get_running_loop().time() + seconds
 
@@ -6408,15 +6308,16 @@ def read_secrets(name: str, text: str, file_name: str, environ: Mapping[str, str
     """The words of the setting `name`, or of its file, each once. Raises `SettingsError`."""
     if text and file_name:
         raise SettingsError(f"{name} and {name}_FILE: set one of them")
-    if file_name:
-        try:
-            text = _find_secret_file(file_name, environ).read_text("utf-8-sig")
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or type(error).__name__
-            raise SettingsError(f"{name}_FILE: cannot be read ({reason})") from None
     try:
+        if file_name:  # a relative name is first looked up in systemd's credentials (systemd.exec(5))
+            found = Path(environ.get("CREDENTIALS_DIRECTORY", ""), file_name)
+            text = (found if found.exists() else Path(file_name)).read_text("utf-8-sig")
         is_key = name == "PROXY_API_KEYS"
         words = tuple(dict.fromkeys(re.findall(r"[^,\s]+", text))) if is_key else read_pasted_tokens(text, r",\s")
+    except (OSError, ValueError) as error:
+        raise SettingsError(
+            f"{name}_FILE: cannot be read ({getattr(error, 'strerror', '') or 'not a text file'})"
+        ) from None
     except ProxyError as error:
         raise SettingsError(f"{name}: {error.detail}; {error.failure.text}") from None
     if file_name and not words:
@@ -6425,12 +6326,6 @@ def read_secrets(name: str, text: str, file_name: str, environ: Mapping[str, str
         if not TOKEN_SHAPE.fullmatch(word):
             raise SettingsError(f"{name}: word {number} has characters that no key has")
     return words
-
-
-def _find_secret_file(name: str, environ: Mapping[str, str]) -> Path:
-    """A relative name is first looked up in systemd's credentials (systemd.exec(5))."""
-    found = Path(environ.get("CREDENTIALS_DIRECTORY", ""), name)
-    return found if found.exists() else Path(name)
 
 
 def _split_key(number: int, word: str) -> tuple[str, bytes]:
@@ -6446,19 +6341,19 @@ def _split_key(number: int, word: str) -> tuple[str, bytes]:
 def _name_of(host: str) -> str:
     """The name in a `Host` header or a setting, without a port; empty where it is none."""
     found = _HOST.fullmatch(host)
-    return found[1].lower().rstrip(".") if found is not None else ""
+    return found[1].lower().rstrip(".").strip("[]") if found else ""
 
 
-def _is_address(name: str) -> bool:
-    try:
-        return bool(ipaddress.ip_address(name.strip("[]")))
-    except ValueError:
-        return False
+def _read_address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    with suppress(ValueError):
+        return ipaddress.ip_address(name)
+    return None
 
 
 def is_loopback(host: str) -> bool:
     """Whether what listens on `host` can be reached from this machine alone."""
-    return host in _LOCAL_NAMES or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
+    address = _read_address(host)
+    return host in _LOCAL_NAMES or (address is not None and address.is_loopback)
 
 
 class Access:
@@ -6473,15 +6368,14 @@ class Access:
         self.tokens = read_secrets("KIMI_REFRESH_TOKEN", *self._token_source)
         keys = read_secrets("PROXY_API_KEYS", settings.api_keys, settings.api_keys_file, environ)
         self._keys = [_split_key(number, word) for number, word in enumerate(keys, 1)]
-        self.holds = bool(self.tokens)
-        self.has_keys = bool(self._keys)
-        self._names = {*_LOCAL_NAMES, *map(_name_of, (settings.host, *settings.allowed_hosts))}
+        self.holds, self.has_keys = bool(self.tokens), bool(keys)
+        self._names = {*_LOCAL_NAMES, *map(_name_of, (settings.host, *settings.allowed_hosts))} - {""}
         self._origins = frozenset(settings.cors_origins) - ({"*"} if self.holds else set())
         self.allows_all_origins = "*" in self._origins
-        if self.has_keys and not self.holds:
+        if keys and not self.holds:
             raise SettingsError("PROXY_API_KEYS: there is no held account to guard; set KIMI_REFRESH_TOKEN too")
         for host in hosts or (settings.host,):
-            if self.holds and not self.has_keys and not is_loopback(host):
+            if self.holds and not keys and not is_loopback(host):
                 reason = "whoever reaches it could use the held account; set PROXY_API_KEYS"
                 raise SettingsError(f"PROXY_HOST={host}: {reason}")
 
@@ -6503,7 +6397,7 @@ class Access:
         if not self.holds:
             return
         name = _name_of(host)
-        if not name or not (_is_address(name) or name in self._names):
+        if name not in self._names and _read_address(name) is None:
             shown = quote_words(name)[:100] or "(none)"
             raise ProxyError("host_denied", f"Host {shown}: if it is yours, set PROXY_ALLOWED_HOSTS={shown}")
         if origin is not None and not self.allows_origin(origin):
@@ -7072,7 +6966,7 @@ def _log_request(request: web.Request, status: int, seconds: float) -> None:
 @web.middleware
 async def error_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Around every handler: who may call, how many, and failures in the client's form."""
-    allowed: Collection[str] = ()
+    allowed: Iterable[str] = ()
     try:
         state, is_preflight = request.app[STATE], _check_access(request)
         if len(state.running) > state.settings.max_requests and request.path not in (*OPEN_PATHS, "/metrics"):

@@ -866,9 +866,9 @@ def test_after_7_days_and_beyond_10000_the_oldest_are_dropped(tmp_path: Path, lo
     metrics = Metrics()
     heir = OpenConversations(StateFiles(tmp_path, metrics))
     assert heir.recover() == 10_000
-    assert metrics.value("kimi_proxy_orphans_dropped_total") == 2 and "2 conversations" in log_lines.text
+    assert metrics.counts["kimi_proxy_orphans_dropped_total"] == 2 and "2 conversations" in log_lines.text
     heir.add(A, "classic", "new")
-    assert metrics.value("kimi_proxy_orphans_dropped_total") == 3 and len(noted_in(tmp_path)) == 10_000
+    assert metrics.counts["kimi_proxy_orphans_dropped_total"] == 3 and len(noted_in(tmp_path)) == 10_000
     heir.close()
 
 
@@ -908,7 +908,7 @@ for line in sys.stdin:
     metrics = Metrics()
     heir = OpenConversations(StateFiles(Path(line.strip()), metrics))
     heir.recover()
-    assert not metrics.value("kimi_proxy_state_failures_total")
+    assert not metrics.counts["kimi_proxy_state_failures_total"]
     print(*(one for orphans in heir.orphans.values() for one in orphans), flush=True)
 """
 

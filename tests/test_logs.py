@@ -18,7 +18,6 @@ from kimi_proxy import (
     RedactingFormatter,
     configure_logging,
     logger,
-    render_traceback,
     request_id,
 )
 
@@ -54,7 +53,6 @@ def test_a_traceback_shows_places_and_classes_and_no_message() -> None:
     text = line("kimi_proxy", "failed", error=caught("sesame"))
     assert "ValueError" in text and "RuntimeError" in text and "test_logs.py" in text
     assert "sesame" not in text
-    assert render_traceback(caught("sesame"))[0] == "builtins.ValueError"
 
 
 def test_lines_of_other_packages_lose_their_values() -> None:
@@ -94,12 +92,10 @@ def test_all_logging_goes_through_the_formatter(capsys: pytest.CaptureFixture[st
 
 def test_metrics_count_by_name_and_labels() -> None:
     metrics = Metrics()
-    metrics.count("a")
-    metrics.count("a", 2)
-    metrics.count("a", step="x", kind="y")
-    assert metrics.value("a") == 3
-    assert metrics.value("a", kind="y", step="x") == 1
-    assert metrics.value("b") == 0
+    assert metrics.count("a") == 1
+    assert metrics.count("a", 2) == 3
+    assert metrics.count("a", step="x", kind="y") == 1
+    assert metrics.counts["a"] == 3
 
 
 def test_log_lines_as_json() -> None:

@@ -15,17 +15,14 @@ from conftest import StartProxy
 from kimi_simulator import HELLO, Simulator
 from toc import MODULE
 
-from kimi_proxy import FAILURES, Settings, __version__, option_variable, render_default
+from kimi_proxy import FAILURES, Settings, __version__, describe_option, option_variable
 
 README = (MODULE.parent / "README.md").read_text("utf-8")
 
 
 def render_settings() -> list[str]:
     """The rows of the table of settings."""
-    return [
-        f"| `{option_variable(option)}` | {render_default(option)} | {option.metadata['help']} |"
-        for option in fields(Settings)
-    ]
+    return [f"| `{option_variable(option)}` | {' | '.join(describe_option(option))} |" for option in fields(Settings)]
 
 
 def examples(language: str) -> list[str]:

@@ -9,10 +9,10 @@ import pytest
 from kimi_proxy import (
     Settings,
     SettingsError,
+    describe_option,
     make_option_parser,
     option_flag,
     option_variable,
-    render_default,
     unknown_variables,
 )
 
@@ -132,7 +132,9 @@ def test_help_shows_every_flag_with_its_default_and_variable() -> None:
     text = " ".join(make_option_parser().format_help().split())
     for variable, option in OPTIONS.items():
         assert (f"{option_flag(option)} " in text and variable in text) is not option.metadata["secret"]
-        assert option.metadata["secret"] or f"(default {render_default(option)}; {variable})" in text.replace("- ", "-")
+        assert option.metadata["secret"] or f"(default {describe_option(option)[0]}; {variable})" in text.replace(
+            "- ", "-"
+        )
 
 
 def test_variables_that_look_like_settings_and_are_none_are_found() -> None:
