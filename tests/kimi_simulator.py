@@ -142,6 +142,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 from urllib.parse import unquote
@@ -932,49 +933,10 @@ _BROWSER: Final = re.compile(r"Mozilla/5\.0 .* Chrome/(\d+)\.0\.0\.0 Safari/537\
 _HTML: Final = b"<!doctype html><title>502</title>" + b"<p>the page of some machine in between</p>" * 250
 
 
-# As lists of models were until August 2026 [2+], and as one was in September [1, a capture].
-MODELS: Final = [
-    {"scenario": "SCENARIO_K2D6", "displayName": "K2.6", "key": "k2d6", "id": "1", "thinking": False},
-    {"scenario": "SCENARIO_K2D6", "displayName": "K2.6 Thinking", "key": "k2d6-t", "id": "2", "thinking": True},
-    {
-        "scenario": "SCENARIO_OK_COMPUTER",
-        "displayName": "OK Computer",
-        "id": "3",
-        "kimiPlusId": "ok-computer",
-        "agentMode": "TYPE_NORMAL",
-        "description": "…",
-    },
-]
-NEW_MODELS: Final[list[dict[str, Any]]] = [
-    {
-        "id": "k2d6-chat",
-        "displayName": "Instant",
-        "key": "k2d6",
-        "scenario": "SCENARIO_CHAT",
-        "reasoningEffortOptions": [{"effort": f"REASONING_EFFORT_{name}"} for name in ("NONE", "LOW")],
-        "defaultReasoningEffort": "REASONING_EFFORT_LOW",
-    },
-    *(
-        {
-            "id": identifier,
-            "displayName": title,
-            "key": key,
-            "scenario": f"SCENARIO_OK_COMPUTER{'_SWARM' * (mode == 'TYPE_ULTRA')}",
-            "kimiPlusId": "ok-computer",
-            "agentMode": mode,
-            "reasoningEffortOptions": [
-                {"effort": f"REASONING_EFFORT_{name}", "displayName": name.title()} for name in ("LOW", "HIGH", "MAX")
-            ],
-            "defaultReasoningEffort": "REASONING_EFFORT_HIGH",
-            "minMembershipLevel": "LEVEL_PLUS",
-        }
-        for identifier, title, key, mode in (
-            ("k28-agent-preview", "K2.8", "k28-preview", "TYPE_NORMAL"),
-            ("k3-agent", "K3", "k3", "TYPE_NORMAL"),
-            ("k3-agent-swarm", "K3 Swarm", "k3-agent-ultra", "TYPE_ULTRA"),
-        )
-    ),
-]
+# Replies with the list of models: as they were until August 2026 [2+], and as one was in September [1, a capture].
+_WIRE: Final = Path(__file__).parent / "wire" / "connect"
+OLD_LIST: Final[dict[str, Any]] = json.loads((_WIRE / "models_august.json").read_text("utf-8"))
+NEW_LIST: Final[dict[str, Any]] = json.loads((_WIRE / "models_september.json").read_text("utf-8"))
 _CONNECT_TYPES: Final = {
     "chat.user_stream_pushing": "resource_exhausted",
     "auth.token.invalid": "unauthenticated",
@@ -1164,10 +1126,7 @@ class Simulator:
         account = self._account_of_access(request, "models", await self._body(request, {}))
         self._check_connect_headers(account, request)
         await self._order(account, "models", request)
-        if account.order.has("new-models"):
-            default = {"scenario": "SCENARIO_CHAT", "model": "k2d6-chat"}
-            return web.json_response({"availableModels": NEW_MODELS, "defaultScenario": default})
-        return web.json_response({"availableModels": MODELS, "defaultScenario": {"scenario": "SCENARIO_K2D6"}})
+        return web.json_response(NEW_LIST if account.order.has("new-models") else OLD_LIST)
 
     async def _connect_ask(self, request: web.Request) -> web.StreamResponse:
         if request.content_type != "application/connect+json" or request.headers.get("Connect-Protocol-Version") != "1":
@@ -1218,7 +1177,7 @@ class Simulator:
             self._violate("two scenarios")
         if not account.order.has("new-models"):
             return
-        named = [model for model in NEW_MODELS if model["id"] == options.get("model")]
+        named = [model for model in NEW_LIST["availableModels"] if model["id"] == options.get("model")]
         asked = {"scenario": scenario, "kimiPlusId": body.get("kimiplusId"), "agentMode": body.get("agentMode")}
         if not named or any(named[0].get(key) != value for key, value in asked.items()):
             self._violate(f"a model asked as another: {asked} {options}")

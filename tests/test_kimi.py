@@ -15,7 +15,7 @@ from unittest.mock import AsyncMock
 import aiohttp
 import pytest
 from conftest import LogRecorder, StartProxy, bearer, chat_body
-from kimi_simulator import MODELS, NEW_MODELS, Account, Simulator, connect_error, make_envelope
+from kimi_simulator import NEW_LIST, OLD_LIST, Account, Simulator, connect_error, make_envelope
 
 import kimi_proxy
 from kimi_proxy import (
@@ -294,10 +294,10 @@ K1 = "crm40ee9e5jvhsn7ptcg"
 
 
 def test_models_are_named_by_their_display_names_with_the_default_first() -> None:
-    assert parse_models({"availableModels": MODELS, "defaultScenario": {"scenario": "SCENARIO_K2D6"}}) == ALL
-    assert [model.id for model in parse_models({"availableModels": MODELS})] == [model.id for model in ALL]
+    assert parse_models(OLD_LIST) == ALL
+    assert [model.id for model in parse_models({**OLD_LIST, "defaultScenario": None})] == [model.id for model in ALL]
     thinking = {"scenario": "SCENARIO_K2D6", "thinking": True}
-    assert parse_models({"availableModels": MODELS, "defaultScenario": thinking})[0].thinking
+    assert parse_models({**OLD_LIST, "defaultScenario": thinking})[0].thinking
 
 
 @pytest.mark.parametrize("value", [{}, {"availableModels": None}, {"availableModels": [None, {}, {"scenario": 1}]}])
@@ -326,7 +326,7 @@ CHOICES: dict[str, tuple[Model, bool]] = {
 }
 
 
-NEW = {model.id: model for model in parse_models({"availableModels": NEW_MODELS})}
+NEW = {model.id: model for model in parse_models(NEW_LIST)}
 
 
 def test_the_newer_list_has_models_by_all_their_names_and_no_agent_as_default() -> None:
@@ -336,8 +336,8 @@ def test_the_newer_list_has_models_by_all_their_names_and_no_agent_as_default() 
     for name in ("kimi-k3", "k3-agent", "k3", "k3-agent-search"):
         assert choose_model(name, models) == (NEW["kimi-k3"], True)
     for default in ({}, {"model": "k3-agent"}, {"scenario": "SCENARIO_OK_COMPUTER"}, {"model": "k9"}):
-        assert parse_models({"availableModels": NEW_MODELS, "defaultScenario": default})[0].service_id == "k2d6-chat"
-    assert parse_models({"availableModels": NEW_MODELS[1:]})[0] == KIMI
+        assert parse_models({**NEW_LIST, "defaultScenario": default})[0].service_id == "k2d6-chat"
+    assert parse_models({"availableModels": NEW_LIST["availableModels"][1:]})[0] == KIMI
 
 
 EFFORTS = {
