@@ -139,7 +139,7 @@ class Run:
         """From the start of a process to its first answer, beside an import of aiohttp's server alone."""
         imports = [sys.executable, "-c", "import aiohttp.web"]
         async with AsyncExitStack() as stack:
-            for name in (FLOOR, *DIALECTS):  # each once, so that what Python compiles is there
+            for name in (FLOOR, *DIALECTS):  # each once, so that what Python compiles of packages is there
                 await self.open(stack, name)
         for _ in range(self.rounds):
             started = time.perf_counter()

@@ -79,7 +79,7 @@ class Target:
 
 
 def make_environment() -> dict[str, str]:
-    """This process's environment, for servers that may keep what they compile, as an installed service does."""
+    """This process's environment, for servers that may keep what they compile of the packages they import."""
     return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
@@ -98,8 +98,8 @@ def proxy_environment(simulator: Simulator, dialect: str, state_dir: str) -> dic
 
 
 def proxy_command(*options: str) -> list[str]:
-    """The command that starts a proxy as its service does."""
-    return [sys.executable, "-m", "kimi_proxy", *options]
+    """The command that starts a proxy as its users do: the module is compiled anew each time."""
+    return [sys.executable, str(PROGRAM), *options]
 
 
 @asynccontextmanager
