@@ -283,6 +283,7 @@ class Traffic:
         status, text = await self._post(http, token, kind.path, body)
         if status != 200 or kind.words not in text or "error" in text[-400:]:
             self._target.wrong.append(f"{name}: {status} {text[-300:]}")
+            return
         self._target.good[name] += 1
         if kind.path == RESPONSES and kind.order == "hello" and not body.get("previous_response_id"):
             self._last_response = (json.loads(text)["id"], token)
