@@ -209,10 +209,9 @@ def describe_option(option: Field[Any]) -> tuple[str, str]:
 
 
 def make_option_parser() -> argparse.ArgumentParser:
-    """A parser of all flags; a flag that was not given is None."""
+    """A parser of all flags; one not given is None. None can be abbreviated: it might be a secret's, which has none."""
     about = "An OpenAI-compatible gateway in front of the Kimi web service."
     more = '`kimi_proxy.py ask "question"` asks a running proxy, `kimi_proxy.py check` tries every step of Kimi.'
-    # no abbreviated flags: one may be that of a secret, which has none
     parser = argparse.ArgumentParser("kimi_proxy.py", description=about, epilog=more, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"kimi_proxy {__version__}")
     for option in fields(Settings):
@@ -260,8 +259,8 @@ FAILURES: Final[Mapping[str, Failure]] = {
     "token_dead": Failure(401, -2002, f"Kimi refused this refresh token; log in and copy a new one at {_STORAGE}"),
     "token_expired": Failure(401, -2002, "this access token has expired; send a refresh token, which renews itself"),
     "key_refused": Failure(401, -2002, "send one of the proxy's own API keys as Bearer token"),
-    "host_denied": Failure(403, -2000, "the proxy holds an account, and may not be called by this name"),
-    "origin_denied": Failure(403, -2000, "the proxy holds an account, which this web page may not use"),
+    "host_denied": Failure(403, -2000, "the proxy holds an account, and PROXY_ALLOWED_HOSTS does not have this name"),
+    "origin_denied": Failure(403, -2000, "the proxy holds an account, and PROXY_CORS_ORIGINS does not name this page"),
     "file_not_found": Failure(404, -2000, "not here (files are forgotten when the proxy restarts); upload again"),
     "response_not_found": Failure(404, -2000, "no such response of this account"),
     "not_found": Failure(404, -2000, "there is nothing at this path"),
@@ -351,8 +350,7 @@ def render_error(error: ProxyError) -> dict[str, Any]:
 # ==== 4. Logs and metrics ===================================================
 #
 # A log line says what happened, to which request, and never what was said: no token, key, message text or signed URL.
-# The formatter is the second fence. Of a traceback it shows places and classes only, since messages may quote a
-# client's header, and of other packages' lines what stands before the first value.
+# The formatter is the second fence: tracebacks lose their messages, and other packages' lines all from the first value.
 
 logger: Final = logging.getLogger("kimi_proxy")
 request_id: Final[ContextVar[str]] = ContextVar("request_id", default="-")
@@ -471,7 +469,7 @@ class Metrics:
         lines: list[str] = []
         for name, (kind, text) in METRICS.items():
             lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind.removeprefix('labelled ')}"]
-            own = (name, f"{name}_bucket", f"{name}_count", f"{name}_sum")
+            own = {name, f"{name}_bucket", f"{name}_count", f"{name}_sum"}
             lines += [
                 f"{key} {value}" for key, value in {**self.counts, **gauges}.items() if key.partition("{")[0] in own
             ]
@@ -6300,8 +6298,7 @@ class KeptResponses:
 # While the proxy holds one, its own keys are asked for where there are any, and web pages are kept out: a page that a
 # user visits can make a browser call any address, or have its own name resolve to it (DNS rebinding).
 
-_LOCAL_NAMES: Final = frozenset({"localhost", "localhost.localdomain"})
-_HOST: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]@]+)(?::[0-9]{1,5})?")
+_LOCAL_NAMES: Final = ("localhost", "localhost.localdomain")
 
 
 def read_secrets(name: str, text: str, file_name: str, environ: Mapping[str, str]) -> tuple[str, ...]:
@@ -6330,17 +6327,15 @@ def read_secrets(name: str, text: str, file_name: str, environ: Mapping[str, str
 
 def _split_key(number: int, word: str) -> tuple[str, bytes]:
     """Name and digest of the `number`th key, `word`, which is `key` or `name:key`. Raises `SettingsError`."""
-    name, colon, key = word.partition(":")
-    if not colon:
-        name, key = f"#{number}", word
-    elif not key or not re.fullmatch(r"[A-Za-z0-9_.-]{1,32}", name):
+    name, key = word.split(":", 1) if ":" in word else (f"#{number}", word)
+    if not key or not re.fullmatch(r"[#A-Za-z0-9_.-]{1,32}", name):
         raise SettingsError(f"PROXY_API_KEYS: word {number} must be a key or name:key; names: letters, digits, _ . -")
     return name, hashlib.sha256(key.encode()).digest()
 
 
 def _name_of(host: str) -> str:
     """The name in a `Host` header or a setting, without a port; empty where it is none."""
-    found = _HOST.fullmatch(host)
+    found = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]@]+)(?::[0-9]{1,5})?", host)
     return found[1].lower().rstrip(".").strip("[]") if found else ""
 
 
@@ -6357,11 +6352,7 @@ def is_loopback(host: str) -> bool:
 
 
 class Access:
-    """The held accounts' refresh tokens, the proxy's own keys, and the names and pages that may use them.
-
-    `hosts` are the addresses that are listened on, if not the settings'. Raises `SettingsError` for keys that guard
-    nothing, and for an account that anyone could use.
-    """
+    """The held accounts' refresh tokens, the proxy's own keys, and the names and pages that may use them."""
 
     def __init__(self, settings: Settings, environ: Mapping[str, str], hosts: Sequence[str] = ()) -> None:
         self._token_source = (settings.refresh_token, settings.refresh_token_file, environ)
@@ -6374,19 +6365,16 @@ class Access:
         self.allows_all_origins = "*" in self._origins
         if keys and not self.holds:
             raise SettingsError("PROXY_API_KEYS: there is no held account to guard; set KIMI_REFRESH_TOKEN too")
-        for host in hosts or (settings.host,):
-            if self.holds and not keys and not is_loopback(host):
-                reason = "whoever reaches it could use the held account; set PROXY_API_KEYS"
-                raise SettingsError(f"PROXY_HOST={host}: {reason}")
+        exposed = [host for host in hosts or (settings.host,) if not is_loopback(host)]
+        if exposed and self.holds and not keys:
+            raise SettingsError(f"PROXY_HOST={exposed[0]}: anyone there could use the held account; set PROXY_API_KEYS")
 
-    def reload_tokens(self) -> bool:
-        """Read the token file again, after a held token was refused; whether there are other tokens now."""
-        before = self.tokens
+    def reload_tokens(self) -> None:
+        """Read the token file again, after a held token was refused; it may have another one now."""
         try:
             self.tokens = read_secrets("KIMI_REFRESH_TOKEN", *self._token_source)
         except SettingsError as error:
             logger.warning("! the held tokens stay as they are: %s", error)
-        return self.tokens != before
 
     def allows_origin(self, origin: str) -> bool:
         """Whether pages of `origin` may call; while an account is held `*` allows none."""
@@ -6398,11 +6386,9 @@ class Access:
             return
         name = _name_of(host)
         if name not in self._names and _read_address(name) is None:
-            shown = quote_words(name)[:100] or "(none)"
-            raise ProxyError("host_denied", f"Host {shown}: if it is yours, set PROXY_ALLOWED_HOSTS={shown}")
+            raise ProxyError("host_denied", f"Host {quote_words(name)[:100] or '(none)'}")
         if origin is not None and not self.allows_origin(origin):
-            shown = quote_words(origin)[:100]
-            raise ProxyError("origin_denied", f"Origin {shown}: if it is yours, set PROXY_CORS_ORIGINS={shown}")
+            raise ProxyError("origin_denied", f"Origin {quote_words(origin)[:100]}")
 
     def check_key(self, key: str) -> str:
         """The name of the client's key. Raises `ProxyError` `key_refused`; takes the same time for every key."""
