@@ -3812,8 +3812,7 @@ class AnswerSlots:
     async def acquire(self, queue_length: int) -> None:
         """Take a slot when it is one's turn; `release` gives it back. Raises `ProxyError` `queue_full`."""
         if self._is_full() and (not self.serialized or self.waiting >= queue_length):
-            words = f"{self.running} answers run and {self.waiting} requests wait already; see PROXY_QUEUE_LENGTH"
-            raise ProxyError("queue_full", words)
+            raise ProxyError("queue_full", f"{self.running} answers run, {self.waiting} wait; see PROXY_QUEUE_LENGTH")
         self.waiting += 1
         self._changed.set()  # the ten minutes may be over
         try:
@@ -3878,10 +3877,9 @@ def find_state_dir(setting: str, environ: Mapping[str, str]) -> Path | None:
 
 
 class StateFiles:
-    """JSON objects in files of the state directory, which survive a restart and which several processes share.
+    """JSON objects in files of the state directory, for their owner alone; several processes may share them.
 
-    They are for their owner alone, and belong to the service at `base_url`: another's are not read. A failure is
-    counted, and the first one logged. There are no locks on Windows.
+    They belong to the service at `base_url`: another's are not read. There are no locks on Windows.
     """
 
     def __init__(self, directory: Path | None, metrics: Metrics, base_url: str = "") -> None:
@@ -3969,8 +3967,7 @@ class StateFiles:
 class OpenConversations:
     """The conversations that are open at Kimi, so that the next process can remove them should this one die.
 
-    They stand in a file of this process's own, written without fsync: it survives the process, not the machine. A lock
-    beside it tells the living from the dead; where there is none, nothing is noted.
+    They stand in a file of this process's own; a lock beside it tells the living from the dead. Without, none is noted.
     """
 
     def __init__(self, state: StateFiles) -> None:

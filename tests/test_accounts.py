@@ -198,10 +198,8 @@ async def test_an_error_of_ours_reaches_who_waits_and_does_not_stick(log_lines: 
     assert "refresh" in log_lines.text and "sesame" not in log_lines.text
 
 
-async def test_no_token_is_in_a_repr_or_a_label(service: Service) -> None:
-    account = make_accounts(service).get("sesame")
-    assert "sesame" not in repr(account) + repr(TokenPair("sesame", "sesame"))
-    assert len(account.label) == 8
+async def test_no_token_is_in_a_repr(service: Service) -> None:
+    assert "sesame" not in repr(make_accounts(service).get("sesame")) + repr(TokenPair("sesame", "sesame"))
 
 
 def make_jwt(**claims: Any) -> str:
@@ -331,35 +329,24 @@ async def test_a_directory_that_cannot_be_written_is_told_once(tmp_path: Path, l
 
 
 class Disk:
-    """Fails to write while it is `full`: not a byte, or after a few."""
+    """Fails to write while it is `full`."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, writes_some: bool) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.full = False
-        self._writes_some = writes_some
-        self._open, self._fsync = os.open, os.fsync
-        monkeypatch.setattr(os, "open", self.open)
+        self._fsync = os.fsync
         monkeypatch.setattr(os, "fsync", self.fsync)
 
-    def _fail(self) -> None:
+    def fsync(self, descriptor: int) -> None:
         if self.full:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def open(self, path: Any, flags: int, mode: int = 0o777) -> int:
-        if not self._writes_some and flags & os.O_CREAT:
-            self._fail()
-        return self._open(path, flags, mode)
-
-    def fsync(self, descriptor: int) -> None:
-        self._fail()
         self._fsync(descriptor)
 
 
-@pytest.mark.parametrize("writes_some", [True, False])
 @pytest.mark.parametrize("failures", [1, 3])
 async def test_tokens_in_memory_that_could_not_be_written_win_over_the_files_older_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes_some: bool, failures: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int
 ) -> None:
-    disk = Disk(monkeypatch, writes_some)
+    disk = Disk(monkeypatch)
     monkeypatch.setattr(kimi_proxy, "MAX_ACCOUNTS", 2)
     service = Rotating()
     accounts = make_accounts(service, directory=tmp_path)
@@ -383,7 +370,7 @@ async def test_tokens_in_memory_that_could_not_be_written_win_over_the_files_old
 async def test_of_two_processes_memories_the_newer_is_written_at_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    disk = Disk(monkeypatch, writes_some=True)
+    disk = Disk(monkeypatch)
     service = Rotating()
     service.rotates = False
     late, other = (make_accounts(service, directory=tmp_path) for _ in range(2))
@@ -589,20 +576,14 @@ def test_several_tokens_are_read_with_whatever_is_pasted_around_each() -> None:
         read_pasted_tokens("a b")
 
 
-@pytest.mark.parametrize(
-    ("claims", "region"),
-    [
-        ({"aud": ["kimi.ai"], "region": "overseas"}, "global"),
-        ({"aud": "kimi.ai"}, "global"),
-        ({"region": "overseas"}, "global"),
-        ({"aud": ["kimi.com"]}, "cn"),
-        ({"aud": "kimi.com", "region": "cn"}, "cn"),
-        ({"region": "cn"}, "cn"),
-        *((claims, "") for claims in list[dict[str, Any]]([{}, {"aud": ["kimi"]}, {"aud": 7, "region": []}])),
-    ],
-)
-def test_a_tokens_region_is_told_by_its_claims(claims: dict[str, Any], region: str) -> None:
-    assert region_of(claims) == region
+def test_a_tokens_region_is_told_by_its_claims() -> None:
+    rows: dict[str, list[dict[str, Any]]] = {
+        "global": [{"aud": ["kimi.ai"], "region": "overseas"}, {"aud": "kimi.ai"}, {"region": "overseas"}],
+        "cn": [{"aud": ["kimi.com"]}, {"aud": "kimi.com", "region": "cn"}, {"region": "cn"}],
+        "": [{}, {"aud": ["kimi"]}, {"aud": 7, "region": []}],
+    }
+    for region, examples in rows.items():
+        assert [region_of(claims) for claims in examples] == [region] * 3
 
 
 def test_what_is_pasted_is_read_in_linear_time() -> None:
@@ -752,7 +733,7 @@ async def test_kept_conversations_are_bounded_and_the_oldest_go_first(tmp_path: 
 async def test_kept_conversations_stay_in_memory_while_the_disk_is_full(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    disk = Disk(monkeypatch, writes_some=True)
+    disk = Disk(monkeypatch)
     first, second = (make_accounts(Rotating(), directory=tmp_path) for _ in range(2))
     account, other = first.get("r"), second.get("r")
     await first.keep(account, "c1", "connect", "m1")
@@ -897,47 +878,3 @@ def test_where_nothing_can_be_written_nothing_is_noted_and_work_goes_on(tmp_path
         opened.discard("c1")
         assert (opened.recover(), opened.orphans) == (0, {})
         opened.close()
-
-
-HEIR = """
-import sys
-from pathlib import Path
-from kimi_proxy import Metrics, OpenConversations, StateFiles
-
-for line in sys.stdin:
-    metrics = Metrics()
-    heir = OpenConversations(StateFiles(Path(line.strip()), metrics))
-    heir.recover()
-    assert not metrics.counts["kimi_proxy_state_failures_total"]
-    print(*(one for orphans in heir.orphans.values() for one in orphans), flush=True)
-"""
-
-
-async def test_of_processes_that_start_at_once_each_list_has_one_heir(tmp_path: Path) -> None:
-    pipe = asyncio.subprocess.PIPE
-    heirs = [
-        await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", HEIR),
-            stdin=pipe,
-            stdout=pipe,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
-        )
-        for _ in range(3)
-    ]
-    try:
-        for turn in range(20):
-            directory = tmp_path / str(turn)
-            expected = {f"c{number}-{one}" for number in range(5) for one in "ab"}
-            for number in range(5):
-                leave_behind(directory, f"c{number}-a", f"c{number}-b")
-            for heir in heirs:
-                assert heir.stdin is not None
-                heir.stdin.write(f"{directory}\n".encode())
-            shares: list[str] = []
-            for heir in heirs:
-                assert heir.stdout is not None
-                shares += (await asyncio.wait_for(heir.stdout.readline(), 20)).decode().split()
-            assert sorted(shares) == sorted(expected)
-    finally:
-        for heir in heirs:
-            await asyncio.wait_for(heir.communicate(b""), 20)
