@@ -237,6 +237,7 @@ SCRIPTS: Final[dict[str, tuple[Step, ...]]] = {
     "hello": (*(Say(HELLO[at : at + 4]) for at in range(0, len(HELLO), 4)), End()),
     "search": (*_HITS, Say("据搜索，"), Say("Kimi 是月之暗面的助手。"), End()),
     "think": (Think("让我想"), Think("想。"), Say("答案"), Say("是 42。"), End()),
+    "think-tags": (Say("<thi"), Say("nk>让我想想。</thi"), Say("nk>\n答案"), Say("是 42。"), End()),
     "think-only": (Think("让我想"), End()),
     "cite": (*_HITS, Say("甲"), Cite((2,)), Say("乙"), Cite((1, 2)), Cite((9,)), Say("丙[^1^]。"), End()),
     "cite-ref": (

@@ -632,22 +632,48 @@ async def ask(http: aiohttp.ClientSession, proxy: str, token: str) -> tuple[int,
         ("cite-ref", "甲[1]乙[2][3]丙[1]。"),
         ("cite-none", "Use [^1^] or [^0^], a < b, <REF>x</REF> to match."),
         ("ask-user", "Which one?"),
+        ("think-tags", "答案是 42。"),
         ("degraded", "答案"),
         ("sandbox", "答案"),
         ("user-echo", "答案"),
     ],
 )
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
 async def test_what_the_newer_streams_show(
-    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession, script: str, text: str
+    simulator: Simulator,
+    start_proxy: StartProxy,
+    http: aiohttp.ClientSession,
+    path: str,
+    stream: bool,
+    script: str,
+    text: str,
 ) -> None:
-    proxy = await start_proxy(protocol="connect", sources="annotations")
-    _, body, _ = await ask(http, proxy, simulator.token(script))
-    assert body["choices"][0]["message"]["content"] == text and body["choices"][0]["finish_reason"] == "stop"
-    question = {**QUESTION, "stream": True}
-    async with http.post(proxy + CHAT, json=question, headers=bearer(simulator.token(script))) as response:
-        frames = [frame.data for frame in SSEParser().feed(await response.read())]
-    deltas = [json.loads(frame)["choices"][0]["delta"] for frame in frames[:-1]]
-    assert "".join(delta.get("content") or "" for delta in deltas) == text and frames[-1] == "[DONE]"
+    proxy = await start_proxy(protocol="connect")
+    question = {"messages": [{"role": "user", "content": "hi"}], "input": "hi", "stream": stream, "max_tokens": 999}
+    async with http.post(proxy + path, json=question, headers=bearer(simulator.token(script))) as response:
+        body = await response.read()
+    frames = [frame.data for frame in SSEParser().feed(body)] if stream else [body.decode()]
+    values = [json.loads(frame) for frame in frames if frame != "[DONE]"]
+    shown = "".join(text_of(value) for value in values)
+    assert (response.status, shown.partition("\n\n搜索结果来自")[0]) == (200, text)
+
+
+def text_of(value: Any) -> str:
+    """The text in a whole answer, or in one event of a stream, of any API."""
+    for choice in value.get("choices", ()):
+        return str(choice.get("message", choice.get("delta", {})).get("content") or "")
+    match value.get("type", value.get("object")):
+        case "content_block_delta":
+            return str(value["delta"].get("text", ""))
+        case "response.output_text.delta":
+            return str(value["delta"])
+        case "message":
+            return "".join(block["text"] for block in value["content"])
+        case "response":
+            return "".join(part["text"] for item in value["output"] for part in item["content"])
+        case _:
+            return ""
 
 
 REFUSALS = [
