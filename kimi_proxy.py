@@ -6407,16 +6407,17 @@ KEEP_ALIVE_SECONDS: Final = 15.0  # and then one at this interval
 SEND_SECONDS: Final = 60.0  # drop a client that reads nothing for this long
 BODY_SECONDS: Final = 60.0  # limit for the body of a request to arrive
 MAX_BODIES_MB: Final = 256  # bodies of all running requests together, but always room for one
-MAX_TOKENS_IN_REQUEST: Final = 32
-SEND_BUFFER_BYTES: Final = 131_072  # the system would hold some megabytes for each client that reads slowly
-MODELS_CREATED: Final = 1_704_067_200
+QUIET_SECONDS: Final = 1.0
+GRACE_SECONDS: Final = 3.0
 CLIENT_CLOSED: Final = 499  # as nginx logs a client that went away
 OPEN_PATHS: Final = frozenset({"/", "/ping", "/health"})
 KNOWN_PATHS: Final = (
     "POST /v1/chat/completions, /v1/messages, /v1/responses and /v1/completions, GET /v1/models, POST and GET "
     "/v1/files, GET /health, GET /metrics, GET /ping, GET /"
 )
-_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+PAGE: Final = f"""<!doctype html><meta charset="utf-8"><title>kimi_proxy</title><h1>kimi_proxy {__version__}</h1>
+<p>Base URL: this address with <code>/v1</code>. API key: what its owner gave you, or a Kimi refresh token.</p>"""
+BODY_ERRORS: Final = (web.RequestPayloadError, aiohttp.ClientPayloadError, HttpProcessingError)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -6427,25 +6428,17 @@ class ClientGone(Exception):
 
 @dataclass(slots=True)
 class State:
-    """What the application owns: made on startup, closed on shutdown.
+    """What the application owns, and what runs: the tasks of all requests, and how many of them bring an answer."""
 
-    `running` are the tasks of all requests, `answering` those of Kimi's answers among them.
-    """
-
-    settings: Settings
-    metrics: Metrics
-    tasks: BackgroundTasks
-    accounts: Accounts
     gateway: Gateway
     files: Files
-    conversations: OpenConversations
     access: Access
     responses: KeptResponses = field(default_factory=KeptResponses)
-    draining: asyncio.Event = field(default_factory=asyncio.Event)
     running: set[asyncio.Task[Any]] = field(default_factory=set)
-    answering: set[asyncio.Task[Any]] = field(default_factory=set)
+    answers_running: int = 0
     body_bytes: int = 0
-    closing: bool = False
+    draining: bool = False  # balancers are told
+    closing: bool = False  # every response closes its connection
     requested_at: float = 0.0
 
 
@@ -6468,73 +6461,55 @@ class ResponseWriter:
     """One reply on its way to the client. Its watchdog fills silence, and drops a client that reads nothing."""
 
     def __init__(self, request: web.Request, encoder: Encoder, tasks: BackgroundTasks) -> None:
+        self.response: web.StreamResponse | None = None  # once the head went out: a failure is part of the stream then
         self._request = request
         self._encoder = encoder
         self._tasks = tasks
         self._loop = asyncio.get_running_loop()
-        self._response: web.StreamResponse | None = None
         self._ended = False
         self._silent_at = self._loop.time() + FIRST_KEEP_ALIVE_SECONDS
-        self._unsent_bytes = 0
-        self._unsent_since = 0.0
+        self._unsent = (0, 0.0)  # bytes, and since when there are so many
         self._watchdog = Watchdog(self._check, min(FIRST_KEEP_ALIVE_SECONDS, SEND_SECONDS))
-
-    @property
-    def begun(self) -> bool:
-        """Whether the head went out: from then on a failure is part of the stream."""
-        return self._response is not None
 
     def close(self) -> None:
         """Stop watching."""
         self._ended = True
         self._watchdog.stop()
 
-    async def write(self, data: bytes) -> None:
+    async def write(self, data: bytes, *, is_last: bool = False) -> web.StreamResponse:
         """Write `data` as fast as the client takes it; the head goes before it. Raises `ClientGone`."""
-        response = self._response or await self._begin(data)
+        self._ended = is_last
         try:
-            await response.write(data)
+            response = self.response or await self._begin(len(data))
+            await (response.write_eof(data) if is_last else response.write(data))
         except ConnectionError:
             raise ClientGone from None
         self._silent_at = self._loop.time() + FIRST_KEEP_ALIVE_SECONDS
-
-    async def end(self, data: bytes) -> web.StreamResponse:
-        """End the reply with `data`. Raises `ClientGone`."""
-        self._ended = True
-        if data:
-            await self.write(data)
-        response = cast(web.StreamResponse, self._response)
-        with _client_gone():
-            await response.write_eof()
         return response
 
-    async def _begin(self, data: bytes) -> web.StreamResponse:
-        """Send the head; `data` comes next, which is all where the answer is whole."""
-        response = self._response = web.StreamResponse(
-            headers={
-                "Content-Type": f"{self._encoder.content_type}; charset=utf-8",
-                "Cache-Control": "no-cache",
-                "X-Accel-Buffering": "no",
-            }
-        )
+    async def _begin(self, size_bytes: int) -> web.StreamResponse:
+        """Send the head; `size_bytes` come next, which is all where the answer is whole."""
+        content_type = f"{self._encoder.content_type}; charset=utf-8"
+        headers = {"Content-Type": content_type, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        response = self.response = web.StreamResponse(headers=headers)
         if not self._encoder.keep_alive:
-            response.content_length = len(data)
+            response.content_length = size_bytes
         elif self._request.version >= aiohttp.HttpVersion11:
             response.enable_chunked_encoding()
         with suppress(OSError, AttributeError):  # a connection that is lost already
-            self._request.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-        with _client_gone():
-            await response.prepare(self._request)
+            # The system would hold some megabytes for each client that reads slowly.
+            self._request.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 131_072)
+        await response.prepare(self._request)
         return response
 
     def _check(self, now: float) -> float:
         """The watchdog's look; when to look again."""
         transport = self._request.transport
         unsent_bytes = transport.get_write_buffer_size() if transport is not None else 0
-        if unsent_bytes != self._unsent_bytes:
-            self._unsent_bytes, self._unsent_since = unsent_bytes, now
-        if unsent_bytes:
-            if transport is not None and now - self._unsent_since >= SEND_SECONDS:
+        if unsent_bytes != self._unsent[0]:
+            self._unsent = (unsent_bytes, now)
+        if transport is not None and unsent_bytes:
+            if now - self._unsent[1] >= SEND_SECONDS:
                 logger.warning("! drop a client that read nothing for %g s", SEND_SECONDS)
                 transport.abort()
             return now + SEND_SECONDS / 4
@@ -6544,26 +6519,14 @@ class ResponseWriter:
         return min(max(self._silent_at, now + 0.01), now + SEND_SECONDS)
 
     async def _keep_alive(self) -> None:
-        if self._ended:
-            return
-        with suppress(ClientGone), _client_gone():
-            response = self._response or await self._begin(b"")
-            await response.write(self._encoder.keep_alive)
-
-
-@contextmanager
-def _client_gone() -> Iterator[None]:
-    """Tell a broken connection to the client from one to Kimi: aiohttp raises the same for both."""
-    try:
-        yield
-    except (ConnectionError, aiohttp.ClientConnectionError):
-        raise ClientGone from None
+        if not self._ended:
+            with suppress(ConnectionError):
+                response = self.response or await self._begin(0)
+                await response.write(self._encoder.keep_alive)
 
 
 async def read_body(request: web.Request, limit_bytes: int) -> bytearray:
-    """The request's body, of which there is no other copy. Raises `ProxyError`: `body_too_large`, `body_timeout`,
-    `body_broken`, and `too_busy` where there is no room beside the bodies of other requests.
-    """
+    """The request's body, of which there is no other copy. Raises `ProxyError`: `body_…`, `too_busy`."""
     state, outcome, body = request.app[STATE], request[OUTCOME], bytearray()
     too_large = ProxyError("body_too_large", f"at most {limit_bytes} bytes; see PROXY_MAX_INLINE_MB")
     if (request.content_length or 0) > limit_bytes:
@@ -6580,60 +6543,38 @@ async def read_body(request: web.Request, limit_bytes: int) -> bytearray:
                     raise ProxyError("too_busy", "no room for this body beside those of other requests")
     except TimeoutError:
         raise ProxyError("body_timeout", f"not within {BODY_SECONDS:g} s") from None
-    except (web.RequestPayloadError, aiohttp.ClientPayloadError, HttpProcessingError):
+    except BODY_ERRORS:
         raise ProxyError("body_broken") from None
     return body
 
 
 def release_body(request: web.Request) -> None:
     """Count the request's body no longer: it is not in memory any more."""
-    outcome = request[OUTCOME]
-    request.app[STATE].body_bytes -= outcome.body_bytes
-    outcome.body_bytes = 0
-
-
-def speaks_anthropic(request: web.Request) -> bool:
-    """Whether a request is of Anthropic's API, so that its failures are told in that form too."""
-    path = re.sub(r"^(?:/+v1)+(?=/)", "/v1", request.path)  # a doubled /v1 is a base URL that has one too many
-    if path.startswith("/v1/models"):
-        return "anthropic-version" in request.headers
-    return path.lstrip("/").startswith("v1/messages")
+    request.app[STATE].body_bytes -= request[OUTCOME].body_bytes
+    request[OUTCOME].body_bytes = 0
 
 
 def read_credential(request: web.Request) -> str:
     """What a client shows: `x-api-key`, else the Bearer token (RFC 6750); empty where there is neither."""
-    if key := request.headers.get("x-api-key", "").strip():
-        return key
     scheme, _, text = request.headers.get("Authorization", "").partition(" ")
-    return text.strip() if scheme.lower() == "bearer" else ""
+    return request.headers.get("x-api-key", "").strip() or (text.strip() if scheme.lower() == "bearer" else "")
 
 
 def find_accounts(request: web.Request) -> list[Account]:
     """The accounts that a request is for: those that the proxy holds, else those of the client's own tokens."""
     state = request.app[STATE]
     tokens = state.access.tokens if state.access.holds else read_pasted_tokens(read_credential(request))
-    if not tokens:
-        raise ProxyError("token_missing")
-    if len(tokens) > MAX_TOKENS_IN_REQUEST and not state.access.holds:
-        raise ProxyError("token_missing", f"at most {MAX_TOKENS_IN_REQUEST} tokens in a request")
-    return [state.accounts.get(token) for token in tokens]
+    if not tokens or (len(tokens) > 32 and not state.access.holds):
+        raise ProxyError("token_missing", "at most 32 tokens in a request" if tokens else "")
+    return [state.gateway.accounts.get(token) for token in tokens]
 
 
-@dataclass(slots=True)
-class Asked:
-    """What a request asks, of which accounts, and how it is answered; `messages` are kept with the answer."""
-
-    accounts: Sequence[Account]
-    question: Question
-    encoder: Encoder
-    start_chain: Callable[[], Chain]
-    messages: tuple[Message, ...] | None
-
-
-async def _read_question(api: Api, request: web.Request) -> Asked:
-    """Read and parse the body. It is parsed in one go, so that of many large ones only one at a time is there twice."""
+async def _read_question(api: Api, request: web.Request) -> tuple[Encoder, LiveAnswer, tuple[Message, ...]]:
+    """How a request is answered, the answer, and the messages to keep with it, if any."""
     state, accounts = request.app[STATE], find_accounts(request)
-    body = await read_body(request, state.settings.max_body_bytes)
+    settings = state.gateway.settings
+    body = await read_body(request, settings.max_body_bytes)
+    # In one go, without a wait: of many large bodies only one at a time is in memory twice.
     chat = api.parse(body, partial(state.responses.find_item, accounts=accounts))
     options = chat.responses
     if options is not None and options.previous_response_id:
@@ -6646,94 +6587,74 @@ async def _read_question(api: Api, request: web.Request) -> Asked:
         logger.info("tools that are not known here are left out: %s", quote_words(", ".join(chat.left_out)))
     if chat.unknown_parts:
         logger.info("parts of messages that are not known here: %s", quote_words(", ".join(chat.unknown_parts)))
-    prompt = render_prompt(chat)
-    encoder = api.make_encoder(
-        chat,
-        created=int(time.time()),
-        sources=state.settings.sources,
-        prompt=prompt,
-        response_id=f"resp_{secrets.token_hex(24)}",
-    )
+    prompt, created, response_id = render_prompt(chat), int(time.time()), f"resp_{secrets.token_hex(24)}"
+    encoder = api.make_encoder(chat, created=created, sources=settings.sources, prompt=prompt, response_id=response_id)
     start_chain = partial(make_chain, replace(chat, messages=()), lambda: f"{api.call_prefix}_{secrets.token_hex(12)}")
     # Where nobody says, the web is searched for people alone, not with files or for programs.
     is_plain = not (chat.attachments or chat.tools or chat.left_out or chat.response_format is not None)
-    question = Question(
-        prompt,
-        state.settings.use_search and is_plain if chat.use_search is None else chat.use_search,
-        chat.model,
-        effort=chat.effort,
-        has_tools=bool(chat.tools),
-        conversation_id=chat.conversation_id,
-        attachments=list(chat.attachments),
-    )
-    return Asked(accounts, question, encoder, start_chain, chat.own_messages if options and options.store else None)
+    use_search = settings.use_search and is_plain if chat.use_search is None else chat.use_search
+    question = Question(prompt, use_search, chat.model, effort=chat.effort, has_tools=bool(chat.tools))
+    question.conversation_id, question.attachments = chat.conversation_id, list(chat.attachments)
+    answer = state.gateway.answer(accounts, question, start_chain)
+    return encoder, answer, chat.own_messages if options is not None and options.store else ()
 
 
 async def _answer(api: Api, request: web.Request) -> web.StreamResponse:
     """Ask, and send the answer to the client, whatever becomes of it. Failures before the head are raised."""
-    state = request.app[STATE]
-    asked = await _read_question(api, request)
-    writer = ResponseWriter(request, asked.encoder, state.tasks)
-    task = cast(asyncio.Task[Any], asyncio.current_task())
-    state.answering.add(task)
+    state, started = request.app[STATE], time.monotonic()
+    encoder, answer, messages = await _read_question(api, request)
+    writer = ResponseWriter(request, encoder, state.gateway.tasks)
+    state.answers_running += 1
     try:
-        await _relay(request, asked, writer)
-        return await writer.end(asked.encoder.finish())
+        async with answer:
+            state.gateway.metrics.observe("kimi_proxy_first_text_seconds", time.monotonic() - started)
+            messages = keep_messages(messages, answer.references) if messages else ()  # without inline files
+            release_body(request)
+            while (events := await answer.read()) is not None:
+                if data := encoder.feed(events):
+                    await writer.write(data)
+        request[OUTCOME].upstream_status = 200
+        if messages and encoder.response is not None:
+            said = (*messages, answer_message(encoder.response))
+            size = len(encode_json(encoder.response)) + sum(len(message.text) + 200 for message in said)
+            state.responses.keep(encoder.response["id"], KeptResponse(answer.owner, encoder.response, said, size))
+        return await writer.write(encoder.finish(), is_last=True)
     except BaseException as failure:
-        error = _to_error(request, failure)
-        if not writer.begun:
-            raise error from None
-        _note_failure(request, error)
-        return await writer.end(asked.encoder.fail(error))
+        if writer.response is None:
+            raise
+        return await writer.write(encoder.fail(_note_failure(request, failure)), is_last=True)
     finally:
         writer.close()
-        state.answering.discard(task)
-        request[OUTCOME].chunks = asked.encoder.chunks
+        state.answers_running -= 1
+        request[OUTCOME].chunks = encoder.chunks
 
 
-async def _relay(request: web.Request, asked: Asked, writer: ResponseWriter) -> None:
-    """Pull the answer's events, and write what they show. A good answer of the Responses API is kept."""
-    state, encoder, started = request.app[STATE], asked.encoder, time.monotonic()
-    async with state.gateway.answer(asked.accounts, asked.question, asked.start_chain) as answer:
-        state.metrics.observe("kimi_proxy_first_text_seconds", time.monotonic() - started)
-        messages = None if asked.messages is None else keep_messages(asked.messages, answer.references)
-        asked.messages = None  # with its inline files
-        release_body(request)
-        while (events := await answer.read()) is not None:
-            if data := encoder.feed(events):
-                await writer.write(data)
-    request[OUTCOME].upstream_status = 200
-    if messages is not None and encoder.response is not None:
-        said = (*messages, answer_message(encoder.response))
-        size = len(encode_json(encoder.response)) + sum(len(message.text) + 200 for message in said)
-        kept = KeptResponse(answer.owner, encoder.response, said, size)
-        state.responses.keep(encoder.response["id"], kept)
-
-
-def _to_error(request: web.Request, failure: BaseException) -> ProxyError:
-    """What the client is told of a failure, aiohttp's own answers among them. Raises it where nobody can be told."""
+def _note_failure(request: web.Request, failure: BaseException) -> ProxyError:
+    """What the client is told of a failure; it is counted. Raises it where nobody can be told."""
+    state, outcome = request.app[STATE], request[OUTCOME]
     if isinstance(failure, ProxyError):
-        return failure
-    if isinstance(failure, web.HTTPMethodNotAllowed):
-        return ProxyError("method_not_allowed", f"here it is {KNOWN_PATHS}")
-    if isinstance(failure, web.HTTPNotFound):
+        error = failure
+    elif isinstance(failure, web.HTTPNotFound | web.HTTPMethodNotAllowed):
         hint = "; your base URL has /v1 twice" if "/v1/v1" in request.path else ""
-        return ProxyError("not_found", f"here it is {KNOWN_PATHS}{hint}")
-    if isinstance(failure, web.HTTPException):
-        return ProxyError("invalid_request", f"HTTP {failure.status}")
-    if isinstance(failure, asyncio.CancelledError):  # by us on shutdown, else because the client is gone
-        if request.app[STATE].draining.is_set() and request.transport is not None:
-            return ProxyError("shutting_down")
+        code = "not_found" if failure.status == 404 else "method_not_allowed"
+        error = ProxyError(code, f"here it is {KNOWN_PATHS}{hint}")
+    elif isinstance(failure, asyncio.CancelledError) and state.draining and request.transport is not None:
+        error = ProxyError("shutting_down")  # cancelled by us; else the client is gone
+    elif isinstance(failure, ClientGone) or not isinstance(failure, Exception):
         raise failure
-    if isinstance(failure, ClientGone) or not isinstance(failure, Exception):
-        raise failure
-    logger.error("! the proxy itself failed", exc_info=failure)
-    return ProxyError("internal_error")
+    else:
+        logger.error("! the proxy itself failed", exc_info=failure)
+        error = ProxyError("internal_error")
+    outcome.failure, outcome.upstream_status = error.code, error.upstream_status
+    state.gateway.metrics.count("kimi_proxy_failures_total", code=error.code)
+    if error.code == "token_dead":
+        state.access.reload_tokens()
+    return error
 
 
 async def _count_tokens(request: web.Request) -> web.StreamResponse:
     find_accounts(request)
-    body = await read_body(request, request.app[STATE].settings.max_body_bytes)
+    body = await read_body(request, request.app[STATE].gateway.settings.max_body_bytes)
     return json_response({"input_tokens": estimate_tokens(render_prompt(parse_messages_request(body)))})
 
 
@@ -6743,33 +6664,30 @@ async def _response(request: web.Request) -> web.StreamResponse:
     kept = responses.find(response_id, find_accounts(request))
     if kept is None:
         raise ProxyError("response_not_found")
-    if request.method == "GET":
-        return json_response(kept.response)
-    responses.forget(response_id)
-    return json_response({"id": response_id, "object": "response", "deleted": True})
+    if request.method == "DELETE":
+        responses.forget(response_id)
+        return json_response({"id": response_id, "object": "response", "deleted": True})
+    return json_response(kept.response)
 
 
 async def _models(request: web.Request) -> web.StreamResponse:
-    """The list of models, each also with search, or one of them; in Anthropic's form for its clients."""
-    state, wanted, is_anthropic = request.app[STATE], request.match_info.get("id"), speaks_anthropic(request)
+    """The list of models, each also with search, or one of them; in OpenAI's and Anthropic's forms at once."""
+    state, wanted = request.app[STATE], request.match_info.get("id")
     asks_kimi = state.access.holds or bool(read_credential(request))
     account = Candidates(find_accounts(request)).choose() if asks_kimi else None
-    models: dict[str, dict[str, Any]] = {}
-    for model in await state.gateway.models(account):
-        for name in (model.id, f"{model.id}-search"):
-            form: dict[str, Any] = {"object": "model", "created": MODELS_CREATED, "owned_by": "kimi"}
-            if is_anthropic:
-                form = {"type": "model", "display_name": name, "created_at": "2024-01-01T00:00:00Z"}
-            models[name] = {"id": name, **form, **({} if is_anthropic else model.describe())}
-    if wanted is not None:
-        if wanted not in models:
-            raise ProxyError("model_not_found", quote_words(wanted)[:60], param="model")
-        return json_response(models[wanted])
-    ends = {"has_more": False, "first_id": next(iter(models)), "last_id": next(reversed(models))}
-    return json_response({"data": list(models.values()), **(ends if is_anthropic else {"object": "list"})})
-
-
-_FORM_ERRORS = (ValueError, AssertionError, RuntimeError, web.RequestPayloadError, aiohttp.ClientPayloadError)
+    form = {"object": "model", "created": 1_704_067_200, "owned_by": "kimi"}
+    form |= {"type": "model", "created_at": "2024-01-01T00:00:00Z"}
+    models = {
+        name: {"id": name, "display_name": name, **form, **model.describe()}
+        for model in await state.gateway.models(account)
+        for name in (model.id, f"{model.id}-search")
+    }
+    if wanted is None:
+        ends = {"has_more": False, "first_id": next(iter(models)), "last_id": next(reversed(models))}
+        return json_response({"object": "list", "data": list(models.values()), **ends})
+    if wanted not in models:
+        raise ProxyError("model_not_found", quote_words(wanted)[:60], param="model")
+    return json_response(models[wanted])
 
 
 async def _create_file(request: web.Request) -> web.StreamResponse:
@@ -6784,7 +6702,12 @@ async def _create_file(request: web.Request) -> web.StreamResponse:
                 received = await _receive_file(request, spool)
         except TimeoutError:
             raise ProxyError("body_timeout", f"not within {TRANSFER_SECONDS:g} s") from None
-        except (*_FORM_ERRORS, HttpProcessingError):  # aiohttp raises RuntimeError for some charsets
+        except (
+            ValueError,
+            AssertionError,
+            RuntimeError,
+            *BODY_ERRORS,
+        ):  # aiohttp raises RuntimeError for some charsets
             raise ProxyError("body_broken", "the form cannot be read") from None
         return json_response(await state.gateway.upload(accounts, received))
 
@@ -6806,113 +6729,86 @@ async def _receive_file(request: web.Request, spool: IO[bytes]) -> ReceivedFile:
     return ReceivedFile(name or "", content_type, purpose, spool)
 
 
-async def _list_files(request: web.Request) -> web.StreamResponse:
-    files = [file.shown for file in request.app[STATE].gateway.uploads.list_uploaded(find_accounts(request))]
-    return json_response({"object": "list", "data": files, "has_more": False})
-
-
-async def _file(request: web.Request) -> web.StreamResponse:
-    file = request.app[STATE].gateway.uploads.find(request.match_info["id"], find_accounts(request), "file_id")
+async def _files(request: web.Request) -> web.StreamResponse:
+    """GET of the list of files that a client uploaded, GET and DELETE of one; their content is at Kimi."""
+    uploads, accounts, file_id = (
+        request.app[STATE].gateway.uploads,
+        find_accounts(request),
+        request.match_info.get("id"),
+    )
+    if file_id is None:
+        data = [file.shown for file in uploads.list_uploaded(accounts)]
+        return json_response({"object": "list", "data": data, "has_more": False})
+    file = uploads.find(file_id, accounts, "file_id")
+    if request.path.endswith("/content"):
+        raise ProxyError("invalid_request", "the content of a file: Kimi gives none back, and the proxy keeps none")
+    if request.method == "DELETE":
+        uploads.forget(file_id, accounts)
+        return json_response({"id": file_id, "object": "file", "deleted": True})
     return json_response(file.shown)
-
-
-async def _delete_file(request: web.Request) -> web.StreamResponse:
-    file_id = request.match_info["id"]
-    request.app[STATE].gateway.uploads.forget(file_id, find_accounts(request))
-    return json_response({"id": file_id, "object": "file", "deleted": True})
-
-
-async def _file_content(request: web.Request) -> web.StreamResponse:
-    request.app[STATE].gateway.uploads.find(request.match_info["id"], find_accounts(request), "file_id")
-    raise ProxyError("invalid_request", "the content of a file: Kimi gives none back, and the proxy keeps none")
 
 
 async def _token_check(request: web.Request) -> web.StreamResponse:
     """The reference's `POST /token/check`: whether Kimi takes a refresh token [ref]."""
-    accounts = request.app[STATE].accounts
+    accounts = request.app[STATE].gateway.accounts
     try:
         token = cast(Any, parse_json(await read_body(request, 65_536)))["token"]
+        if not TOKEN_SHAPE.fullmatch(token) or is_access_token(read_claims(token)):
+            raise ProxyError("invalid_request", "token: must be a refresh token", param="token")
     except (WireError, LookupError, TypeError):
-        raise ProxyError("invalid_json", 'the body must be {"token": …}') from None
-    if not isinstance(token, str) or not TOKEN_SHAPE.fullmatch(token) or is_access_token(read_claims(token)):
-        raise ProxyError("invalid_request", "token: must be a refresh token", param="token")
+        raise ProxyError("invalid_json", 'the body must be {"token": "…"}') from None
+    live = True
     try:
         await accounts.access_token(accounts.get(token))
     except ProxyError as error:
         if error.status != 401:
             raise
-        return json_response({"live": False})
-    return json_response({"live": True})
+        live = False
+    return json_response({"live": live})
 
 
 async def _health(request: web.Request) -> web.StreamResponse:
     """Whether it lives, and whether it should be sent requests: not while it shuts down."""
-    if not request.app[STATE].draining.is_set():
+    if not request.app[STATE].draining:
         return json_response({"live": True, "ready": True})
-    response = json_response({"live": True, "ready": False}, 503)
-    response.headers["Retry-After"] = str(FAILURES["shutting_down"].retry_after_seconds)
-    return response
+    return json_response({"live": True, "ready": False}, 503, FAILURES["shutting_down"].retry_after_seconds)
 
 
 async def _metrics(request: web.Request) -> web.StreamResponse:
     state = request.app[STATE]
     gauges = {
         "kimi_proxy_requests_running": len(state.running),
-        "kimi_proxy_answers_running": len(state.answering),
-        "kimi_proxy_accounts": len(state.accounts.known),
-        "kimi_proxy_orphans": sum(map(len, state.conversations.orphans.values())),
+        "kimi_proxy_answers_running": state.answers_running,
+        "kimi_proxy_accounts": len(state.gateway.accounts.known),
+        "kimi_proxy_orphans": sum(map(len, state.gateway.conversations.orphans.values())),
     }
-    text = state.metrics.render(gauges)
-    return web.Response(body=text.encode(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+    body = state.gateway.metrics.render(gauges).encode()
+    return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
 
-async def _ping(request: web.Request) -> web.StreamResponse:
-    return web.Response(text="pong")
+async def _text(text: str, request: web.Request) -> web.StreamResponse:
+    return web.Response(text=text, content_type="text/html" if text.startswith("<") else "text/plain")
 
 
-async def _front_page(request: web.Request) -> web.StreamResponse:
-    return web.Response(text=_PAGE.format(version=__version__), content_type="text/html")
-
-
-_PAGE: Final = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>kimi_proxy</title>
-<meta name="viewport" content="width=device-width">
-<body style="font: 16px/1.5 system-ui; max-width: 40em; margin: 3em auto; padding: 0 1em">
-<h1>kimi_proxy {version}</h1>
-<p>An OpenAI-compatible gateway in front of the Kimi web service.</p>
-<p>Base URL for your program: <code id="base">/v1</code> (this address, with <code>/v1</code>).
-API key: what its owner gave you, or your own Kimi refresh token.</p>
-<script>document.getElementById("base").textContent = location.origin + "/v1"</script>
-</body></html>
-"""
-
-
-def json_response(value: object, status: int = 200) -> web.Response:
+def json_response(value: object, status: int = 200, retry_after_seconds: float = 0) -> web.Response:
     """A response with `value` as JSON."""
-    body = encode_json(value).encode()
-    return web.Response(body=body, status=status, content_type="application/json", charset="utf-8")
-
-
-def _note_failure(request: web.Request, error: ProxyError) -> None:
-    outcome = request[OUTCOME]
-    outcome.failure, outcome.upstream_status = error.code, error.upstream_status
-    request.app[STATE].metrics.count("kimi_proxy_failures_total", code=error.code)
-    if error.code == "token_dead":
-        request.app[STATE].access.reload_tokens()
+    headers = {"Content-Type": "application/json; charset=utf-8"}
+    if retry_after_seconds:
+        headers["Retry-After"] = str(retry_after_seconds)
+    return web.Response(body=encode_json(value).encode(), status=status, headers=headers)
 
 
 @web.middleware
 async def request_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Around every request: its id and its log line."""
-    state, started = request.app[STATE], time.monotonic()
-    given = request.headers.get("X-Request-Id", "")
-    request_id.set(given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(6))
-    request[OUTCOME] = Outcome()
+    state, started, status = request.app[STATE], time.monotonic(), CLIENT_CLOSED
     task = cast(asyncio.Task[Any], asyncio.current_task())
+    given = request.headers.get("X-Request-Id", "")
+    request_id.set(given if re.fullmatch(r"[A-Za-z0-9._:/+=-]{1,128}", given) else secrets.token_hex(6))
+    request[OUTCOME] = Outcome()
     state.running.add(task)
     if not (state.closing and request.path == "/health"):  # a balancer goes on looking
         state.requested_at = asyncio.get_running_loop().time()
-    status = CLIENT_CLOSED
     try:
         response = await handler(request)
         status = response.status
@@ -6926,211 +6822,157 @@ async def request_middleware(request: web.Request, handler: Handler) -> web.Stre
 
 
 def _log_request(request: web.Request, status: int, seconds: float) -> None:
-    state, outcome = request.app[STATE], request[OUTCOME]
-    resource = request.match_info.route.resource
+    metrics, outcome, resource = request.app[STATE].gateway.metrics, request[OUTCOME], request.match_info.route.resource
     route = resource.canonical if resource is not None else "other"
-    state.metrics.count("kimi_proxy_requests_total", route=route, status=str(status))
-    state.metrics.count("kimi_proxy_chunks_total", outcome.chunks)
-    is_look = route == "/health" and status == 200  # of a balancer, twice a second
-    logger.log(
-        logging.DEBUG if is_look else logging.INFO,
-        "%s %s %d %.3fs chunks=%d upstream=%s%s%s",
-        request.method,
-        route if request.path == route else quote_words(request.path)[:100],
-        status,
-        seconds,
-        outcome.chunks,
-        outcome.upstream_status or "-",
-        f" key={outcome.key}" if outcome.key else "",
-        f" {outcome.failure}" if outcome.failure else "",
-    )
+    metrics.count("kimi_proxy_requests_total", route=route, status=str(status))
+    metrics.count("kimi_proxy_chunks_total", outcome.chunks)
+    path = route if request.path == route else quote_words(request.path)[:100]
+    words = [f"chunks={outcome.chunks}", f"upstream={outcome.upstream_status or '-'}"]
+    words += [f"key={outcome.key}"] * bool(outcome.key) + [outcome.failure] * bool(outcome.failure)
+    level = logging.DEBUG if (route, status) == ("/health", 200) else logging.INFO  # a balancer looks all the time
+    logger.log(level, "%s %s %d %.3fs %s", request.method, path, status, seconds, " ".join(words))
 
 
 @web.middleware
 async def error_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Around every handler: who may call, how many, and failures in the client's form."""
-    allowed: Iterable[str] = ()
+    state = request.app[STATE]
     try:
-        state, is_preflight = request.app[STATE], _check_access(request)
-        if len(state.running) > state.settings.max_requests and request.path not in (*OPEN_PATHS, "/metrics"):
+        is_preflight = _check_access(request)
+        if len(state.running) > state.gateway.settings.max_requests and request.path not in (*OPEN_PATHS, "/metrics"):
             raise ProxyError("too_busy")
         return web.Response(status=204) if is_preflight else await handler(request)
     except BaseException as failure:
-        error = _to_error(request, failure)
-        allowed = failure.allowed_methods if isinstance(failure, web.HTTPMethodNotAllowed) else ()
-    _note_failure(request, error)
-    response = json_response(
-        render_messages_error(error) if speaks_anthropic(request) else render_error(error), error.status
-    )
-    if error.retry_after_seconds:
-        response.headers["Retry-After"] = str(error.retry_after_seconds)
+        error = _note_failure(request, failure)
+        allowed = failure.headers["Allow"] if isinstance(failure, web.HTTPMethodNotAllowed) else ""
+    is_anthropic = "/v1/messages" in request.path or "anthropic-version" in request.headers
+    body = render_messages_error(error) if is_anthropic else render_error(error)
+    response = json_response(body, error.status, error.retry_after_seconds)
     if allowed:
-        response.headers["Allow"] = ", ".join(sorted(allowed))
+        response.headers["Allow"] = allowed
     if error.code.startswith("body_"):  # what is left of the body is not worth reading
         response.force_close()
     return response
 
 
 def _check_access(request: web.Request) -> bool:
-    """Whether this is a browser's preflight. Raises `ProxyError` for who may not call: a web page, then a client
-    without a key where there are keys.
-    """
-    access = request.app[STATE].access
-    hosts = request.headers.getall("Host", [])
-    origin = request.headers.get("Origin")
+    """Whether this is a browser's preflight. Raises `ProxyError` for a web page, or a client, that may not call."""
+    access, headers, is_open = request.app[STATE].access, request.headers, request.path in OPEN_PATHS
+    hosts, origin = headers.getall("Host", []), headers.get("Origin")
     access.check_page(hosts[0] if len(hosts) == 1 else "", origin)
     if "://" in request.raw_path.partition("?")[0]:  # an absolute-form target (RFC 9112, section 3.2.2) has a name too
         access.check_page(request.raw_path.partition("://")[2].partition("/")[0], origin)
-    if origin is None and request.headers.get("Sec-Fetch-Site") == "cross-site" and request.path not in OPEN_PATHS:
+    if origin is None and headers.get("Sec-Fetch-Site") == "cross-site" and not is_open:
         access.check_page("localhost", "null")  # a browser's request for another page, in a form without an Origin
-    is_preflight = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
-    if access.has_keys and request.path not in OPEN_PATHS and not is_preflight:
+    is_preflight = request.method == "OPTIONS" and "Access-Control-Request-Method" in headers
+    if access.has_keys and not is_open and not is_preflight:
         request[OUTCOME].key = access.check_key(read_credential(request))
     return is_preflight
 
 
 async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
     """Headers of every response: the request's id, the CORS answer (Fetch standard, "CORS protocol")."""
-    response.headers["X-Request-Id"] = request_id.get()
-    response.headers["Server"] = "kimi_proxy"
-    if request.app[STATE].closing:
-        response.headers["Connection"] = "close"
+    state, origin, headers = request.app[STATE], request.headers.get("Origin"), response.headers
+    headers["X-Request-Id"] = request_id.get()
+    headers["Server"] = "kimi_proxy"
+    if state.closing:
+        headers["Connection"] = "close"
         response.force_close()
-    access = request.app[STATE].access
-    origin = request.headers.get("Origin")
-    if origin is None or not access.allows_origin(origin):
+    if origin is None or not state.access.allows_origin(origin):
         return
-    response.headers["Access-Control-Allow-Origin"] = "*" if access.allows_all_origins else origin
-    response.headers["Access-Control-Expose-Headers"] = "X-Request-Id, Retry-After"
-    if not access.allows_all_origins:
-        response.headers["Vary"] = "Origin"
+    headers["Access-Control-Allow-Origin"] = "*" if state.access.allows_all_origins else origin
+    headers["Access-Control-Expose-Headers"] = "X-Request-Id, Retry-After"
+    headers["Vary"] = "Origin"
     if request.method == "OPTIONS":
-        asked = request.headers.get("Access-Control-Request-Headers", "Authorization, Content-Type")
-        response.headers["Access-Control-Allow-Headers"] = asked
-        response.headers["Access-Control-Allow-Methods"] = "GET, POST, DELETE, OPTIONS"
-        response.headers["Access-Control-Max-Age"] = "86400"
+        headers["Access-Control-Allow-Headers"] = request.headers.get("Access-Control-Request-Headers", "Authorization")
+        headers["Access-Control-Allow-Methods"] = "GET, POST, DELETE, OPTIONS"
+        headers["Access-Control-Max-Age"] = "86400"
 
 
-async def _own_state(app: web.Application) -> AsyncIterator[None]:
+async def _own_state(settings: Settings, access: Access, app: web.Application) -> AsyncIterator[None]:
     """Open what the application owns, and close it in reverse: removals first, the connections last."""
-    settings, access = app[_SETTINGS], app[_ACCESS]
-    tasks, metrics = BackgroundTasks(), Metrics()
-    session = open_service_session(settings.proxy_url)
-    transfers = open_service_session(settings.proxy_url, reuse=False)
-    files = Files(settings, metrics)
-
-    async def refresh(account: Account) -> TokenPair:
-        return await gateway.refresh(account)
-
-    state_dir = find_state_dir(settings.state_dir, os.environ)
-    state_files = StateFiles(state_dir, metrics, settings.base_url)
-    accounts = Accounts(refresh, tasks, state_files)
-    client = KimiClient(session, transfers, accounts, metrics, settings)
-    classic, connect = Classic(client, settings.base_url), Connect(client, settings.base_url, settings.auth_url)
-    conversations = OpenConversations(state_files)
-    gateway = Gateway(
-        settings,
-        metrics,
-        tasks,
-        accounts,
-        Uploads(files, settings),
-        conversations,
-        classic,
-        connect,
-        connect if settings.protocol == "connect" else classic,
-    )
-    if count := await asyncio.to_thread(conversations.recover):
-        logger.info("%d conversations were left open by a process that ended", count)
-        for token in access.tokens:
-            accounts.get(token)  # so that it is found by its digest
-        tasks.start(gateway.remove_orphans(list(conversations.orphans)), "remove")
-
-    app[STATE] = State(settings, metrics, tasks, accounts, gateway, files, conversations, access)
-    yield
-    if late := await tasks.drain(REMOVAL_SECONDS):
-        logger.warning("! %d background tasks did not end in %g s", late, REMOVAL_SECONDS)
-    await accounts.save()
-    conversations.close()
-    await files.close()
-    await transfers.close()
-    await session.close()
-
-
-_SETTINGS: Final = web.AppKey("settings", Settings)
-_ACCESS: Final = web.AppKey("access", Access)
-
-QUIET_SECONDS: Final = 1.0
-GRACE_SECONDS: Final = 3.0
+    tasks, metrics, url = BackgroundTasks(), Metrics(), settings.proxy_url
+    state_files = StateFiles(find_state_dir(settings.state_dir, os.environ), metrics, settings.base_url)
+    files, conversations = Files(settings, metrics), OpenConversations(state_files)
+    accounts = Accounts(lambda account: gateway.refresh(account), tasks, state_files)  # noqa: PLW0108  # made below
+    async with open_service_session(url) as session, open_service_session(url, reuse=False) as transfers:
+        client = KimiClient(session, transfers, accounts, metrics, settings)
+        classic, connect = Classic(client, settings.base_url), Connect(client, settings.base_url, settings.auth_url)
+        first = connect if settings.protocol == "connect" else classic
+        gateway = Gateway(
+            settings, metrics, tasks, accounts, Uploads(files, settings), conversations, classic, connect, first
+        )
+        if count := await asyncio.to_thread(conversations.recover):
+            logger.info("%d conversations were left open by a process that ended", count)
+            for token in access.tokens:
+                accounts.get(token)  # so that it is found by its digest
+            tasks.start(gateway.remove_orphans(list(conversations.orphans)), "remove")
+        app[STATE] = State(gateway, files, access)
+        yield
+        if late := await tasks.drain(REMOVAL_SECONDS):
+            logger.warning("! %d background tasks did not end in %g s", late, REMOVAL_SECONDS)
+        await accounts.save()
+        conversations.close()
+        await files.close()
 
 
 async def announce_end(app: web.Application) -> None:
-    """Say that the end is near, while all is still served: to balancers first, then on every response head.
-
-    A kept connection is closed by an answer that says so, not between two requests: none is lost. It is over when no
-    request came for a second, after three at most.
+    """Say that the end is near, to balancers first, then on every response head: a kept connection is closed by an
+    answer, not between two requests. Over when no request came for a second, after three at most.
     """
     state, loop = app[STATE], asyncio.get_running_loop()
-    state.draining.set()
-    await asyncio.sleep(state.settings.drain_delay_seconds)
+    state.draining = True
+    await asyncio.sleep(state.gateway.settings.drain_delay_seconds)
     state.closing = True
     begun = loop.time()
     while True:
-        quiet_at = max(begun, state.requested_at) + QUIET_SECONDS
-        left = min(quiet_at, begun + GRACE_SECONDS) - loop.time()
+        left = min(max(begun, state.requested_at) + QUIET_SECONDS, begun + GRACE_SECONDS) - loop.time()
         if left <= 0:
             return
         await asyncio.sleep(left)
 
 
 async def end_requests(app: web.Application) -> None:
-    """Let what runs finish for the drain's time, then end it with `shutting_down`; no connection is accepted by then.
-
-    The server still has to take bytes: of a request whose body is on its way aiohttp drops the rest once it closes.
+    """Let what runs finish for the drain's time, then end it with `shutting_down`. No connection is accepted by then,
+    but bytes still are: of a request whose body is on its way aiohttp drops the rest once it closes.
     """
     state, loop = app[STATE], asyncio.get_running_loop()
-    state.draining.set()
-    state.closing = True
-    deadline = loop.time() + state.settings.drain_seconds
+    state.draining = state.closing = True
+    deadline = loop.time() + state.gateway.settings.drain_seconds
     while state.running and (left := deadline - loop.time()) > 0:
         await asyncio.wait(set(state.running), timeout=left)
-    for task in set(state.running):
-        task.cancel()
-    if state.running:
-        await asyncio.wait(set(state.running), timeout=2)
-
-
-_ROUTES: Final[Sequence[tuple[str, str, Handler]]] = (
-    *(("POST", path, partial(_answer, api)) for path, api in APIS.items()),
-    ("POST", "/chat/completions", partial(_answer, APIS["/v1/chat/completions"])),
-    ("POST", "/v1/messages/count_tokens", _count_tokens),
-    ("GET", "/v1/responses/{id}", _response),
-    ("DELETE", "/v1/responses/{id}", _response),
-    ("GET", "/v1/models", _models),
-    ("GET", "/v1/models/{id}", _models),
-    ("POST", "/v1/files", _create_file),
-    ("GET", "/v1/files", _list_files),
-    ("GET", "/v1/files/{id}", _file),
-    ("DELETE", "/v1/files/{id}", _delete_file),
-    ("GET", "/v1/files/{id}/content", _file_content),
-    ("POST", "/token/check", _token_check),
-    ("GET", "/ping", _ping),
-    ("GET", "/health", _health),
-    ("GET", "/metrics", _metrics),
-    ("GET", "/", _front_page),
-)
+    if late := set(state.running):
+        for task in late:
+            task.cancel()
+        await asyncio.wait(late, timeout=2)
 
 
 def make_app(settings: Settings, hosts: Sequence[str] = ()) -> web.Application:
-    """The application: its routes, its middlewares and what it owns; `hosts` as `Access` takes them.
-
-    Raises `SettingsError` for secrets of no use.
-    """
+    """The application; `hosts` as `Access` takes them. Raises `SettingsError` for secrets of no use."""
     app = web.Application(middlewares=[request_middleware, error_middleware], client_max_size=settings.max_body_bytes)
-    app[_SETTINGS] = settings
-    app[_ACCESS] = Access(settings, os.environ, hosts)
-    app.cleanup_ctx.append(_own_state)
+    app.cleanup_ctx.append(partial(_own_state, settings, Access(settings, os.environ, hosts)))
     app.on_response_prepare.append(_add_headers)
-    app.add_routes([web.route(method, path, handler) for method, path, handler in _ROUTES])
+    app.add_routes(
+        [
+            *(web.post(path, partial(_answer, api)) for path, api in APIS.items()),
+            web.post("/chat/completions", partial(_answer, APIS["/v1/chat/completions"])),
+            web.post("/v1/messages/count_tokens", _count_tokens),
+            web.get("/v1/responses/{id}", _response),
+            web.delete("/v1/responses/{id}", _response),
+            web.get("/v1/models", _models),
+            web.get("/v1/models/{id}", _models),
+            web.post("/v1/files", _create_file),
+            web.get("/v1/files", _files),
+            web.get("/v1/files/{id}", _files),
+            web.delete("/v1/files/{id}", _files),
+            web.get("/v1/files/{id}/content", _files),
+            web.post("/token/check", _token_check),
+            web.get("/ping", partial(_text, "pong")),
+            web.get("/health", _health),
+            web.get("/metrics", _metrics),
+            web.get("/", partial(_text, PAGE)),
+        ]
+    )
     return app
 
 
@@ -7212,11 +7054,9 @@ class Notifier:
 
     async def beat(self, app: web.Application) -> None:
         """Tell regularly that the loop runs, and what runs in it, until cancelled."""
-        state = app[STATE]
+        state, accounts = app[STATE], app[STATE].gateway.accounts
         while True:
-            status = (
-                f"{len(state.answering)} answers, {len(state.running)} requests, {len(state.accounts.known)} accounts"
-            )
+            status = f"{state.answers_running} answers, {len(state.running)} requests, {len(accounts.known)} accounts"
             self.tell(WATCHDOG="1", STATUS=status)
             await asyncio.sleep(self._beat_seconds)
 

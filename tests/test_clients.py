@@ -517,9 +517,7 @@ async def test_every_failure_of_a_path_has_the_form_of_its_api(
         async with http.post(URL(proxy + path, encoded=True), data=b"{}", headers=token) as response:
             assert (response.status, (await response.json())["type"]) == (404, "error")
     async with http.post(proxy + "/v1/responses/resp_1", data=b"{}", headers=token) as response:
-        assert (response.status, response.headers["Allow"]) == (405, "DELETE, GET, HEAD")
-    async with http.post(proxy + "/v1/messages", data=b"{", headers={**token, "Expect": "foo"}) as response:
-        assert (response.status, (await response.json())["type"]) == (400, "error")
+        assert (response.status, response.headers["Allow"]) == (405, "DELETE,GET,HEAD")
     async with http.post(proxy + "/v1/messages", data=b"{", headers=token, expect100=True) as response:
         assert (response.status, (await response.json())["type"]) == (400, "error")
 

@@ -280,6 +280,8 @@ def check_answer(answer: Answer, anthropic: bool, script: str) -> None:
         assert kind.startswith(("application/json", "text/")) or answer.status == 204
         assert not kind.startswith("application/json") or isinstance(answer.json, dict)
         return
+    if answer.status == 400 and kind.startswith("text/plain"):
+        return  # no good HTTP, which aiohttp answers itself; it closed the connection
     assert kind.startswith("application/json"), (answer.status, kind)
     code = check_error(answer.json, anthropic)
     assert answer.status >= 400 and answer.status != 500, answer.json
@@ -652,11 +654,7 @@ def try_request(rig: Rig, dialect: str, line: str, headers: list[str], body: byt
 
     answer = rig.run(work())
     path = line.split(" ")[1].partition("?")[0]
-    anthropic = path.startswith("/v1/messages")
-    if path.startswith("/v1/models"):
-        anthropic = any(header.startswith("anthropic-version") for header in headers)
-    if answer.status == 400 and "Content-Encoding: br" in headers and b'"type":"error"' not in answer.body:
-        anthropic = False  # where Brotli is not installed, aiohttp refuses the head before anybody knows its path
+    anthropic = path.startswith("/v1/messages") or any(header.startswith("anthropic-version") for header in headers)
     check_answer(answer, anthropic, script)
     check_log(rig)
 
@@ -863,7 +861,7 @@ async def try_rows(rig: Rig, rows: Rows) -> dict[str, str]:
             answer = read_answer(await exchange(rig.urls["classic"], row))
             if answer is not None:
                 assert answer.status in REFUSED, (answer.status, answer.body[:300])
-                check_error(answer.json, anthropic=False)
+                check_answer(answer, anthropic=False, script="")
         except (AssertionError, TimeoutError) as error:
             return repr(error)
         return ""
