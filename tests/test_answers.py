@@ -669,9 +669,9 @@ def text_of(value: Any) -> str:
         case "response.output_text.delta":
             return str(value["delta"])
         case "message":
-            return "".join(block["text"] for block in value["content"])
+            return "".join(block.get("text", "") for block in value["content"])
         case "response":
-            return "".join(part["text"] for item in value["output"] for part in item["content"])
+            return "".join(part["text"] for item in value["output"] for part in item.get("content", ()))
         case _:
             return ""
 
