@@ -3922,6 +3922,8 @@ class StateFiles:
             temporary.replace(path)
         except OSError as error:
             self.note_failure(error)
+            with suppress(OSError):
+                temporary.unlink()
             return False
         return True
 

@@ -360,6 +360,7 @@ async def test_tokens_in_memory_that_could_not_be_written_win_over_the_files_old
     assert accounts.get("r") is account, "tokens that are nowhere else are not forgotten"
     (path,) = (tmp_path / "tokens").glob("*.json")
     assert json.loads(path.read_text())["refresh_token"] == "r1", "an older file stays whole"
+    assert not list(path.parent.glob("*.new"))
     disk.full = False
     newest = await accounts.access_token(account)
     assert service.asked == ["r", *(f"r{number}" for number in range(1, failures + 2))]
