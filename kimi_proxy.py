@@ -441,6 +441,8 @@ class Metrics:
     def __init__(self) -> None:
         self.counts: dict[str, float] = {name: 0 for name, (kind, _) in METRICS.items() if kind in ("counter", "gauge")}
         self._warned: set[tuple[str, str]] = set()
+        for name in (name for name, (kind, _) in METRICS.items() if kind == "histogram"):
+            self.observe(name, 0, times=0)
 
     def count(self, name: str, amount: float = 1, **labels: str) -> float:
         """Add `amount` to the counter `name`; what it stands at then."""
@@ -449,12 +451,12 @@ class Metrics:
         self.counts[key] = self.counts.get(key, 0) + amount
         return self.counts[key]
 
-    def observe(self, name: str, seconds: float) -> None:
+    def observe(self, name: str, seconds: float, times: int = 1) -> None:
         """Add a time to the histogram `name`."""
         for bound in _BUCKETS:
-            self.count(f"{name}_bucket", seconds <= float(bound), le=bound)
-        self.count(f"{name}_count")
-        self.count(f"{name}_sum", seconds)
+            self.count(f"{name}_bucket", times * (seconds <= float(bound)), le=bound)
+        self.count(f"{name}_count", times)
+        self.count(f"{name}_sum", times * seconds)
 
     def warn_once(self, what: str, name: str) -> None:
         """Count something unknown from Kimi, and log it the first time that this `name` is seen (1,000 at most)."""
