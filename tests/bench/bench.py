@@ -125,7 +125,7 @@ class Run:
                 target = await self.open(stack, name)
                 await self.bench.ask_short(target, 4, 1)
                 self.note("idle", name, target.memory_bytes())
-                await self.bench.stream_paced(target, 50, 60)
+                await self.bench.stream_paced(target, 50, 150)
                 before = target.memory_bytes()
                 self.note("stream", name, (await self.bench.hold_streams(target, 300) - before) / 300)
                 await self.bench.ask_short(target, 2000, 8)
