@@ -100,10 +100,10 @@ class StartProxy:
     A constant stays changed until the end of the test.
     """
 
-    def __init__(self, simulator: Simulator, dialect: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, simulator: Simulator, protocol: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self._simulator = simulator
         self._monkeypatch = monkeypatch
-        self._dialect = dialect
+        self._protocol = protocol
         self._stack = AsyncExitStack()
         self.holdings = Holdings(simulator)
         self.urls: list[str] = []
@@ -113,7 +113,7 @@ class StartProxy:
         defaults = {
             "base_url": url,
             "auth_url": url,
-            "protocol": self._dialect,
+            "protocol": self._protocol,
             "port": 0,
             "drain_seconds": 0.2,
             "state_dir": "",
@@ -131,15 +131,17 @@ class StartProxy:
 
 
 @pytest.fixture
-def dialect() -> str:
+def protocol() -> str:
     """The protocol that the proxy speaks; a test file that runs over both has a fixture of its own."""
     return "classic"
 
 
 @pytest.fixture
-async def start_proxy(simulator: Simulator, dialect: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[StartProxy]:
+async def start_proxy(
+    simulator: Simulator, protocol: str, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[StartProxy]:
     """Starts proxies, which end with the test and leave no task and no descriptor behind."""
-    start = StartProxy(simulator, dialect, monkeypatch)
+    start = StartProxy(simulator, protocol, monkeypatch)
     yield start
     await start.close()
     await start.holdings.wait_until_nothing_is_left()

@@ -46,7 +46,7 @@ hits begins with a line end; whole, the hits stand after the text, under ``搜�
 a moderated answer ends with ``[内容由于不合规被停止生成，我们换个话题吧]`` on a line of its own, before the hits; the
 answer's id is the conversation's; usage is zeros. Its numbers: -2000 请求参数非法, -2001 请求失败, -2002 Token已失效.
 
-*The other dialect, connect* (``https://www.kimi.com``) [2+] unless marked. Refresh, new: ``POST`` to auth.kimi.com,
+*The other protocol, connect* (``https://www.kimi.com``) [2+] unless marked. Refresh, new: ``POST`` to auth.kimi.com,
 ``/api/account.gateway.v1.AuthService/RefreshToken``, JSON, no Bearer, ``{"refresh_token"}`` ([open]: or
 ``refreshToken``) → ``accessToken``, ``refreshToken`` ([open]: inside ``data``). Both rotate; whether the old one stays
 valid is [open]. The old refresh is still in use. An access token is a JSON Web Token with ``app_id`` ``kimi`` and

@@ -1,6 +1,6 @@
 """`make soak`: mixed traffic with faults, after which the proxy stands where it began. Linux only, as it reads /proc.
 
-A proxy for each dialect, in a process of its own, has 25 clients for `MINUTES`. One request in five goes wrong: the
+A proxy for each protocol, in a process of its own, has 25 clients for `MINUTES`. One request in five goes wrong: the
 client goes away, or Kimi, its storage or a file's origin fails. Afterwards memory is compared with what it was after a
 warming up, file descriptors with what they were at the start, and nothing may run or be left at the simulator. The exit
 status is 1 where something grew, or where a good request failed.
@@ -31,7 +31,7 @@ import aiohttp
 from kimi_simulator import Simulator
 
 ROOT: Final = Path(__file__).parent.parent
-DIALECTS: Final = ("classic", "connect")
+PROTOCOLS: Final = ("classic", "connect")
 CLIENTS: Final = 25  # of each proxy
 FAULTY: Final = 0.2
 WARM_SECONDS: Final = 25.0
@@ -73,7 +73,7 @@ def read_figures(process_id: int) -> Figures:
 class Target:
     """A proxy, and what came of the requests to it."""
 
-    dialect: str
+    protocol: str
     url: str
     process_id: int
     stderr: IO[bytes]
@@ -85,7 +85,7 @@ class Target:
 
 
 @asynccontextmanager
-async def run_proxy(simulator: Simulator, dialect: str) -> AsyncIterator[Target]:
+async def run_proxy(simulator: Simulator, protocol: str) -> AsyncIterator[Target]:
     """A proxy in a process of its own."""
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith(("KIMI_", "PROXY_"))},
@@ -93,7 +93,7 @@ async def run_proxy(simulator: Simulator, dialect: str) -> AsyncIterator[Target]
         "PYTHONPATH": str(ROOT),
         "KIMI_BASE_URL": simulator.url,
         "KIMI_AUTH_URL": simulator.url,
-        "KIMI_PROTOCOL": dialect,
+        "KIMI_PROTOCOL": protocol,
         "PROXY_PORT": "0",
         "PROXY_STATE_DIR": "",
         "PROXY_LOG_LEVEL": "warning",
@@ -107,7 +107,7 @@ async def run_proxy(simulator: Simulator, dialect: str) -> AsyncIterator[Target]
             assert process.stdout is not None
             address = re.search(rb"http://\S+(?=/v1)", await process.stdout.readline())
             assert address is not None
-            yield Target(dialect, address[0].decode(), process.pid, stderr)
+            yield Target(protocol, address[0].decode(), process.pid, stderr)
         finally:
             if process.returncode is None:
                 process.terminate()
@@ -388,7 +388,7 @@ def show_traffic(target: Target, seconds: float) -> None:
     good, faulty = target.good.total(), target.faulty.total()
     share = faulty / max(1, good + faulty)
     print(
-        f"{target.dialect}: {good + faulty} requests in {seconds:.0f} s, {share:.0%} of them with a fault of "
+        f"{target.protocol}: {good + faulty} requests in {seconds:.0f} s, {share:.0%} of them with a fault of "
         f"{len(target.faulty)} kinds, {target.at_most} at once at most; {len(target.wrong)} went wrong"
     )
 
@@ -397,8 +397,8 @@ async def soak(minutes: float, seed: int) -> bool:
     """Whether everything is as it was."""
     async with AsyncExitStack() as stack:
         simulator = await stack.enter_async_context(Simulator(seed=seed))
-        targets = [await stack.enter_async_context(run_proxy(simulator, dialect)) for dialect in DIALECTS]
-        traffic = [Traffic(simulator, target, random.Random(f"{seed} {target.dialect}")) for target in targets]
+        targets = [await stack.enter_async_context(run_proxy(simulator, protocol)) for protocol in PROTOCOLS]
+        traffic = [Traffic(simulator, target, random.Random(f"{seed} {target.protocol}")) for target in targets]
         tidying = asyncio.create_task(tidy(simulator))
         stack.callback(tidying.cancel)
         begun = [read_figures(target.process_id) for target in targets]

@@ -17,7 +17,7 @@ CHAT = "/v1/chat/completions"
 
 
 @pytest.fixture(params=["classic", "connect"])
-def dialect(request: pytest.FixtureRequest) -> str:
+def protocol(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 

@@ -22,7 +22,7 @@ QUESTION: Any = [{"role": "user", "content": "hi"}]
 
 
 @pytest.fixture(params=["classic", "connect"])
-def dialect(request: pytest.FixtureRequest) -> str:
+def protocol(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
@@ -382,12 +382,12 @@ async def test_anthropics_documents_and_images_reach_kimi(simulator: Simulator, 
         assert told in message.content[0].text
 
 
-async def test_anthropics_thinking_is_a_block_of_its_own(simulator: Simulator, claude_for: Any, dialect: str) -> None:
+async def test_anthropics_thinking_is_a_block_of_its_own(simulator: Simulator, claude_for: Any, protocol: str) -> None:
     client = claude_for(simulator.token("think"))
     async with client.messages.stream(**CLAUDE, thinking={"type": "adaptive"}) as stream:
         message = await stream.get_final_message()
     kinds = [block.type for block in message.content]
-    assert kinds == (["thinking", "text"] if dialect == "connect" else ["text"])
+    assert kinds == (["thinking", "text"] if protocol == "connect" else ["text"])
     again = [*QUESTION, {"role": "assistant", "content": [block.model_dump() for block in message.content]}, *QUESTION]
     assert (await client.messages.create(model="kimi", max_tokens=99, messages=again)).content
 

@@ -1,6 +1,6 @@
 """The fault matrix: what the client sees of each fault, what is cleaned up, and that the next request works.
 
-Rows run over both dialects, streamed and whole, where that matters. After each, while the proxy still runs, no
+Rows run over both protocols, streamed and whole, where that matters. After each, while the proxy still runs, no
 conversation, task, descriptor, temporary file or connection in use is left, no secret is in the log, and the next
 request works. `MATRIX` names the tests of each fault, some of which stand in other files, with the same check behind
 them. What needs a full disk, or no descriptors, limits a process of its own.
@@ -106,11 +106,11 @@ MATRIX: dict[str, tuple[str, ...]] = {
 }
 
 
-# For rows that end before any dialect is spoken, or in which both would do the same.
-one_dialect = pytest.mark.parametrize("dialect", ["connect"])
+# For rows that end before any protocol is spoken, or in which both would do the same.
+one_protocol = pytest.mark.parametrize("protocol", ["connect"])
 
 
-@one_dialect
+@one_protocol
 def test_the_matrix_names_tests_that_exist() -> None:
     place = Path(__file__).parent
     for names in MATRIX.values():
@@ -121,7 +121,7 @@ def test_the_matrix_names_tests_that_exist() -> None:
 
 
 @pytest.fixture(params=["classic", "connect"])
-def dialect(request: pytest.FixtureRequest) -> str:
+def protocol(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
@@ -248,13 +248,13 @@ CONNECT: dict[str, Row] = {
 
 
 @pytest.mark.parametrize(
-    ("dialect", "name"),
+    ("protocol", "name"),
     [("classic", name) for name in BEFORE | OPENING] + [("connect", name) for name in BEFORE],
 )
 async def test_a_failure_before_the_first_chunk_has_its_status(
-    simulator: Simulator, quick_proxy: str, stream: bool, dialect: str, name: str
+    simulator: Simulator, quick_proxy: str, stream: bool, protocol: str, name: str
 ) -> None:
-    rows = BEFORE | OPENING | (CONNECT if dialect == "connect" else {})
+    rows = BEFORE | OPENING | (CONNECT if protocol == "connect" else {})
     faults, status, code, number, words = rows[name]
     token = simulator.token("hello", *faults)
     seen = await send(quick_proxy, token, stream)
@@ -266,12 +266,12 @@ async def test_a_failure_before_the_first_chunk_has_its_status(
 
 @pytest.mark.parametrize("script", ["empty", "hits-only", "length-empty"])
 async def test_an_answer_without_text_is_no_success(
-    simulator: Simulator, quick_proxy: str, stream: bool, dialect: str, script: str
+    simulator: Simulator, quick_proxy: str, stream: bool, protocol: str, script: str
 ) -> None:
     seen = await send(quick_proxy, simulator.token(script), stream)
     assert seen.error["error"]["code"] == "answer_empty"
     # A streamed hit is visible: from then on the failure is an event of the stream.
-    assert seen.status == (200 if stream and script == "hits-only" and dialect == "classic" else 502)
+    assert seen.status == (200 if stream and script == "hits-only" and protocol == "classic" else 502)
     assert "[DONE]" not in seen.text and '"finish_reason":"stop"' not in seen.text
 
 
@@ -285,9 +285,9 @@ async def test_an_answer_without_text_is_no_success(
     ],
 )
 async def test_a_429_says_when_to_come_back(
-    simulator: Simulator, proxy: str, dialect: str, faults: tuple[str, ...], expected: str
+    simulator: Simulator, proxy: str, protocol: str, faults: tuple[str, ...], expected: str
 ) -> None:
-    expected = "60" if expected == "5" and dialect == "connect" else expected
+    expected = "60" if expected == "5" and protocol == "connect" else expected
     seen = await send(proxy, simulator.token("hello", *faults), False)
     assert (seen.status, seen.headers["Retry-After"]) == (429, expected)
 
@@ -346,10 +346,10 @@ async def test_an_endless_answer_ends_at_its_deadline(
 
 
 @pytest.mark.parametrize(
-    ("dialect", "fault"), [("classic", "no-end"), ("classic", "half-an-event"), ("connect", "no-end")]
+    ("protocol", "fault"), [("classic", "no-end"), ("classic", "half-an-event"), ("connect", "no-end")]
 )
 async def test_a_stream_without_its_end_keeps_its_text_and_says_length(
-    simulator: Simulator, quick_proxy: str, stream: bool, dialect: str, fault: str
+    simulator: Simulator, quick_proxy: str, stream: bool, protocol: str, fault: str
 ) -> None:
     seen = await send(quick_proxy, simulator.token("hello", fault), stream)
     assert (seen.status, seen.content) == (200, HELLO)
@@ -357,9 +357,9 @@ async def test_a_stream_without_its_end_keeps_its_text_and_says_length(
     assert ("[DONE]" in seen.text) is stream
 
 
-@pytest.mark.parametrize(("dialect", "step"), [("classic", "open"), ("classic", "ask"), ("connect", "ask")])
+@pytest.mark.parametrize(("protocol", "step"), [("classic", "open"), ("classic", "ask"), ("connect", "ask")])
 async def test_a_dead_access_token_is_refreshed_and_the_call_made_once_more(
-    simulator: Simulator, proxy: str, stream: bool, dialect: str, step: str
+    simulator: Simulator, proxy: str, stream: bool, protocol: str, step: str
 ) -> None:
     token = simulator.token("hello", f"unauthorized-once={step}")
     seen = await send(proxy, token, stream)
@@ -368,9 +368,9 @@ async def test_a_dead_access_token_is_refreshed_and_the_call_made_once_more(
     assert (account.count("refresh"), account.count(step)) == (2, 2)
 
 
-@pytest.mark.parametrize(("dialect", "step"), [("classic", "open"), ("classic", "ask"), ("connect", "ask")])
+@pytest.mark.parametrize(("protocol", "step"), [("classic", "open"), ("classic", "ask"), ("connect", "ask")])
 async def test_a_kept_connection_that_is_closed_costs_nothing(
-    simulator: Simulator, proxy: str, stream: bool, dialect: str, step: str
+    simulator: Simulator, proxy: str, stream: bool, protocol: str, step: str
 ) -> None:
     token = simulator.token("hello", f"close-kept={step}")
     seen = await send(proxy, token, stream)
@@ -378,8 +378,10 @@ async def test_a_kept_connection_that_is_closed_costs_nothing(
     assert simulator.account(token).count(step) == 2
 
 
-@pytest.mark.parametrize("dialect", ["classic"])
-async def test_a_refresh_bears_a_kept_connection_that_is_closed(simulator: Simulator, proxy: str, dialect: str) -> None:
+@pytest.mark.parametrize("protocol", ["classic"])
+async def test_a_refresh_bears_a_kept_connection_that_is_closed(
+    simulator: Simulator, proxy: str, protocol: str
+) -> None:
     assert (await send(proxy, simulator.token("hello"), False)).status == 200
     token = simulator.token("hello", "close-kept=refresh")
     assert (await send(proxy, token, False)).status == 200
@@ -463,12 +465,12 @@ LEAVING: dict[str, tuple[tuple[str, ...], str]] = {
     ("how", "stream"), [("closed", True), ("reset", True), ("half-closed", True), ("closed", False)]
 )
 @pytest.mark.parametrize(
-    ("dialect", "name"),
+    ("protocol", "name"),
     [("classic", name) for name in LEAVING]
     + [("connect", name) for name in LEAVING if name != "while the conversation is opened"],
 )
 async def test_a_client_that_goes_away_stops_the_answer_and_leaves_no_conversation(
-    simulator: Simulator, proxy: str, log_lines: LogRecorder, dialect: str, name: str, how: str, stream: bool
+    simulator: Simulator, proxy: str, log_lines: LogRecorder, protocol: str, name: str, how: str, stream: bool
 ) -> None:
     faults, step = LEAVING[name]
     token = simulator.token("long", *faults)
@@ -489,7 +491,7 @@ async def test_a_client_that_goes_away_stops_the_answer_and_leaves_no_conversati
         assert (await send(proxy, token, False)).status == 200
         assert account.count("refresh") == 1
         assert len(account.conversations) == 1
-    elif dialect == "connect" and ("silent=ask" in faults or "stall=0" in faults):
+    elif protocol == "connect" and ("silent=ask" in faults or "stall=0" in faults):
         await log_lines.wait_for("may be left")
     else:
         await simulator.wait_until(lambda: account.count("remove") == 1)
@@ -542,7 +544,7 @@ async def test_a_client_that_never_reads_is_dropped(
         await log_lines.wait_for("read nothing", 20)
 
 
-@one_dialect
+@one_protocol
 async def test_a_slow_client_is_served_until_it_takes_nothing(
     simulator: Simulator, start_proxy: StartProxy, log_lines: LogRecorder
 ) -> None:
@@ -570,14 +572,14 @@ async def read_to_the_end(url: str, data: bytes, seconds: float = 5.0) -> bytes:
         writer.close()
 
 
-@one_dialect
+@one_protocol
 async def test_a_body_that_stalls_is_a_408_and_frees_its_place(start_proxy: StartProxy) -> None:
     proxy = await start_proxy(BODY_SECONDS=1.0, max_requests=1)
     answer = await read_to_the_end(proxy, chat_bytes("hello", True)[:-1])
     assert answer.startswith(b"HTTP/1.1 408 ") and b"body_timeout" in answer
 
 
-@one_dialect
+@one_protocol
 @pytest.mark.parametrize("head", [b"", b"POST / HT", b"POST / HTTP/1.1\r\nHost:", b"GET /ping HTTP/1.1\r\nA: b\r\n"])
 async def test_a_head_that_stalls_is_closed(start_proxy: StartProxy, head: bytes) -> None:
     proxy = await start_proxy(IDLE_SECONDS=1.0)
@@ -603,7 +605,7 @@ SMUGGLED: dict[str, tuple[bytes, bytes]] = {
 }
 
 
-@one_dialect
+@one_protocol
 @pytest.mark.parametrize("name", SMUGGLED)
 async def test_a_smuggled_request_is_never_answered(proxy: str, log_lines: LogRecorder, name: str) -> None:
     framing, body = SMUGGLED[name]
@@ -724,13 +726,13 @@ async def test_a_certificate_that_is_not_valid_is_a_502_and_gets_no_token(
 
 
 async def test_all_that_wait_for_a_refresh_that_hangs_share_its_failure(
-    simulator: Simulator, quick_proxy: str, dialect: str
+    simulator: Simulator, quick_proxy: str, protocol: str
 ) -> None:
     token = simulator.token("hello", "silent=refresh")
     account = simulator.account(token)
     answers = await asyncio.gather(*(send(quick_proxy, token, number % 2 == 0) for number in range(30)))
     assert {(seen.status, seen.error["error"]["code"]) for seen in answers} == {(504, "service_silent")}
-    assert account.count("refresh") == (1 if dialect == "classic" else 2)  # by the new call, then by the old one
+    assert account.count("refresh") == (1 if protocol == "classic" else 2)  # by the new call, then by the old one
     account.order.faults.pop("silent")
     seen = await send(quick_proxy, token, False)
     assert (seen.status, seen.content) == (200, HELLO)
@@ -756,25 +758,25 @@ async def test_at_the_end_streams_are_told_and_removals_finished(
 class StartAlone:
     """Starts proxies as processes."""
 
-    def __init__(self, simulator: Simulator, dialect: str) -> None:
+    def __init__(self, simulator: Simulator, protocol: str) -> None:
         self._simulator = simulator
-        self._dialect = dialect
+        self._protocol = protocol
         self.started: list[Running] = []
 
     async def __call__(
         self, *, listener: socket.socket | None = None, program: Sequence[str] = PROGRAM[1:], **environment: str
     ) -> Running:
         """A proxy on a port of its own, or on the one that it is handed."""
-        service = {"KIMI_AUTH_URL": self._simulator.url, "KIMI_PROTOCOL": self._dialect}
+        service = {"KIMI_AUTH_URL": self._simulator.url, "KIMI_PROTOCOL": self._protocol}
         started = await start(self._simulator, listener=listener, program=program, **service, **environment)
         self.started.append(started)
         return self.started[-1]
 
 
 @pytest.fixture
-async def start_alone(simulator: Simulator, dialect: str) -> AsyncIterator[StartAlone]:
+async def start_alone(simulator: Simulator, protocol: str) -> AsyncIterator[StartAlone]:
     """Starts proxies as processes, which the tests end; one that a failed test leaves is killed."""
-    starting = StartAlone(simulator, dialect)
+    starting = StartAlone(simulator, protocol)
     yield starting
     for running in starting.started:
         if running.process.returncode is None:
@@ -864,7 +866,7 @@ async def test_memory_does_not_grow(simulator: Simulator, start_alone: StartAlon
     assert all(megabytes < 12 for megabytes in grown.values()), grown
 
 
-@one_dialect
+@one_protocol
 async def test_a_full_disk_is_a_507(simulator: Simulator, start_alone: StartAlone, tmp_path: Path) -> None:
     """The process may write no file of more than 100 kB, as its limit RLIMIT_FSIZE says."""
     running = await start_alone(PROXY_SPOOL_DIR=str(tmp_path), PROXY_ALLOW_PRIVATE_URLS="1")
@@ -919,7 +921,7 @@ async def test_at_a_signal_50_answers_end_in_good_order(simulator: Simulator, st
     assert "Traceback" not in log and " at " not in log
 
 
-@one_dialect
+@one_protocol
 async def test_without_descriptors_clients_wait_and_the_loop_does_not_spin(
     simulator: Simulator, start_alone: StartAlone
 ) -> None:
@@ -950,7 +952,7 @@ async def test_without_descriptors_clients_wait_and_the_loop_does_not_spin(
     assert len(log.splitlines()) < 20
 
 
-@one_dialect
+@one_protocol
 async def test_a_blocked_loop_beats_no_more(simulator: Simulator, start_alone: StartAlone, tmp_path: Path) -> None:
     """Nobody reads the log any more, and so its next line blocks the loop."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as queue:
@@ -977,7 +979,7 @@ async def test_a_blocked_loop_beats_no_more(simulator: Simulator, start_alone: S
     await simulator.settle(token)
 
 
-@one_dialect
+@one_protocol
 @pytest.mark.parametrize("place", ["file", "file/below", "/proc/self/task"])  # in the last not even root may write
 async def test_a_state_directory_of_no_use_is_told_and_the_proxy_works(
     simulator: Simulator, start_alone: StartAlone, tmp_path: Path, place: str
@@ -1002,7 +1004,7 @@ def spoil_files(directory: Path, garbage: bytes) -> int:
     return len(files)
 
 
-@one_dialect
+@one_protocol
 async def test_a_state_directory_full_of_garbage_is_told_and_the_proxy_works(
     simulator: Simulator, start_alone: StartAlone, tmp_path: Path
 ) -> None:
@@ -1036,7 +1038,7 @@ async def test_two_proxies_on_one_state_directory_share_rotated_tokens(
     await start_proxy.close()  # while they run, each holds its list of open conversations
 
 
-@one_dialect
+@one_protocol
 async def test_a_restart_breaks_no_kept_connection(simulator: Simulator, start_alone: StartAlone) -> None:
     """With a socket of systemd's: clients that keep their connections, and repeat no POST, notice nothing."""
     with socket.socket() as listener:

@@ -29,7 +29,7 @@ WEBP = "data:image/webp;base64,"
 DOCX = "application/vnd.openxmlformats-officedocument.wordprocessingml.document"
 
 
-both_protocols = pytest.mark.parametrize("dialect", ["classic", "connect"])
+both_protocols = pytest.mark.parametrize("protocol", ["classic", "connect"])
 
 
 # Verdict → addresses: of each range its ends, and under `public` their neighbours outside.
@@ -213,7 +213,7 @@ async def ask(url: str, token: str, *parts: Any, text: str = "文档里说了什
 
 
 def refs_of(account: Account, number: int = -1) -> list[str]:
-    """The ids that a question referred to, in either dialect."""
+    """The ids that a question referred to, in either protocol."""
     asked = account.asked[number]
     if "refs" in asked:
         return list(asked["refs"])
@@ -301,7 +301,7 @@ async def test_an_inline_file_arrives_byte_for_byte(simulator: Simulator, open_p
     ("type", "field", "name"), [("file", "file_url", "a.pdf"), ("image_url", "image_url", "a.png")]
 )
 async def test_the_references_bodies_work_as_they_are(
-    simulator: Simulator, open_proxy: str, dialect: str, type: str, field: str, name: str
+    simulator: Simulator, open_proxy: str, protocol: str, type: str, field: str, name: str
 ) -> None:
     token = simulator.token("read")
     part = {"type": type, field: {"url": f"{simulator.origin_url}/3000/{name}"}}
@@ -309,7 +309,7 @@ async def test_the_references_bodies_work_as_they_are(
     assert name in answer["choices"][0]["message"]["content"]
     account = await simulator.settle(token)
     steps = [call.step for call in account.calls if call.step not in ("refresh", "models")]
-    if dialect == "classic":
+    if protocol == "classic":
         assert steps == ["sign", "store", "register", "parse", "open", "ask", "remove"]
         assert account.calls[1].body == {"action": type.removesuffix("_url"), "name": name}
     else:
@@ -483,16 +483,16 @@ UPLOAD_FAULTS = {
 }
 # Where the file comes from matters to its own way alone.
 UPLOADS = [
-    (dialect, fault, source, (status, code))
-    for (dialects, status, code), faults in UPLOAD_FAULTS.items()
-    for dialect in dialects.split()
+    (protocol, fault, source, (status, code))
+    for (protocols, status, code), faults in UPLOAD_FAULTS.items()
+    for protocol in protocols.split()
     for fault in faults.split()
     for source in (("url", "spooled", "inline") if fault.startswith("storage") else ("url",))
 ]
 
 
 @pytest.mark.usefixtures("nothing_is_left")
-@pytest.mark.parametrize(("dialect", "fault", "source", "failure"), UPLOADS)
+@pytest.mark.parametrize(("protocol", "fault", "source", "failure"), UPLOADS)
 async def test_what_the_service_does_wrong_with_a_file_is_told_and_leaves_nothing(
     simulator: Simulator,
     start_proxy: StartProxy,
@@ -531,7 +531,7 @@ HELPED = [
 ]
 
 
-@pytest.mark.parametrize(("dialect", "fault"), HELPED)
+@pytest.mark.parametrize(("protocol", "fault"), HELPED)
 async def test_what_can_be_helped_is_not_noticed(simulator: Simulator, open_proxy: str, fault: str) -> None:
     token = simulator.token("read", fault)
     parts = image_part(f"{simulator.origin_url}/70000/a.png"), image_part(data_url(CONTENT, "data:image/png;base64,"))
@@ -562,7 +562,7 @@ LEAVING: list[tuple[str, str, list[str], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("dialect", "order", "faults", "step"), LEAVING)
+@pytest.mark.parametrize(("protocol", "order", "faults", "step"), LEAVING)
 async def test_a_client_that_leaves_takes_its_transfers_with_it(
     simulator: Simulator, open_proxy: str, order: str, faults: list[str], step: str
 ) -> None:
@@ -829,7 +829,7 @@ async def test_an_inline_file_at_the_limit_may_have_its_lines_wrapped(simulator:
 
 @pytest.mark.usefixtures("nothing_is_left")
 async def test_a_cancellation_is_not_lost_in_a_failure(simulator: Simulator, start_proxy: StartProxy) -> None:
-    """An upload that fails while its request is cancelled does not go on with the other dialect."""
+    """An upload that fails while its request is cancelled does not go on with the other protocol."""
     simulator.retired = "404"
     proxy = await start_proxy(protocol="auto")
     for _ in range(10):

@@ -30,7 +30,7 @@ from kimi_proxy import Settings, logger, run_server
 
 MARK: Final = "zqWhisper"  # in every text that a request holds, and so in no line of the log
 SECONDS: Final = 20  # in which every request must have its answer
-DIALECTS: Final = ("classic", "connect")
+PROTOCOLS: Final = ("classic", "connect")
 
 
 # Log lines that tell, on purpose, a name which the request has: the only ones.
@@ -118,14 +118,14 @@ async def exchange(url: str, pieces: list[bytes | float]) -> bytes:
     return data
 
 
-# The proxies, one for each dialect, on a loop that runs while a request does.
+# The proxies, one for each protocol, on a loop that runs while a request does.
 
 
 SHORT = {"IDLE_SECONDS": 4.0, "BODY_SECONDS": 2.0, "FILE_SECONDS": 2.0, "TRANSFER_SECONDS": 3.0}
 
 
 class Rig:
-    """A simulator and a proxy for each dialect, all on one event loop that the caller turns."""
+    """A simulator and a proxy for each protocol, all on one event loop that the caller turns."""
 
     def __init__(self, runner: asyncio.Runner) -> None:
         self.simulator = Simulator()
@@ -145,11 +145,11 @@ class Rig:
         for name, seconds in SHORT.items():
             patch.setattr(kimi_proxy, name, seconds)
         await self._stack.enter_async_context(self.simulator)
-        for dialect in DIALECTS:
+        for protocol in PROTOCOLS:
             settings = Settings(
                 base_url=self.simulator.url,
                 auth_url=self.simulator.url,
-                protocol=dialect,
+                protocol=protocol,
                 port=0,
                 state_dir="",
                 drain_seconds=0.2,
@@ -157,27 +157,29 @@ class Rig:
                 max_inline_mb=1,
                 allow_private_urls=True,
             )
-            self.urls[dialect] = await self._stack.enter_async_context(run_server(settings))
-            await self.works(dialect)
+            self.urls[protocol] = await self._stack.enter_async_context(run_server(settings))
+            await self.works(protocol)
         self._resting = self._find_tasks()
 
     async def close(self) -> None:
         """End them."""
         await self._stack.aclose()
 
-    async def ask(self, dialect: str, head: list[str], body: bytes) -> Answer:
+    async def ask(self, protocol: str, head: list[str], body: bytes) -> Answer:
         """One request on a connection of its own; a connection that is closed without an answer fails."""
         lines = [*head, "Host: localhost", "Connection: close", f"Content-Length: {len(body)}"]
-        data = await exchange(self.urls[dialect], ["\r\n".join(lines).encode() + b"\r\n\r\n" + body])
+        data = await exchange(self.urls[protocol], ["\r\n".join(lines).encode() + b"\r\n\r\n" + body])
         answer = read_answer(data)
         assert answer is not None, "no answer"
         return answer
 
-    async def works(self, dialect: str) -> None:
+    async def works(self, protocol: str) -> None:
         """A good request is answered as ever."""
         token = self.simulator.token("hello")
         body = json.dumps({"messages": [{"role": "user", "content": "hi"}], "use_search": False}).encode()
-        answer = await self.ask(dialect, ["POST /v1/chat/completions HTTP/1.1", f"Authorization: Bearer {token}"], body)
+        answer = await self.ask(
+            protocol, ["POST /v1/chat/completions HTTP/1.1", f"Authorization: Bearer {token}"], body
+        )
         assert answer.json["choices"][0]["message"]["content"] == HELLO
         await self.simulator.settle(token)
 
@@ -193,8 +195,8 @@ class Rig:
 
     async def rest(self) -> None:
         """The proxies work, and nothing runs that did not run at the start."""
-        for dialect in DIALECTS:
-            await self.works(dialect)
+        for protocol in PROTOCOLS:
+            await self.works(protocol)
         deadline = asyncio.get_running_loop().time() + 5
         while left := self._find_tasks() - self._resting:
             assert asyncio.get_running_loop().time() < deadline, left
@@ -641,13 +643,13 @@ def run_examples(count: int) -> Callable[[Any], Any]:
     return examples(max_examples=count, deadline=None, suppress_health_check=slow)
 
 
-def try_request(rig: Rig, dialect: str, line: str, headers: list[str], body: bytes, script: str = "hello") -> None:
+def try_request(rig: Rig, protocol: str, line: str, headers: list[str], body: bytes, script: str = "hello") -> None:
     """Send it with a token of its own: the answer is good, the log silent, and no conversation left."""
     token = rig.simulator.token(script)
     head = [f"{line} HTTP/1.1", *headers, f"Authorization: Bearer {token}"]
 
     async def work() -> Answer:
-        answer = await rig.ask(dialect, head, body)
+        answer = await rig.ask(protocol, head, body)
         if b'"conversation_id": "new"' not in body:
             await rig.simulator.settle(token)
         return answer
@@ -659,14 +661,14 @@ def try_request(rig: Rig, dialect: str, line: str, headers: list[str], body: byt
     check_log(rig)
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("path", POSTS)
-def test_a_request_like_a_real_one_is_answered_or_refused_in_form(rig: Rig, path: str, dialect: str) -> None:
+def test_a_request_like_a_real_one_is_answered_or_refused_in_form(rig: Rig, path: str, protocol: str) -> None:
     @run_examples(32)
     @given(shaped(POSTS[path]), st.sampled_from(SCRIPTS))
     def run(value: Any, script: str) -> None:
         body = write_json(value, rig.simulator.origin_url)
-        try_request(rig, dialect, f"POST {path}", ["Content-Type: application/json"], body, script)
+        try_request(rig, protocol, f"POST {path}", ["Content-Type: application/json"], body, script)
 
     run()
 
@@ -674,9 +676,9 @@ def test_a_request_like_a_real_one_is_answered_or_refused_in_form(rig: Rig, path
 @pytest.mark.parametrize("path", POSTS)
 def test_any_body_is_refused_in_form(rig: Rig, path: str) -> None:
     @run_examples(20)
-    @given(BODIES, HEADERS, st.sampled_from(DIALECTS))
-    def run(body: bytes, headers: list[str], dialect: str) -> None:
-        try_request(rig, dialect, f"POST {path}?key={MARK}", headers, body)
+    @given(BODIES, HEADERS, st.sampled_from(PROTOCOLS))
+    def run(body: bytes, headers: list[str], protocol: str) -> None:
+        try_request(rig, protocol, f"POST {path}?key={MARK}", headers, body)
 
     run()
 
@@ -735,8 +737,8 @@ PARTS: Final = st.lists(
 # Where warnings are no errors, aiohttp goes on after these.
 @pytest.mark.filterwarnings("ignore::aiohttp.BadContentDispositionHeader")
 @pytest.mark.filterwarnings("ignore::aiohttp.BadContentDispositionParam")
-@pytest.mark.parametrize("dialect", DIALECTS)
-def test_any_form_is_taken_or_refused_in_form(rig: Rig, dialect: str) -> None:
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_any_form_is_taken_or_refused_in_form(rig: Rig, protocol: str) -> None:
     @run_examples(40)
     @given(PARTS, st.sampled_from(["x", '"x"', '"', "", "x" * 71]), st.sampled_from([b"--x--\r\n", b"--x", b""]))
     def run(parts: list[tuple[str, str, bytes]], boundary: str, end: bytes) -> None:
@@ -747,7 +749,7 @@ def test_any_form_is_taken_or_refused_in_form(rig: Rig, dialect: str) -> None:
             for disposition, header, content in parts
         )
         kind = f"Content-Type: multipart/form-data; boundary={boundary}"
-        try_request(rig, dialect, "POST /v1/files", [kind], body + end)
+        try_request(rig, protocol, "POST /v1/files", [kind], body + end)
 
     run()
 

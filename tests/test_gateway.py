@@ -35,7 +35,7 @@ CHAT = "/v1/chat/completions"
 
 
 @pytest.fixture(params=["classic", "connect"])
-def dialect(request: pytest.FixtureRequest) -> str:
+def protocol(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
@@ -139,9 +139,9 @@ async def test_a_limit_is_told_though_its_account_was_set_aside_before(simulator
 
 
 async def test_a_models_quota_says_nothing_of_its_account(
-    simulator: Simulator, start_proxy: StartProxy, dialect: str
+    simulator: Simulator, start_proxy: StartProxy, protocol: str
 ) -> None:
-    if dialect == "connect":
+    if protocol == "connect":
         return
     proxy = await start_proxy()
     spent, other = simulator.token("hello", "no-quota"), simulator.token("hello", "no-quota")
@@ -209,7 +209,7 @@ async def test_files_are_brought_to_the_account_that_is_asked_in_the_end(
 
 
 async def test_a_refused_request_waits_for_its_turn_and_is_tried_once_more(
-    simulator: Simulator, proxy: str, dialect: str
+    simulator: Simulator, proxy: str, protocol: str
 ) -> None:
     token = simulator.token("quiet", "one-at-a-time")
     first = asyncio.create_task(ask(proxy, token))
@@ -251,7 +251,7 @@ async def test_the_line_moves_on_when_the_stream_of_the_answer_before_is_closed(
     assert [status for status, _, _ in answers] == [200] * 4
 
 
-async def test_the_line_is_known_where_auto_came_to_another_dialect(
+async def test_the_line_is_known_where_auto_came_to_another_protocol(
     simulator: Simulator, start_proxy: StartProxy
 ) -> None:
     simulator.retired = "404"
@@ -598,7 +598,7 @@ class OutgoingProxy:
 
 
 async def test_kimi_and_its_storage_are_reached_through_the_outgoing_proxy_and_origins_are_not(
-    simulator: Simulator, start_proxy: StartProxy, log_lines: LogRecorder, dialect: str
+    simulator: Simulator, start_proxy: StartProxy, log_lines: LogRecorder, protocol: str
 ) -> None:
     async with OutgoingProxy() as outgoing:
         proxy = await start_proxy(proxy_url=outgoing.url, allow_private_urls=True)
@@ -608,7 +608,7 @@ async def test_kimi_and_its_storage_are_reached_through_the_outgoing_proxy_and_o
         assert status == 200, answer
         await simulator.settle(token)
         places = {target.split("/")[2] for target in outgoing.targets}
-        expected = {simulator.url, simulator.storage_url} if dialect == "classic" else {simulator.url}
+        expected = {simulator.url, simulator.storage_url} if protocol == "classic" else {simulator.url}
         assert places == {place.removeprefix("http://") for place in expected}
         assert outgoing.credentials == {"Proxy-Authorization: Basic dXNlcjpzZXNhbWU="}
     assert "sesame" not in log_lines.text
@@ -663,10 +663,10 @@ async def test_kept_answers_push_no_ones_files_out(simulator: Simulator, start_p
             await owner.responses.create(model="kimi", input=asked)
 
 
-async def test_files_of_an_answer_are_not_known_in_another_dialect(
-    simulator: Simulator, start_proxy: StartProxy, dialect: str
+async def test_files_of_an_answer_are_not_known_in_another_protocol(
+    simulator: Simulator, start_proxy: StartProxy, protocol: str
 ) -> None:
-    if dialect == "connect":
+    if protocol == "connect":
         return
     proxy = await start_proxy(protocol="auto")
     async with openai.AsyncOpenAI(api_key=simulator.token("read"), base_url=f"{proxy}/v1", max_retries=0) as client:
@@ -682,13 +682,15 @@ async def test_files_of_an_answer_are_not_known_in_another_dialect(
 # Conversations that a process which died left open.
 
 
-def leave_orphans(simulator: Simulator, directory: Path, token: str, dialect: str, count: int, days: float = 0) -> None:
+def leave_orphans(
+    simulator: Simulator, directory: Path, token: str, protocol: str, count: int, days: float = 0
+) -> None:
     """Conversations at the service, and the file of the process that opened them."""
     ids = [f"orphan-{number}-{hashlib.sha256(token.encode()).hexdigest()[:8]}" for number in range(count)]
     simulator.account(token).conversations |= {one: Conversation() for one in ids}
     place = directory / "conversations"
     place.mkdir(exist_ok=True, parents=True)
-    known = (dialect, hashlib.sha256(token.encode()).hexdigest(), int(time.time() - days * 86_400))
+    known = (protocol, hashlib.sha256(token.encode()).hexdigest(), int(time.time() - days * 86_400))
     value = {"service": "127.0.0.1", "open": dict.fromkeys(ids, known)}
     (place / f"{len(list(place.iterdir()))}-died.json").write_text(json.dumps(value))
 
@@ -707,11 +709,11 @@ def orphans_left(simulator: Simulator, token: str) -> int:
 
 
 async def test_what_a_dead_process_left_of_a_held_account_is_removed_at_the_start(
-    simulator: Simulator, start_proxy: StartProxy, dialect: str, tmp_path: Path, log_lines: LogRecorder
+    simulator: Simulator, start_proxy: StartProxy, protocol: str, tmp_path: Path, log_lines: LogRecorder
 ) -> None:
     token = simulator.token("hello")
-    leave_orphans(simulator, tmp_path, token, dialect, 3)
-    leave_orphans(simulator, tmp_path, token, dialect, 2)  # of the same ids
+    leave_orphans(simulator, tmp_path, token, protocol, 3)
+    leave_orphans(simulator, tmp_path, token, protocol, 2)  # of the same ids
     await start_proxy(state_dir=str(tmp_path), refresh_token=token)
     await simulator.settle(token)
     await log_lines.wait_for("removed 3 of 3 conversations")
@@ -721,14 +723,14 @@ async def test_what_a_dead_process_left_of_a_held_account_is_removed_at_the_star
 
 
 async def test_the_tokens_on_disk_remove_what_was_left_and_stay_good_where_they_rotate(
-    simulator: Simulator, start_proxy: StartProxy, dialect: str, tmp_path: Path
+    simulator: Simulator, start_proxy: StartProxy, protocol: str, tmp_path: Path
 ) -> None:
     token = simulator.token("hello", "rotate", "opaque")
     account = simulator.account(token)
     proxy = await start_proxy(state_dir=str(tmp_path), TOKEN_SECONDS=1e-6)
     assert (await ask(proxy, token))[0] == 200
     await start_proxy.close()
-    leave_orphans(simulator, tmp_path, token, dialect, 2)
+    leave_orphans(simulator, tmp_path, token, protocol, 2)
     refreshes = account.count("refresh")
     again = await start_proxy(state_dir=str(tmp_path), TOKEN_SECONDS=1e-6)
     await simulator.settle(token)
@@ -797,7 +799,7 @@ async def test_a_token_that_kimi_never_took_leaves_no_file(
 
 
 async def test_a_token_that_is_dead_on_disk_does_not_keep_its_client_out(
-    simulator: Simulator, start_proxy: StartProxy, dialect: str, tmp_path: Path, log_lines: LogRecorder
+    simulator: Simulator, start_proxy: StartProxy, protocol: str, tmp_path: Path, log_lines: LogRecorder
 ) -> None:
     token = simulator.token("hello", "opaque")
     proxy = await start_proxy(state_dir=str(tmp_path))
@@ -809,7 +811,7 @@ async def test_a_token_that_is_dead_on_disk_does_not_keep_its_client_out(
             json.loads(kept.read_text()) | {"refresh_token": "dead", "previous_refresh_token": "dead", "received": 0.0}
         )
     )
-    leave_orphans(simulator, tmp_path, token, dialect, 9)
+    leave_orphans(simulator, tmp_path, token, protocol, 9)
     again = await start_proxy(state_dir=str(tmp_path))
     await log_lines.wait_for("removed 0 of 9 conversations")
     assert log_lines.text.count("was not removed") == 3
@@ -818,10 +820,10 @@ async def test_a_token_that_is_dead_on_disk_does_not_keep_its_client_out(
 
 
 async def test_without_a_token_they_wait_for_the_account_to_call(
-    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession, dialect: str, tmp_path: Path
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession, protocol: str, tmp_path: Path
 ) -> None:
     token, other = simulator.token("hello"), simulator.token("hello")
-    leave_orphans(simulator, tmp_path, token, dialect, 3)
+    leave_orphans(simulator, tmp_path, token, protocol, 3)
     proxy = await start_proxy(state_dir=str(tmp_path))
     assert (await ask(proxy, other))[0] == 200
     async with asyncio.timeout(5):
@@ -841,7 +843,7 @@ async def test_without_a_token_they_wait_for_the_account_to_call(
 async def test_what_cannot_be_removed_is_left_to_the_next_start_and_the_next_call(
     simulator: Simulator,
     start_proxy: StartProxy,
-    dialect: str,
+    protocol: str,
     tmp_path: Path,
     log_lines: LogRecorder,
     fault: str,
@@ -849,7 +851,7 @@ async def test_what_cannot_be_removed_is_left_to_the_next_start_and_the_next_cal
     token = simulator.token("hello", fault)
     faults = simulator.account(token).order.faults
     settings: dict[str, Any] = {"state_dir": str(tmp_path), "call_seconds": 0.5}
-    leave_orphans(simulator, tmp_path, token, dialect, 1)
+    leave_orphans(simulator, tmp_path, token, protocol, 1)
     proxy = await start_proxy(**settings, refresh_token=token)
     assert (await ask(proxy, token))[0] == 200
     await start_proxy.close()  # by now both removals failed
@@ -868,10 +870,10 @@ async def test_what_cannot_be_removed_is_left_to_the_next_start_and_the_next_cal
 
 
 async def test_one_that_the_service_does_not_know_any_more_counts_as_removed(
-    simulator: Simulator, start_proxy: StartProxy, dialect: str, tmp_path: Path, log_lines: LogRecorder
+    simulator: Simulator, start_proxy: StartProxy, protocol: str, tmp_path: Path, log_lines: LogRecorder
 ) -> None:
     token = simulator.token("hello", "status=remove:404")
-    leave_orphans(simulator, tmp_path, token, dialect, 2)
+    leave_orphans(simulator, tmp_path, token, protocol, 2)
     await start_proxy(state_dir=str(tmp_path), refresh_token=token)
     await log_lines.wait_for("removed 2 of 2")
     await start_proxy.close()
@@ -883,13 +885,13 @@ async def test_after_7_days_they_are_dropped_logged_and_counted(
     simulator: Simulator,
     start_proxy: StartProxy,
     http: aiohttp.ClientSession,
-    dialect: str,
+    protocol: str,
     tmp_path: Path,
     log_lines: LogRecorder,
 ) -> None:
     old, young = simulator.token("hello"), simulator.token("hello")
-    leave_orphans(simulator, tmp_path, old, dialect, 2, days=7.1)
-    leave_orphans(simulator, tmp_path, young, dialect, 1, days=6.9)
+    leave_orphans(simulator, tmp_path, old, protocol, 2, days=7.1)
+    leave_orphans(simulator, tmp_path, young, protocol, 1, days=6.9)
     proxy = await start_proxy(state_dir=str(tmp_path), refresh_token=f"{old},{young}")
     await simulator.settle(young)
     async with http.get(f"{proxy}/metrics") as response:
@@ -901,7 +903,7 @@ async def test_after_7_days_they_are_dropped_logged_and_counted(
 
 
 async def test_a_conversation_is_noted_while_it_is_open_and_of_no_other_process(
-    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession, dialect: str, tmp_path: Path
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession, protocol: str, tmp_path: Path
 ) -> None:
     token = simulator.token("long", "pace=0.02", "chunks=25")
     proxy = await start_proxy(state_dir=str(tmp_path))
@@ -912,7 +914,7 @@ async def test_a_conversation_is_noted_while_it_is_open_and_of_no_other_process(
         text = path.read_text()
         ((conversation_id, opened),) = json.loads(text)["open"].items()
         assert {conversation_id} == set(simulator.account(token).conversations)
-        assert opened[:2] == [dialect, hashlib.sha256(token.encode()).hexdigest()]
+        assert opened[:2] == [protocol, hashlib.sha256(token.encode()).hexdigest()]
         assert token not in text and "sesame" not in text
         await start_proxy(state_dir=str(tmp_path), refresh_token=token)  # another process, to the file
         assert (await response.text()).endswith("data: [DONE]\n\n")
@@ -937,10 +939,10 @@ async def test_a_conversation_that_its_client_keeps_is_noted_no_longer(
 
 
 async def test_a_client_that_leaves_early_leaves_nothing_noted(
-    simulator: Simulator, start_proxy: StartProxy, dialect: str, tmp_path: Path
+    simulator: Simulator, start_proxy: StartProxy, protocol: str, tmp_path: Path
 ) -> None:
     proxy = await start_proxy(state_dir=str(tmp_path))
-    for fault in ("slow=open:0.2" if dialect == "classic" else "stall=1", "slow=ask:0.2", "stall=0", "stall=6"):
+    for fault in ("slow=open:0.2" if protocol == "classic" else "stall=1", "slow=ask:0.2", "stall=0", "stall=6"):
         token = simulator.token("long", fault)
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.15):
@@ -975,10 +977,10 @@ async def test_where_no_state_is_kept_or_none_can_be_nothing_is_noted_and_there_
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_chunk_that_breaks_behind_the_last_frame_stops_no_removal(
-    simulator: Simulator, proxy: str, http: aiohttp.ClientSession, dialect: str, stream: bool
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession, protocol: str, stream: bool
 ) -> None:
     steps = SCRIPTS["hello"]
-    frames = render_stream(steps, None) if dialect == "classic" else render_connect(steps, "c", None)
+    frames = render_stream(steps, None) if protocol == "classic" else render_connect(steps, "c", None)
     token = simulator.token("hello", "pace=0.01", f"cut-chunk={len(frames)}")
     async with http.post(proxy + CHAT, json=chat_body(stream=stream), headers=bearer(token)) as response:
         text = await response.text()

@@ -782,22 +782,22 @@ class Body:
         self.closed.set()
 
 
-def make_stream(body: Body, dialect: str = "connect", silence: float = 5.0, seconds: float = 9.0) -> AnswerStream:
-    parser, answer = (SSEParser(), ClassicAnswer()) if dialect == "classic" else (EnvelopeParser(), ConnectAnswer())
+def make_stream(body: Body, protocol: str = "connect", silence: float = 5.0, seconds: float = 9.0) -> AnswerStream:
+    parser, answer = (SSEParser(), ClassicAnswer()) if protocol == "classic" else (EnvelopeParser(), ConnectAnswer())
     deadline = asyncio.get_running_loop().time() + seconds
     return AnswerStream(cast(aiohttp.ClientResponse, body), parser, answer, "a-token", silence, deadline)
 
 
 @pytest.mark.parametrize(
-    ("dialect", "frame", "wrong"),
+    ("protocol", "frame", "wrong"),
     [
         ("classic", b'data: {"event":"cmpl","text":"a"}\n\n', b"data: " + bytes(2_000_000) + b"\n\n"),
         ("connect", make_envelope({"block": {"text": {"content": "a"}}}), encode_envelope(b"no gzip", flags=1)),
         ("connect", make_envelope({"block": {"text": {"content": "a"}}}), b"\0\xff\xff\xff\xff"),
     ],
 )
-async def test_what_is_wrong_behind_a_frame_is_told_by_the_next_read(dialect: str, frame: bytes, wrong: bytes) -> None:
-    stream = make_stream(Body([frame + wrong]), dialect)
+async def test_what_is_wrong_behind_a_frame_is_told_by_the_next_read(protocol: str, frame: bytes, wrong: bytes) -> None:
+    stream = make_stream(Body([frame + wrong]), protocol)
     assert await stream.read() == [Text("a")]
     for _ in range(2):
         with pytest.raises(ProxyError) as caught:

@@ -23,7 +23,7 @@ SEARCH_TEXT = "据搜索，Kimi 是月之暗面的助手。"
 
 
 @pytest.fixture(params=["classic", "connect"])
-def dialect(request: pytest.FixtureRequest) -> str:
+def protocol(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
@@ -48,7 +48,7 @@ def content_of(chunks: list[Any]) -> str:
 
 
 async def test_a_whole_answer_has_all_that_clients_read(
-    simulator: Simulator, proxy: str, http: aiohttp.ClientSession, dialect: str
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession, protocol: str
 ) -> None:
     token = simulator.token("hello")
     before = int(time.time())
@@ -61,7 +61,7 @@ async def test_a_whole_answer_has_all_that_clients_read(
     (choice,) = answer["choices"]
     assert choice == {"index": 0, "message": {"role": "assistant", "content": HELLO}, "finish_reason": "stop"}
     assert set(answer["usage"]) == {"prompt_tokens", "completion_tokens", "total_tokens"}
-    steps = ["refresh", "open", "ask", "remove"] if dialect == "classic" else ["refresh", "models", "ask", "remove"]
+    steps = ["refresh", "open", "ask", "remove"] if protocol == "classic" else ["refresh", "models", "ask", "remove"]
     assert [call.step for call in account.calls] == steps
 
 
@@ -175,19 +175,19 @@ IN_CONNECT: dict[str, tuple[str, str, str]] = {
 }
 
 
-def expected_of(dialect: str, script: str) -> tuple[str, str, str]:
+def expected_of(protocol: str, script: str) -> tuple[str, str, str]:
     """What is shown streamed, what whole, and the finish reason."""
-    return (SHOWN | (IN_CONNECT if dialect == "connect" else {}))[script]
+    return (SHOWN | (IN_CONNECT if protocol == "connect" else {}))[script]
 
 
 @pytest.mark.parametrize(
-    ("dialect", "script"),
+    ("protocol", "script"),
     [("classic", script) for script in SHOWN] + [("connect", script) for script in SHOWN | IN_CONNECT],
 )
 async def test_answers_are_shown_as_promised(
-    simulator: Simulator, proxy: str, http: aiohttp.ClientSession, dialect: str, script: str
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession, protocol: str, script: str
 ) -> None:
-    streamed, whole, reason = expected_of(dialect, script)
+    streamed, whole, reason = expected_of(protocol, script)
     chunks, text = await stream(http, proxy, simulator.token(script))
     assert content_of(chunks) == streamed
     assert chunks[-1]["choices"][0]["finish_reason"] == reason
@@ -198,15 +198,15 @@ async def test_answers_are_shown_as_promised(
 
 
 @pytest.mark.parametrize(
-    ("dialect", "shape"),
+    ("protocol", "shape"),
     [("classic", shape) for shape in ("cut-characters", "one-piece", "crlf", "cr", "comments", "bom")]
     + [("connect", shape) for shape in ("cut-characters", "one-piece", "end-flag-80", "set-twice")],
 )
 @pytest.mark.parametrize("script", ["hello", "search", "surrogate"])
 async def test_the_cut_of_the_bytes_changes_nothing(
-    simulator: Simulator, proxy: str, http: aiohttp.ClientSession, dialect: str, script: str, shape: str
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession, protocol: str, script: str, shape: str
 ) -> None:
-    expected = HELLO if script == "hello" else expected_of(dialect, script)[0]
+    expected = HELLO if script == "hello" else expected_of(protocol, script)[0]
     chunks, _ = await stream(http, proxy, simulator.token(script, shape))
     assert content_of(chunks) == expected
 
@@ -412,7 +412,7 @@ async def test_many_clients_at_once_get_each_their_own_answer(
 
 
 async def test_a_conversation_can_be_kept_and_gone_on_with(
-    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession, dialect: str, tmp_path: Path
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession, protocol: str, tmp_path: Path
 ) -> None:
     proxy = await start_proxy(state_dir=str(tmp_path))
     token = simulator.token("echo")
@@ -427,7 +427,7 @@ async def test_a_conversation_can_be_kept_and_gone_on_with(
     assert {chunk["id"] for chunk in chunks} == {first["id"]} and content_of(chunks) == "hi"
     account = simulator.account(token)
     assert account.count("remove") == 0
-    assert account.count("open") == (dialect == "classic")
+    assert account.count("open") == (protocol == "classic")
     assert len(account.conversations) == 1 and len(account.asked) == 4
 
 
@@ -738,9 +738,9 @@ async def test_a_conversation_that_was_to_be_kept_is_removed_when_the_second_try
 
 
 async def test_an_end_of_our_own_is_good_whatever_comes_behind_it(
-    simulator: Simulator, proxy: str, http: aiohttp.ClientSession, dialect: str
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession, protocol: str
 ) -> None:
-    fault = "error-after-done" if dialect == "connect" else "garbage"
+    fault = "error-after-done" if protocol == "connect" else "garbage"
     for shape in ("one-piece", "cut-characters"):
         token = simulator.token("hello", fault, shape)
         chunks, text = await stream(http, proxy, token, stop="世")
@@ -748,7 +748,7 @@ async def test_an_end_of_our_own_is_good_whatever_comes_behind_it(
 
 
 async def test_an_end_of_our_own_still_lists_the_sources(
-    simulator: Simulator, proxy: str, http: aiohttp.ClientSession, dialect: str
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession, protocol: str
 ) -> None:
     _, answer, _ = await ask(http, proxy, simulator.token("cite"), stop="乙", use_search=True)
     content = answer["choices"][0]["message"]["content"]

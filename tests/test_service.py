@@ -214,7 +214,7 @@ async def check(simulator: Simulator, token: str, *arguments: str, **environment
     return await run("check", *arguments, **{**url, "KIMI_REFRESH_TOKEN": token, **environment})
 
 
-async def test_check_walks_every_step_of_both_dialects(simulator: Simulator, tmp_path: Path) -> None:
+async def test_check_walks_every_step_of_both_protocols(simulator: Simulator, tmp_path: Path) -> None:
     token = simulator.token("cite")
     status, out, err = await check(simulator, token, "--record", str(tmp_path / "seen"))
     assert status == 0, out + err
@@ -237,7 +237,7 @@ async def test_check_walks_every_step_of_both_dialects(simulator: Simulator, tmp
         assert [event[0] for event in render_stream(tmp_path / name)][-1] == "Finished"
 
 
-async def test_check_is_content_with_one_dialect_and_says_why_the_other_fails(simulator: Simulator) -> None:
+async def test_check_is_content_with_one_protocol_and_says_why_the_other_fails(simulator: Simulator) -> None:
     simulator.retired = "404"
     status, out, _ = await check(simulator, simulator.token("hello"))
     assert status == 0 and "yes, with connect." in out
@@ -702,13 +702,13 @@ async def test_an_inherited_socket_that_others_reach_needs_keys_for_a_held_accou
 
 
 @pytest.mark.parametrize("known", ["held", "on disk", "by its next call"])
-@pytest.mark.parametrize("dialect", ["classic", "connect"])
+@pytest.mark.parametrize("protocol", ["classic", "connect"])
 async def test_what_a_killed_process_left_open_is_removed_by_the_next_one(
-    simulator: Simulator, tmp_path: Path, dialect: str, known: str
+    simulator: Simulator, tmp_path: Path, protocol: str, known: str
 ) -> None:
     token, waiting = simulator.token("long", "stall=6", "rotate"), simulator.token("long", "stall=6")
     tokens = (token, waiting) if known == "by its next call" else (token,)
-    settings: Any = {"KIMI_PROTOCOL": dialect, "KIMI_AUTH_URL": simulator.url, "PROXY_STATE_DIR": str(tmp_path)}
+    settings: Any = {"KIMI_PROTOCOL": protocol, "KIMI_AUTH_URL": simulator.url, "PROXY_STATE_DIR": str(tmp_path)}
     killed = await start(simulator, **settings)
     async with aiohttp.ClientSession() as http, AsyncExitStack() as streams:
         for each in tokens * 3:

@@ -78,7 +78,7 @@ wire_api = "responses"
 
 
 async def main(installed: Path) -> int:
-    """Run each agent over both dialects; the exit status: 0 where all found the word."""
+    """Run each agent over both protocols; the exit status: 0 where all found the word."""
     failed = 0
     for protocol in ("classic", "connect"):
         async with Simulator() as simulator:

@@ -35,7 +35,7 @@ from load import (
 
 FLOOR: Final = "pass-through"
 NAMES: Final = ("relay", FLOOR, "the same", "classic", "connect")
-DIALECTS: Final = ("classic", "connect")
+PROTOCOLS: Final = ("classic", "connect")
 SKIPPED: Final = {"classic": 2, "connect": 3}  # events of the service before the first that shows text
 _TURNS: Final = 4  # in which a round's short answers are asked for
 
@@ -77,7 +77,7 @@ class Run:
     async def open(self, stack: AsyncExitStack, name: str) -> Target:
         """Start the server of that name."""
         url = self.simulator.url
-        if name in DIALECTS:
+        if name in PROTOCOLS:
             environment = proxy_environment(self.simulator, name, stack.enter_context(TemporaryDirectory()))
             port, process_id = await stack.enter_async_context(start(proxy_command(), environment, 0))
             return Target(name, port, process_id, name, SKIPPED[name])
@@ -120,7 +120,7 @@ class Run:
 
     async def measure_memory(self) -> None:
         """Memory: idle after the first answer, with streams open, and after many answers."""
-        for name in (FLOOR, *DIALECTS):
+        for name in (FLOOR, *PROTOCOLS):
             async with AsyncExitStack() as stack:
                 target = await self.open(stack, name)
                 await self.bench.ask_short(target, 4, 1)
@@ -139,14 +139,14 @@ class Run:
         """From the start of a process to its first answer, beside an import of aiohttp's server alone."""
         imports = [sys.executable, "-c", "import aiohttp.web"]
         async with AsyncExitStack() as stack:
-            for name in (FLOOR, *DIALECTS):  # each once, so that what Python compiles of packages is there
+            for name in (FLOOR, *PROTOCOLS):  # each once, so that what Python compiles of packages is there
                 await self.open(stack, name)
         for _ in range(self.rounds):
             started = time.perf_counter()
             process = await asyncio.create_subprocess_exec(*imports, env=make_environment(), preexec_fn=_use_core_0)
             await process.wait()
             self.note("start", "import aiohttp.web", time.perf_counter() - started)
-            for name in (FLOOR, *DIALECTS):
+            for name in (FLOOR, *PROTOCOLS):
                 async with AsyncExitStack() as stack:
                     started = time.perf_counter()
                     target = await self.open(stack, name)
@@ -210,7 +210,7 @@ def draw_chart(results: Results, machine: dict[str, Any]) -> str:
             if name not in medians:
                 continue
             width = 380 * medians[name] / most
-            ratio = f" ({ratios[name]:.2f} ×)" if name in DIALECTS and name in ratios else ""
+            ratio = f" ({ratios[name]:.2f} ×)" if name in PROTOCOLS and name in ratios else ""
             parts.append(f'<text x="104" y="{y + 11}" text-anchor="end">{name}</text>')
             parts.append(f'<rect x="112" y="{y}" width="{width:.1f}" height="13" fill="{colour}"/>')
             parts.append(f'<text x="{118 + width:.0f}" y="{y + 11}">{medians[name]:.3g}{ratio}</text>')

@@ -62,7 +62,7 @@ class Target:
     name: str
     port: int
     process_id: int
-    dialect: str = ""
+    protocol: str = ""
     skipped: int = 0
     tokens: dict[str, list[str]] = field(default_factory=dict)
 
@@ -83,13 +83,13 @@ def make_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
-def proxy_environment(simulator: Simulator, dialect: str, state_dir: str) -> dict[str, str]:
+def proxy_environment(simulator: Simulator, protocol: str, state_dir: str) -> dict[str, str]:
     """The environment of a proxy before the simulator: the defaults, but for what the measuring needs."""
     return {
         **{name: value for name, value in make_environment().items() if not name.startswith(("KIMI_", "PROXY_"))},
         "KIMI_BASE_URL": simulator.url,
         "KIMI_AUTH_URL": simulator.url,
-        "KIMI_PROTOCOL": dialect,
+        "KIMI_PROTOCOL": protocol,
         "PROXY_PORT": "0",
         "PROXY_STATE_DIR": state_dir,
         "PROXY_MAX_REQUESTS": "1000",
@@ -222,7 +222,7 @@ class Bench:
 
     def request(self, target: Target, token: str, *, stream: bool = True) -> bytes:
         """The request for one answer of the account."""
-        if target.dialect:
+        if target.protocol:
             body = {"model": "kimi", "stream": stream, "messages": [{"role": "user", "content": QUESTION}]}
             headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
             return _render("POST", "/v1/chat/completions", headers, json.dumps(body).encode())
@@ -251,7 +251,7 @@ class Bench:
 
     async def warm(self, target: Target, order: str, number: int) -> None:
         """Have the target know the access tokens of so many accounts."""
-        if not target.dialect:
+        if not target.protocol:
             return
         client = await connect(target)
         for at in range(number):
@@ -292,7 +292,7 @@ class Bench:
         await asyncio.gather(*work)
         for client in clients:
             client.close()
-        if target.dialect:
+        if target.protocol:
             await self.simulator.rest()
         whole = target.cpu_ns() - before
         self.simulator.forget()
@@ -314,7 +314,7 @@ class Bench:
         spent = target.cpu_ns() - before
         for client in clients:
             client.close()
-        if target.dialect:
+        if target.protocol:
             await self.simulator.rest()
         self.simulator.forget()
         return spent / (streams * chunks)
@@ -333,7 +333,7 @@ class Bench:
         await asyncio.gather(*(ask(number, 5) for number in range(at_once)))
         before = target.cpu_ns()
         await asyncio.gather(*(ask(number, requests // at_once) for number in range(at_once)))
-        if target.dialect:
+        if target.protocol:
             await self.simulator.rest()
         spent = target.cpu_ns() - before
         for client in clients:
@@ -355,7 +355,7 @@ class Bench:
         for client in clients:
             client.close()
         await asyncio.gather(*work, return_exceptions=True)
-        if target.dialect:
+        if target.protocol:
             await self.simulator.rest()
         self.simulator.forget()
         return held
@@ -371,7 +371,7 @@ class Bench:
             started = time.perf_counter()
             await client.ask(request)
             seconds.append(client.first_at - started)
-            if target.dialect:
+            if target.protocol:
                 await self.simulator.rest()
         client.close()
         self.simulator.forget()

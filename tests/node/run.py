@@ -1,4 +1,4 @@
-"""`make test-node`: a program from npm in front of the proxy, the simulator behind it, in both dialects."""
+"""`make test-node`: a program from npm in front of the proxy, the simulator behind it, in both protocols."""
 
 from __future__ import annotations
 
