@@ -58,7 +58,7 @@ from contextvars import ContextVar
 from copy import copy
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from functools import partial
-from itertools import accumulate, cycle, groupby, islice
+from itertools import accumulate, cycle
 from math import isfinite
 from pathlib import Path
 from typing import IO, Any, Final, Literal, NamedTuple, NoReturn, TypeVar, cast
@@ -1086,25 +1086,22 @@ def error_of_reply(
 # them are escaped before they reach the prompt, and every search and check here takes bounded time.
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(frozen=True, slots=True)
 class Tool:
     """A tool of the client. `parameters` is the JSON schema of a call's arguments; True takes any object.
 
     The `name` of one in a `namespace` begins with that and a dot: so the model knows it.
     """
 
-    name: str
-    description: str
-    parameters: dict[str, Any] | bool
-    namespace: str = ""
+    name: str = field(repr=False)
+    description: str = field(repr=False)
+    parameters: dict[str, Any] | bool = field(repr=False)
+    namespace: str = field(default="", repr=False)
 
     @property
     def own_name(self) -> str:
         """The name within the namespace."""
         return self.name.removeprefix(f"{self.namespace}.") if self.namespace else self.name
-
-    def __repr__(self) -> str:
-        return f"Tool({len(self.name)} characters)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -1115,37 +1112,34 @@ class ToolChoice:
     name: str = ""
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(frozen=True, slots=True)
 class ResponseFormat:
     """The JSON that the client wants for an answer: any object, or what fits `schema`."""
 
     kind: Literal["json_object", "json_schema"]
-    schema: dict[str, Any] | bool | None = None
+    schema: dict[str, Any] | bool | None = field(default=None, repr=False)
+    name: str = field(default="", repr=False)
+
+
+class Call(NamedTuple):
+    """A call as the model wrote it; without a `name` where it has none. `wrong` tells the model its mistake."""
+
     name: str = ""
+    arguments: dict[str, Any] = {}  # noqa: RUF012 - nobody changes it
+    wrong: str = ""
 
-    def __repr__(self) -> str:
-        return f"ResponseFormat({self.kind})"
 
-
-CALL_MARK: Final = "<tool_call>"
-CALL_END_MARK: Final = "</tool_call>"
 # Kimi's own form [2+]: <|tool_call_begin|>functions.NAME:0<|tool_call_argument_begin|>ARGUMENTS<|tool_call_end|>.
-_NATIVE_MARKS: Final = ("_begin", "_argument_begin", "_end", "s_section_begin", "s_section_end")
-CALL_MARKS: Final = (CALL_MARK, CALL_END_MARK, *(f"<|tool_call{word}|>" for word in _NATIVE_MARKS))
-CALL_MARKUP: Final = re.compile("|".join(map(re.escape, CALL_MARKS)))
-_CALL_START: Final = re.compile(r"<tool_call>|<\|tool_call_begin\|>(?:([^<]{0,200})<\|tool_call_argument_begin\|>)?")
-_VALUE_OR_MARK: Final = re.compile(rf"[{{\[]|{CALL_MARKUP.pattern}")
-_NEXT_VALUE: Final = re.compile(r"[\s,]*+(?=[{\[])")
-_BRACKET: Final = re.compile(r"[{\[]")
+CALL_MARKUP: Final = re.compile(r"</?tool_call>|<\|tool_calls?_(?:section_|argument_)?(?:begin|end)\|>")
+_CALL_START: Final = re.compile(
+    r"(?:<tool_call>|<\|tool_call_begin\|>(?:([^<]{0,200})<\|tool_call_argument_begin\|>)?)[^<{\[]*+"
+)
 _CLOSERS: Final = {"{": "}", "[": "]"}
-_FENCE: Final = re.compile(r"\A\s*+```\w*+|```\s*+\Z")
+_NEXT_VALUE: Final = re.compile(r"[\s,]*+(?=[{\[])")
 _JSON_PARTS: Final = re.compile(
     rf'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[{{}}\[\]]|,(?=\s*+(?:[}}\]<`]|\Z))|```|{CALL_MARKUP.pattern}', re.DOTALL
 )
 _LENIENT_DECODER: Final = json.JSONDecoder(strict=False)  # takes raw line ends in strings
-
-
-MAX_VALUES: Final = 100  # of JSON that are read in one text
 
 
 def _read_json(text: str) -> Any:
@@ -1155,8 +1149,11 @@ def _read_json(text: str) -> Any:
         raise ValueError("nested too deep") from None
 
 
-def _cut_value(text: str, start: int) -> tuple[str, int]:
-    """The object or array that begins at `start`, and where it ends: without trailing commas, with all its brackets."""
+def _read_value(text: str, start: int, *, is_cut: bool = False) -> tuple[Any, int]:
+    """The object or array that begins at `start`, None where it is broken, and where it ends.
+
+    Repaired are trailing commas, raw control characters in strings, and missing brackets where the text is not cut.
+    """
     pieces: list[str] = []
     missing: list[str] = []
     at, end = start, len(text)
@@ -1166,293 +1163,183 @@ def _cut_value(text: str, start: int) -> tuple[str, int]:
         elif part[0] == ",":
             pieces.append(text[at : part.start()])
             at = part.end()
-        elif part[0][0] in "<`":
-            end = part.start()
+        elif part[0][0] in "<`" or (part[0] in "}]" and missing.pop() and not missing):
+            end = part.start() if part[0][0] in "<`" else part.end()
             break
-        elif part[0] in "}]" and missing.pop() and not missing:
-            end = part.end()
-            break
-    return "".join([*pieces, text[at:end], *reversed(missing)]), end
+    pieces += [text[at:end], *([] if is_cut else reversed(missing))]
+    with suppress(ValueError):
+        return _read_json("".join(pieces)), end
+    return None, end
 
 
 def find_json(text: str) -> list[Any]:
-    """The JSON values in `text`: the whole of it, or each object and array amid words and code fences; at least one.
-
-    Repaired are trailing commas, raw control characters in strings, and brackets missing at the end; nothing else.
-    Raises `ValueError` with the first mistake where there is none. Linear time.
-    """
-    text = _FENCE.sub("", text)
-    try:
-        return [_read_json(text)]
-    except ValueError as error:
-        mistake = error
+    """The first 100 objects and arrays in `text`, which may have words and code fences around them. Linear time."""
     values: list[Any] = []
     at = 0
-    while len(values) < MAX_VALUES and (start := _BRACKET.search(text, at)):
-        found, at = _cut_value(text, start.start())
-        try:
-            values.append(_read_json(found))
-        except ValueError as error:
-            mistake = error if start.start() == 0 else mistake
-    if not values:
-        raise mistake
+    while len(values) < 100 and (start := re.compile(r"[{\[]").search(text, at)):
+        value, at = _read_value(text, start.start())
+        values += [] if value is None else [value]
     return values
 
 
-def repair_json(text: str) -> Any:
-    """The first JSON value in `text`, by the rules of `find_json`. Raises `ValueError` where there is none."""
-    return find_json(text)[0]
-
-
-def find_calls(text: str, *, repair: bool = True) -> Iterator[Any]:
-    """What stands behind each mark of a call in `text`: a JSON value, or the `ValueError` that reading it gave.
-
-    Marks in JSON strings are none. Without `repair`, a value has to be complete. Linear time.
-    """
+def find_calls(text: str, *, is_cut: bool) -> Iterator[Call]:
+    """The calls behind the marks in `text`; marks in JSON strings are none. Linear time."""
     at = 0
     while start := _CALL_START.search(text, at):
-        found = _VALUE_OR_MARK.search(text, start.end())
-        at = found.start() if found else len(text)
-        if found is None or found[0] not in _CLOSERS:
-            yield {"name": start[1]} if start[1] else ValueError(f"no JSON object follows {start[0]}")
-        while following := _NEXT_VALUE.match(text, at):
-            value_text, at = _cut_value(text, following.end())
-            try:
-                value = _read_json(value_text if repair else text[following.end() : at])
-            except ValueError as error:
-                yield ValueError(f"the text behind {CALL_MARK} is no JSON object ({error})")
-                continue
-            if start[1]:
+        at = start.end()
+        if text[at : at + 1] not in _CLOSERS:
+            yield read_call({"name": start[1]})
+        while gap := _NEXT_VALUE.match(text, at):
+            value, at = _read_value(text, gap.end(), is_cut=is_cut)
+            if start[1] and value is not None:
                 value = {"name": start[1], "arguments": value}
-            yield from value if isinstance(value, list) else [value]
+            yield from map(read_call, value if isinstance(value, list) else [value])
 
 
-def read_call(value: Any) -> tuple[str, dict[str, Any]]:
-    """Name and arguments of a call, as a model wrote it. Raises `ValueError` with its mistake, for the model."""
-    if isinstance(value, ValueError):
-        raise value
+def read_call(value: Any) -> Call:
+    """A call, bare or in a wrapper, from the JSON that a model wrote."""
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
         value = value["function"]
     name = value.get("name") if isinstance(value, dict) else None
     if not isinstance(name, str) or not name:
-        raise ValueError("a call must be an object with a `name` and `arguments`")
-    arguments = value.get("arguments", value.get("parameters"))
-    if isinstance(arguments, str) and arguments.strip():
-        with suppress(ValueError):
-            arguments = repair_json(arguments)
-    elif arguments is None or isinstance(arguments, str):
-        arguments = {}
+        return Call(wrong="a call must be a JSON object with a `name` and `arguments`")
+    arguments = value.get("arguments", value.get("parameters")) or {}
+    if isinstance(arguments, str):
+        arguments = (find_json(arguments) or [arguments.strip() or {}])[0]
     if not isinstance(arguments, dict):
-        raise ValueError(f"the `arguments` in the call of {quote_value(name)} must be a JSON object")
-    return re.sub(r"\Afunctions\.|:\d+\Z", "", name.strip()), arguments
+        return Call(wrong=f"the `arguments` in the call of {encode_json(name[:60])} must be a JSON object")
+    return Call(re.sub(r"\Afunctions\.|:\d+\Z", "", name.strip()), arguments)
 
 
-MAX_REFERENCE: Final = 1000  # characters; a longer one leads nowhere
-MAX_CHECK_DEPTH: Final = 200  # three checks a level of a value: itself, a reference, an alternative
 MAX_CHECK_STEPS: Final = 100_000
-
+_Mistake = tuple[str, Any] | None  # a path, and the keyword that is broken with its limit, or a sentence
 _JSON_TYPES: Final[Mapping[str, Any]] = {
     "string": str, "number": (int, float), "integer": (int, float), "boolean": bool, "null": type(None),
     "array": list, "object": dict,
 }  # fmt: skip
-_BOUNDS: Final[Sequence[tuple[str, str, Callable[[Any, Any], bool], str]]] = (
-    ("minimum", "number", lambda value, limit: value >= limit, "must be at least {}"),
-    ("maximum", "number", lambda value, limit: value <= limit, "must be at most {}"),
-    ("exclusiveMinimum", "number", lambda value, limit: value > limit, "must be more than {}"),
-    ("exclusiveMaximum", "number", lambda value, limit: value < limit, "must be less than {}"),
-    ("multipleOf", "integer", lambda value, unit: unit < 1 or value % unit == 0, "must be a multiple of {}"),
-    ("minLength", "string", lambda value, limit: len(value) >= limit, "must have at least {} characters"),
-    ("maxLength", "string", lambda value, limit: len(value) <= limit, "must have at most {} characters"),
-    ("minItems", "array", lambda value, limit: len(value) >= limit, "must have at least {} items"),
-    ("maxItems", "array", lambda value, limit: len(value) <= limit, "must have at most {} items"),
-)
 
 
-def check_schema(value: Any, schema: Any) -> str | None:
-    """How the JSON `value` first breaks `schema`, as a short sentence that names the path, or None.
-
-    Of JSON Schema (2020-12) it knows type, enum, const, bounds, properties, required, additionalProperties, items,
-    anyOf, allOf, local `$ref`, and oneOf, which it takes as anyOf. All else allows anything: above all `pattern`, since
-    a hostile one would stop the loop, and keywords of the wrong type. Too much work is a violation.
-    """
-    return _fit(value, schema, mends=False)[1] or None
-
-
-def fit_schema(value: Any, schema: Any) -> tuple[Any, str]:
-    """`value` as `schema` plainly wants it, and empty; or as it is, and how it breaks the schema even so.
-
-    Nulls of optional properties are left out, and numbers and booleans in quotes, strings without them, and arrays and
-    objects written as JSON text get the type that the schema names.
-    """
-    return _fit(value, schema, mends=True)
-
-
-def _fit(value: Any, schema: Any, *, mends: bool) -> tuple[Any, str]:
-    try:
-        fitted, wrong = _SchemaWalk(schema).fit(value, schema, "$", 0, mends)
-    except _WalkStoppedError as stopped:
-        return value, str(stopped)
-    except RecursionError:
-        return value, "it is nested too deep"
-    return (value, wrong[:500]) if wrong else (fitted, "")
-
-
-class _WalkStoppedError(Exception):
-    """The walk cannot go on. The text says why."""
-
-
-def _list_children(value: Any, schema: dict[str, Any]) -> list[tuple[str | int, Any, Any]]:
-    """Each property of an object or item of an array: its key, itself, and the schema it has to fit."""
-    if isinstance(value, dict):
-        known = schema.get("properties")
-        known = known if isinstance(known, dict) else {}
-        # What `patternProperties` name is not additional, and which those are is not known without their patterns.
-        others = True if "patternProperties" in schema else schema.get("additionalProperties", True)
-        return [(name, one, known.get(name, others)) for name, one in value.items()]
-    items = schema.get("items", True)
-    return [(index, one, items) for index, one in enumerate(value)] if isinstance(value, list) else []
-
-
-def _list_of(schema: dict[str, Any], *keywords: str) -> list[Any]:
-    return [one for word in keywords if isinstance(schema.get(word), list) for one in schema[word]]
-
-
-def _list_types(schema: dict[str, Any]) -> list[str]:
-    names = schema.get("type")
-    names = names[:9] if isinstance(names, list) else [names]
-    return [name for name in names if isinstance(name, str) and name in _JSON_TYPES]
-
-
-def _is_same(value: Any, other: Any) -> bool:
-    return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
-
-
-def _is_one_of(value: Any, types: Sequence[str]) -> bool:
+def _has_type(value: Any, names: Any) -> bool:
     """Whether the value is of one of these types; true is no number, 1.0 is an integer."""
-    return not types or any(
+    return any(
         isinstance(value, _JSON_TYPES[name])
         and (name == "boolean" or not isinstance(value, bool))
         and (name != "integer" or value == value // 1)
-        for name in types
+        for name in (names if isinstance(names, list) else [names])
     )
 
 
-def _convert(value: Any, types: Sequence[str]) -> Any:
+_CHECKS: Final[Mapping[str, Callable[[Any, Any], bool]]] = {
+    "type": _has_type,
+    "enum": lambda value, options: value in options,
+    "const": lambda value, other: bool(value == other),
+    "required": lambda value, names: not isinstance(value, dict) or all(name in value for name in names),
+    "minimum": lambda value, limit: value >= limit,
+    "maximum": lambda value, limit: value <= limit,
+    "minLength": lambda value, limit: not isinstance(value, str) or len(value) >= limit,
+    "maxLength": lambda value, limit: not isinstance(value, str) or len(value) <= limit,
+    "minItems": lambda value, limit: not isinstance(value, list) or len(value) >= limit,
+    "maxItems": lambda value, limit: not isinstance(value, list) or len(value) <= limit,
+}
+
+
+def _fits(value: Any, keyword: str, limit: Any) -> bool:
+    try:
+        return _CHECKS[keyword](value, limit)
+    except (TypeError, LookupError):  # a limit that makes no sense, or a bound of numbers for another value
+        return True
+
+
+def fit_schema(value: Any, schema: Any) -> tuple[Any, str]:
+    """The JSON `value` as `schema` plainly wants it, and empty; or as it is, and how it breaks the schema even so.
+
+    Nulls of optional properties are left out, and scalars and JSON text get the type that the schema names. Of JSON
+    Schema (2020-12) this knows `_CHECKS`, properties, additionalProperties, items, anyOf, allOf, local `$ref`, and
+    oneOf, taken as anyOf. All else allows anything: above all `pattern`, since a hostile one would stop the loop.
+    """
+    try:
+        fitted, mistake = _SchemaWalk(schema).fit(value, schema, "$")
+    except RecursionError:
+        mistake = ("$", "the value or its schema is nested too deep")
+    if mistake is None:
+        return fitted, ""
+    path, rule = mistake
+    return value, f"at {path[:200]}: {rule if isinstance(rule, str) else f'must fit {encode_json(rule)}'}"[:500]
+
+
+def _convert(value: Any, types: Any) -> Any:
     """`value` in one of `types`, where it is of none and nothing is lost; else as it is."""
-    if isinstance(value, str) and not _is_one_of(value, types):
+    if _fits(value, "type", types):
+        return value
+    other = value
+    if isinstance(value, str):
         with suppress(ValueError):
-            read = _read_json({"True": "true", "False": "false"}.get(value, value))
-            return read if _is_one_of(read, types) else value
-    is_scalar = isinstance(value, (bool, int, float))
-    return encode_json(value) if is_scalar and "string" in types and not _is_one_of(value, types) else value
+            other = _read_json({"True": "true", "False": "false"}.get(value, value))
+    elif isinstance(value, (bool, int, float)):
+        other = encode_json(value)
+    return other if _fits(other, "type", types) else value
 
 
-def quote_value(value: Any) -> str:
-    """A value for an error: at most 60 characters of it."""
-    if isinstance(value, (dict, list)):
-        return "an object" if isinstance(value, dict) else "an array"
-    text = encode_json(value[:60] if isinstance(value, str) else value)
-    return text if len(text) <= 60 else text[:59] + "…"
-
-
-def quote_choices(options: Sequence[Any]) -> str:
-    """Some of several values for an error: at most 60 characters of them."""
-    text = ", ".join(map(quote_value, options[:10]))
-    return text if len(text) <= 60 and len(options) <= 10 else text[:59] + "…"
-
-
-def _step_into(path: str, key: str | int) -> str:
-    if isinstance(key, int):
-        return f"{path}[{key}]"
-    return f"{path}.{key}" if key.isidentifier() and len(key) <= 40 else f"{path}[{quote_value(key[:40])}]"
+def _list_at(schema: dict[str, Any], keyword: str) -> list[Any]:
+    return value if isinstance(value := schema.get(keyword), list) else []
 
 
 class _SchemaWalk:
-    """One walk over a value and its schema, within a budget of steps."""
+    """One walk over a value and its schema: gives the value, mended where that helps, and the first mistake."""
 
     def __init__(self, root: Any) -> None:
         self._root = root
         self._steps = MAX_CHECK_STEPS
 
-    def fit(self, value: Any, schema: Any, path: str, depth: int, mends: bool) -> tuple[Any, str]:
-        """`value`, which stands at `path`, mended where that is wanted; and how it breaks `schema`."""
-        self._spend(1)
-        if depth > MAX_CHECK_DEPTH:
-            raise _WalkStoppedError(f"at {path[-100:]}: the schema refers to itself too often")
-        if schema is False:
-            return value, f"at {path}: nothing is allowed here"
+    def fit(self, value: Any, schema: Any, path: str) -> tuple[Any, _Mistake]:
+        """How `value`, which stands at `path`, fits `schema`."""
         if not isinstance(schema, dict):
-            return value, ""
-        parts = _list_of(schema, "allOf")
-        for part in [self._resolve(schema["$ref"]), *parts] if "$ref" in schema else parts:
-            value, wrong = self.fit(value, part, path, depth + 1, mends)
-            if wrong:
-                return value, wrong
-        value, wrong = self._fit_any(value, schema, path, depth + 1, mends)
-        value = _convert(value, _list_types(schema)) if mends else value
-        wrong = wrong or self._check_itself(value, schema, path)
-        return (value, wrong) if wrong else self._fit_children(value, schema, path, depth + 1, mends)
-
-    def _spend(self, steps: int) -> None:
-        self._steps -= steps
+            return value, (path, "nothing is allowed here") if schema is False else None
+        self._steps -= 1 + len(_list_at(schema, "enum"))
         if self._steps < 0:
-            raise _WalkStoppedError("the value and its schema are too large to be checked")
+            return value, (path, "the value or its schema is too large to be checked")
+        parts = [[self._resolve(schema["$ref"])]] if "$ref" in schema else []
+        parts += [[part] for part in _list_at(schema, "allOf")]
+        for options in (*parts, _list_at(schema, "anyOf"), _list_at(schema, "oneOf")):
+            value, mistake = self._fit_any(value, options, path) if options else (value, None)
+            if mistake:
+                return value, mistake
+        value = _convert(value, schema["type"]) if "type" in schema else value
+        for keyword in _CHECKS:
+            if keyword in schema and not _fits(value, keyword, schema[keyword]):
+                return value, (path, {keyword: schema[keyword]})
+        if isinstance(value, dict):
+            return self._fit_properties(value, schema, path)
+        return self._fit_items(value, schema.get("items"), path) if isinstance(value, list) else (value, None)
 
-    def _check_itself(self, value: Any, schema: dict[str, Any], path: str) -> str:
-        if not _is_one_of(value, types := _list_types(schema)):
-            return f"at {path}: must be of type {' or '.join(types)}, not {quote_value(value)}"
-        options = schema.get("enum")
-        if isinstance(options, list):
-            self._spend(len(options))
-            if not any(_is_same(value, option) for option in options):
-                return f"at {path}: must be one of {quote_choices(options)}"
-        if "const" in schema and not _is_same(value, schema["const"]):
-            return f"at {path}: must be {quote_value(schema['const'])}"
-        for name in _list_of(schema, "required") if isinstance(value, dict) else ():
-            self._spend(1)
-            if isinstance(name, str) and name not in value:
-                return f"at {path}: the property {quote_value(name)} is missing"
-        for keyword, kind, fits, text in _BOUNDS:
-            limit = schema.get(keyword)
-            if _is_one_of(limit, ["number"]) and _is_one_of(value, [kind]) and not fits(value, limit):
-                return f"at {path}: {text.format(quote_value(limit))}"
-        return ""
+    def _fit_any(self, value: Any, options: list[Any], path: str) -> tuple[Any, _Mistake]:
+        results = [self.fit(value, one, path) for one in options]
+        fitting = [result for result in results if not result[1]] or results
+        return next((result for result in fitting if result[0] == value), fitting[0])
 
-    def _fit_children(self, value: Any, schema: dict[str, Any], path: str, depth: int, mends: bool) -> tuple[Any, str]:
-        fitted: dict[str | int, Any] = {}
-        required = _list_of(schema, "required")
-        for key, one, inner in _list_children(value, schema):
-            child, wrong = self.fit(one, inner, _step_into(path, key), depth, mends)
-            if wrong and not (mends and one is None and isinstance(key, str) and key not in required):
-                return value, wrong
-            if not wrong:
-                fitted[key] = child
-        return (list(fitted.values()) if isinstance(value, list) else fitted if isinstance(value, dict) else value), ""
+    def _fit_properties(self, value: dict[str, Any], schema: dict[str, Any], path: str) -> tuple[Any, _Mistake]:
+        known = known if isinstance(known := schema.get("properties"), dict) else {}
+        others = True if "patternProperties" in schema else schema.get("additionalProperties")
+        fitted = {}
+        for name, one in value.items():
+            child, mistake = self.fit(one, known.get(name, others), f"{path}.{name[:40]}")
+            if not mistake:
+                fitted[name] = child
+            elif one is not None or name in _list_at(schema, "required"):
+                return value, mistake
+        return fitted, None
 
-    def _fit_any(self, value: Any, schema: dict[str, Any], path: str, depth: int, mends: bool) -> tuple[Any, str]:
-        first = ""
-        options = _list_of(schema, "anyOf", "oneOf")
-        for attempt in (False, True) if mends else (False,):  # what fits as it is comes first
-            for one in options:
-                fitted, wrong = self.fit(value, one, path, depth, attempt)
-                if not wrong:
-                    return fitted, ""
-                first = first or wrong
-        return value, first and f"at {path}: fits none of the schemas under `anyOf` (of the first: {first[:200]})"
+    def _fit_items(self, value: list[Any], schema: Any, path: str) -> tuple[Any, _Mistake]:
+        results = [self.fit(one, schema, f"{path}[{index}]") for index, one in enumerate(value)]
+        return [fitted for fitted, _ in results], next((mistake for _, mistake in results if mistake), None)
 
     def _resolve(self, reference: Any) -> Any:
-        """What a local reference leads to (RFC 6901, section 6); True, which allows anything, where that is nothing."""
-        if not isinstance(reference, str) or not f"{reference}/".startswith("#/") or len(reference) > MAX_REFERENCE:
-            return True
+        """What a local reference leads to (RFC 6901, section 6); None, which allows anything, where that is nothing."""
         found = self._root
-        for part in unquote(reference[1:]).split("/")[1:]:
-            self._spend(1)
-            if isinstance(found, list) and part.isdecimal() and int(part) < len(found):
-                found = found[int(part)]
-            elif isinstance(found, dict):
-                found = found.get(part.replace("~1", "/").replace("~0", "~"), True)
-            else:
-                return True
+        if not isinstance(reference, str) or not f"{reference}/".startswith("#/") or len(reference) > 200:
+            return None
+        for part in unquote(reference).split("/")[1:]:
+            found = found.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(found, dict) else None
         return found
 
 
@@ -1460,27 +1347,21 @@ _TAG: Final = re.compile(r"<(/?(?:tool_call|tool_response|tools)>|\|tool_call)",
 
 
 def escape_tags(text: str) -> str:
-    """`text` in which no tag of the tools' form is left: `< tool_call>` for `<tool_call>`, and the like.
-
-    For what strangers wrote (definitions, results, schemas, earlier arguments): a quotation is no call.
-    """
-    return _TAG.sub(r"< \1", text) if "<" in text else text
+    """What strangers wrote, with no tag of the tools' form left: `< tool_call>` for `<tool_call>`, and the like."""
+    return _TAG.sub(r"< \1", text)
 
 
 def render_tool_call(name: str, arguments: str) -> str:
     """A call that the model made before, as it wrote it; `arguments` is JSON, or what the client has in its place."""
-    try:
+    value: Any = arguments
+    with suppress(WireError):
         value = parse_json(arguments.encode("utf-8", "replace")) if arguments.strip() else {}
-        call = encode_json({"name": name, "arguments": value})
-    except (WireError, RecursionError):
-        call = encode_json({"name": name, "arguments": arguments})
-    return f"{CALL_MARK}\n{escape_tags(call)}\n{CALL_END_MARK}"
+    return f"<tool_call>\n{escape_tags(encode_json({'name': name, 'arguments': value}))}\n</tool_call>"
 
 
 def render_tool_response(name: str, content: str) -> str:
     """The result of a call, for the prompt."""
-    response = escape_tags(encode_json({"name": name, "content": content}))
-    return f"<tool_response>\n{response}\n</tool_response>"
+    return f"<tool_response>\n{escape_tags(encode_json({'name': name, 'content': content}))}\n</tool_response>"
 
 
 _TOOLS_TEXT: Final = """\
@@ -1530,10 +1411,8 @@ def describe_format(format: ResponseFormat) -> str:
     what, schema = "object", ""
     if format.kind == "json_schema" and format.schema is not None:
         what, schema = "value", f"It must fit this JSON schema:\n{escape_tags(encode_json(format.schema))}\n"
-    return (
-        f"# Form of the answer\n\nAnswer with one JSON {what} and nothing else: no words around it, no code fence.\n"
-        f"{schema}"
-    )
+    only = "and nothing else: no words around it, no code fence."
+    return f"# Form of the answer\n\nAnswer with one JSON {what} {only}\n{schema}"
 
 
 def describe_failure(error: str, previous: str) -> str:
@@ -1555,131 +1434,119 @@ def describe_failure(error: str, previous: str) -> str:
 class Filter:
     """One change of an answer's events; this one changes nothing."""
 
-    ended = False  # it has ended the answer: the service need not go on with it
+    ended = False  # it has ended the answer, and is fed no more
     retry_reason = ""  # the model's mistake, where the answer is over and has to be asked for once more
-    may_retry = False  # whether it ever sets that
+    previous = ""  # what the model wrote in that answer, cut
     has_fallback = False  # it can show the first answer, should the second fail
+
+    def __init__(self) -> None:
+        self._reset()
 
     def feed(self, event: Event) -> list[Event]:
         """What becomes of one event. `Finished` flows through, after all that was held."""
-        return [event]
+        if type(event) is Text:
+            return self._take_text(event.text)
+        return self._finish(event) if isinstance(event, Finished) else self._take_other(event)
 
     def begin_retry(self) -> None:
         """Expect another answer, the last one."""
+        self._reset()
+
+    def list_sources(self) -> list[Event]:
+        """What the answer's end shows of the search."""
+        return []
+
+    def _reset(self) -> None:
+        self._held = ""
+
+    def _take_text(self, text: str) -> list[Event]:
+        return _texts(text)
+
+    def _take_other(self, event: Event) -> list[Event]:
+        return [event]
+
+    def _finish(self, event: Finished) -> list[Event]:
+        return [*_texts(self._held), event]
 
 
 def _texts(text: str) -> list[Event]:
     return [Text(text)] if text else []
 
 
-def _join_texts(events: Iterable[Event]) -> Iterator[Event]:
-    """The same events, with neighbouring texts made one."""
-    for kind, group in groupby(events, type):
-        found = list(group)
-        yield from _texts("".join(one.text for one in found if isinstance(one, Text))) if kind is Text else found
-
-
-def _list_starts(*marks: str) -> str:
-    """A pattern for what may go on to become one of `marks`."""
-    starts = {mark[:size] for mark in marks for size in range(1, len(mark))}
-    return "|".join(map(re.escape, sorted(starts, key=len, reverse=True)))
-
-
-def _match_mark(*marks: str) -> str:
-    """A pattern for one of `marks`, as its group `mark`, or for what may become one at the end of the text."""
-    return rf"(?:(?P<mark>{'|'.join(map(re.escape, marks))})|(?:{_list_starts(*marks)})?\Z)"
-
-
-_THINK_START: Final = re.compile(rf"\s{{0,100}}+{_match_mark('<think>')}")
-_THINK_END: Final = re.compile(_match_mark("</think>"))
-
-
 class ThinkFilter(Filter):
     """Turns `<think>…</think>` at the start of the text into `Thinking` [1]. Holds what may become a tag."""
 
-    def __init__(self) -> None:
-        self.begin_retry()
-
-    def begin_retry(self) -> None:
-        """Expect another answer."""
-        self._phase: Literal["start", "thinking", "after", "text"] = "start"
+    def _reset(self) -> None:
         self._held = ""
-
-    def feed(self, event: Event) -> list[Event]:
-        """What becomes of one event."""
-        if self._phase == "text":
-            return [event]
-        if type(event) is Text:
-            return self._take_text(event.text)
-        if self._held and isinstance(event, Finished):
-            return [Text(self._held) if self._phase == "start" else Thinking(self._held), event]
-        return [event]
+        self._phase: Literal["start", "thinking", "after", "text"] = "start"
 
     def _take_text(self, text: str) -> list[Event]:
-        text, self._held = self._held + text, ""
-        thought = ""
+        text = self._held + text
+        thought = self._held = ""
         if self._phase == "start":
-            found = _THINK_START.match(text)
+            found = re.match(r"\s{0,100}+(?:(<think>)|<?t?h?i?n?k?\Z)", text)
+            if found and not found[1]:
+                self._held = text
+                return []
             self._phase = "thinking" if found else "text"
-            if found and not found["mark"]:
-                self._phase, self._held = "start", text
             text = text[found.end() :] if found else text
-        if self._phase == "thinking" and (found := _THINK_END.search(text)):  # at the end of the text at least
-            thought, text = text[: found.start()], text[found.end() :]
-            self._phase, self._held = ("after", "") if found["mark"] else ("thinking", found[0])
+        if self._phase == "thinking":
+            thought, end, text = text.partition("</think>")
+            begun = re.search(r"</?t?h?i?n?k?\Z", thought)
+            if begun and not end:
+                thought, self._held = thought[: begun.start()], begun[0]
+            self._phase = "after" if end else "thinking"
         if self._phase == "after":
             text = text.lstrip()
             self._phase = "text" if text else "after"
         return [*([Thinking(thought)] if thought else []), *_texts(text)]
 
-
-_URL_MARK: Final = re.compile(r'<url id="[^<>"]{0,500}" type="url"[^<>]{0,500}>([^<>]{0,2000})</url>')
-_MAY_BECOME_URL_MARK: Final = re.compile(
-    rf"(?:{_list_starts('<url id=')}|<url id=[^<>]{{0,1030}}(?:>[^<>]{{0,2000}}(?:{_list_starts('</url>')})?)?)\Z"
-)
+    def _finish(self, event: Finished) -> list[Event]:
+        return [*([Thinking(self._held)] if self._held and self._phase == "thinking" else _texts(self._held)), event]
 
 
-class UrlMarkFilter(Filter):
-    """Frees URLs of the marks that the prompt put around them, where the model repeats these. Holds what may be one."""
+class MarkFilter(Filter):
+    """Replaces marks in the text. Holds what may become one, so that any split of the text gives the same.
 
-    def __init__(self) -> None:
-        self.begin_retry()
+    `marks` finds a whole mark, or as its group `begun` what may become one at the end of the text.
+    """
 
-    def begin_retry(self) -> None:
-        """Expect another answer."""
-        self._held = ""
+    marks: re.Pattern[str]
 
-    def feed(self, event: Event) -> list[Event]:
-        """What becomes of one event."""
-        if type(event) is Text and (self._held or "<" in event.text):
-            text = _URL_MARK.sub(r"\1", self._held + event.text)
-            begun = _MAY_BECOME_URL_MARK.search(text)
-            self._held = begun[0] if begun else ""
-            return _texts(text.removesuffix(self._held))
-        if self._held and isinstance(event, Finished):
-            return [Text(self._held), event]
-        return [event]
+    def _take_text(self, text: str) -> list[Event]:
+        text, self._held = self._held + text, ""
+        events: list[Event] = []
+        at = 0
+        for mark in self.marks.finditer(text):
+            events += _texts(text[at : mark.start()])
+            at = mark.end()
+            if mark["begun"]:
+                self._held = mark[0]
+            else:
+                events += self._replace(mark)
+        return events + _texts(text[at:])
+
+    def _replace(self, mark: re.Match[str]) -> list[Event]:
+        raise NotImplementedError
+
+
+class UrlMarkFilter(MarkFilter):
+    """Frees URLs of the marks that the prompt put around them, where the model repeats these."""
+
+    marks = re.compile(
+        r'<url id="[^<>"]{0,500}" type="url"[^<>]{0,500}>(?P<url>[^<>]{0,2000})</url>'
+        r"|(?P<begun><(?:u?r?l? ?i?d?=?|url id=[^<>]{0,1030}(?:>[^<>]{0,2000}(?:</?u?r?l?)?)?))\Z"
+    )
+
+    def _replace(self, mark: re.Match[str]) -> list[Event]:
+        return _texts(mark["url"])
 
 
 MAX_CITATION: Final = 16_384  # characters between <REF> and </REF>, quotation included
-_MAY_CITE: Final = re.compile("[\ue3a0\U0001f6e0[<]")
-_REF_START: Final = ("<REF>cite\u2726", "<REF>cite:")
-_REF_END: Final = "</REF>"
-_CITATION: Final = re.compile(
-    f"<REF>cite[\u2726:](?:(?P<ref>.{{0,{MAX_CITATION}}}?){_REF_END}|.{{{MAX_CITATION}}}(?=.{{{len(_REF_END)}}}))"
-    "|\ue3a0cite[\ue3a3\U0001f6e0](?P<keys>[^\ue3a0\ue3a8]{0,500}+)\ue3a8"
-    r"|\[\^(?P<number>[0-9]{1,4})\^\]"
-    "|\U0001f6e0(?P<key>[^\\s\U0001f6e0]{1,100}#[0-9]{1,6})\U0001f6e0"
-    f"|(?P<begun><REF>cite[\u2726:].*|{_list_starts(*_REF_START)}|\ue3a0[^\ue3a8]{{0,510}}+"
-    "|\\[(?:\\^(?:[0-9]{1,4}\\^?)?)?|\U0001f6e0[^\\s\U0001f6e0]{0,107}+)\\Z",
-    re.DOTALL,
-)
-_CUT_CITATION: Final = re.compile("\ue3a0|<REF>cite|\U0001f6e0\\w+:")  # what is not shown at the end of an answer
-_REF_KEY: Final = re.compile("tools://[^\\s#<>\u2726]{1,200}#[0-9]{1,6}")
 
 
-class CitationFilter(Filter):
-    """Turns the marks by which a text cites hits into `Citation` events, and lists the hits before `Finished` [2+].
+class CitationFilter(MarkFilter):
+    """Turns the marks by which a text cites hits into `Citation` events, and lists the hits [2+].
 
     A mark is `<REF>cite✦tools://KEY:~:text=QUOTATION</REF>` (or with a colon for ✦ [1]), U+E3A0 `cite` U+E3A3 KEY …
     U+E3A8 (U+1F6E0 for U+E3A3 [open]), `[^n^]`, or U+1F6E0 KEY U+1F6E0 [open]. Numbers are given in the order of first
@@ -1687,85 +1554,73 @@ class CitationFilter(Filter):
     `[^n^]` stays text while there is no hit at all. An answer with inline hits passes unchanged.
     """
 
-    def __init__(self) -> None:
-        self._inline = False
-        self.begin_retry()
+    marks = re.compile(
+        f"<REF>cite[\u2726:](?:(?P<ref>.{{0,{MAX_CITATION}}}?)</REF>|.{{{MAX_CITATION}}}(?=.{{6}}))"
+        "|\ue3a0cite[\ue3a3\U0001f6e0](?P<keys>[^\ue3a0\ue3a8]{0,500}+)\ue3a8"
+        r"|\[\^(?P<number>[0-9]{1,4})\^\]"
+        "|\U0001f6e0(?P<key>[^\\s\U0001f6e0]{1,100}#[0-9]{1,6})\U0001f6e0"
+        "|(?P<begun><REF>cite[\u2726:].*|<R?E?F?>?c?i?t?e?|\ue3a0[^\ue3a8]{0,510}+"
+        "|\\[(?:\\^(?:[0-9]{1,4}\\^?)?)?|\U0001f6e0[^\\s\U0001f6e0]{0,107}+)\\Z",
+        re.DOTALL,
+    )
 
-    def begin_retry(self) -> None:
-        """Expect another answer."""
-        self._held = ""  # may become a mark
+    def __init__(self) -> None:
+        super().__init__()
+        self._inline = False
         self._hits: dict[str, SearchHit] = {}  # by URL
-        self._order: list[SearchHit] = []
-        self._urls: dict[str, str] = {}  # by key
         self._numbers: dict[str, int] = {}  # of cited URLs
 
-    @property
-    def sources(self) -> list[Event]:
+    def _reset(self) -> None:
+        """Let the marks of a second answer name its own hits; its numbers go on."""
+        self._held = ""
+        self._order: list[str] = []  # URLs of this answer
+        self._urls: dict[str, str] = {}  # by key
+
+    def list_sources(self) -> list[Event]:
         """The list of all hits so far, in the order of their numbers; empty where there are none."""
         urls = dict.fromkeys([*self._numbers, *self._hits])
         return [Sources(tuple(self._hits[url] for url in urls))] if urls else []
 
-    def feed(self, event: Event) -> list[Event]:
-        """What becomes of one event."""
-        if type(event) is Text and not self._inline:
-            return self._take_text(event.text) if self._held or _MAY_CITE.search(event.text) else [event]
+    def _take_other(self, event: Event) -> list[Event]:
         if isinstance(event, Opened):
             self._inline = event.hits_inline
-        if self._inline:
+        if self._inline or not isinstance(event, SearchHit):
             return [event]
-        if isinstance(event, SearchHit):
-            self._add(event)
-            return []
-        if isinstance(event, Finished):
-            held, self._held = self._held, ""
-            return [*_texts("" if _CUT_CITATION.match(held) else held), *self.sources, event]
-        return [event]
-
-    def _add(self, hit: SearchHit) -> None:
-        if hit.url not in self._hits:
-            self._hits[hit.url] = hit
-            self._order.append(hit)
-        if hit.key:
-            self._urls[hit.key] = hit.url
+        if event.url not in self._order:
+            self._order.append(event.url)
+        self._hits.setdefault(event.url, event)
+        self._urls[event.key or event.url] = event.url
+        return []
 
     def _take_text(self, text: str) -> list[Event]:
-        held, self._held = self._held, ""
-        is_open = held.startswith(_REF_START) and len(held) + len(text) < MAX_CITATION
-        if is_open and _REF_END not in held[-len(_REF_END) :] + text:  # not searched again and again
-            self._held = held + text
+        if self._inline:
+            return [Text(text)]
+        is_open = self._held.startswith("<REF>cite") and 10 < len(self._held) + len(text) < MAX_CITATION
+        if is_open and "</REF>" not in self._held[-6:] + text:  # not searched again and again
+            self._held += text
             return []
-        text = held + text
-        events: list[Event] = []
-        at = 0
-        for mark in _CITATION.finditer(text):
-            events += _texts(text[at : mark.start()])
-            at = mark.end()
-            if mark["begun"]:
-                self._held = mark[0]
-            else:
-                events += self._read_mark(mark)
-        return events + _texts(text[at:])
+        return super()._take_text(text)
 
-    def _read_mark(self, mark: re.Match[str]) -> list[Event]:
+    def _finish(self, event: Finished) -> list[Event]:
+        is_cut_mark = re.match("\ue3a0|<REF>cite|\U0001f6e0\\w+:", self._held)
+        return [event] if is_cut_mark else super()._finish(event)
+
+    def _replace(self, mark: re.Match[str]) -> list[Event]:
         ref, keys, number, key = mark.group("ref", "keys", "number", "key")
         if number and not self._hits:
             return [Text(mark[0])]
         if number:
-            return self._number(hit.url for hit in self._order[max(0, int(number) - 1) : int(number)])
-        if ref:
-            return self._cite(_REF_KEY.findall(ref.partition(":~:")[0]))
-        return self._cite(re.split("[\ue3a3\U0001f6e0]", keys or key or ""))
-
-    def _cite(self, keys: Iterable[str]) -> list[Event]:
-        """The citations of the known hits that a mark names; a key may be known without its `tools://`, or with it."""
-        others = (key.removeprefix("tools://") if key.startswith("tools://") else f"tools://{key}" for key in keys)
-        urls = (self._urls.get(key) or self._urls.get(other) for key, other in zip(keys, others, strict=True))
-        return self._number(url for url in urls if url)
-
-    def _number(self, urls: Iterable[str]) -> list[Event]:
-        """Citations of these URLs, each once."""
-        numbers = {url: self._numbers.setdefault(url, len(self._numbers) + 1) for url in urls}
+            urls = self._order[max(0, int(number) - 1) : int(number)]
+        else:
+            named = re.findall("tools://[^\\s#<>\u2726]{1,200}#[0-9]{1,6}", ref.partition(":~:")[0]) if ref else []
+            urls = [self._find_url(one) for one in named or re.split("[\ue3a3\U0001f6e0]", keys or key or "")]
+        numbers = {url: self._numbers.setdefault(url, len(self._numbers) + 1) for url in urls if url}
         return [Citation(number, self._hits[url]) for url, number in numbers.items()]
+
+    def _find_url(self, key: str) -> str:
+        """The URL of a known hit, or empty; its key may be known without its `tools://`, or with it."""
+        bare = key.removeprefix("tools://")
+        return self._urls.get(key) or self._urls.get(bare) or self._urls.get(f"tools://{bare}", "")
 
 
 _TOKEN_WEIGHTS: Final = (  # first bytes of a character in UTF-8, and hundredths of a token
@@ -1781,19 +1636,17 @@ _TOKEN_WEIGHTS: Final = (  # first bytes of a character in UTF-8, and hundredths
     (range(0x100), 84),  # Hangul, wide forms, emoji
 )
 _WEIGHTS_OF_BYTES: Final = bytes(next(weight for row, weight in _TOKEN_WEIGHTS if byte in row) for byte in range(256))
-_LATER_BYTES: Final = bytes(range(0x80, 0xC0))  # of a character in UTF-8
 
 
 def _weigh(text: str) -> bytes:
     """For each character, hundredths of a token."""
-    return text.encode("utf-8", "surrogatepass").translate(_WEIGHTS_OF_BYTES, _LATER_BYTES)
+    return text.encode("utf-8", "surrogatepass").translate(_WEIGHTS_OF_BYTES, bytes(range(0x80, 0xC0)))
 
 
 class TokenCounter:
     """An estimate of the tokens in a text that comes in pieces; the same for any split, in linear time.
 
-    Each character has a weight; the sum is rounded up. Within 25 % of DeepSeek's own tokenizer for texts of 300
-    characters and more in Chinese, English or both, prose and code.
+    Within 25 % of DeepSeek's own tokenizer for texts of 300 characters and more in Chinese, English or both.
     """
 
     def __init__(self) -> None:
@@ -1801,7 +1654,7 @@ class TokenCounter:
 
     @property
     def tokens(self) -> int:
-        """The tokens so far."""
+        """The tokens so far, rounded up."""
         return -(-self._hundredths // 100)
 
     def feed(self, text: str) -> None:
@@ -1811,7 +1664,9 @@ class TokenCounter:
 
 def estimate_tokens(text: str) -> int:
     """About how many tokens `text` has, by the rule of `TokenCounter`."""
-    return -(-sum(_weigh(text)) // 100)
+    counter = TokenCounter()
+    counter.feed(text)
+    return counter.tokens
 
 
 class LengthFilter(Filter):
@@ -1823,28 +1678,25 @@ class LengthFilter(Filter):
 
     def __init__(self, limit_tokens: int) -> None:
         self._limit_tokens = limit_tokens
-        self.begin_retry()
+        self._reset()
 
-    def begin_retry(self) -> None:
-        """Expect another answer."""
+    def _reset(self) -> None:
+        self._held = ""
         self._room = 100 * self._limit_tokens
         self.ended = False
 
-    def feed(self, event: Event) -> list[Event]:
-        """What becomes of one event."""
-        if self.ended or type(event) is not Text:
-            return [] if self.ended else [event]
-        weights = _weigh(event.text)
+    def _take_text(self, text: str) -> list[Event]:
+        weights = _weigh(text)
+        fitting = bisect_right(list(accumulate(weights)), self._room)
         self._room -= sum(weights)
-        if self._room >= 0:
-            return [event]
-        self.ended = True
-        fitting = bisect_right(list(accumulate(weights)), self._room + sum(weights))
-        return [*_texts(event.text[:fitting]), Finished("length")]
+        self.ended = self._room < 0
+        return [*_texts(text[:fitting]), *([Finished("length")] if self.ended else [])]
 
 
-_CALL_BEGIN: Final = re.compile(  # with the fence before it
-    rf"\s{{0,40}}+(?:(?:```\w{{0,20}}+\s{{0,20}}+)?{_match_mark(*CALL_MARKS)}|`{{1,2}}\Z)"
+MAX_PREVIOUS: Final = 20_000  # characters of an answer that a retry quotes
+_CALL_BEGIN: Final = re.compile(  # with the fence before it, or what may become one
+    rf"\s{{0,40}}+(?:```\w{{0,20}}+\s{{0,20}}+)?(?P<mark>{CALL_MARKUP.pattern})"
+    r"|\s{0,40}+(?:`{1,2}|(?:```\w{0,20}+\s{0,20}+)?(?:<(?:/?t?o?o?l?_?c?a?l?l?|\|[a-z_]{0,29}\|?))?)\Z"
 )
 _CODE: Final = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
 
@@ -1855,149 +1707,115 @@ def _is_quoted(text: str) -> bool:
     return bool(words.strip()) and not CALL_MARKUP.search(words)
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class _Call:
-    name: str  # empty where the model's text names none
-    arguments: dict[str, Any]
-    wrong: str = ""  # in words for the model
-
-
 class ToolCallFilter(Filter):
     """Turns the calls in an answer's text into `ToolCall` events with new ids of `make_id`, once the answer is over.
 
-    Text before the first mark of a call flows, but for what may become one; from there on all is held, and everything
-    where `choice` demands a call. With a valid call, every call that has a name and arguments is passed on, and no
-    text behind the first mark. Without one, where a call is demanded or tried, `retry_reason` tells the model's
-    mistake, and no `Finished` comes. Of the second answer only the calls are used. Then imperfect calls go to the
-    client too: its error tells the model more than silence does. Without any call the first answer's text follows,
-    freed of marks. Demanded calls have to be valid, else `tool_call_failed` is raised, before anything was shown.
-    Marks quoted as code are text. A cut answer is neither repaired nor asked for again.
+    From the first mark of a call on all text is held, and everything where `choice` demands a call. With a valid call,
+    every call that has a name and arguments is passed on. Without one, where a call is demanded or tried,
+    `retry_reason` tells the mistake; of the second answer only the calls are used, imperfect ones too, since the
+    client's error tells the model more than silence. Without any the first answer's text follows, freed of marks; but
+    a demanded call has to be valid, else `tool_call_failed` is raised. A cut answer is neither repaired nor retried.
     """
-
-    may_retry = True
 
     def __init__(self, tools: Sequence[Tool], choice: ToolChoice, parallel: bool, make_id: Callable[[], str]) -> None:
         self._tools = {tool.name: tool for tool in tools if choice.mode != "named" or tool.name == choice.name}
+        self._names = encode_json([*self._tools])[:200]
         self._demanded = choice.mode in ("required", "named")
         self._parallel = parallel
         self._make_id = make_id
         self._retried = False
-        self._sources: list[Event] = []
         self._fallback: list[Event] = []  # what there is to show of the first answer, in a retry
-        self._begin()
+        self._reset()
 
-    def _begin(self) -> None:
-        self._texts: list[str] = []
-        self._tail = ""  # the end of the text, which may begin a call
-        self._before: list[Event] = []  # what comes before the first mark, where a call is demanded
-        self._held: list[Event] = []  # what comes from the first mark on
+    def _reset(self) -> None:
+        self._written: list[str] = []
+        self._shown = 0  # characters
+        self._held = ""  # the end of the text, which may begin a call
+        self._holds = self._demanded  # all that follows
+        self._thoughts: list[Event] = []  # where a call is demanded
 
     def begin_retry(self) -> None:
         """Expect another answer: for its calls alone where this filter asked for it, else as the first."""
         self.has_fallback = bool(self.retry_reason)
         self.retry_reason = ""
         self._retried = True
-        self._begin()
-
-    def feed(self, event: Event) -> list[Event]:
-        """What becomes of one event. Raises `ProxyError`: `tool_call_failed`, when a second answer ends."""
-        match event:
-            case Finished():
-                return self._finish(event)
-            case Sources():
-                self._sources = self._sources if self.has_fallback else [event]
-                return []
-            case Text() if type(event) is Text:
-                return self._take_text(event.text)
-            case Citation() if self._held:
-                self._held.append(event)
-                return []
-            case Citation() | Thinking():
-                tail, self._tail = self._tail, ""
-                return self._show([*_texts(tail), event])
-            case _:
-                return [] if self.has_fallback else [event]
+        self._reset()
 
     def _take_text(self, text: str) -> list[Event]:
-        self._texts.append(text)
-        found = None if self._held else _CALL_BEGIN.search(self._tail + text)
-        if found is None:
-            self._held.append(Text(text))
+        self._written.append(text)
+        if self._holds:
             return []
-        text, self._tail = found.string[found.start() :], ""
-        if found["mark"]:
-            self._held.append(Text(text))
-        else:
-            self._tail = text
-        return self._show(_texts(found.string[: found.start()]))
+        text = self._held + text
+        found = cast(re.Match[str], _CALL_BEGIN.search(text))  # at the end of the text at least
+        self._holds = bool(found["mark"])
+        self._held = text[found.start() :]
+        return self._show(_texts(text[: found.start()]))
+
+    def _take_other(self, event: Event) -> list[Event]:
+        if self._demanded and isinstance(event, Thinking):
+            self._thoughts.append(event)
+            return []
+        if self._holds:
+            return [] if isinstance(event, Citation) else self._show([event])
+        held, self._held = self._held, ""
+        return self._show([*_texts(held), event])
 
     def _show(self, events: list[Event]) -> list[Event]:
-        """What of the answer's own events is passed on now."""
-        if self._demanded:
-            self._before += events
-        return [] if self._demanded or self.has_fallback else events
+        self._shown += sum(len(event.text) for event in events if type(event) is Text)
+        return [] if self.has_fallback else events
 
     def _finish(self, event: Finished) -> list[Event]:
-        cut = event.reason != "stop"
-        text = "".join(self._texts)
-        calls = self._find_calls(text, repair=not cut)
-        shown = self._render(calls, is_quoted=_is_quoted(text))
-        if all(call.wrong for call in calls) and (calls or self._demanded) and not cut:
-            wrong = next((call.wrong for call in calls), "")
+        is_cut = event.reason != "stop"
+        text = "".join(self._written)
+        calls = self._find_calls(text, is_cut)
+        shown = self._render(calls, text)
+        if all(call.wrong for call in calls) and (calls or self._demanded) and not is_cut:
+            wrong = calls[0].wrong if calls else f"it must call one of {self._names}, and calls no tool"
             if not self._retried:
-                self._fallback = shown
-                self.retry_reason = wrong or f"it must call {quote_choices(list(self._tools))}, and calls no tool"
+                self._fallback, self.retry_reason, self.previous = shown, wrong, text[:MAX_PREVIOUS]
                 return []
             if self._demanded:
                 raise ProxyError("tool_call_failed", wrong)
         if self.has_fallback and not any(isinstance(one, ToolCall) for one in shown):
-            shown, cut = self._fallback, cut and self._demanded
-        if not cut:
-            event = Finished("tool_calls" if any(isinstance(one, ToolCall) for one in shown) else "stop")
-        return [*shown, *self._sources, event]
+            shown, is_cut = self._fallback, is_cut and self._demanded
+        reason: FinishReason = "tool_calls" if any(isinstance(one, ToolCall) for one in shown) else "stop"
+        return [*shown, event if is_cut else Finished(reason)]
 
-    def _find_calls(self, text: str, *, repair: bool) -> list[_Call]:
+    def _find_calls(self, text: str, is_cut: bool) -> list[Call]:
         """The calls in an answer, quoted ones left out. JSON without marks may be the call that is demanded."""
-        calls = [self._judge(value) for value in find_calls(text, repair=repair)]
-        if not calls and self._demanded and repair:
-            with suppress(ValueError):
-                calls = [call for value in find_json(text) if not (call := self._judge_bare(value)).wrong][:1]
+        calls = [self._judge(call) for call in find_calls(text, is_cut=is_cut)]
+        if not calls and self._demanded and not is_cut:
+            bare = (self._judge(self._read_bare(value)) for value in find_json(text))
+            calls = [call for call in bare if not call.wrong][:1]
         return [] if _is_quoted(text) and all(call.wrong for call in calls) else calls
 
-    def _judge_bare(self, value: Any) -> _Call:
+    def _read_bare(self, value: dict[str, Any] | list[Any]) -> Call:
         """JSON without marks: the call itself, or the arguments of the only function there is."""
-        if len(self._tools) == 1 and not (isinstance(value, dict) and "name" in value and "arguments" in value):
+        if len(self._tools) == 1 and not ("name" in value and "arguments" in value):
             value = {"name": next(iter(self._tools)), "arguments": value}
-        return self._judge(value)
+        return read_call(value)
 
-    def _judge(self, value: Any) -> _Call:
-        try:
-            name, arguments = read_call(value)
-        except ValueError as error:
-            return _Call("", {}, str(error))
-        tool = self._tools.get(name)
-        if tool is None:
-            return _Call(
-                name, arguments, f"a call must have a `name` that is one of {quote_choices(list(self._tools))}"
-            )
-        arguments, wrong = fit_schema(arguments, tool.parameters)
-        return _Call(name, arguments, f"the `arguments` in the call of {quote_value(name)}: {wrong}" if wrong else "")
+    def _judge(self, call: Call) -> Call:
+        """The call, mended where that helps, and what is wrong with it."""
+        if call.wrong:
+            return call
+        if call.name not in self._tools:
+            return Call(call.name, call.arguments, f"a call must have a `name` that is one of {self._names}")
+        arguments, wrong = fit_schema(call.arguments, self._tools[call.name].parameters)
+        return Call(call.name, arguments, wrong and f"the `arguments` in the call of {encode_json(call.name)}: {wrong}")
 
-    def _render(self, calls: Sequence[_Call], *, is_quoted: bool) -> list[Event]:
+    def _render(self, calls: Sequence[Call], text: str) -> list[Event]:
         """The calls, with what comes before them; else what was held, as text."""
         good = [call for call in calls if call.name and not (self._demanded and call.wrong)]
-        if good:
-            good.sort(key=lambda call: bool(call.wrong) and not self._parallel)
-            made = (ToolCall(self._make_id(), call.name, encode_json(call.arguments)) for call in good)
-            before = [] if self.has_fallback else self._before  # its text is the call, where there are no marks
-            before = [event for event in before if self._held or type(event) is not Text]
-            return [*before, *islice(made, None if self._parallel else 1)]
-        held = [*self._before, *self._held, *_texts(self._tail)]
-        return held if is_quoted else [free for event in _join_texts(held) for free in self._drop_markup(event)]
-
-    @staticmethod
-    def _drop_markup(event: Event) -> list[Event]:
-        return _texts(CALL_MARKUP.sub(" ", event.text)) if type(event) is Text else [event]
+        if not good:
+            held = text[self._shown :]
+            return [*self._thoughts, *_texts(held if _is_quoted(text) else CALL_MARKUP.sub(" ", held))]
+        if not self._parallel:
+            good = sorted(good, key=lambda call: bool(call.wrong))[:1]
+        made = [ToolCall(self._make_id(), call.name, encode_json(call.arguments)) for call in good]
+        begin = cast(re.Match[str], _CALL_BEGIN.search(text))
+        before = _texts(text[: begin.start()]) if self._demanded and begin["mark"] else []
+        return [*([] if self.has_fallback else [*self._thoughts, *before]), *made]
 
 
 class StopFilter(Filter):
@@ -2009,142 +1827,106 @@ class StopFilter(Filter):
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._held = ""
-        self._begun = {stop: 0 for stop in stops if stop}  # how much of each stands at the end of what is held
+        self._stops = [stop for stop in stops if stop]
 
-    def begin_retry(self) -> None:
-        """Expect another answer; its text goes on behind what is held."""
-        self.ended = False
+    def _reset(self) -> None:
+        self.ended = False  # a second answer's text goes on behind what is held
 
-    def feed(self, event: Event) -> list[Event]:
-        """What becomes of one event."""
-        if self.ended:
-            return []
-        if type(event) is Text:
-            return self._take_text(event.text)
-        if isinstance(event, (Opened, Thinking, SearchHit)):
+    def _take_other(self, event: Event) -> list[Event]:
+        if isinstance(event, (Thinking, SearchHit)):
             return [event]
         held, self._held = self._held, ""
         return [*_texts(held), event]
 
     def _take_text(self, text: str) -> list[Event]:
-        held = len(self._held)
-        text, self._held = self._held + text, ""
-        ends = [(at + len(stop), -len(stop), stop) for stop in self._begun if (at := text.find(stop)) >= 0]
+        text = self._held + text
+        ends = [(at + len(stop), -len(stop), stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if ends:
             self.ended = True
             end, size, stop = min(ends)
             return [*_texts(text[: end + size]), Finished("stop", stop)]
-        self._begun = {stop: self._measure(text, stop, held - size) for stop, size in self._begun.items()}
-        start = len(text) - max(self._begun.values(), default=0)
+        begun = (
+            at
+            for stop in self._stops
+            for at in range(max(0, len(text) - len(stop) + 1), len(text))
+            if stop.startswith(text[at:])
+        )
+        start = min(begun, default=len(text))
         self._held = text[start:]
         return _texts(text[:start])
-
-    @staticmethod
-    def _measure(text: str, stop: str, at: int) -> int:
-        """How much of `stop` stands at the end of `text`, where it cannot begin before `at`."""
-        at = text.find(stop[0], max(0, at, len(text) - len(stop) + 1))
-        while at >= 0 and not stop.startswith(text[at:]):
-            at = text.find(stop[0], at + 1)
-        return len(text) - at if at >= 0 else 0
 
 
 class StructureFilter(Filter):
     """Holds the text to its end, and passes it on as one piece where it is the JSON that `format` asks for.
 
-    Text that is JSON is passed on as the model wrote it, JSON amid words or repaired as compact JSON. Where none fits,
-    `retry_reason` tells the mistake, no `Finished` comes, and the caller feeds another answer; a second failure raises
-    `structured_output_failed`. An answer that calls tools, or was cut by length, moderation or a stop sequence, is
-    passed on as it is. Citations are dropped: they have no place in JSON.
+    JSON is found amid words, mended, and made compact. Where none fits, `retry_reason` tells the mistake, and no
+    `Finished` comes; a second failure raises `structured_output_failed`. An answer that calls tools, or was cut by
+    length, moderation or a stop sequence, is passed on as it is. Citations are dropped: they have no place in JSON.
     """
 
-    may_retry = True
-
     def __init__(self, format: ResponseFormat) -> None:
-        self._format = format
+        self._schema = {"type": "object"} if format.kind == "json_object" else format.schema
         self._retried = False
-        self._held: list[str] = []
         self._thoughts: list[Event] = []
-        self._sources: list[Event] = []
+        self._written: list[str] = []
 
     def begin_retry(self) -> None:
         """Expect another answer; where this filter did not ask for it, its text goes on behind what is held."""
         if self.retry_reason:
-            self._held, self._thoughts, self._sources = [], [], []
+            self._release("")
         self.retry_reason = ""
         self._retried = True
 
-    def feed(self, event: Event) -> list[Event]:
-        """What becomes of one event. Raises `ProxyError`: `structured_output_failed`, when a second answer ends."""
-        match event:
-            case Thinking():
-                self._thoughts.append(event)
-            case Text():
-                self._held.append(event.text)
-            case Sources():
-                self._sources = [event]
-            case ToolCall():
-                return [*self._release(), event]
-            case Finished():
-                return self._finish(event)
-            case Opened() | SearchHit():
-                return [event]
-            case Citation():
-                pass
+    def _take_text(self, text: str) -> list[Event]:
+        self._written.append(text)
         return []
 
-    def _finish(self, event: Finished) -> list[Event]:
-        if event.reason == "stop" and not event.stop_sequence:
-            try:
-                self._held = [self._read("".join(self._held))]
-            except ValueError as error:
-                if self._retried:
-                    raise ProxyError("structured_output_failed", str(error)) from None
-                self.retry_reason = str(error)
-                return []
-        return [*self._release(), *self._sources, event]
+    def _take_other(self, event: Event) -> list[Event]:
+        if isinstance(event, Thinking):
+            self._thoughts.append(event)
+        is_held = isinstance(event, (Thinking, Citation))
+        return (
+            [] if is_held else [*(self._release("".join(self._written)) if isinstance(event, ToolCall) else []), event]
+        )
 
-    def _read(self, text: str) -> str:
-        """The JSON in the text that fits. Raises `ValueError` with what is wrong, in words for the model."""
-        try:
-            values = find_json(text)
-        except ValueError as error:
-            raise ValueError(f"it is not JSON ({error})") from None
-        if self._format.kind == "json_object":
-            values = [value for value in values if isinstance(value, dict)] or values
-            if not isinstance(values[0], dict):
-                raise ValueError(f"it must be a JSON object, not {quote_value(values[0])}")
-        schema = True if self._format.schema is None else self._format.schema
-        mistakes = [check_schema(value, schema) for value in values]
-        if None not in mistakes:
-            raise ValueError(f"its JSON does not fit the schema: {mistakes[0]}")
-        with suppress(WireError):
-            parse_json(text.encode("utf-8", "replace"))
-            return text
-        return encode_json(values[mistakes.index(None)])
-
-    def _release(self) -> list[Event]:
-        events = [*self._thoughts, *_texts("".join(self._held))]
-        self._held, self._thoughts = [], []
+    def _release(self, text: str) -> list[Event]:
+        events = [*self._thoughts, *_texts(text)]
+        self._thoughts, self._written = [], []
         return events
 
-
-MAX_PREVIOUS: Final = 20_000  # characters of an answer that a retry quotes
+    def _finish(self, event: Finished) -> list[Event]:
+        text = "".join(self._written)
+        if event.reason != "stop" or event.stop_sequence:
+            return [*self._release(text), event]
+        values = find_json(text)
+        with suppress(WireError):
+            values = [parse_json(text.encode("utf-8", "replace"))]
+        mistakes = ["it is not JSON"]
+        for fitted, wrong in (fit_schema(value, self._schema) for value in values):
+            if not wrong:
+                return [*self._release(encode_json(fitted)), event]
+            mistakes.append(f"its JSON does not fit the schema: {wrong}")
+        mistake = mistakes[:2][-1]
+        if self._retried:
+            raise ProxyError("structured_output_failed", mistake)
+        self.retry_reason, self.previous = mistake, text[:MAX_PREVIOUS]
+        return []
 
 
 class Chain:
     """The filters of one answer, in order, and the one retry that they may ask for.
 
-    Exactly one `Finished` comes out, and nothing after it. Where an answer is over and leaves `retry_reason` set, the
+    Exactly one `Finished` comes out, after the list of hits, and nothing after it. Where `retry_reason` is set, the
     caller calls `begin_retry`, asks again, and feeds that answer too.
     """
 
     def __init__(self, filters: Sequence[Filter] = ()) -> None:
         self.filters = filters
         self.ended = False  # a filter ended the answer: the service need not go on with it
+        self.retry_reason = ""  # what to tell the model, when an answer is over that has to be asked for once more
+        self.previous = ""  # what it wrote there, cut
         self._over = False
         self._retried = False
-        self._previous: list[str] = []
-        self._room = MAX_PREVIOUS if any(one.may_retry for one in filters) else 0
 
     def feed(self, events: list[Event]) -> list[Event]:
         """What becomes of `events`. Raises `ProxyError` as the filters do."""
@@ -2152,33 +1934,16 @@ class Chain:
             return []
         if self._retried:
             events = [event for event in events if not isinstance(event, Opened)]
-        for event in events if self._room else ():
-            if type(event) is Text:
-                self._previous.append(event.text[: self._room])
-                self._room -= len(self._previous[-1])
         for one in self.filters:
-            if len(events) == 1:  # nearly always
-                events = one.feed(events[0])
-            else:
-                events = [result for event in events for result in one.feed(event)]
-        if events and type(events[-1]) is Finished:
+            events = [result for event in events if not one.ended for result in one.feed(event)]
+            if one.retry_reason:
+                self.retry_reason, self.previous = one.retry_reason, one.previous
+        if events and isinstance(events[-1], Finished):
             self._over = True
+            self.retry_reason = ""
             self.ended = any(one.ended for one in self.filters)
-            if self.ended and not any(isinstance(event, Sources) for event in events):
-                events[-1:-1] = [
-                    hits for one in self.filters if isinstance(one, CitationFilter) for hits in one.sources
-                ]
+            return [*events[:-1], *(hits for one in self.filters for hits in one.list_sources()), events[-1]]
         return events
-
-    @property
-    def retry_reason(self) -> str:
-        """What to tell the model when an answer is over that has to be asked for once more; else empty."""
-        return "" if self._over else next((one.retry_reason for one in self.filters if one.retry_reason), "")
-
-    @property
-    def previous(self) -> str:
-        """What the model wrote, for `describe_failure`: its first 20,000 characters."""
-        return "".join(self._previous)
 
     def give_up(self) -> list[Event]:
         """What the first answer still has, when the second could not be had; empty where that is of no use."""
@@ -2187,8 +1952,7 @@ class Chain:
     def begin_retry(self) -> None:
         """Expect another answer, the last one."""
         self._retried = True
-        self._previous = []
-        self._room = 0
+        self.retry_reason = ""
         for one in self.filters:
             one.begin_retry()
 
