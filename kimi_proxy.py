@@ -1959,27 +1959,29 @@ class Chain:
 
 # ==== 10. Requests ==========================================================
 #
-# What a client sent, checked and made neutral: from here on nobody looks at its JSON again. All APIs share one reader
-# of messages, parts, calls and tools, which takes every API's spelling, since programs mix them. Unknown fields are
-# ignored, since clients send many; a wrong type in a known one is an error that names the field.
+# What a client sent, checked and made neutral. All APIs share one reader of messages, parts, calls and tools, which
+# takes every API's spelling, since programs mix them. Unknown fields are ignored; a wrong type in a known one is an
+# error that names the field: `ProxyError` `invalid_request` with its `param`, or `invalid_json` for the whole body.
 
 MAX_ATTACHMENTS: Final = 20
 MAX_MARKED_URLS: Final = 100
 MAX_STOPS: Final = 16
 MAX_STOP_LENGTH: Final = 1000
-MAX_DEPTH: Final = 100  # levels of JSON in a schema or in the arguments of a call
+MAX_DEPTH: Final = 100  # levels of JSON in a body
 NEW_CONVERSATION: Final = "new"
 RESULT_ROLES: Final = ("tool", "function")
+_KINDS: Final[Mapping[type, str]] = {str: "a string", list: "a list", dict: "an object", bool: "true or false"}
+_FUNCTION_NAME: Final = re.compile(r"[^\s\x00-\x1f<>\"{}]{1,128}")
+_LOADED_TOOL: Final = re.compile(r"^The tool (\S+) can be called now\.$", re.MULTILINE)
 AttachmentKind = Literal["file", "image"]
-FindItem = Callable[[str], Mapping[str, Any] | None]
+FindItem = Callable[[str], Mapping[str, Any] | None]  # gives an item of an earlier answer by its id
 
 
 @dataclass(frozen=True, slots=True)
 class Attachment:
     """A file or picture in a message: at a `url`, uploaded as `file_id`, or the base64 in `data` from `start` on.
 
-    `path` names it in an error. `uploaded` is set where an earlier answer already brought it to the service: the
-    account's digest, the protocol, and the service's id.
+    `path` names it in an error. `uploaded` by an earlier answer: the account's digest, the protocol, the service's id.
     """
 
     kind: AttachmentKind
@@ -1999,26 +2001,6 @@ class Attachment:
 
 
 @dataclass(frozen=True, slots=True)
-class FunctionCall:
-    """A call that the model made earlier; `arguments` is JSON, or what the client has in its place."""
-
-    id: str = field(repr=False)
-    name: str = field(repr=False)
-    arguments: str = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Mention:
-    """A part of a message that is more than its text: the reference to a tool, or (`is_unknown`) a kind without a text
-    that nobody here knows, at `path`.
-    """
-
-    name: str
-    path: str
-    is_unknown: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class Message:
     """One message of the conversation: its text parts, one a line, what is attached to it, and the calls it makes.
 
@@ -2028,28 +2010,14 @@ class Message:
     role: str
     text: str = field(repr=False)
     attachments: tuple[Attachment, ...] = ()
-    calls: tuple[FunctionCall, ...] = ()
+    calls: tuple[ToolCall, ...] = ()
     tool_call_id: str = field(default="", repr=False)
     tool_name: str = field(default="", repr=False)
-    mentions: tuple[Mention, ...] = field(default=(), repr=False)
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether it says nothing."""
-        return not (self.text or self.attachments or self.calls or self.role in RESULT_ROLES)
-
-    @property
-    def size(self) -> int:
-        """About how many characters of memory it takes, without what is attached."""
-        return 200 + len(self.text) + sum(200 + len(call.arguments) for call in self.calls)
 
 
 @dataclass(frozen=True, slots=True)
 class ResponsesOptions:
-    """What the Responses API has beside a chat. `store`: whether the answer may be kept, to be continued by its id.
-
-    `echo` is what the response object repeats of the request, with OpenAI's defaults.
-    """
+    """What the Responses API has beside a chat. `store`: whether the answer may be kept; `echo`: what it repeats."""
 
     previous_response_id: str
     store: bool
@@ -2061,10 +2029,8 @@ class ResponsesOptions:
 class ChatRequest:
     """A chat that a client asks for, by any API. `use_search` is None where neither the request nor its model says.
 
-    `conversation_id`: `new` opens a conversation that is kept, an id continues one; else empty. `max_tokens` is None
-    where there is no limit. `left_out`: names of the tools that nobody here can run, for the log. `effort` of thinking:
-    the client's word, `none` where it is switched off, `enabled` where it is on without a word, else empty.
-    `legacy_functions`: calls are answered in the old form, `function_call`.
+    `conversation_id`: `new` opens a conversation that is kept, an id continues one. `left_out`: names of the tools that
+    nobody here can run. `effort` of thinking: the client's word, or `none` or `enabled` where it is only switched.
     """
 
     model: str
@@ -2090,14 +2056,9 @@ class ChatRequest:
         return [attachment for message in self.sent_messages for attachment in message.attachments]
 
     @property
-    def unknown_parts(self) -> list[str]:
-        """The kinds of what is in the messages and could not be told, for the log."""
-        return [one.name for message in self.messages for one in message.mentions if one.is_unknown]
-
-    @property
     def sent_messages(self) -> tuple[Message, ...]:
         """All messages; in a conversation that exists the last alone, with the other results of tools before it."""
-        if not self.goes_on:
+        if self.conversation_id in ("", NEW_CONVERSATION):
             return self.messages
         first = len(self.messages) - 1
         while first and self.messages[first].role == self.messages[first - 1].role == "tool":
@@ -2105,21 +2066,9 @@ class ChatRequest:
         return self.messages[first:]
 
     @property
-    def goes_on(self) -> bool:
-        """Whether it is asked in a conversation that exists."""
-        return self.conversation_id not in ("", NEW_CONVERSATION)
-
-    @property
     def own_messages(self) -> tuple[Message, ...]:
         """The messages that a later turn is given again: all but `instructions`, which are for one answer."""
         return self.messages[1:] if self.responses is not None and self.responses.instructions else self.messages
-
-
-_KINDS: Final[Mapping[type, str]] = {str: "a string", list: "a list", dict: "an object", bool: "true or false"}
-_BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
-_ESCAPES: Final = re.compile(
-    rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\(u[dD][89a-fA-F][0-9a-fA-F]{2})|\\.", re.DOTALL
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -2159,46 +2108,38 @@ class Node:
         """The objects of the list in a field."""
         path = self[name].path
         items = [Node(item, f"{path}[{index}]") for index, item in enumerate(self.get_field(name, list, []))]
-        for item in items:
-            if not isinstance(item.value, dict):
-                raise item.invalid_param("must be an object")
+        if wrong := [item for item in items if not isinstance(item.value, dict)]:
+            raise wrong[0].invalid_param("must be an object")
         return items
-
-    def check_json(self) -> Any:
-        """The value, which can be written out again. Raises `ProxyError` for too deep a value or an infinite number."""
-        level = [self.value]
-        for _ in range(MAX_DEPTH):
-            if any(isinstance(one, float) and not isfinite(one) for one in level):
-                raise self.invalid_param("holds a number that is too large")
-            inner = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
-            level = [child for children in inner for child in children]
-            if not level:
-                return self.value
-        raise self.invalid_param("is nested too deep")
 
 
 def _parse_body(body: bytes | bytearray) -> Node:
     """The JSON object in a body; half of a surrogate pair becomes U+FFFD. Raises `ProxyError` `invalid_json`."""
-    data = body[3:] if body.startswith(_BYTE_ORDER_MARK) else body
+    data = body[3:] if body.startswith(codecs.BOM_UTF8) else body
     try:
         try:
             value = parse_json(data)
-        except WireError:
-            value = parse_json(_ESCAPES.sub(lambda found: rb"\ufffd" if found[1] else found[0], data))
-    except WireError as error:
+        except WireError:  # for half of a surrogate pair there is a second way
+            value = parse_json(
+                join_surrogates(json.dumps(parse_json(data, surrogates=True), ensure_ascii=False)).encode()
+            )
+    except (WireError, ValueError, RecursionError) as error:
         raise ProxyError("invalid_json", f"the body: {error}") from None
-    if not isinstance(value, dict):
-        raise ProxyError("invalid_json", "the body must be a JSON object")
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        if any(isinstance(one, float) and not isfinite(one) for one in level):
+            raise ProxyError("invalid_json", "the body: a number is too large")
+        inner = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
+        level = [child for children in inner for child in children]
+    if level or not isinstance(value, dict):
+        raise ProxyError("invalid_json", f"the body must be a JSON object of at most {MAX_DEPTH} levels")
     return Node(value, "")
 
 
 def parse_chat_request(body: bytes | bytearray) -> ChatRequest:
-    """The request in the body of `POST /v1/chat/completions` (OpenAI API reference, "Create chat completion").
-
-    Raises `ProxyError`: `invalid_json`, or `invalid_request` with the field's name as `param`; as all of these do.
-    """
+    """The request in the body of `POST /v1/chat/completions` (OpenAI API reference, "Create chat completion")."""
     root = _parse_body(body)
-    request = _make_request(root, [message for turn in _parse_turns(root) for message in turn])
+    request = _make_request(root, "messages", _parse_items(_get_items(root, "messages")))
     return replace(request, conversation_id=root.get_text("conversation_id"))
 
 
@@ -2206,78 +2147,73 @@ def parse_completion_request(body: bytes | bytearray) -> ChatRequest:
     """The request in the body of the older `POST /v1/completions`: its one prompt is a user's message."""
     root = _parse_body(body)
     prompt = root.value.get("prompt")
-    if isinstance(prompt, list) and len(prompt) == 1:
-        prompt = prompt[0]
+    prompt = prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt
     if not isinstance(prompt, str) or not prompt:
         raise root["prompt"].invalid_param("must be one text; several, and numbers of tokens, are not known here")
-    return _make_request(root, [Message("user", prompt)])
+    return _make_request(root, "prompt", [Message("user", prompt)])
 
 
 def parse_messages_request(body: bytes | bytearray) -> ChatRequest:
-    """The request in the body of `POST /v1/messages` (Anthropic API reference, "Create a Message").
-
-    What the system says after the user's last turn is moved before it: the model answers what it reads last.
-    """
+    """The request in the body of `POST /v1/messages` (Anthropic API reference, "Create a Message")."""
     root = _parse_body(body)
-    system = _make_message("system", _parse_content(root["system"]))
-    turns = [*([] if system.is_empty else [[system]]), *_parse_turns(root)]
-    last = max((index for index, turn in enumerate(turns) if turn[-1].role in ("user", "tool")), default=len(turns))
-    ordered = [*turns[:last], *sorted(turns[last:], key=lambda turn: turn[-1].role != "system")]
-    return _make_request(root, [message for turn in ordered for message in turn])
+    nodes = _get_items(root, "messages")
+    last = max((index for index, node in enumerate(nodes) if node.get_text("role") in ("", "user", "tool")), default=0)
+    # What the system says after the user's last turn is moved before it: the model answers what it reads last.
+    ordered = [*nodes[:last], *sorted(nodes[last:], key=lambda node: node.get_text("role") != "system")]
+    request = _make_request(root, "messages", _parse_items(ordered))
+    system = _make_message("system", _parse_content(root["system"], "history"))
+    return replace(request, messages=(system, *request.messages)) if system.text else request
 
 
 def parse_responses_request(body: bytes | bytearray, find_item: FindItem = lambda item_id: None) -> ChatRequest:
-    """The request in the body of `POST /v1/responses` (OpenAI API reference, "Create a model response").
-
-    `find_item` gives the item of an earlier answer that one of the input refers to by its id, or None.
-    """
+    """The request in the body of `POST /v1/responses` (OpenAI API reference, "Create a model response")."""
     root = _parse_body(body)
     if root.has("conversation"):
         raise root["conversation"].invalid_param("is not known here: use previous_response_id, or send all items")
+    items = _get_items(root, "input", find_item)
+    tools = [tool for item in items if item.get_text("type") in _TOOL_KINDS for tool in item.get_items("tools")]
+    request = _make_request(root, "input", _parse_items(items), tools)
     previous, instructions = root.get_text("previous_response_id"), root.get_text("instructions")
-    items = _parse_items(root, find_item)
-    messages = [message for item in items for message in _parse_item(item)]
-    if not previous and all(one.is_empty and one.mentions and one.role != "user" for one in messages):
-        raise root["input"].invalid_param("must be a text, or a list with at least one message")
-    tools = [tool for item in items if item.get_text("type") in _TOOL_ITEMS for tool in item.get_items("tools")]
+    echo: dict[str, Any] = {
+        "instructions": instructions or None,
+        "max_output_tokens": request.max_tokens,
+        "parallel_tool_calls": request.parallel_tool_calls,
+        "previous_response_id": previous or None,
+        "tool_choice": "auto",
+        "tools": [],
+    }
+    options = ResponsesOptions(previous, root.get_field("store", bool, True), echo, instructions)
     before = [Message("system", instructions)] if instructions else []
-    request = _make_request(root, [*before, *messages], more_tools=tools, param="input")
-    options = ResponsesOptions(previous, root.get_field("store", bool, True), _make_echo(root, request), instructions)
-    return replace(request, responses=options)
+    return replace(request, messages=(*before, *request.messages), responses=options)
 
 
-def _make_request(
-    root: Node, messages: Sequence[Message], *, more_tools: Sequence[Node] = (), param: str = "messages"
-) -> ChatRequest:
-    """A request from the fields of any API; `param` is the name of the one with its messages."""
-    if root.value.get("n") not in (None, 1) or root.value.get("n") is True:
+def _make_request(root: Node, param: str, messages: list[Message], more_tools: Sequence[Node] = ()) -> ChatRequest:
+    """A request from the fields of any API. `param` names the one with its messages."""
+    if not messages and not root.has("previous_response_id"):
+        raise root[param].invalid_param("must be a text, or a list with at least one message")
+    if root.value.get("n") not in (None, 1):
         raise root["n"].invalid_param("only 1 answer at a time")
-    for one in messages[-1].mentions if messages and messages[-1].role == "user" else ():
-        if one.is_unknown:  # said by a person and said last; in the history it is for the log alone
-            known = "text, image_url, file, image, document, tool_use, tool_result, thinking"
-            raise Node(None, one.path).invalid_param(f"unknown kind of part: {one.name or '(none)'}; known: {known}")
     model = root.get_text("model").strip() or "kimi"
-    suffixes = model.split("-")[1:]
-    options = root.get_object("stream_options") if root.has("stream_options") else None
     is_legacy = root.has("functions") and not root.has("tools")
-    loaded = {one.name for message in messages for one in message.mentions if not one.is_unknown}
+    loaded = {name for one in messages if one.role in RESULT_ROLES for name in _LOADED_TOOL.findall(one.text)}
     nodes = [*root.get_items("functions" if is_legacy else "tools"), *more_tools]
     tools, left_out, searches = _parse_tools(nodes, loaded)
     choice_node = root["function_call" if is_legacy else "tool_choice"]
-    choice, tools = _parse_tool_choice(choice_node, tools, (*left_out, "web_search") if searches else left_out)
-    is_serial = isinstance(choice_node.value, dict) and choice_node.value.get("disable_parallel_tool_use") is True
+    choice, tools = _parse_choice(choice_node, tools, (*left_out, "web_search") if searches else left_out)
+    is_serial = dig(choice_node.value, "disable_parallel_tool_use") is True or is_legacy
     use_search = root.get_field("use_search", bool)
-    if use_search is None and (searches or not {"search", "nosearch"}.isdisjoint(suffixes)):
-        use_search = "nosearch" not in suffixes
+    if use_search is None and (searches or "search" in model.split("-")[1:] or "-nosearch" in model):
+        use_search = "-nosearch" not in model
+    options = root.get_object("stream_options")
     return ChatRequest(
         model=model,
         messages=_limit_attachments(messages, param),
         stream=root.get_field("stream", bool, False),
-        include_usage=options.get_field("include_usage", bool, False) if options is not None else None,
+        include_usage=options.get_field("include_usage", bool, False) if root.has("stream_options") else None,
         use_search=use_search,
-        tools=tools,
+        tools=tuple(tools),
         tool_choice=choice,
-        parallel_tool_calls=root.get_field("parallel_tool_calls", bool, True) and not (is_serial or is_legacy),
+        parallel_tool_calls=root.get_field("parallel_tool_calls", bool, True) and not is_serial,
         response_format=_parse_format(root),
         stop=_parse_stop(root["stop" if root.has("stop") else "stop_sequences"]),
         max_tokens=_parse_limit(root),
@@ -2298,33 +2234,25 @@ def _parse_format(root: Node) -> ResponseFormat | None:
     if kind != "json_schema":
         return ResponseFormat("json_object") if kind == "json_object" else None
     own = form.get_object("json_schema") if form.has("json_schema") else form
-    if not own.has("schema"):
-        raise own["schema"].invalid_param("is missing")
-    return ResponseFormat("json_schema", _parse_schema(own["schema"]), own.get_text("name"))
+    return ResponseFormat("json_schema", _read_schema(own.value.get("schema")), own.get_text("name"))
 
 
-def _parse_schema(schema: Node) -> Any:
-    """A JSON Schema; none means an object of any kind."""
-    if schema.value is None:
-        return {"type": "object", "properties": {}}
-    if not isinstance(schema.value, dict | bool):
-        raise schema.invalid_param("must be a JSON Schema")
-    return schema.check_json()
+def _read_schema(value: Any) -> Any:
+    """A JSON Schema; anything else, such as PHP's empty list, means an object of any kind."""
+    return value if isinstance(value, dict | bool) else {"type": "object", "properties": {}}
 
 
 def _parse_stop(node: Node) -> tuple[str, ...]:
     stops = [node.value] if isinstance(node.value, str) else node.value or []
-    if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(stop, str) for stop in stops):
-        raise node.invalid_param(f"must be a string, or a list of up to {MAX_STOPS} strings")
-    if any(len(stop) > MAX_STOP_LENGTH for stop in stops):
-        raise node.invalid_param(f"may have {MAX_STOP_LENGTH} characters")
+    is_list = isinstance(stops, list) and len(stops) <= MAX_STOPS
+    if not is_list or not all(isinstance(stop, str) and len(stop) <= MAX_STOP_LENGTH for stop in stops):
+        raise node.invalid_param(f"must be up to {MAX_STOPS} strings of up to {MAX_STOP_LENGTH} characters")
     return tuple(stop for stop in dict.fromkeys(stops) if stop)
 
 
 def _parse_limit(root: Node) -> int | None:
     """The limit of the answer by its first name that is there; 0 and less, as some clients send it, is none."""
-    names = ("max_completion_tokens", "max_output_tokens", "max_tokens")
-    name = next((name for name in names if root.has(name)), "")
+    name = next(filter(root.has, ("max_completion_tokens", "max_output_tokens", "max_tokens")), "")
     limit = root.value.get(name, 0)
     if isinstance(limit, bool) or not isinstance(limit, int | float) or limit % 1:
         raise root[name].invalid_param("must be a whole number")
@@ -2333,291 +2261,235 @@ def _parse_limit(root: Node) -> int | None:
 
 def _parse_effort(root: Node) -> str:
     """The effort of thinking, wherever an API has it; what is no word means nothing."""
-    paths = ("thinking", "type"), ("reasoning_effort",), ("reasoning", "effort"), ("output_config", "effort")
-    switch, *words = (_find_word(root.value, *path) for path in paths)
-    if switch == "disabled":
-        return "none"
-    return next(filter(None, words), "enabled" if switch in ("enabled", "adaptive") else "")
+    switches = {"disabled": "none", "enabled": "enabled", "adaptive": "enabled"}
+    switch = switches.get(dig_word(root.value, "thinking", "type"), "")
+    paths = ("reasoning_effort",), ("reasoning", "effort"), ("output_config", "effort")
+    words = [dig_word(root.value, *path) for path in paths if switch != "none"]
+    return next(filter(None, words), switch)
 
 
-def _find_word(value: Any, *path: str) -> str:
-    """The string at a path of names, or an empty one."""
-    for name in path:
-        value = value.get(name) if isinstance(value, dict) else None
-    return value if isinstance(value, str) else ""
-
-
-_FUNCTION_NAME: Final = re.compile(r"[^\s\x00-\x1f<>\"{}]{1,128}")
-_TOOL_ITEMS: Final = ("additional_tools", "tool_search_output")
-_DEFERRED_PLACEHOLDER: Final = "DeferredToolPlaceholder"  # Claude Code's own, in the place of tools not loaded yet
-
-
-def _parse_tools(nodes: Sequence[Node], loaded: Iterable[str]) -> tuple[tuple[Tool, ...], tuple[str, ...], bool]:
+def _parse_tools(nodes: Sequence[Node], loaded: set[str]) -> tuple[Sequence[Tool], tuple[str, ...], bool]:
     """The functions among tools, each name once; the names of what is left out; whether a web search is among them.
 
-    A deferred function counts once the messages have `loaded` it, unless searching for it would be the API's work.
+    A deferred function counts once it is `loaded`. `DeferredToolPlaceholder` is Claude Code's own, for the rest.
     """
     tools: dict[str, Tool] = {}
     left_out: list[str] = []
     searches = False
-    is_deferring = not any(node.get_text("type").startswith("tool_search") for node in nodes)
-    for namespace, node in _flatten_tools(nodes):
-        kind = node.get_text("type") or "function"
-        if kind.startswith("web_search") or _read_function_name(node.value) == "$web_search":
-            searches = True
-        elif kind == "function" or (kind == "custom" and node.has("input_schema")):
-            tool = _parse_tool(node.get_object("function") if node.has("function") else node, namespace)
-            is_deferred = tool.name == _DEFERRED_PLACEHOLDER or (is_deferring and node.value.get("defer_loading"))
-            if not is_deferred or tool.name in loaded:
-                tools.setdefault(tool.name, tool)
-        else:
-            own = node.value[kind] if isinstance(node.value.get(kind), dict) else node.value  # chat nests it
-            words = (own.get("name"), own.get("server_label"), kind)
-            names = (word for word in words if isinstance(word, str) and _FUNCTION_NAME.fullmatch(word))
-            left_out.append(next(names, "(other)"))
-    return tuple(tools.values()), tuple(dict.fromkeys(left_out)), searches
-
-
-def _flatten_tools(nodes: Sequence[Node]) -> Iterator[tuple[str, Node]]:
-    """The tools with the name of the namespace that each is in."""
     for node in nodes:
-        if node.get_text("type") == "namespace":
-            yield from ((node.get_text("name"), inner) for inner in node.get_items("tools"))
-        else:
-            yield "", node
+        kind, name = node.get_text("type") or "function", _read_function_name(node.value)
+        own = node.get_object("function") if node.has("function") else node
+        if kind == "namespace":
+            inner = [Node({**tool.value, "namespace": name}, tool.path) for tool in node.get_items("tools")]
+            tools.update((tool.name, tool) for tool in _parse_tools(inner, loaded)[0])
+        elif kind.startswith("web_search") or name == "$web_search":
+            searches = True
+        elif kind != "function" and not (kind == "custom" and node.has("input_schema")):
+            words = (name, dig_word(node.value, "server_label"), kind)
+            left_out.append(next(filter(_FUNCTION_NAME.fullmatch, words), "(other)"))
+        elif not _FUNCTION_NAME.fullmatch(name):
+            raise own["name"].invalid_param("must be a name without whitespace, 128 characters at most")
+        elif name in loaded or not (node.value.get("defer_loading") or name == "DeferredToolPlaceholder"):
+            schema = _read_schema(own.value.get("input_schema", own.value.get("parameters")))
+            tools.setdefault(name, Tool(name, own.get_text("description"), schema, own.get_text("namespace")))
+    return [*tools.values()], tuple(dict.fromkeys(left_out)), searches
 
 
-def _parse_tool(node: Node, namespace: str) -> Tool:
-    """A function from its name, description and schema. In a namespace the model knows it as `namespace.name`."""
-    name = _join_name(namespace, node.get_text("name"))
-    if not _FUNCTION_NAME.fullmatch(name):
-        raise node["name"].invalid_param("must be a name without whitespace, 128 characters at most")
-    schema = node["input_schema"] if node.has("input_schema") else node["parameters"]
-    return Tool(name, node.get_text("description"), _parse_schema(schema), namespace)
-
-
-def _join_name(namespace: str, name: str) -> str:
+def _read_function_name(value: Any) -> str:
+    """The `name` in an object, or in its `function` or `custom`, behind that of its namespace; empty without one."""
+    own = dig(value, "function") or dig(value, "custom") or value
+    namespace, name = dig_word(own, "namespace"), dig_word(own, "name")
     return f"{namespace}.{name}" if namespace and name else name
 
 
-def _parse_tool_choice(
-    node: Node, tools: tuple[Tool, ...], foreign: Iterable[str]
-) -> tuple[ToolChoice, tuple[Tool, ...]]:
+def _parse_choice(node: Node, tools: Sequence[Tool], foreign: Sequence[str]) -> tuple[ToolChoice, Sequence[Tool]]:
     """What a choice means in any API's words, and the tools that it allows; `auto` where it wants `foreign` ones."""
     mode = value = node.value
     name = _read_function_name(value)
     if isinstance(value, dict):
-        mode = value.get("type") or ("auto" if name is None else "function")
+        mode = value.get("type") or ("function" if name else "auto")
     if mode == "allowed_tools":
-        own = value.get(mode) if isinstance(value.get(mode), dict) else value  # chat nests it
-        listed = own.get("tools")
-        names = [_read_function_name(tool) for tool in listed] if isinstance(listed, list) else []
-        allowed = tuple(tool for tool in tools if {tool.name, tool.own_name, tool.namespace} & {*names})
-        mode, tools = (own.get("mode"), allowed) if allowed else ("none", tools)
+        own = dig(value, mode) or value  # chat nests it
+        names = {*map(_read_function_name, dig_list(own, "tools"))} - {""}
+        allowed = [tool for tool in tools if names & {tool.name, tool.own_name, tool.namespace}]
+        mode, tools = (dig(own, "mode"), allowed) if allowed else ("none", tools)
+    named = next((tool.name for tool in tools if name and name in (tool.name, tool.own_name)), "")
     if mode in ("required", "any"):
-        if not tools and not foreign:
-            raise node.invalid_param("there are no functions in tools")
-        return ToolChoice("required") if tools else ToolChoice(), tools
-    if mode in ("function", "tool") and isinstance(name, str):
-        if named := next((tool.name for tool in tools if name in (tool.name, tool.own_name)), ""):
-            return ToolChoice("named", named), tools
-        if name not in foreign:
-            raise node.invalid_param("names a function that is not in tools")
-    elif mode in ("function", "tool") or not (mode in (None, "auto", "none") or isinstance(value, dict)):
-        raise node.invalid_param('must be auto, none, required, or {"type": "function", "function": {"name"}}')
-    return ToolChoice("none") if mode == "none" else ToolChoice(), tools  # another kind of tool means auto
+        is_known, choice = bool(tools or foreign), ToolChoice("required") if tools else ToolChoice()
+    elif mode in ("function", "tool"):
+        is_known, choice = bool(named) or name in foreign, ToolChoice("named", named) if named else ToolChoice()
+    else:  # another kind of tool means auto
+        is_known = mode in (None, "auto", "none") or isinstance(value, dict)
+        choice = ToolChoice("none") if mode == "none" else ToolChoice()
+    if not is_known:
+        raise node.invalid_param("must be auto, none, required, or name one of the functions in tools")
+    return choice, tools
 
 
-def _read_function_name(value: object) -> Any:
-    """The `name` in an object, or in its `function`, with its namespace; None where there is none."""
-    function = value.get("function", value) if isinstance(value, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        return None
-    return _join_name(_find_word(function, "namespace"), function["name"])
-
-
-_Piece = str | Attachment | FunctionCall | Mention | Message  # what one part may be; a Message is the result of a call
-_ROLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,31}")
-_TEXT_FIELDS: Final = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+_DATA_URL: Final = re.compile(  # RFC 2397
+    r"""data:([^;,]*)(?:;(?!\s*base64\s*,)(?:\s*(?:file)?name=("[^"]*"|[^;,"]*)|(?:[^;,"]|"[^"]*")*+))*+;\s*base64\s*,""",
+    re.IGNORECASE,
+)
+_Piece = str | Attachment | ToolCall | Message  # what one part may be; a Message is the result of a call
+_Place = Literal["last", "history", "inside"]  # said by a person and last, said before, or in a part or a result
 _IMAGE_KINDS: Final = ("image_url", "input_image", "image")
-_FILE_KINDS: Final = ("file", "input_file")
-_DROPPED_KINDS: Final = ("thinking", "redacted_thinking", "reasoning")  # what was for the client alone
+_FILE_KINDS: Final = ("file", "input_file", "document")
+_TOOL_KINDS: Final = ("additional_tools", "tool_search_output")
+_DROPPED_KINDS: Final = ("thinking", "redacted_thinking", "reasoning", *_TOOL_KINDS)  # not for the model, or no words
 
 
-def _parse_turns(root: Node) -> list[list[Message]]:
-    """The messages, those of one of the client's together."""
-    if not root.value.get("messages"):
-        raise root["messages"].invalid_param("must be a list with at least one message")
-    return [_parse_message(node) for node in root.get_items("messages")]
+def _get_items(root: Node, name: str, find_item: FindItem = lambda item_id: None) -> list[Node]:
+    """The messages or items of a request. Each item of an earlier answer can be referred to once, to bound the text."""
+    if isinstance(root.value.get(name), str):
+        return [Node({"content": root.value[name]}, name)] if root.value[name] else []
+    seen: set[str] = set()
+    items: list[Node] = []
+    for item in root.get_items(name):
+        is_reference = item.has("id") and not item.value.keys() & {"type", "role", "content"}
+        found: Mapping[str, Any] | None = item.value
+        if is_reference or item.value.get("type") == "item_reference":
+            item_id = item.get_text("id")
+            found = find_item(item_id) if item_id not in seen else None
+            seen.add(item_id)
+        if found is None:
+            raise item.invalid_param("is of no kept answer, or referred to a second time: send the item itself")
+        items.append(Node(found, item.path))
+    return items
 
 
-def _parse_message(node: Node) -> list[Message]:
-    """The message in a `{"role", "content"}` of any API, behind the results of tools that are among its parts."""
+def _parse_items(nodes: Sequence[Node]) -> list[Message]:
+    """The messages in the messages of any API, or in the items of the Responses API."""
+    messages: list[Message] = []
+    for node in nodes:
+        if node.get_text("type") in ("", "message") or (node.has("role") and node.has("content")):
+            messages += _parse_message(node, "last" if node is nodes[-1] else "history")
+        elif pieces := _parse_content(node, "history"):
+            messages += _make_messages("assistant", pieces)
+    return messages
+
+
+def _parse_message(node: Node, place: _Place) -> list[Message]:
+    """The message in a `{"role", "content"}` of any API, and the results of tools that are among its parts."""
     role = node.get_text("role") or "user"
-    if not _ROLE.fullmatch(role):
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]{0,31}", role):
         raise node["role"].invalid_param("must be a short word such as user")
     called, name = node.get_text("tool_call_id"), node.get_text("name")
     is_result = bool(called) or role in RESULT_ROLES
-    pieces = [*_parse_content(node["content"], depth=int(is_result)), node.get_text("refusal")]
-    pieces += map(_parse_call, node.get_items("tool_calls"))
+    pieces = _parse_content(node["content"], "inside" if is_result else place if role == "user" else "history")
+    pieces += [node.get_text("refusal"), *map(_parse_call, node.get_items("tool_calls"))]
     if node.has("function_call"):
         pieces.append(_parse_call(node.get_object("function_call")))
-    results = [piece for piece in pieces if isinstance(piece, Message)]
     if is_result:
-        return [*results, _make_message("tool" if called else role, pieces, tool_call_id=called, tool_name=name)]
-    message = _make_message(role, pieces)
-    if name:
-        message = replace(message, text=f"{quote_words(name)[:64]}: {message.text}")
-    return [*results, message] if not message.is_empty or message.mentions or not results else results
+        return [replace(_make_message("tool" if called else role, pieces), tool_call_id=called, tool_name=name)]
+    return _make_messages(role, pieces, f"{quote_words(name)[:64]}: " if name else "")
 
 
-def _make_message(role: str, pieces: Sequence[_Piece], **fields: str) -> Message:
+def _make_message(role: str, pieces: Sequence[_Piece], prefix: str = "") -> Message:
     """The texts, attachments and calls among `pieces` as one message; each text begins on a line of its own."""
     return Message(
         role,
-        "\n".join(piece for piece in pieces if isinstance(piece, str) and piece),
+        prefix + "\n".join(piece for piece in pieces if isinstance(piece, str) and piece),
         tuple(piece for piece in pieces if isinstance(piece, Attachment)),
-        tuple(piece for piece in pieces if isinstance(piece, FunctionCall)),
-        mentions=tuple(piece for piece in pieces if isinstance(piece, Mention)),
-        **fields,
+        tuple(piece for piece in pieces if isinstance(piece, ToolCall)),
     )
 
 
-def _parse_content(content: Node, depth: int = 0) -> list[_Piece]:
-    """The parts of a content: a string, a list of parts, one part, or null. `depth` is 1 in the result of a tool, which
-    may be any object too, and 2 in a document.
-    """
+def _make_messages(role: str, pieces: Sequence[_Piece], prefix: str = "") -> list[Message]:
+    """The message that `pieces` are, and the results of tools among them, which were there before a person's words."""
+    results = [piece for piece in pieces if isinstance(piece, Message)]
+    message = _make_message(role, pieces, prefix)
+    if results and not (message.text or message.attachments or message.calls):
+        return results
+    return [message, *results] if role == "assistant" else [*results, message]
+
+
+def _parse_content(content: Node, place: _Place) -> list[_Piece]:
+    """What a content says, or a part of it, or an item, in any API's spelling; the result of a tool may be any JSON."""
     value = content.value
     if value is None or isinstance(value, str):
         return [value or ""]
-    if isinstance(value, dict) and (depth == 1 or "type" in value):
-        return _parse_part(content, depth)
-    if not isinstance(value, list):
-        raise content.invalid_param("must be a string, a list of parts, or null")
-    parts = (Node(part, f"{content.path}[{index}]") for index, part in enumerate(value))
-    return [piece for part in parts for piece in _parse_part(part, depth)]
-
-
-def _parse_part(part: Node, depth: int) -> list[_Piece]:
-    """What one part of a content says, in any API's spelling."""
-    if isinstance(part.value, str):
-        return [part.value]
-    if not isinstance(part.value, dict):
-        raise part.invalid_param("must be an object")
-    kind = part.get_text("type")
-    if kind in _TEXT_FIELDS:
-        return [part.get_text(_TEXT_FIELDS[kind])]
-    if kind in _IMAGE_KINDS or kind in _FILE_KINDS:
-        return [_parse_attachment("image" if kind in _IMAGE_KINDS else "file", part)]
-    if kind in ("document", "search_result") and depth < 2:
-        return _parse_document(part)
+    if isinstance(value, list):
+        parts = (Node(part, f"{content.path}[{index}]") for index, part in enumerate(value))
+        return [piece for part in parts for piece in _parse_content(part, place)]
+    if place == "inside" and not dig_word(value, "type"):
+        return [encode_json(value)]
+    if not isinstance(value, dict):
+        raise content.invalid_param("must be a string, an object, or a list of them")
+    kind = content.get_text("type")
+    if kind in ("text", "input_text", "output_text", "refusal"):
+        return [content.get_text(next((name for name in ("refusal", "data") if content.has(name)), "text"))]
+    if kind in _IMAGE_KINDS or (kind in _FILE_KINDS and dig(value, "source", "type") not in ("text", "content")):
+        attachment = _parse_attachment("image" if kind in _IMAGE_KINDS else "file", content)
+        return [content.get_text("context"), attachment]
+    if kind in _DROPPED_KINDS:
+        return []
     if kind == "tool_reference":
-        name = part.get_text("tool_name")
-        return [f"The tool {name} can be called now.", Mention(name, part.path)]
-    if kind in ("tool_use", "tool_result") and not depth:
-        return [_parse_call(part) if kind == "tool_use" else _parse_result(part, "tool_use_id", "content")]
-    if not kind and depth == 1:
-        return [_render_json(part)]
-    return [] if kind in _DROPPED_KINDS else _tell_unknown(part, kind)
+        return [f"The tool {content.get_text('tool_name')} can be called now."]
+    is_call, is_result = kind.endswith(("_call", "tool_use")), kind.endswith(("_call_output", "tool_result"))
+    if place == "inside" or not (is_call or is_result):
+        return _tell_part(content, place)
+    result = [_parse_result(content)] if is_result or content.has("output") or content.has("error") else []
+    return [*([_parse_call(content)] if is_call else []), *result]
 
 
-def _tell_unknown(part: Node, kind: str) -> list[_Piece]:
-    """The text of a part of an unknown kind, or else what kind it is."""
-    content = part.value.get("content")
-    inner = content if isinstance(content, list) else [content]
-    texts = [part.value.get("text"), *(one.get("text") if isinstance(one, dict) else one for one in inner)]
-    found = [text for text in texts if isinstance(text, str) and text]
-    return [*found] if found else [Mention(quote_words(kind)[:40], part["type"].path, is_unknown=True)]
+def _tell_part(part: Node, place: _Place) -> list[_Piece]:
+    """The texts in a document, in what a search found, or in a part of an unknown kind; else a word in its place."""
+    told: list[_Piece] = []
+    for name in ("title", "url", "context", "source", "text", "content"):
+        value = part.value.get(name)
+        if isinstance(value, str | list) or dig(value, "type") in ("text", "content"):
+            told += _parse_content(part[name], "inside")
+    kind = quote_words(part.get_text("type"))[:40]
+    if place == "last" and not any(told):
+        raise part["type"].invalid_param(f"unknown kind of part: {kind or '(none)'}; text, images and files are known")
+    return told if any(told) else [f"[{kind or 'part'} left out]"]
 
 
-def _parse_document(part: Node) -> list[_Piece]:
-    """A document of Anthropic's or the result of a search: its title, where it is from, and what it says."""
-    source, about = part.value.get("source"), [part.get_text("title"), part.get_text("context")]
-    if isinstance(source, str):
-        return [*about, source, *_parse_content(part["content"], depth=2)]
-    source = part.get_object("source")
-    kind = source.get_text("type")
-    if kind in ("text", "content"):
-        return [*about, *_parse_content(source["data" if kind == "text" else "content"], depth=2)]
-    return [about[1], _parse_attachment("file", part)]
+def _parse_call(node: Node) -> ToolCall:
+    """A call that the model made earlier: one of `tool_calls`, a part such as `tool_use`, or an item."""
+    own = next((node[kind] for kind in ("function", "custom") if isinstance(node.value.get(kind), dict)), node)
+    value = next((own.value[name] for name in ("arguments", "input", "action", "operation") if own.has(name)), "")
+    name = _read_function_name(node.value) or node.get_text("type").removesuffix("_call")
+    arguments = value if isinstance(value, str) else encode_json(value)
+    return ToolCall(node.get_text("call_id") or node.get_text("id"), name, arguments)
 
 
-def _parse_call(node: Node) -> FunctionCall:
-    """A call that the model made earlier: one of `tool_calls`, a `tool_use` part, or an item of the Responses API."""
-    kind = next((kind for kind in ("function", "custom") if node.has(kind)), "")
-    own = node.get_object(kind) if kind else node
-    name = own.get_text("name") or _CALL_NAMES.get(node.get_text("type"), "")
-    field_name = next((name for name in ("arguments", "input", "action", "operation") if own.has(name)), "")
-    arguments = _render_json(own[field_name]) if field_name else ""
-    call_id = node.get_text("call_id") or node.get_text("id")
-    return FunctionCall(call_id, _join_name(own.get_text("namespace"), name), arguments)
-
-
-def _parse_result(node: Node, id_field: str, content_field: str) -> Message:
+def _parse_result(node: Node) -> Message:
     """What a tool gave back, with the pictures and files in it."""
-    error = "Error: " if content_field == "error" or node.get_field("is_error", bool, False) else ""
-    message = _make_message("tool", _parse_content(node[content_field], depth=1))
-    return replace(message, text=error + message.text, tool_call_id=node.get_text(id_field) or node.get_text("id"))
-
-
-def _render_json(node: Node) -> str:
-    """A string as it is, an object or a list written out."""
-    if isinstance(node.value, dict | list):
-        return encode_json(node.check_json())
-    if not isinstance(node.value, str):
-        raise node.invalid_param("must be a string or an object")
-    return node.value
-
-
-_DATA_FIELDS: Final = ("image_url", "file_url", "url", "data", "file_data")
-_DATA_HEAD: Final = re.compile(r'data:((?:[^,"]|"[^"]*")*),', re.IGNORECASE)
-_PARAMETER: Final = re.compile(r'(?:[^;"]|"[^"]*")+')
+    name = next((name for name in ("output", "content", "error") if node.has(name)), "content")
+    is_error = name == "error" or node.get_field("is_error", bool, False)
+    message = _make_message("tool", _parse_content(node[name], "inside"), "Error: " if is_error else "")
+    call_id = next((node.get_text(name) for name in ("tool_use_id", "call_id", "id") if node.has(name)), "")
+    return replace(message, tool_call_id=call_id)
 
 
 def _parse_attachment(kind: AttachmentKind, part: Node) -> Attachment:
-    """The attachment of a part: by URL, by a file's id, or as base64, within `file`, `source` or the part itself."""
+    """The attachment of a part, within `file`, `source` or the part itself: a file's id, a URL, or base64."""
     own = next((part.get_object(name) for name in ("file", "source") if part.has(name)), part)
     name = own.get_text("filename") or part.get_text("filename") or part.get_text("title")
     if file_id := own.get_text("file_id"):
         return Attachment(kind, own["file_id"].path, file_id=file_id)
-    missing = "image_url" if kind == "image" else "file_data"
-    if part.has("source"):
-        missing = "url" if own.value.get("type") == "url" else "data"
-    field_name = next((name for name in _DATA_FIELDS if own.has(name)), missing)
-    node = own[field_name]["url"] if isinstance(own.value.get(field_name), dict) else own[field_name]
+    names = ("image_url", "file_url", "url", "data", "file_data")
+    node = next((own[name] for name in names if own.has(name)), own["url"])
+    node = node["url"] if isinstance(node.value, dict) else node
     data = node.value.strip() if isinstance(node.value, str) else ""
     if not data:
         raise node.invalid_param("must be a URL, or base64; else give file_id")
-    if data[:5].lower() == "data:":
-        return _parse_data(kind, Node(data, node.path), name)
-    if field_name.endswith("url"):
+    is_url = not {":", "."}.isdisjoint(data[:20])  # which are no letters of base64
+    if is_url and data[:5].lower() != "data:":
         return Attachment(kind, node.path, url=data, name=name)
-    content_type = (own.get_text("media_type") or own.get_text("mimeType")).strip().lower()
-    return Attachment(kind, node.path, data=data, name=name, content_type=content_type)
-
-
-def _parse_data(kind: AttachmentKind, node: Node, name: str) -> Attachment:
-    """The attachment in a `data:` URL (RFC 2397), in base64; what stands behind its comma is not copied."""
-    url: str = node.value
-    head = _DATA_HEAD.match(url[:1024])
-    content_type, _, rest = head[1].partition(";") if head is not None else ("", "", "")
-    parameters = [parameter.strip() for parameter in _PARAMETER.findall(rest)]
-    if head is None or not parameters or parameters[-1].lower() != "base64":
+    if not is_url:
+        content_type = own.get_text("media_type") or own.get_text("mimeType")
+        return Attachment(kind, node.path, data=data, name=name, content_type=content_type.strip().lower())
+    head = _DATA_URL.match(data[:1024])
+    if head is None:
         raise node.invalid_param("a data URL must look like data:TYPE;base64,…")
-    named = dict(parameter.partition("=")[::2] for parameter in parameters)
-    name = name or unquote((named.get("name") or named.get("filename") or "").strip('"'))
-    if url.find("%", head.end()) >= 0:  # percent signs may stand for the letters of base64 (RFC 3986)
-        for letter in "+/=-_ \r\n":
-            url = url.replace(f"%{ord(letter):02X}", letter).replace(f"%{ord(letter):02x}", letter)
-        head = _DATA_HEAD.match(url[:1024]) or head
-    return Attachment(kind, node.path, "", url, head.end(), name, content_type.strip().lower())
+    name = name or unquote((head[2] or "").strip('"'))
+    return Attachment(kind, node.path, "", data, head.end(), name, head[1].strip().lower())
 
 
 def _limit_attachments(messages: Sequence[Message], param: str) -> tuple[Message, ...]:
-    """The messages with the newest attachments; of older ones a word stands in the text. The same one counts once.
-
-    Raises `ProxyError` where the last message alone has too many.
-    """
+    """The messages with the newest attachments; of older ones a word stands in the text. The same one counts once."""
     seen: set[Attachment] = set()
     limited: list[Message] = []
     for message in reversed(messages):
@@ -2629,81 +2501,6 @@ def _limit_attachments(messages: Sequence[Message], param: str) -> tuple[Message
         text = "\n".join(filter(None, [message.text, *(f"[{one.kind} left out]" for one in fresh[:left])]))
         limited.append(replace(message, text=text, attachments=tuple(fresh[left:])))
     return tuple(reversed(limited))
-
-
-_CALL_NAMES: Final = {"local_shell_call": "local_shell", "shell_call": "shell", "apply_patch_call": "apply_patch"}
-_CALL_ITEMS: Final = ("function_call", "custom_tool_call", "mcp_call", *_CALL_NAMES)
-
-
-def _parse_items(root: Node, find_item: FindItem) -> list[Node]:
-    """The items of `input`, references replaced. Each can be referred to once: many would be an unbounded text."""
-    text = root.value.get("input")
-    if text is None or isinstance(text, str):
-        return [Node({"content": text}, "input")] if text else []
-    if not isinstance(text, list):
-        raise root["input"].invalid_param("must be a string or a list of items")
-    seen: set[str] = set()
-    items: list[Node] = []
-    for item in root.get_items("input"):
-        is_reference = item.has("id") and not item.value.keys() & {"type", "role", "content"}
-        found: Any = item.value
-        if is_reference or item.value.get("type") == "item_reference":
-            item_id = item.get_text("id")
-            found = find_item(item_id) if item_id not in seen else None
-            seen.add(item_id)
-        if found is None:
-            reason = "refers to an item a second time, or to one that no kept answer has: send the item itself"
-            raise item.invalid_param(reason)
-        items.append(Node(found, item.path))
-    return items
-
-
-def _parse_item(item: Node) -> list[Message]:
-    """The messages that one item of `input` is: words, a call, a result, or both of the service's own tools."""
-    kind = item.get_text("type") or "message"
-    if kind == "message":
-        return _parse_message(item)
-    if kind in _CALL_ITEMS:
-        result = next((name for name in ("output", "error") if kind == "mcp_call" and item.has(name)), "")
-        results = [_parse_result(item, "call_id", result)] if result else []
-        return [Message("assistant", "", calls=(_parse_call(item),)), *results]
-    if kind.removesuffix("_output") in _CALL_ITEMS:
-        return [_parse_result(item, "call_id", "output")]
-    if kind in (*_DROPPED_KINDS, *_TOOL_ITEMS):
-        return []
-    role = item.get_text("role")
-    return [_make_message(role if _ROLE.fullmatch(role) else "assistant", _tell_unknown(item, kind))]
-
-
-def _make_echo(root: Node, request: ChatRequest) -> dict[str, Any]:
-    """What a response object repeats of its request; fields without an effect are constants, of any type."""
-    metadata, text = root.value.get("metadata"), root.get_object("text")
-    words = metadata.items() if isinstance(metadata, dict) else ()
-    absent = dict.fromkeys(("max_tool_calls", "prompt_cache_key", "safety_identifier", "user"))
-    function = {"type": "function", "description": None, "parameters": None, "strict": None}
-    tools = [tool.check_json() for tool in root.get_items("tools")]
-    return {
-        **absent,
-        "background": False,
-        "instructions": root.value.get("instructions") or None,
-        "max_output_tokens": request.max_tokens,
-        "metadata": {name: word for name, word in words if isinstance(word, str)},
-        "parallel_tool_calls": request.parallel_tool_calls,
-        "previous_response_id": root.value.get("previous_response_id") or None,
-        "reasoning": {name: _find_word(root.value, "reasoning", name) or None for name in ("effort", "summary")},
-        "service_tier": "default",
-        "store": root.get_field("store", bool, True),
-        "temperature": 1.0,
-        "text": {
-            "format": text["format"].check_json() or {"type": "text"},
-            "verbosity": _find_word(text.value, "verbosity") or "medium",
-        },
-        "tool_choice": root["tool_choice"].check_json() or "auto",
-        "tools": [{**function, **tool} if tool.get("type", "function") == "function" else tool for tool in tools],
-        "top_logprobs": 0,
-        "top_p": 1.0,
-        "truncation": "disabled",
-    }
 
 
 def extend_request(request: ChatRequest, before: Sequence[Message]) -> ChatRequest:
@@ -2720,93 +2517,68 @@ def answer_message(response: Mapping[str, Any]) -> Message:
     return Message("assistant", "\n".join(filter(None, texts)), calls=tuple(calls))
 
 
-_FENCE_LINE: Final = re.compile(r"[ \t>]*(?:[-*+][ \t]+|\d+[.)][ \t]+)?(`{3,}+(?!.*`)|~{3,})")
-_INLINE: Final = re.compile(
+# A bare URL, or a stretch of text in which none is marked: from there the mark would get into users' files.
+_URL_OR_LITERAL: Final = re.compile(
     r"""
-    ```.*?``` | ``(?:[^`]|`(?!`))*`` | `[^`]*`
-    | "[^"]*" | “[^“”]*” | ‘[^‘’]*’ | 「[^「」]*」 | 『[^『』]*』 | «[^«»]*» | (?<!\w)'[^']*'(?!\w)
-    | <url\s[^<>]*>[^<>]*</url> | <[^<>]*>
-    | \[[^\[\]]*\]\([^()]*(?:\([^()]*\)[^()]*)*\) | ^[ ]{0,3}\[[^\[\]]+\]:.*
+      ^[ \t>]*(?:(?:[-*+]|\d+[.)])[ \t]+)?(?P<fence>`{3,}+(?!.*`)|~{3,}+).*  # a code fence, to its end or the text's
+        (?:\n(?![ \t>]*(?P=fence)[`~]*[ \t]*$).*)*+(?:\n.*)?
+    | ^(?:[ ]{4}|\t).* | ^[ ]{0,3}\[[^\[\]\n]+\]:.*  # indented code, a link's definition
+    | ```.*?``` | ``(?:[^`\n]|`(?!`))*`` | `[^`\n]*`
+    | "[^"\n]*" | “[^“”\n]*” | ‘[^‘’\n]*’ | 「[^「」\n]*」 | 『[^『』\n]*』 | «[^«»\n]*» | (?<!\w)'[^'\n]*'(?!\w)
+    | <url\s[^<>\n]*>[^<>\n]*</url> | <[^<>\n]*> | \[[^\[\]\n]*\]\([^()\n]*(?:\([^()\n]*\)[^()\n]*)*\)
     | (?P<url>https?://(?:www\.)?[-a-z0-9@:%._+~#=]{2,256}\.[a-z]{2,6}\b[-a-z0-9@:%_+.~#?&/=]*)
     """,
-    re.VERBOSE | re.IGNORECASE | re.ASCII,
+    re.VERBOSE | re.IGNORECASE | re.ASCII | re.MULTILINE,
 )
 
 
-class UrlMarker:
-    """Marks bare URLs in what a person wrote, up to `limit`, so that the service reads those pages [ref].
+def _mark_urls(text: str, limit: int) -> tuple[str, int]:
+    """The text with up to `limit` bare URLs in the tag that has the service read those pages [ref]; what is left."""
+    pieces: list[str] = []
+    at = 0
+    for found in _URL_OR_LITERAL.finditer(text) if "://" in text else ():
+        if found["url"] and limit:
+            pieces += [text[at : found.start()], f'<url id="" type="url" status="" title="" wc="">{found[0]}</url>']
+            at = found.end()
+            limit -= 1
+    return "".join([*pieces, text[at:]]), limit
 
-    None in code, quotation marks, angle brackets and Markdown links: from there the mark would get into users' files.
+
+def _is_plain(request: ChatRequest) -> bool:
+    """Whether a person asks, not a program: only then URLs are marked, in what the user said [2+]."""
+    is_form = request.response_format is not None
+    return not (request.tools or request.left_out or is_form or request.use_search is False)
+
+
+def render_prompt(request: ChatRequest) -> str:
+    """The one text that the service is sent: what it may call, each message as `role:text` and a line end [ref], and
+    the form of the answer. In a conversation that exists a message that is alone goes without its role.
+
+    Calls alone stand with the assistant's words before them; a result has the name of the latest call with its id.
     """
-
-    def __init__(self, limit: int) -> None:
-        self._left = limit
-
-    def mark(self, text: str) -> str:
-        """The text with each bare URL in the tag by which Kimi's own page marks it [ref]."""
-        if "://" not in text:
-            return text
-        lines: list[str] = []
-        fence = ""
-        for line in text.split("\n"):
-            found = _FENCE_LINE.match(line)
-            if found and (not fence or (found[1].startswith(fence) and not line[found.end() :].strip())):
-                fence = "" if fence else found[1]
-            is_prose = not (fence or found or line.startswith(("    ", "\t"))) and "://" in line
-            lines.append(_INLINE.sub(self._mark_one, line) if is_prose else line)
-        return "\n".join(lines)
-
-    def _mark_one(self, found: re.Match[str]) -> str:
-        if found["url"] is None or self._left == 0:
-            return found[0]
-        self._left -= 1
-        return f'<url id="" type="url" status="" title="" wc="">{found[0]}</url>'
-
-
-def merge_messages(messages: Sequence[Message], start: int = 0, *, mark_urls: bool = True) -> str:
-    """The messages from `start` on as the one text that the service takes: `role:text` and a line end each [ref].
-
-    Calls alone stand with the assistant's words before them; a result has the name of the latest call with its id. URLs
-    are marked in the user's messages alone [2+], in the newest first.
-    """
-    marker = UrlMarker(MAX_MARKED_URLS if mark_urls else 0)
-    texts = [marker.mark(one.text) if one.role == "user" else one.text for one in reversed(messages)]
+    tools = describe_tools(request.tools, request.tool_choice, parallel=request.parallel_tool_calls)
+    form = describe_format(request.response_format) if request.response_format is not None else ""
+    texts = [message.text for message in request.messages]
+    left = MAX_MARKED_URLS if _is_plain(request) else 0
+    for index in reversed(range(len(texts))):  # the newest first
+        if request.messages[index].role == "user":
+            texts[index], left = _mark_urls(texts[index], left)
     names: dict[str, str] = {}
     lines: list[str] = []
     role = ""
-    for message, text in zip(messages, reversed(texts), strict=True):
+    start = len(texts) - len(request.sent_messages)
+    for message, text in zip(request.messages, texts, strict=True):
         names.update((call.id, call.name) for call in message.calls)
         words = [text] if text else []
         if message.role in RESULT_ROLES:
             words = [render_tool_response(names.get(message.tool_call_id) or message.tool_name, text)]
         words += (render_tool_call(call.name, call.arguments) for call in message.calls)
         is_continued = message.calls and not text and role == message.role == "assistant" and len(lines) > start
-        is_told = not (message.is_empty and message.mentions)
-        head = "" if is_continued else f"{message.role}:"
-        lines.append("".join([head, "\n".join(words), "\n"]) if is_told else "")
-        role = message.role if is_told else role
-    return "".join(lines[start:])
-
-
-def _is_plain(request: ChatRequest) -> bool:
-    """Whether a person asks, not a program: only then URLs are marked."""
-    is_form = request.response_format is not None
-    return not (request.tools or request.left_out or is_form or request.use_search is False)
-
-
-def render_prompt(request: ChatRequest) -> str:
-    """The one text that the service is sent: what it may call, the messages, and the form of the answer.
-
-    In a conversation that exists a last message that is alone goes without its role. URLs are marked for people alone.
-    """
-    tools = describe_tools(request.tools, request.tool_choice, parallel=request.parallel_tool_calls)
-    form = describe_format(request.response_format) if request.response_format is not None else ""
-    sent = len(request.sent_messages)
-    merged = merge_messages(request.messages, len(request.messages) - sent, mark_urls=_is_plain(request))
-    if request.goes_on and not tools and not form and sent == 1:
-        return merged.partition(":")[2].removesuffix("\n")
-    before, after = (f"system:{words}\n" if words else "" for words in (tools, form))
-    return f"{before}{merged}{after}"
+        role = message.role
+        lines.append("".join(["" if is_continued else f"{role}:", "\n".join(words), "\n"]))
+    if request.conversation_id not in ("", NEW_CONVERSATION) and not tools and not form and len(lines) - start == 1:
+        return lines[-1].partition(":")[2].removesuffix("\n")
+    return "".join([*([f"system:{tools}\n"] if tools else []), *lines[start:], *([f"system:{form}\n"] if form else [])])
 
 
 def make_chain(request: ChatRequest, make_id: Callable[[], str]) -> Chain:
@@ -2815,8 +2587,7 @@ def make_chain(request: ChatRequest, make_id: Callable[[], str]) -> Chain:
     if request.max_tokens is not None:
         filters.append(LengthFilter(request.max_tokens))
     if request.tools and request.tool_choice.mode != "none":
-        parallel = request.parallel_tool_calls
-        filters.append(ToolCallFilter(request.tools, request.tool_choice, parallel, make_id))
+        filters.append(ToolCallFilter(request.tools, request.tool_choice, request.parallel_tool_calls, make_id))
     if request.stop:
         filters.append(StopFilter(request.stop))
     if request.response_format is not None:
@@ -6353,8 +6124,6 @@ async def _read_question(api: Api, request: web.Request) -> tuple[Encoder, LiveA
         accounts = [account for account in accounts if account.digest == before.owner]
     if chat.left_out:
         logger.info("tools that are not known here are left out: %s", quote_words(", ".join(chat.left_out)))
-    if chat.unknown_parts:
-        logger.info("parts of messages that are not known here: %s", quote_words(", ".join(chat.unknown_parts)))
     prompt, created, response_id = render_prompt(chat), int(time.time()), f"resp_{secrets.token_hex(24)}"
     encoder = api.make_encoder(chat, created=created, sources=settings.sources, prompt=prompt, response_id=response_id)
     start_chain = partial(make_chain, replace(chat, messages=()), lambda: f"{api.call_prefix}_{secrets.token_hex(12)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -21,7 +22,6 @@ from kimi_proxy import (
     Event,
     Finished,
     FinishReason,
-    FunctionCall,
     Message,
     Opened,
     ProxyError,
@@ -36,7 +36,6 @@ from kimi_proxy import (
     ToolChoice,
     estimate_tokens,
     make_chain,
-    merge_messages,
     parse_chat_request,
     parse_messages_request,
     render_messages_error,
@@ -47,6 +46,10 @@ HI = {"role": "user", "content": "hi"}
 FUNCTION = {"name": "get_weather", "description": "Weather", "input_schema": {"type": "object"}}
 SEARCH = {"type": "web_search_20250305", "name": "web_search", "max_uses": 8}
 SCHEMA = {"type": "object", "properties": {"title": {"type": "string"}}}
+
+
+def merge(messages: Sequence[Message]) -> str:
+    return render_prompt(ChatRequest("kimi", tuple(messages), False, None, None))
 
 
 def parse(*messages: Any, **fields: Any) -> ChatRequest:
@@ -114,7 +117,7 @@ def test_a_system_message_within_stays_in_its_place_and_is_not_marked() -> None:
     url = "https://example.com/a"
     system, user = {"role": "system", "content": url}, {"role": "user", "content": url}
     request = parse(user, system, {"role": "assistant", "content": url}, HI, system=[{"type": "text", "text": url}])
-    assert merge_messages(request.messages) == (
+    assert merge(request.messages) == (
         f'system:{url}\nuser:<url id="" type="url" status="" title="" wc="">{url}</url>\n'
         f"system:{url}\nassistant:{url}\nuser:hi\n"
     )
@@ -217,7 +220,7 @@ def test_calls_are_told_as_the_model_made_them_and_results_by_their_names() -> N
         },
         tools=[FUNCTION],
     )
-    calls = (FunctionCall("t1", "get_weather", '{"q":"P"}'), FunctionCall("t2", "other", ""))
+    calls = (ToolCall("t1", "get_weather", '{"q":"P"}'), ToolCall("t2", "other", ""))
     assert request.messages == (
         Message("user", "Weather?"),
         Message("assistant", "Let me see.", calls=calls),
@@ -254,30 +257,31 @@ def test_a_result_carries_its_pictures_and_its_urls_are_not_wrapped() -> None:
     assert (first.role, first.text) == ("tool", "https://a.bc/d")
     assert [one.path for one in first.attachments] == ["messages[0].content[0].content[0].source.data"]
     assert [one.path for one in second.attachments] == ["messages[0].content[1].source.data"]
-    assert "<url" not in merge_messages([first])
+    assert "<url" not in merge([first])
 
 
-def test_what_server_tools_did_is_named_for_the_log_and_its_text_is_told() -> None:
+def test_what_server_tools_did_is_told_as_calls_and_results() -> None:
     unknown = [
         {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {}},
         {"type": "web_search_tool_result", "tool_use_id": "s", "content": [{"type": "web_search_result"}]},
     ]
     told = {"type": "mcp_tool_result", "tool_use_id": "m", "content": [{"type": "text", "text": "found"}]}
     request = parse({"role": "assistant", "content": [*unknown, told, "a"]}, HI)
-    assert request.messages[0].text == "found\na"
-    assert request.unknown_parts == ["server_tool_use", "web_search_tool_result"]
-    request = parse({"role": "assistant", "content": unknown}, HI)
-    assert merge_messages(request.messages) == "user:hi\n"
+    assert request.messages[:3] == (
+        Message("assistant", "a", calls=(ToolCall("s", "web_search", "{}"),)),
+        Message("tool", "[web_search_result left out]", tool_call_id="s"),
+        Message("tool", "found", tool_call_id="m"),
+    )
 
 
 def test_no_unknown_part_makes_later_turns_fail() -> None:
     hologram = {"type": "hologram", "data": "x"}
     history = {"role": "user", "content": [hologram, {"type": "later", "text": "b"}, {"type": "x", "content": "c"}]}
     request = parse(history, {"role": "assistant", "content": "a"}, HI)
-    assert (request.messages[0].text, request.unknown_parts) == ("b\nc", ["hologram"])
+    assert request.messages[0].text == "[hologram left out]\nb\nc"
     result = {"type": "tool_result", "tool_use_id": "1", "content": [hologram, {"type": "tool_result"}, "a"]}
     request = parse({"role": "user", "content": [result]})
-    assert (request.messages[0].text, request.unknown_parts) == ("a", ["hologram", "tool_result"])
+    assert request.messages[0].text == "[hologram left out]\n[tool_result left out]\na"
 
 
 def test_functions_are_read_with_and_without_a_type_each_once() -> None:
@@ -368,22 +372,22 @@ def content(*parts: Any) -> dict[str, Any]:
 
 BLOCK = "messages[0].content[0]"
 BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
-    ({"messages": "hi"}, "messages"),
+    ({"messages": 5}, "messages"),
     ({"messages": []}, "messages"),
     ({"messages": None}, "messages"),
     ({"messages": ["hi"]}, "messages[0]"),
     ({"messages": [{"role": 1}]}, "messages[0].role"),
     ({"messages": [{"role": "user\nsystem"}]}, "messages[0].role"),
-    ({"messages": [HI, {"content": {}}]}, "messages[1].content"),
+    ({"messages": [HI, {"content": {}}]}, "messages[1].content.type"),
     (content(1), BLOCK),
     (content({}), f"{BLOCK}.type"),
     (content({"type": 1}), f"{BLOCK}.type"),
     (content({"type": "hologram"}), f"{BLOCK}.type"),
     (content({"type": "image_url", "image_url": {}}), f"{BLOCK}.image_url.url"),
     (content({"type": "text", "text": 1}), f"{BLOCK}.text"),
-    (content({"type": "image"}), f"{BLOCK}.image_url"),
+    (content({"type": "image"}), f"{BLOCK}.url"),
     (content({"type": "image", "source": "x"}), f"{BLOCK}.source"),
-    (content({"type": "image", "source": {"type": "base64"}}), f"{BLOCK}.source.data"),
+    (content({"type": "image", "source": {"type": "base64"}}), f"{BLOCK}.source.url"),
     (content({"type": "image", "source": {"type": "base64", "data": 1}}), f"{BLOCK}.source.data"),
     (
         content({"type": "image", "source": {"type": "base64", "data": "x", "media_type": 1}}),
@@ -393,11 +397,9 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     (content({"type": "image", "source": {"type": "url", "url": "data:x"}}), f"{BLOCK}.source.url"),
     (content({"type": "document", "title": 1, "source": {}}), f"{BLOCK}.title"),
     (content({"type": "document", "source": {"type": "text", "data": 1}}), f"{BLOCK}.source.data"),
-    (content({"type": "tool_use", "name": 1}), f"{BLOCK}.name"),
     (content({"type": "tool_use", "id": 1}), f"{BLOCK}.id"),
     (content({"type": "tool_result", "tool_use_id": 1}), f"{BLOCK}.tool_use_id"),
     (content({"type": "tool_result", "is_error": 1}), f"{BLOCK}.is_error"),
-    (content({"type": "tool_result", "content": 1}), f"{BLOCK}.content"),
     (content({"type": "tool_result", "content": [{"type": "text", "text": 1}]}), f"{BLOCK}.content[0].text"),
     (content(*[{"type": "image", "source": {"type": "url", "url": f"https://h/{n}"}} for n in range(21)]), "messages"),
     ({"system": 1}, "system"),
@@ -411,20 +413,16 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"tools": {}}, "tools"),
     ({"tools": [1]}, "tools[0]"),
     ({"tools": [{}]}, "tools[0].name"),
-    ({"tools": [{"name": 1}]}, "tools[0].name"),
     ({"tools": [{"name": "a b"}]}, "tools[0].name"),
     ({"tools": [{"name": "<tool_call>"}]}, "tools[0].name"),
     ({"tools": [{"name": "a", "type": 1}]}, "tools[0].type"),
     ({"tools": [{"name": "a", "description": 1}]}, "tools[0].description"),
-    ({"tools": [FUNCTION, {"name": "a", "input_schema": []}]}, "tools[1].input_schema"),
     ({"tool_choice": {"type": "any"}}, "tool_choice"),
     ({"tool_choice": {"type": "tool"}, "tools": [FUNCTION]}, "tool_choice"),
     ({"tool_choice": {"type": "tool", "name": "x"}, "tools": [FUNCTION]}, "tool_choice"),
     ({"tool_choice": {"type": "tool", "name": 1}}, "tool_choice"),
     ({"output_config": "x"}, "output_config"),
     ({"output_config": {"format": "json"}}, "output_config.format"),
-    ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format.schema"),
-    ({"output_config": {"format": {"type": "json_schema", "schema": "x"}}}, "output_config.format.schema"),
 ]
 
 
@@ -495,7 +493,7 @@ def test_any_json_is_a_request_or_a_clear_refusal(message: object, fields: objec
     except ProxyError as error:
         assert error.status == 400 and error.param
     else:
-        assert merge_messages(request.messages)
+        assert merge(request.messages)
 
 
 def make_agents_body() -> dict[str, Any]:
@@ -965,7 +963,7 @@ def test_an_answer_through_the_filters_of_its_request() -> None:
         {"type": "tool_use", "id": "call_1", "name": "get_weather", "input": {"q": 1}},
     ]
     again = parse({"role": "assistant", "content": message["content"]})
-    assert merge_messages(again.messages).startswith("assistant:See.\n<tool_call>\n")
+    assert merge(again.messages).startswith("assistant:See.\n<tool_call>\n")
 
 
 def test_stop_sequences_are_bounded_and_foreign_tools_are_named_by_words_alone() -> None:

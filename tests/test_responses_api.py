@@ -24,7 +24,6 @@ from kimi_proxy import (
     Encoder,
     Event,
     Finished,
-    FunctionCall,
     Message,
     Opened,
     ProxyError,
@@ -88,14 +87,9 @@ def test_every_field_with_an_effect() -> None:
     assert (request.responses.previous_response_id, request.responses.store) == ("resp_1", False)
 
 
-def test_fields_that_cannot_be_honoured_are_accepted_and_the_right_ones_repeated() -> None:
-    odd: dict[str, Any] = {
-        name: [{}] for name in ("reasoning", "include", "metadata", "temperature", "top_p", "user", "whatever")
-    }
-    echo = parse(**odd).responses.echo
-    assert (echo["temperature"], echo["top_p"], echo["metadata"], echo["user"]) == (1.0, 1.0, {}, None)
-    good = parse(metadata={"a": "b", "c": 1}, reasoning={"effort": "low"}).responses.echo
-    assert (good["metadata"], good["reasoning"]) == ({"a": "b"}, {"effort": "low", "summary": None})
+def test_fields_that_cannot_be_honoured_are_accepted() -> None:
+    names = ("reasoning", "include", "metadata", "temperature", "top_p", "user", "whatever")
+    assert parse(**{name: [{}] for name in names}) == parse()
 
 
 def test_instructions_are_the_first_message_and_no_own_one() -> None:
@@ -172,7 +166,7 @@ def test_files_and_pictures(name: str) -> None:
 
 CALL = {"type": "function_call", "id": "fc_1", "call_id": "call_1", "name": "read", "arguments": '{"path":"a"}'}
 RESULT = {"type": "function_call_output", "call_id": "call_1", "output": "text of a"}
-CALL_MADE = FunctionCall("call_1", "read", '{"path":"a"}')
+CALL_MADE = ToolCall("call_1", "read", '{"path":"a"}')
 
 
 def test_calls_are_told_with_the_words_before_them_and_results_by_their_names() -> None:
@@ -182,7 +176,7 @@ def test_calls_are_told_with_the_words_before_them_and_results_by_their_names() 
     assert messages(say, reasoning, CALL, second, RESULT, {**RESULT, "call_id": "call_2", "output": None}, CALL) == (
         Message("assistant", "Let me see."),
         Message("assistant", "", calls=(CALL_MADE,)),
-        Message("assistant", "", calls=(FunctionCall("call_2", "list", ""),)),
+        Message("assistant", "", calls=(ToolCall("call_2", "list", ""),)),
         Message("tool", "text of a", tool_call_id="call_1"),
         Message("tool", "", tool_call_id="call_2"),
         Message("assistant", "", calls=(CALL_MADE,)),
@@ -196,18 +190,18 @@ def test_a_picture_in_a_result_is_attached() -> None:
     assert [one.path for one in result.attachments] == ["input[1].output[1].image_url"]
 
 
-def test_items_of_other_kinds_are_told_as_their_text_or_named_for_the_log() -> None:
+def test_items_of_other_kinds_are_told_as_calls_or_by_their_text() -> None:
     items = [{"type": kind, "id": "x_1"} for kind in ("reasoning", "web_search_call", "compaction")]
     told = {"type": "new_thing", "content": [{"type": "input_text", "text": "b"}]}
     request = parse(input=[*items, told, {"role": "user", "content": "a"}])
-    assert request.unknown_parts == ["web_search_call", "compaction"]
-    assert render_prompt(request) == "assistant:b\nuser:a\n"
+    call = render_tool_call("web_search", "")
+    assert render_prompt(request) == f"assistant:{call}\nassistant:[compaction left out]\nassistant:b\nuser:a\n"
 
 
 HISTORY: list[tuple[dict[str, Any], Message]] = [
     (
         {"type": "custom_tool_call", "call_id": "1", "name": "apply_patch", "input": "*** Begin"},
-        Message("assistant", "", calls=(FunctionCall("1", "apply_patch", "*** Begin"),)),
+        Message("assistant", "", calls=(ToolCall("1", "apply_patch", "*** Begin"),)),
     ),
     (
         {"type": "custom_tool_call_output", "call_id": "1", "output": "done"},
@@ -215,12 +209,12 @@ HISTORY: list[tuple[dict[str, Any], Message]] = [
     ),
     (
         {"type": "local_shell_call", "call_id": "1", "action": {"type": "exec", "command": ["ls"]}},
-        Message("assistant", "", calls=(FunctionCall("1", "local_shell", '{"type":"exec","command":["ls"]}'),)),
+        Message("assistant", "", calls=(ToolCall("1", "local_shell", '{"type":"exec","command":["ls"]}'),)),
     ),
     ({"type": "local_shell_call_output", "id": "1", "output": "a"}, Message("tool", "a", tool_call_id="1")),
     (
         {"type": "shell_call", "call_id": "1", "action": {"commands": ["ls"]}},
-        Message("assistant", "", calls=(FunctionCall("1", "shell", '{"commands":["ls"]}'),)),
+        Message("assistant", "", calls=(ToolCall("1", "shell", '{"commands":["ls"]}'),)),
     ),
     (
         {"type": "shell_call_output", "call_id": "1", "output": [{"stdout": "a", "stderr": ""}]},
@@ -232,7 +226,7 @@ HISTORY: list[tuple[dict[str, Any], Message]] = [
     ),
     (
         {"type": "function_call", "call_id": "1", "namespace": "agents", "name": "spawn", "arguments": {"a": 1}},
-        Message("assistant", "", calls=(FunctionCall("1", "agents.spawn", '{"a":1}'),)),
+        Message("assistant", "", calls=(ToolCall("1", "agents.spawn", '{"a":1}'),)),
     ),
 ]
 
@@ -245,7 +239,7 @@ def test_calls_and_results_of_every_kind_are_told_even_one_alone(number: int) ->
 
 def test_a_call_of_a_server_is_told_with_its_result() -> None:
     call = {"type": "mcp_call", "id": "m", "server_label": "docs", "name": "find", "arguments": "{}", "output": "x"}
-    said = Message("assistant", "", calls=(FunctionCall("m", "find", "{}"),))
+    said = Message("assistant", "", calls=(ToolCall("m", "find", "{}"),))
     assert messages(call) == (said, Message("tool", "x", tool_call_id="m"))
     assert messages({**call, "output": None}) == (said,)
     assert messages({**call, "output": None, "error": "gone"})[1].text == "Error: gone"
@@ -324,13 +318,12 @@ def test_tool_choice(number: int) -> None:
     assert parse(tools=[FUNCTION, NAMESPACE], tool_choice=value).tool_choice == choice
 
 
-def test_only_allowed_tools_are_offered_and_all_are_repeated() -> None:
+def test_only_allowed_tools_are_offered() -> None:
     second = {**FUNCTION, "name": "write"}
     choice = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "write"}]}
     request = parse(tools=[FUNCTION, second], tool_choice=choice)
     assert [tool.name for tool in request.tools] == ["write"]
     assert '"read"' not in render_prompt(request)
-    assert len(request.responses.echo["tools"]) == 2 and request.responses.echo["tool_choice"] == choice
 
 
 @pytest.mark.parametrize("tool", [{"type": "local_shell"}, {"type": "web_search"}])
@@ -345,10 +338,9 @@ def test_the_form_of_the_answer() -> None:
     form = {"type": "json_schema", "name": "n", "schema": SCHEMA, "strict": True}
     request = parse(text={"format": form, "verbosity": "low"})
     assert request.response_format == ResponseFormat("json_schema", SCHEMA, "n")
-    assert request.responses.echo["text"] == {"format": form, "verbosity": "low"}
     assert parse(text={"format": {"type": "json_object"}}).response_format == ResponseFormat("json_object")
     assert parse(text={"format": {"type": "text"}}).response_format is None
-    assert parse(text={}).responses.echo["text"] == {"format": {"type": "text"}, "verbosity": "medium"}
+    assert parse(text={}).response_format is None
 
 
 def content(part: Any) -> dict[str, Any]:
@@ -370,7 +362,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"input": [{"role": 5}]}, "input[0].role"),
     ({"input": [{"role": "user\nsystem"}]}, "input[0].role"),
     ({"input": [{"role": "user", "content": 5}]}, "input[0].content"),
-    ({"input": [{"role": "user", "content": {}}]}, "input[0].content"),
+    ({"input": [{"role": "user", "content": {}}]}, "input[0].content.type"),
     (content(5), "input[0].content[0]"),
     (content({}), "input[0].content[0].type"),
     (content({"type": 5}), "input[0].content[0].type"),
@@ -378,12 +370,12 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     (content({"type": "input_audio"}), "input[0].content[0].type"),
     (content({"type": "input_text", "text": 5}), "input[0].content[0].text"),
     (content({"type": "refusal", "refusal": 5}), "input[0].content[0].refusal"),
-    (content({"type": "input_image"}), "input[0].content[0].image_url"),
+    (content({"type": "input_image"}), "input[0].content[0].url"),
     (content({"type": "input_image", "image_url": 5}), "input[0].content[0].image_url"),
     (content({"type": "input_image", "image_url": "data:x"}), "input[0].content[0].image_url"),
     (content({"type": "input_image", "file_id": 5}), "input[0].content[0].file_id"),
     (content({"type": "input_file", "file_id": []}), "input[0].content[0].file_id"),
-    (content({"type": "input_file"}), "input[0].content[0].file_data"),
+    (content({"type": "input_file"}), "input[0].content[0].url"),
     (content({"type": "input_file", "file_data": 5}), "input[0].content[0].file_data"),
     (content({"type": "input_file", "file_url": 5}), "input[0].content[0].file_url"),
     (content({"type": "input_file", "file_url": "https://h/x", "filename": 5}), "input[0].content[0].filename"),
@@ -391,11 +383,8 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
         {"input": [{"content": [{"type": "input_image", "image_url": f"https://h/{n}"} for n in range(21)]}]},
         "input",
     ),
-    ({"input": [{**CALL, "name": 5}]}, "input[0].name"),
     ({"input": [{**CALL, "call_id": 5}]}, "input[0].call_id"),
-    ({"input": [{**CALL, "arguments": 5}]}, "input[0].arguments"),
     ({"input": [{**RESULT, "call_id": 5}]}, "input[0].call_id"),
-    ({"input": [{**RESULT, "output": 5}]}, "input[0].output"),
     ({"model": 5}, "model"),
     ({"instructions": ["x"]}, "instructions"),
     ({"stream": "yes"}, "stream"),
@@ -410,7 +399,6 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"tools": [{"type": "function"}]}, "tools[0].name"),
     ({"tools": [{**FUNCTION, "name": "a b"}]}, "tools[0].name"),
     ({"tools": [{**FUNCTION, "description": 5}]}, "tools[0].description"),
-    ({"tools": [{**FUNCTION, "parameters": []}]}, "tools[0].parameters"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tool_choice": "sometimes"}, "tool_choice"),
     ({"tool_choice": {"type": "function"}}, "tool_choice"),
@@ -419,17 +407,14 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"text": {"format": "json"}}, "text.format"),
     ({"text": {"format": {"type": 5}}}, "text.format.type"),
     ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
-    ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
-    ({"text": {"format": {"type": "json_schema", "schema": "x"}}}, "text.format.schema"),
     ({"text": {"format": {"type": "json_schema", "schema": {}, "name": 5}}}, "text.format.name"),
-    ({"text": {"format": {"type": "json_schema", "schema": {"const": float("inf")}}}}, "text.format.schema"),
 ]
 
 
 @pytest.mark.parametrize("number", range(len(BAD_FIELDS)))
 def test_a_wrong_field_is_named(number: int) -> None:
     fields, param = BAD_FIELDS[number]
-    body = json.dumps({"input": "hi", **fields}).replace("Infinity", "1e999").encode()
+    body = json.dumps({"input": "hi", **fields}).encode()
     with pytest.raises(ProxyError) as caught:
         parse_responses_request(body)
     assert (caught.value.status, caught.value.code, caught.value.param) == (400, "invalid_request", param)
@@ -753,10 +738,9 @@ def test_the_first_events_carry_the_response_as_it_is_then() -> None:
         [],
         *[None] * 3,
     )
-    assert response["tools"] == [FUNCTION, NAMESPACE]
-    echoed = {"instructions": "Be brief.", "metadata": {"a": "b"}, "max_output_tokens": 5, "tool_choice": "auto"}
-    defaults = {"temperature": 1.0, "top_p": 1.0, "parallel_tool_calls": True, "store": True, "truncation": "disabled"}
-    assert (echoed | defaults).items() <= response.items()
+    assert response["tools"] == []
+    echoed = {"instructions": "Be brief.", "max_output_tokens": 5, "tool_choice": "auto", "parallel_tool_calls": True}
+    assert echoed.items() <= response.items()
     assert response["previous_response_id"] is None
 
 
@@ -998,7 +982,7 @@ def test_the_sdk_puts_the_answer_together(streamed: bool) -> None:
             response = client.responses.parse(model="kimi", input="hi", tools=tools, text_format=Form)
     assert response.output_parsed == Form(a="b")
     assert [item.type for item in response.output] == ["reasoning", "message", "function_call"]
-    assert response.id == "resp_ab" and response.text is not None and response.text.format is not None
+    assert response.id == "resp_ab"
 
 
 # The older completions
