@@ -4056,20 +4056,16 @@ def _disposition_name(response: aiohttp.ClientResponse) -> str:
 # ==== 15. Kimi ==============================================================
 #
 # Calls of the service. `KimiClient` sends one `ApiRequest`: token, limits, and what a reply means; it repeats a call
-# only when the access token was dead or a kept connection turned out closed. `Classic` and `Connect` know the paths and
-# bodies of the two protocols. `AnswerStream` reads an answer.
+# only when the access token was dead or a kept connection turned out closed. `Classic` and `Connect` are a table of the
+# service's calls each, and the bodies that go with them. `AnswerStream` reads an answer.
 
 PARSE_SECONDS: Final = 120.0  # limit for Kimi to read a file that was uploaded
 END_SECONDS: Final = 1.0  # how long the end of the stream is awaited once the text is over
 MAX_REPLY_BYTES: Final = 1_048_576
-_REGISTER_SECONDS: Final = 30.0  # [1]
-_FIRST_POLL_SECONDS: Final = 0.2  # doubled each time, to 3 s
-
-MSH_VERSION: Final = "2.2.0"  # of the service's web page, September 2026
 
 # One browser version throughout, and the web page that runs in it: the service may compare them. The page's headers go
 # with the ids of an account.
-_BROWSER_HEADERS: Final[Mapping[str, str]] = {
+_BROWSER_HEADERS: Final = {
     "User-Agent": "Mozilla/5.0 (Windows NT 10.0; Win64; x64) AppleWebKit/537.36 (KHTML, like Gecko) "
     "Chrome/146.0.0.0 Safari/537.36",
     "Sec-Ch-Ua": '"Chromium";v="146", "Not-A.Brand";v="24", "Google Chrome";v="146"',
@@ -4077,9 +4073,9 @@ _BROWSER_HEADERS: Final[Mapping[str, str]] = {
     "Sec-Ch-Ua-Platform": '"Windows"',
     "Accept-Language": "zh-CN,zh;q=0.9,en;q=0.8",
 }
-_PAGE_HEADERS: Final[Mapping[str, str]] = {
+_PAGE_HEADERS: Final = {
     "x-msh-platform": "web",
-    "x-msh-version": MSH_VERSION,
+    "x-msh-version": "2.2.0",  # of September 2026
     "x-language": "zh-CN",
     "r-timezone": "Asia/Shanghai",
 }
@@ -4087,10 +4083,8 @@ _PAGE_HEADERS: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model as it is asked for.
-
-    `scenario`, `agent_mode`, `service_id` and `key` are connect's names for it, `agent_id` is a kimiplus id. `efforts`
-    are the constants by which connect is told how much to think, in the service's order.
+    """A model as it is asked for: `scenario` to `key` are connect's names for it, `agent_id` is a kimiplus id,
+    `efforts` are the constants by which connect is told how much to think.
     """
 
     id: str
@@ -4126,55 +4120,47 @@ CLASSIC_MODELS: Final = (
 )
 CONNECT_MODELS: Final = (KIMI, Model("kimi-thinking", thinking=True))  # when the service lists none
 _FALLBACKS: Final = (("SCENARIO_CHAT", "k2d6-chat"), ("SCENARIO_K2D5", ""))  # what those are asked as, newest first
-_K1_AGENT: Final = "crm40ee9e5jvhsn7ptcg"  # [2+]
 _AGENT_ID: Final = re.compile(r"[0-9a-z]{20}")
 _SUFFIXES: Final = frozenset({"search", "nosearch", "silent", "math", "research", "thinking", "k1"})
+_EFFORTS: Final = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
-def parse_models(value: Mapping[str, Any]) -> tuple[Model, ...]:
+def parse_models(value: object) -> tuple[Model, ...]:
     """The models in a reply of GetAvailableModels, the default one as `kimi` first [2+]; empty when it lists none.
 
     The default is never an agent: those cost credits.
     """
-    listed = value.get("availableModels")
-    entries = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
-    models = [_parse_model(entry) for entry in entries if isinstance(entry.get("scenario"), str)]
+    models = [_parse_model(entry) for entry in dig_list(value, "availableModels") if dig_word(entry, "scenario")]
     if not models:
         return ()
-    default = value.get("defaultScenario")
-    default = default if isinstance(default, dict) else {}
+    service_id, scenario = (dig_word(value, "defaultScenario", key) for key in ("model", "scenario"))
+    thinking = dig(value, "defaultScenario", "thinking") is True
     chats = [model for model in models if not model.is_agent] or [KIMI]
-    names = default.get("scenario"), default.get("thinking") is True
-    named = [model for model in chats if model.service_id and model.service_id == default.get("model")]
-    named += [model for model in chats if (model.scenario, model.thinking) == names]
+    named = [model for model in chats if model.service_id and model.service_id == service_id]
+    named += [model for model in chats if (model.scenario, model.thinking) == (scenario, thinking)]
     found = {"kimi": replace((named + chats)[0], id="kimi")}
     for model in models:
         found.setdefault(model.id, model)
     return tuple(found.values())
 
 
-def _parse_model(entry: Mapping[str, Any]) -> Model:
-    texts = {key: value for key, value in entry.items() if isinstance(value, str)}
-    key, scenario, service_id = texts.get("key", ""), texts["scenario"], texts.get("id", "")
-    thinking = entry.get("thinking") is True
-    name = re.sub(r"[^a-z0-9.]+", "-", (texts.get("displayName") or key or scenario).lower()).strip("-")
+def _parse_model(entry: object) -> Model:
+    scenario, key, service_id = (dig_word(entry, name) for name in ("scenario", "key", "id"))
+    thinking = dig(entry, "thinking") is True
+    name = re.sub(r"[^a-z0-9.]+", "-", (dig_word(entry, "displayName") or key or scenario).lower()).strip("-")
     name = name if name.startswith("kimi") else f"kimi-{name}"
-    options = entry.get("reasoningEffortOptions")
-    efforts = [one.get("effort") for one in options if isinstance(one, dict)] if isinstance(options, list) else []
+    efforts = [dig_word(option, "effort") for option in dig_list(entry, "reasoningEffortOptions")]
     return Model(
         id=f"{name}-thinking" if thinking and "thinking" not in name else name,
         scenario=scenario,
         thinking=thinking,
-        agent_id=texts.get("kimiPlusId", ""),
-        agent_mode=texts.get("agentMode", ""),
+        agent_id=dig_word(entry, "kimiPlusId"),
+        agent_mode=dig_word(entry, "agentMode"),
         service_id=service_id if re.match("[a-z]", service_id) else "",  # a number in older lists, of no use
         key=key,
-        efforts=tuple(effort for effort in efforts if isinstance(effort, str)),
-        default_effort=texts.get("defaultReasoningEffort", ""),
+        efforts=tuple(filter(None, efforts)),
+        default_effort=dig_word(entry, "defaultReasoningEffort") if any(efforts) else "",
     )
-
-
-_EFFORTS: Final = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
 def choose_effort(model: Model, wanted: str) -> str:
@@ -4189,12 +4175,12 @@ def choose_effort(model: Model, wanted: str) -> str:
 
     if wanted not in _EFFORTS:
         if not model.thinking or rank(model.default_effort):
-            return model.default_effort if model.efforts else ""
+            return model.default_effort
         wanted = "high"  # the client's name of the model says `thinking`
-    if wanted in ("none", "minimal"):
-        return min(model.efforts, key=rank, default="")
-    thinking = [effort for effort in model.efforts if rank(effort)] or model.efforts
-    return min(thinking, key=lambda effort: (abs(rank(effort) - rank(wanted)), rank(effort)), default="")
+    thinks = wanted not in ("none", "minimal")
+    goal = rank(wanted) if thinks else 0
+    choices = [effort for effort in model.efforts if thinks <= rank(effort)] or model.efforts
+    return min(choices, key=lambda effort: (abs(rank(effort) - goal), rank(effort)), default="")
 
 
 def choose_model(name: str, models: Sequence[Model]) -> tuple[Model, bool]:
@@ -4203,25 +4189,25 @@ def choose_model(name: str, models: Sequence[Model]) -> tuple[Model, bool]:
     A 20-character id is an agent; `-search`, `-silent`, `-math`, `-research`, `-thinking` and `-k1` may be combined
     [2+]. An unknown name means the default: clients insist on names of their own.
     """
-    known = {name: model for model in models for name in (model.key, model.service_id) if name}
+    known = {"kimi": KIMI} | {name: model for model in models for name in (model.key, model.service_id) if name}
     known |= {model.id: model for model in models}
     if name in known:
         return known[name], True
     first, *rest = name.split("-")
-    kept = [word for word in rest if word not in _SUFFIXES]
-    base = "-".join([first, *kept])
-    default = known.get("kimi", KIMI)
-    if _AGENT_ID.fullmatch(first):
-        model, is_known = replace(default, id=name, agent_id=first, agent_mode=""), not kept
-    else:
-        model, is_known = known.get(base, default), base in known or base == "kimi"
-    suffixes = set(rest) & _SUFFIXES
+    base = "-".join([first, *(word for word in rest if word not in _SUFFIXES)])
+    suffixes = _SUFFIXES.intersection(rest)
+    if _AGENT_ID.fullmatch(base):
+        known[base] = replace(known["kimi"], id=name, agent_id=base, agent_mode="")
+    model = known.get(base, known["kimi"])
     if "thinking" in suffixes:
-        model = known.get(f"{base}-thinking", replace(model, thinking=True))
-    if "k1" in suffixes:
-        model = replace(model, thinking=True)
-    use_math = model.use_math or "math" in suffixes
-    return replace(model, use_math=use_math, use_research=model.use_research or "research" in suffixes), is_known
+        model = known.get(f"{base}-thinking", model)
+    model = replace(
+        model,
+        thinking=model.thinking or not suffixes.isdisjoint(("thinking", "k1")),
+        use_math=model.use_math or "math" in suffixes,
+        use_research=model.use_research or "research" in suffixes,
+    )
+    return model, base in known
 
 
 @dataclass(slots=True)
@@ -4254,28 +4240,6 @@ class Question:
         return self.conversation_id not in ("", NEW_CONVERSATION)
 
 
-@dataclass(slots=True)
-class ApiRequest:
-    """One call of the service. `step` names it for people; `headers` are added to the browser's. `other_url` is tried
-    when the service does not know `url`.
-
-    `with_ids`: the ids in the access token are sent as headers [2+]. `repeatable`: it may be sent twice, if a kept
-    connection was closed. `seconds` is its limit when the ordinary one does not fit; `lenient`: any body means success,
-    unless it tells a failure [ref].
-    """
-
-    step: str
-    method: str
-    url: str = field(repr=False)
-    headers: dict[str, str] = field(repr=False)
-    other_url: str = field(default="", repr=False)
-    body: bytes = field(default=b"", repr=False)
-    with_ids: bool = False
-    repeatable: bool = True
-    seconds: float | None = None
-    lenient: bool = False
-
-
 async def _note_reuse(_: aiohttp.ClientSession, context: Any, params: aiohttp.TraceConnectionReuseconnParams) -> None:
     context.trace_request_ctx.append("kept")
 
@@ -4287,8 +4251,7 @@ def open_service_session(proxy_url: str = "", *, reuse: bool = True) -> aiohttp.
     own: a file can be read once, and would be lost on a kept connection that turns out closed.
     """
     trace = aiohttp.TraceConfig()
-    if reuse:
-        trace.on_connection_reuseconn.append(_note_reuse)
+    trace.on_connection_reuseconn.append(_note_reuse)
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30 if reuse else None, force_close=not reuse),
         trace_configs=[trace],
@@ -4300,293 +4263,148 @@ def open_service_session(proxy_url: str = "", *, reuse: bool = True) -> aiohttp.
 
 
 _NETWORK_ERRORS: Final = (TimeoutError, aiohttp.ClientError, ConnectionError)
+_NETWORK_FAILURES: Final[tuple[tuple[type[BaseException], str, str], ...]] = (  # the first that fits, and its words
+    (aiohttp.ClientProxyConnectionError, "unreachable", "the outgoing proxy (KIMI_PROXY_URL) cannot be reached"),
+    (aiohttp.ClientHttpProxyError, "unreachable", "the outgoing proxy (KIMI_PROXY_URL) answers HTTP {0.status}"),
+    (aiohttp.ClientConnectorCertificateError, "unreachable", "its TLS certificate is not valid"),
+    (aiohttp.ClientConnectorDNSError, "unreachable", "the name {0.host} cannot be resolved"),
+    (aiohttp.ClientConnectorError, "unreachable", "no connection to {0.host}:{0.port} ({1})"),
+    (TimeoutError, "silent", "no reply in time"),
+    (BaseException, "failed", "the connection broke ({0.__class__.__name__})"),
+)
 
 
-def _error_of_network(step: str, error: BaseException) -> ProxyError:
-    """The failure that one of `_NETWORK_ERRORS` means, at `step`."""
-    if isinstance(error, aiohttp.ClientConnectorError):
-        return ProxyError("service_unreachable", f"{step}: {_render_connect_error(error)}")
-    if isinstance(error, aiohttp.ClientHttpProxyError):
-        reason = f"the outgoing proxy (KIMI_PROXY_URL) answers HTTP {error.status}"
-        return ProxyError("service_unreachable", f"{step}: {reason}")
-    if isinstance(error, TimeoutError):
-        return ProxyError("service_silent", f"{step}: no reply in time")
-    return ProxyError("service_failed", f"{step}: the connection broke ({type(error).__name__})")
-
-
-def _render_connect_error(error: aiohttp.ClientConnectorError) -> str:
-    if isinstance(error, aiohttp.ClientProxyConnectionError):
-        return "the outgoing proxy (KIMI_PROXY_URL) cannot be reached"
-    if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        return "its TLS certificate is not valid"
-    if isinstance(error, aiohttp.ClientConnectorDNSError):
-        return f"the name {error.host} cannot be resolved"
-    return f"no connection to {error.host}:{error.port} ({os.strerror(error.errno) if error.errno else 'failed'})"
-
-
-async def _parse_reply(response: aiohttp.ClientResponse, request: ApiRequest) -> dict[str, Any]:
-    """The JSON object of a reply that means success, else the failure that it means."""
-    status, kind = response.status, quote_words(response.content_type)
-    body = bytearray()
-    async for piece in response.content.iter_any():
-        body += piece
-        if len(body) > MAX_REPLY_BYTES:  # of a failure, its beginning will do
-            if status < 400:
-                raise ProxyError("service_failed", f"{request.step}: a reply of more than {MAX_REPLY_BYTES} bytes")
-            break
+@contextmanager
+def _network_failures(step: str, file: OpenFile | None = None) -> Iterator[None]:
+    """Raise what a failure of the network means at `step`, in terms of the storage and of `file` where one is sent."""
     try:
-        value: Any = parse_json(body, surrogates=True) if body else {}
-    except WireError:
-        value = None
-    reply: dict[str, Any] | None = value if isinstance(value, dict) else None
-    if status < 300 and reply is not None and not isinstance(reply.get("error_type"), str):
-        return reply
-    if status < 300 and reply is None and request.lenient:
-        return {}
-    text = response.headers.get("Retry-After", "")
-    retry_after = min(int(text), 86_400) if re.fullmatch("[0-9]{1,9}", text) else None
-    words = f"a body of type {kind}, no JSON object" if reply is None else ""
-    error = error_of_reply(status, reply, request.step, retry_after_seconds=retry_after, words=words)
-    is_page = reply is None and "html" in kind and status < 500
-    has_code = reply is not None and isinstance(reply.get("code"), str)  # connect's own 404: no such conversation
-    if is_page or (status in _RETIRED_STATUSES and not has_code):
-        raise ProtocolRetired(error.code, error.detail, upstream_status=error.upstream_status)
-    raise error
+        yield
+    except _NETWORK_ERRORS as error:
+        if file is not None and file.failure is not None:
+            raise file.failure from None
+        code, words = next((code, words) for kind, code, words in _NETWORK_FAILURES if isinstance(error, kind))
+        code = f"service_{code}" if file is None else "storage_silent" if code == "silent" else "storage_failed"
+        number = getattr(error, "errno", None)
+        reason = os.strerror(number) if number else "failed"
+        raise ProxyError(code, f"{step}: {words.format(error, reason)}") from None
 
 
 _RETIRED_STATUSES: Final = frozenset({301, 302, 303, 307, 308, 404, 405, 410})
 
 
+async def _parse_reply(response: aiohttp.ClientResponse, step: str) -> dict[str, Any]:
+    """The JSON object of a reply that means success, empty for any other body; else the failure that it means."""
+    try:
+        body = await response.content.readexactly(MAX_REPLY_BYTES)  # of a failure, its beginning will do
+        if response.status < 400:
+            raise ProxyError("service_failed", f"{step}: a reply of more than {MAX_REPLY_BYTES} bytes")
+    except asyncio.IncompleteReadError as end:
+        body = end.partial
+    reply: Any = None
+    with suppress(WireError):
+        reply = parse_json(body or b"{}", surrogates=True)
+    status, is_object = response.status, isinstance(reply, dict)
+    is_page = not is_object and "html" in response.content_type and status < 500
+    if status < 300 and not is_page and not isinstance(dig(reply, "error_type"), str):
+        return reply if isinstance(reply, dict) else {}
+    text = response.headers.get("Retry-After", "")
+    retry_after = min(int(text), 86_400) if re.fullmatch("[0-9]{1,9}", text) else None
+    words = "" if is_object else f"a body of type {quote_words(response.content_type)}, no JSON object"
+    error = error_of_reply(status, reply, step, retry_after_seconds=retry_after, words=words)
+    if is_page or (status in _RETIRED_STATUSES and not dig_word(reply, "code")):  # connect's own 404 has a code
+        raise ProtocolRetired(error.code, error.detail, upstream_status=error.upstream_status)
+    raise error
+
+
+@dataclass(frozen=True, slots=True)
 class KimiClient:
-    """Sends requests to the service, for an account."""
+    """Sends requests to the service; `transfers` are its connections for files."""
 
-    def __init__(
-        self,
-        session: aiohttp.ClientSession,
-        transfers: aiohttp.ClientSession,
-        accounts: Accounts,
-        metrics: Metrics,
-        settings: Settings,
-    ) -> None:
-        self._session = session
-        self._transfers = transfers
-        self._accounts = accounts
-        self._metrics = metrics
-        self._call_seconds = settings.call_seconds
-        self.silence_seconds = settings.silence_seconds
+    session: aiohttp.ClientSession
+    transfers: aiohttp.ClientSession
+    accounts: Accounts
+    metrics: Metrics
+    settings: Settings
 
-    async def call(self, account: Account, request: ApiRequest) -> dict[str, Any]:
-        """The JSON object that the service replies. Raises `ProxyError` for every other outcome.
-
-        A call whose access token is dead is made once more with a new one.
-        """
-
-        async def once(token: str) -> dict[str, Any]:
-            return await self._exchange(request, self._headers_of(request, token, account))
-
-        return await self._with_token(account, once)
-
-    async def refresh(self, request: ApiRequest, refresh_token: str) -> dict[str, Any]:
-        """The JSON object that a token refresh replies; a `refresh_token` is sent as Bearer."""
-        return await self._exchange(request, self._headers_of(request, refresh_token))
-
-    async def stream(
-        self, account: Account, request: ApiRequest, content_type: str
-    ) -> tuple[aiohttp.ClientResponse, str]:
-        """The response of `content_type` to a question, its body unread, and the access token that was used.
-
-        The caller closes it, and limits the time. Raises `ProxyError`.
-        """
-
-        async def once(token: str) -> tuple[aiohttp.ClientResponse, str]:
-            try:
-                response = await self._send(request, self._headers_of(request, token, account))
-                if response.status == 200 and response.content_type == content_type:
-                    return response, token
-                async with response:
-                    await _parse_reply(response, request)
-            except _NETWORK_ERRORS as error:
-                raise _error_of_network(request.step, error) from None
-            kind = quote_words(response.content_type)
-            raise ProxyError("answer_broken", f"{request.step}: a reply of type {kind}")
-
-        return await self._with_token(account, once)
-
-    async def put_file(self, url: str, file: OpenFile) -> None:
-        """Put `file` to a signed URL, which needs no token and gets none. Raises `ProxyError`."""
-        try:
-            address = URL(url, encoded=True)
-            is_good = address.scheme in ("http", "https") and bool(address.host and address.port)
-        except (ValueError, IndexError):
-            is_good = False
-        if not is_good:
-            raise ProxyError("service_failed", "signing an upload: the reply has no URL")
-        headers = {"Content-Type": file.content_type, "Content-Length": str(file.size_bytes)}
-        async with self._send_file("PUT", address, headers, file.read(), file) as response:
-            if response.status >= 300:
-                status = response.status
-                raise ProxyError("storage_failed", f"storing the file: HTTP {status}", upstream_status=status)
-
-    async def post_file(self, account: Account, request: ApiRequest, file: OpenFile) -> dict[str, Any]:
-        """The JSON object that the service replies to `file`, sent as the form field `file` (RFC 7578).
-
-        Raises `ProxyError`, `StaleToken` when the access token is dead: a file can be read only once.
-        """
-        token = await self._accounts.access_token(account)
-        boundary = secrets.token_hex(16)
-        head, tail = _render_form(boundary, file)
-        headers = self._headers_of(request, token, account) | {
-            "Content-Type": f"multipart/form-data; boundary={boundary}",
-            "Content-Length": str(len(head) + file.size_bytes + len(tail)),
-        }
-        data = _enclose(head, file.read(), tail)
-        try:
-            async with self._send_file("POST", URL(request.url), headers, data, file) as response:
-                return await _parse_reply(response, request)
-        except ProxyError as error:
-            if error.code != "token_dead":
-                raise
-            self._accounts.drop(account, token)
-            raise StaleToken(error.code, error.detail) from None
-
-    async def _with_token(self, account: Account, once: Callable[[str], Awaitable[Result]]) -> Result:
+    async def with_token(self, account: Account, once: Callable[[str], Awaitable[Result]]) -> Result:
         """What `once` returns for the account's access token, or for a new one when that was dead."""
-        token = await self._accounts.access_token(account)
+        token = await self.accounts.access_token(account)
         try:
             return await once(token)
         except ProxyError as error:
             if error.code != "token_dead":
                 raise
-        self._accounts.drop(account, token)
-        return await once(await self._accounts.access_token(account))
+        self.accounts.drop(account, token)
+        return await once(await self.accounts.access_token(account))
 
-    @staticmethod
-    def _headers_of(request: ApiRequest, token: str, account: Account | None = None) -> dict[str, str]:
-        headers = dict(request.headers)
-        if request.with_ids and account is not None:
-            headers |= _render_ids(account)
-        if token:
-            headers["Authorization"] = f"Bearer {token}"
-        return headers
+    async def send(
+        self, step: str, method: str, urls: Sequence[str], headers: Mapping[str, str], body: bytes
+    ) -> aiohttp.ClientResponse:
+        """The response, of a second try when a kept connection was closed or the service does not know the first URL.
 
-    async def _exchange(self, request: ApiRequest, headers: Mapping[str, str]) -> dict[str, Any]:
-        limit = asyncio.timeout(request.seconds or self._call_seconds)
-        try:
-            async with limit, await self._send(request, headers) as response:
-                return await _parse_reply(response, request)
-        except _NETWORK_ERRORS as error:
-            raise _error_of_network(request.step, error) from None
-
-    async def _send(self, request: ApiRequest, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
-        """The response, of a second try when a kept connection was closed or the service does not know the URL."""
-        url, body, is_second = request.url, request.body, False
+        Raises aiohttp's errors.
+        """
+        url, is_last = urls[0], False
         while True:
             connection: list[str] = []  # aiohttp's tracing tells there of a kept one
             started = time.monotonic()
             try:
-                response = await self._session.request(
-                    request.method,
+                response = await self.session.request(
+                    method,
                     URL(url, encoded=True),
-                    data=io.BytesIO(body) if len(body) > MEGABYTE else body or None,  # the former is sent in pieces
+                    data=io.BytesIO(body) if body else None,  # sent in pieces
                     headers=headers,
                     allow_redirects=False,
                     trace_request_ctx=connection,
                 )
-                self._metrics.observe("kimi_proxy_upstream_seconds", time.monotonic() - started)
-                logger.debug("> %s HTTP %d", request.step, response.status)
-                if is_second or not request.other_url or response.status not in (404, 501):
+                self.metrics.observe("kimi_proxy_upstream_seconds", time.monotonic() - started)
+                logger.debug("> %s HTTP %d", step, response.status)
+                if is_last or url == urls[-1] or response.status not in (404, 501):
                     return response
                 response.close()
-                url = request.other_url
+                url = urls[-1]
             except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
-                # aiohttp itself repeats other methods than POST.
-                if is_second or not connection or not request.repeatable or request.method != "POST":
+                if is_last or not connection or method != "POST":  # aiohttp itself repeats the others
                     raise
-                logger.debug("! %s: a kept connection was closed, calling once more", request.step)
-            is_second = True
+                logger.debug("! %s: a kept connection was closed, calling once more", step)
+            is_last = True
 
     @asynccontextmanager
-    async def _send_file(
-        self, method: str, url: URL, headers: Mapping[str, str], data: AsyncIterator[bytes], file: OpenFile
+    async def send_file(
+        self, method: str, url: str, headers: dict[str, str], file: OpenFile, head: bytes = b"", tail: bytes = b""
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """The response to a request with `file` in its body. Raises `ProxyError`, the file's own failure first."""
-        progress = _UploadProgress(file)
-        try:
-            request = self._transfers.request(
+        """The response to a request with `file` in its body, between `head` and `tail`. Raises `ProxyError`."""
+        with _network_failures("storing the file", file):
+            limit = asyncio.timeout(None)
+            sending = self.transfers.request(
                 method,
-                url,
-                data=data,
-                headers=headers,
+                URL(url, encoded=True),
+                data=_enclose(head, file, tail, limit),
+                headers=headers | {"Content-Length": str(len(head) + file.size_bytes + len(tail))},
                 allow_redirects=False,
-                upload_tracker=progress.tracker,
             )
-            async with progress.limit, request as response:
+            async with limit, sending as response:
                 logger.debug("> %d of %d bytes of a file HTTP %d", file.sent_bytes, file.size_bytes, response.status)
                 yield response
                 if response.status < 300 and file.sent_bytes < file.size_bytes:
                     raise ProxyError("storage_failed", "storing the file: an answer before its end")
-        except TimeoutError:
-            raise ProxyError("storage_silent", "storing the file") from None
-        except (aiohttp.ClientError, ConnectionError) as error:
-            if file.failure is not None:
-                raise file.failure from None
-            reason = f"the connection broke ({type(error).__name__})"
-            if isinstance(error, aiohttp.ClientConnectorError):
-                reason = _render_connect_error(error)
-            raise ProxyError("storage_failed", f"storing the file: {reason}") from None
-        finally:
-            progress.watchdog.stop()
 
 
-class _UploadProgress:
-    """Ends `limit` when the storage accepts no more of `file` for `FILE_SECONDS`, waiting for the file's own source
-    not counted.
+async def _enclose(head: bytes, file: OpenFile, tail: bytes, limit: asyncio.Timeout) -> AsyncIterator[bytes]:
+    """The body of a request with `file`. `limit` ends it where the storage accepts nothing for `FILE_SECONDS`; waiting
+    for the file's own source does not count.
     """
-
-    def __init__(self, file: OpenFile) -> None:
-        self.tracker = aiohttp.UploadTracker()
-        self.limit = asyncio.timeout(None)
-        self.watchdog = Watchdog(self._check, 0)
-        self._file = file
-        self._written_bytes = -1
-        self._moved_at = 0.0
-
-    def _check(self, now: float) -> float:
-        if self._file.waiting_for_source or self.tracker.bytes_written != self._written_bytes:
-            self._written_bytes, self._moved_at = self.tracker.bytes_written, now
-        if now - self._moved_at >= FILE_SECONDS:
-            self.limit.reschedule(now)
-            self.watchdog.stop()
-        return now + FILE_SECONDS / 4
-
-
-_IDS: Final = (("x-msh-device-id", "device_id"), ("x-msh-session-id", "ssid"), ("x-traffic-id", "sub"))
-_ID: Final = re.compile(r"[!-~]{1,256}")
-
-
-def _render_ids(account: Account) -> dict[str, str]:
-    """The page's headers, with the ids in the account's access token, or one of our own where it tells none [2+]."""
-    headers = dict(_PAGE_HEADERS)
-    for header, claim in _IDS:
-        value = account.claims.get(claim)
-        headers[header] = value if isinstance(value, str) and _ID.fullmatch(value) else account.label
-    return headers
-
-
-def _render_form(boundary: str, file: OpenFile) -> tuple[bytes, bytes]:
-    """What stands before and after the bytes of a form's one field (HTML Standard, "multipart/form-data")."""
-    name = file.name.replace('"', "%22").replace("\r", "%0D").replace("\n", "%0A")
-    head = f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="{name}"\r\n'
-    return f"{head}Content-Type: {file.content_type}\r\n\r\n".encode(), f"\r\n--{boundary}--\r\n".encode()
-
-
-async def _enclose(head: bytes, pieces: AsyncIterator[bytes], tail: bytes) -> AsyncIterator[bytes]:
+    now = asyncio.get_running_loop().time
     yield head
-    async for piece in pieces:
+    async for piece in file.read():
+        limit.reschedule(now() + FILE_SECONDS)
         yield piece
+        limit.reschedule(None)
+    limit.reschedule(now() + FILE_SECONDS)
     yield tail
 
 
+@dataclass(eq=False)
 class AnswerStream:
     """The events of one answer, read from the `response` that carries it.
 
@@ -4594,31 +4412,24 @@ class AnswerStream:
     is read, and at `deadline` (loop time). `raw`, where it is a list, gets the bytes as they came.
     """
 
-    def __init__(
-        self,
-        response: aiohttp.ClientResponse,
-        parser: SSEParser | EnvelopeParser,
-        answer: ClassicAnswer | ConnectAnswer,
-        access_token: str,
-        silence_seconds: float,
-        deadline: float,
-    ) -> None:
-        self.answer = answer
-        self.raw: list[bytes] | None = None
-        self._response = response
-        self._parser = parser
-        self._access_token = access_token
-        self._silence_seconds = silence_seconds
-        self._deadline = deadline
+    response: aiohttp.ClientResponse
+    parser: SSEParser | EnvelopeParser
+    answer: Any  # a `ClassicAnswer` or `ConnectAnswer`
+    access_token: str = field(repr=False)
+    silence_seconds: float
+    deadline: float
+    raw: list[bytes] | None = None
+    _failure: ProxyError | None = None  # raised by the next read
+    _first: list[Event] | None = None  # returned by the next read
+    _waits: bool = False
+    _progress: int = -1  # of `answer`, when silence began
+    _silent_since: float = 0.0
+    _end_at: float = 0.0
+
+    def __post_init__(self) -> None:
         self._debug = logger.isEnabledFor(logging.DEBUG)
         self._loop = asyncio.get_running_loop()
-        self._failure: ProxyError | None = None  # raised by the next read
-        self._first: list[Event] | None = None  # returned by the next read
-        self._waits = False
-        self._progress = -1  # of `answer`, when silence began
-        self._silent_since = now = self._loop.time()
-        self._end_at = 0.0
-        self._watchdog = Watchdog(self._check, min(silence_seconds, deadline - now))
+        self._watchdog = Watchdog(self._check, min(self.silence_seconds, self.deadline - self._loop.time()))
 
     async def read(self) -> list[Event] | None:
         """The events of one network read, perhaps none; None once the answer is over.
@@ -4634,19 +4445,10 @@ class AnswerStream:
         if self.answer.ended:
             return None
         if self.answer.progress != self._progress:  # heartbeats alone are silence
-            self._progress = self.answer.progress
-            self._silent_since = self._loop.time()
+            self._progress, self._silent_since = self.answer.progress, self._loop.time()
         self._waits = True
         try:
-            if self.answer.done:  # in good order only the end follows, or an error in its place [2+]
-                self._end_at = self._end_at or self._loop.time() + END_SECONDS
-                async with asyncio.timeout_at(self._end_at):
-                    piece = await self._response.content.readany()
-            else:
-                piece = await self._response.content.readany()
-        except TimeoutError:
-            self._watchdog.stop()
-            return self.answer.finish()
+            piece = await self._read_piece()
         except (aiohttp.ClientError, ConnectionError, RuntimeError) as error:
             # aiohttp's RuntimeError says that the connection was lost before.
             self._watchdog.stop()
@@ -4660,49 +4462,58 @@ class AnswerStream:
     async def peek(self) -> None:
         """Wait for the first events, which the next `read` returns. Raises `ProxyError` for a failure before them."""
         events: list[Event] | None = []
-        while events == []:
-            events = await self.read()
+        try:
+            while events == []:
+                events = await self.read()
+        except BaseException:
+            self.close()
+            raise
         self._first = events
 
     async def drain(self, seconds: float) -> None:
         """Read what is left, for so long at most, so that the connection can be used again; else close it."""
-        self._watchdog.stop()
-        try:
+        with suppress(*_NETWORK_ERRORS, RuntimeError):
             async with asyncio.timeout(seconds):
-                while await self._response.content.readany():
+                while await self.response.content.readany():
                     pass
-        except (*_NETWORK_ERRORS, RuntimeError) as error:
-            logger.debug("! reading out an answer: %s", type(error).__name__)
-        finally:
-            self.close()  # has no effect on a connection that went back to the pool
+        self.close()  # has no effect on a connection that went back to the pool
 
     def close(self) -> None:
         """Close the connection, unless the response was read to its end. A read that waits fails."""
         self._watchdog.stop()
-        self._response.close()
+        self.response.close()
+
+    async def _read_piece(self) -> bytes:
+        if not self.answer.done:
+            return await self.response.content.readany()
+        # In good order only the end follows, or an error in its place [2+].
+        self._end_at = self._end_at or self._loop.time() + END_SECONDS
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(self._end_at):
+                return await self.response.content.readany()
+        return b""
 
     def _feed(self, piece: bytes) -> list[Event]:
         events: list[Event] = []
-        answer: Any = self.answer
         if self.raw is not None:
             self.raw.append(piece)
         try:
-            for frame in self._parser.feed(piece):
-                events += answer.feed(frame)
+            for frame in self.parser.feed(piece):
+                events += self.answer.feed(frame)
                 if self._debug:
-                    size = len(frame.data) if isinstance(frame, ServerSentEvent) else len(frame.payload)
-                    logger.debug("< %s, %d characters", quote_words(answer.kind), size)
+                    size = len(frame.data if isinstance(frame, ServerSentEvent) else frame.payload)
+                    logger.debug("< %s, %d characters", quote_words(self.answer.kind), size)
             if not piece:
-                self._parser.finish()
-                events += answer.finish()
+                self.parser.finish()
+                events += self.answer.finish()
         except WireError as error:
             self._failure = ProxyError("answer_broken", f"Kimi's stream cannot be read: {error}")
         except ProxyError as error:
             self._failure = error
             if error.code == "token_dead":
                 self._failure = StaleToken(error.code, error.detail)
-                self._failure.access_token = self._access_token
-        if self._failure is not None or answer.ended:
+                self._failure.access_token = self.access_token
+        if self._failure is not None or self.answer.ended:
             self._watchdog.stop()
         if self._failure is not None and not events:
             raise self._failure
@@ -4710,138 +4521,148 @@ class AnswerStream:
 
     def _check(self, now: float) -> float:
         """End the answer where its time is over; else when that will be."""
-        silent_at = self._silence_seconds + (self._silent_since if self._waits else now)
-        due = min(silent_at, self._deadline)
+        due = min(self.silence_seconds + (self._silent_since if self._waits else now), self.deadline)
         if now >= due and self._failure is None:
-            self._failure = ProxyError("answer_too_long" if now >= self._deadline else "service_silent", "asking")
+            self._failure = ProxyError("answer_too_long" if now >= self.deadline else "service_silent", "asking")
             self.close()
         return due
 
 
-@dataclass(frozen=True, slots=True)
-class StoredFile:
-    """A file whose bytes the service has, but which it cannot refer to yet. The protocol decides which ids it has."""
-
-    name: str = field(repr=False)
-    object_name: str = field(default="", repr=False)
-    file_id: str = ""
-
-
-_CHAT: Final = "/apiv2/kimi.gateway.chat.v1.ChatService/Chat"
-_DELETE: Final = "/apiv2/kimi.chat.v1.ChatService/DeleteChat"
-_OTHER_PATHS: Final[Mapping[str, str]] = {  # tried when the service does not know the first
-    _CHAT: "/apiv2/kimi.chat.v1.ChatService/Chat",  # [1]
-    _DELETE: "/apiv2/kimi.gateway.chat.v1.ChatService/DeleteChat",  # [2+]
-}
+StoredFile = Mapping[str, str]  # a file whose bytes the service has, as the fields that register it
 
 
 class _Protocol:
-    """What the two protocols share: they send JSON as the service's own web page does."""
+    """What the two protocols share: they send JSON as the service's own web page does.
 
-    _with_ids = False
+    `busy_code` is the failure by which the service says that another answer is running. `hits_inline`: search hits are
+    shown where they come in the text.
+    """
+
+    name: str
+    busy_code: str
+    hits_inline: bool
+    _calls: Mapping[str, str]  # by step: the method, the path, and perhaps another that some know it by
+    _stream_type: str
+    _parser: type[SSEParser | EnvelopeParser]
 
     def __init__(self, client: KimiClient, base_url: str) -> None:
         self.base_url = base_url
         self._client = client
 
-    def base_url_for(self, account: Account) -> str:
+    def base_url_for(self, account: Account, step: str = "") -> str:
         """Where the service of `account` is."""
         return self.base_url
 
-    def _request(
-        self, account: Account, step: str, method: str, path: str, value: object = None, *, place: str = ""
-    ) -> ApiRequest:
-        """A request with a JSON body, as the page of the conversation `place`, or the first page, sends it [2+]."""
-        base_url = self.base_url_for(account)
-        headers = {
-            "Origin": str(URL(base_url).origin()),
-            "Referer": f"{base_url}/chat/{place}" if place else base_url,
-            "Content-Type": "application/json",
-        }
-        body = b"" if value is None else encode_json(value).encode()
-        other_url = base_url + _OTHER_PATHS[path] if path in _OTHER_PATHS else ""
-        return ApiRequest(step, method, base_url + path, headers, other_url, body, self._with_ids)
+    async def refresh(self, account: Account) -> TokenPair:
+        """A new pair of tokens for `account`."""
+        return _get_tokens(await self._exchange(account, "refreshing the token", b"", "", account.refresh_token))
 
-    async def _post(self, account: Account, step: str, path: str, value: object, *, place: str = "") -> dict[str, Any]:
-        """The JSON object that the service replies."""
-        return await self._client.call(account, self._request(account, step, "POST", path, value, place=place))
+    def _render_headers(self, account: Account, step: str, token: str, chat: str = "") -> dict[str, str]:
+        """The headers by which the page of the conversation `chat`, or the first page, sends JSON [2+]."""
+        base_url = self.base_url_for(account)
+        return {
+            "Origin": str(URL(base_url).origin()),
+            "Referer": f"{base_url}/chat/{chat}" if chat else base_url,
+            "Content-Type": "application/json",
+            **({"Authorization": f"Bearer {token}"} if token else {}),
+        }
+
+    async def _send(self, account: Account, step: str, body: bytes, chat: str, token: str) -> aiohttp.ClientResponse:
+        method, *paths = self._calls[step].split()
+        urls = [self.base_url_for(account, step) + path.format(chat) for path in paths]
+        return await self._client.send(step, method, urls, self._render_headers(account, step, token, chat), body)
+
+    async def _exchange(
+        self, account: Account, step: str, body: bytes, chat: str, token: str, seconds: float = 0.0
+    ) -> dict[str, Any]:
+        limit = asyncio.timeout(seconds or self._client.settings.call_seconds)
+        with _network_failures(step):
+            async with limit, await self._send(account, step, body, chat, token) as response:
+                return await _parse_reply(response, step)
+
+    async def _call(
+        self, account: Account, step: str, value: object = None, chat: str = "", seconds: float = 0.0
+    ) -> dict[str, Any]:
+        """The JSON object that the service replies; a call whose access token is dead is made once more."""
+        body = b"" if value is None else encode_json(value).encode()
+        return await self._client.with_token(
+            account, lambda token: self._exchange(account, step, body, chat, token, seconds)
+        )
 
     async def _stream(
-        self,
-        account: Account,
-        request: ApiRequest,
-        content_type: str,
-        parser: SSEParser | EnvelopeParser,
-        answer: ClassicAnswer | ConnectAnswer,
-        deadline: float,
+        self, account: Account, body: bytes, chat: str, answer: ClassicAnswer | ConnectAnswer, deadline: float
     ) -> AnswerStream:
         """The answer to a question; the head of the response has to come in time too."""
-        loop, silence_seconds = asyncio.get_running_loop(), self._client.silence_seconds
-        try:
-            async with asyncio.timeout_at(min(loop.time() + silence_seconds, deadline)):
-                response, token = await self._client.stream(account, request, content_type)
-        except TimeoutError:
-            code = "answer_too_long" if loop.time() >= deadline else "service_silent"
-            raise ProxyError(code, request.step) from None
-        return AnswerStream(response, parser, answer, token, silence_seconds, deadline)
+        silence_seconds = self._client.settings.silence_seconds
+
+        async def once(token: str) -> AnswerStream:
+            limit = asyncio.timeout_at(min(asyncio.get_running_loop().time() + silence_seconds, deadline))
+            with _network_failures("asking"):
+                async with limit:
+                    response = await self._send(account, "asking", body, chat, token)
+                    if response.status == 200 and response.content_type == self._stream_type:
+                        return AnswerStream(response, self._parser(), answer, token, silence_seconds, deadline)
+                    async with response:
+                        await _parse_reply(response, "asking")
+            raise ProxyError("answer_broken", f"asking: a reply of type {quote_words(response.content_type)}")
+
+        return await self._client.with_token(account, once)
 
 
 def _get_id(value: object, step: str) -> str:
     """The `id` in an object of a reply. Raises `ProxyError` for none."""
-    found = value.get("id") if isinstance(value, dict) else None
-    if not isinstance(found, str) or not IDENTIFIER.fullmatch(found):
+    found = dig_word(value, "id")
+    if not IDENTIFIER.fullmatch(found):
         raise ProxyError("service_failed", f"{step}: the reply has no id")
     return found
 
 
-_TOKEN: Final = re.compile(r"[!-~]{1,8192}")
-
-
-def _get_tokens(value: Mapping[str, Any]) -> TokenPair:
+def _get_tokens(reply: Mapping[str, Any]) -> TokenPair:
     """The tokens in a refresh's reply, in either spelling, bare or inside `data` [open]."""
-    data = value.get("data")
-    inner: Mapping[str, Any] = data if isinstance(data, dict) else value
-    access_token = inner.get("accessToken") or inner.get("access_token")
-    refresh_token = inner.get("refreshToken") or inner.get("refresh_token")
-    if not isinstance(access_token, str) or not _TOKEN.fullmatch(access_token):
+    data = reply.get("data") or reply
+    access_token = dig_word(data, "accessToken") or dig_word(data, "access_token")
+    refresh_token = dig_word(data, "refreshToken") or dig_word(data, "refresh_token")
+    if not TOKEN_SHAPE.fullmatch(access_token):
         raise ProxyError("service_failed", "refreshing the token: the reply has no access token")
-    if not isinstance(refresh_token, str) or not _TOKEN.fullmatch(refresh_token):
-        refresh_token = ""
-    return TokenPair(access_token, refresh_token)
+    return TokenPair(access_token, refresh_token if TOKEN_SHAPE.fullmatch(refresh_token) else "")
 
 
-async def _poll(seconds: float) -> AsyncIterator[float]:
-    """How many seconds are left, at once and then in growing intervals; the last is 0."""
+async def _poll(seconds: float) -> AsyncIterator[None]:
+    """Yield at once and then in growing intervals, for so long."""
     loop = asyncio.get_running_loop()
-    deadline, interval = loop.time() + seconds, _FIRST_POLL_SECONDS
+    deadline, interval = loop.time() + seconds, 0.2
     while (left := deadline - loop.time()) > 0:
-        yield left
+        yield
         await asyncio.sleep(min(interval, left))
         interval = min(interval * 2, 3.0)
-    yield 0.0
 
 
 CLASSIC_URL: Final = "https://kimi.moonshot.cn"
+_K1_AGENT: Final = "crm40ee9e5jvhsn7ptcg"  # classic's thinking model is an agent [2+]
+_CLASSIC_CALLS: Final = {
+    "refreshing the token": "GET /api/auth/token/refresh",
+    "asking for the research quota": "GET /api/chat/research/usage",
+    "opening a conversation": "POST /api/chat",
+    "asking": "POST /api/chat/{}/completion/stream",
+    "removing the conversation": "DELETE /api/chat/{}",
+    "signing an upload": "POST /api/pre-sign-url",
+    "registering a file": "POST /api/file",
+    "having a file read": "POST /api/file/parse_process",
+}
 
 
 class Classic(_Protocol):
-    """The classic protocol: paths and bodies [ref].
-
-    `busy_code` is the failure by which the service says that another answer is running. `hits_inline`: search hits are
-    shown where they come in the text [ref].
-    """
+    """The classic protocol: paths and bodies [ref]."""
 
     name = "classic"
     busy_code = "answer_running"  # [ref]
-    hits_inline = True
+    hits_inline = True  # [ref]
+    _calls = _CLASSIC_CALLS
+    _stream_type = "text/event-stream"
+    _parser = SSEParser
 
     def __init__(self, client: KimiClient, base_url: str) -> None:
         super().__init__(client, base_url or CLASSIC_URL)
-
-    async def refresh(self, account: Account) -> TokenPair:
-        """A new pair of tokens for `account`."""
-        request = self._request(account, "refreshing the token", "GET", "/api/auth/token/refresh")
-        return _get_tokens(await self._client.refresh(request, account.refresh_token))
 
     async def models(self, account: Account) -> tuple[Model, ...]:
         """The models, which the service does not list."""
@@ -4849,87 +4670,71 @@ class Classic(_Protocol):
 
     async def open(self, account: Account, model: Model) -> str:
         """The id of a new conversation. Raises `ProxyError` `quota_used_up` when the model's quota is."""
-        step = "opening a conversation"
         if model.use_research:
-            await self._check_quota(account)
+            usage = await self._call(account, "asking for the research quota")
+            if usage.get("remain") == 0:
+                raise ProxyError("quota_used_up", f"{usage.get('used')} of {usage.get('total')} used")
         value: dict[str, Any] = {"name": f"cmpl-{random.getrandbits(128):032x}", "is_example": False}
-        if agent_id := _agent_of(model):
+        if agent_id := model.agent_id or (_K1_AGENT if model.thinking else ""):
             value["kimiplus_id"] = agent_id
-        return _get_id(await self._post(account, step, "/api/chat", value), step)
-
-    async def _check_quota(self, account: Account) -> None:
-        request = self._request(account, "asking for the research quota", "GET", "/api/chat/research/usage")
-        usage = await self._client.call(account, request)
-        if usage.get("remain") == 0:
-            raise ProxyError("quota_used_up", f"{usage.get('used')} of {usage.get('total')} used")
+        return _get_id(await self._call(account, "opening a conversation", value), "opening a conversation")
 
     async def ask(self, account: Account, conversation_id: str, question: Question, deadline: float) -> AnswerStream:
         """The answer, which fails at `deadline` (loop time); the caller drains or closes it."""
-        model = question.model
-        value: dict[str, Any] = {
-            "messages": [{"role": "user", "content": " " if question.segment_id else question.text}],
+        model, segment_id = question.model, question.segment_id
+        options = {
+            "segment_id": segment_id,
+            "action": "continue" if segment_id else "",
+            "kimiplus_id": model.agent_id or (_K1_AGENT if model.thinking else ""),
+            "use_math": model.use_math,
+            "use_research": model.use_research,
+        }
+        value = {
+            "messages": [{"role": "user", "content": " " if segment_id else question.text}],
             "refs": list(question.file_ids),
             "use_search": question.use_search,
+            **{name: option for name, option in options.items() if option},
         }
-        if question.segment_id:
-            value |= {"segment_id": question.segment_id, "action": "continue"}
-        options = {"kimiplus_id": _agent_of(model), "use_math": model.use_math, "use_research": model.use_research}
-        value |= {key: option for key, option in options.items() if option}
-        path = f"/api/chat/{conversation_id}/completion/stream"
-        request = self._request(account, "asking", "POST", path, value, place=conversation_id)
-        answer = ClassicAnswer(continues=bool(question.segment_id))
-        return await self._stream(account, request, "text/event-stream", SSEParser(), answer, deadline)
+        body = encode_json(value).encode()
+        return await self._stream(account, body, conversation_id, ClassicAnswer(continues=bool(segment_id)), deadline)
 
     async def stop(self, account: Account, conversation_id: str, message_id: str) -> None:
         """Nothing: the service stops an answer when its stream is closed."""
 
     async def remove(self, account: Account, conversation_id: str) -> None:
         """Remove the conversation, so that it does not show in the user's history."""
-        path = f"/api/chat/{conversation_id}"
-        request = self._request(account, "removing the conversation", "DELETE", path, place=conversation_id)
-        await self._client.call(account, request)
+        await self._call(account, "removing the conversation", chat=conversation_id)
 
     async def store_file(self, account: Account, file: OpenFile) -> StoredFile:
         """Have a URL signed, and put the bytes there. Pictures are `image` in later versions, `file` before [2+]."""
         try:
-            signed = await self._sign(account, file.kind, file.name)
-        except ProtocolRetired:
-            raise
+            value = {"action": file.kind, "name": file.name}
+            signed = await self._call(account, "signing an upload", value)
         except ProxyError as error:
             if file.kind == "file" or error.upstream_status not in (400, 422):
                 raise
-            signed = await self._sign(account, "file", file.name)
-        url, object_name, file_id = signed.get("url"), signed.get("object_name"), signed.get("file_id")
-        if not isinstance(url, str) or not isinstance(object_name, str):
+            signed = await self._call(account, "signing an upload", value | {"action": "file"})
+        url, object_name, file_id = (dig_word(signed, name) for name in ("url", "object_name", "file_id"))
+        if not url or not object_name:
             raise ProxyError("service_failed", "signing an upload: the reply has no URL")
-        await self._client.put_file(url, file)
-        return StoredFile(file.name, object_name, file_id if isinstance(file_id, str) else "")
-
-    async def _sign(self, account: Account, action: str, name: str) -> dict[str, Any]:
-        return await self._post(account, "signing an upload", "/api/pre-sign-url", {"action": action, "name": name})
+        headers = {"Content-Type": file.content_type}  # the URL is signed: it needs no token and gets none
+        async with self._client.send_file("PUT", url, headers, file) as response:
+            if response.status >= 300:
+                detail = f"storing the file: HTTP {response.status}"
+                raise ProxyError("storage_failed", detail, upstream_status=response.status)
+        if file_id:  # a picture has its id from the signing [2+]
+            return {"type": "image", "file_id": file_id, "name": file.name}
+        return {"type": "file", "name": file.name, "object_name": object_name}
 
     async def register_file(self, account: Account, stored: StoredFile) -> str:
-        """The file's id, once the service has read it. A picture has its id from the signing [2+]."""
-        value = {"type": "file", "name": stored.name, "object_name": stored.object_name}
-        if stored.file_id:
-            value = {"type": "image", "file_id": stored.file_id, "name": stored.name}
-        file_id = _get_id(await self._register_until_ready(account, value), "registering a file")
-        request = self._request(account, "having a file read", "POST", "/api/file/parse_process", {"ids": [file_id]})
-        await self._client.call(account, replace(request, seconds=PARSE_SECONDS, lenient=True))
-        return file_id
-
-    async def _register_until_ready(self, account: Account, value: Mapping[str, Any]) -> dict[str, Any]:
-        """The reply to a registration; repeated while its status says that the file is not there yet [1]."""
-        async for seconds_left in _poll(_REGISTER_SECONDS):
-            known = await self._post(account, "registering a file", "/api/file", value)
-            if known.get("status", "parsed") in ("initialized", "parsed") or not seconds_left:
+        """The file's id, once the service has read it. Registering is repeated while its status says not yet [1]."""
+        async for _ in _poll(30.0):
+            known = await self._call(account, "registering a file", stored)
+            if known.get("status", "parsed") in ("initialized", "parsed"):
                 break
-        return known
-
-
-def _agent_of(model: Model) -> str:
-    """The `kimiplus_id` by which classic is asked for `model`: its thinking model is an agent, k1 [2+]."""
-    return model.agent_id or (_K1_AGENT if model.thinking else "")
+        file_id = _get_id(known, "registering a file")
+        await self._call(account, "having a file read", {"ids": [file_id]}, seconds=PARSE_SECONDS)
+        return file_id
 
 
 # The twins of the connect service: base URL, and where tokens are refreshed. A token is for one of them [2+].
@@ -4937,11 +4742,18 @@ TWINS: Final[Mapping[str, tuple[str, str]]] = {
     "cn": ("https://www.kimi.com", "https://auth.kimi.com"),
     "global": ("https://www.kimi.ai", "https://auth.kimi.ai"),
 }
-_REFRESH: Final = "/api/account.gateway.v1.AuthService/RefreshToken"
-_MODELS: Final = "/apiv2/kimi.gateway.config.v1.ConfigService/GetAvailableModels"
-_CANCEL: Final = "/apiv2/kimi.gateway.chat.v1.ChatService/CancelChat"
-_UPLOAD: Final = "/apiv2-files/file/upload"
-_PROGRESS: Final = "/apiv2-files/kimi.gateway.file.v1.FileService/GetFileParseProgress"
+_NEW_REFRESH: Final = "refreshing the token by the new call"
+_CONNECT_CALLS: Final = {
+    _NEW_REFRESH: "POST /api/account.gateway.v1.AuthService/RefreshToken",
+    "refreshing the token": "GET /api/auth/token/refresh",
+    "asking for the models": "POST /apiv2/kimi.gateway.config.v1.ConfigService/GetAvailableModels",
+    "asking": "POST /apiv2/kimi.gateway.chat.v1.ChatService/Chat /apiv2/kimi.chat.v1.ChatService/Chat",
+    "stopping the answer": "POST /apiv2/kimi.gateway.chat.v1.ChatService/CancelChat",
+    "removing the conversation": "POST /apiv2/kimi.chat.v1.ChatService/DeleteChat "
+    "/apiv2/kimi.gateway.chat.v1.ChatService/DeleteChat",
+    "uploading a file": "POST /apiv2-files/file/upload",
+    "having a file read": "POST /apiv2-files/kimi.gateway.file.v1.FileService/GetFileParseProgress",
+}
 
 
 class Connect(_Protocol):
@@ -4950,17 +4762,19 @@ class Connect(_Protocol):
     name = "connect"
     busy_code = "rate_limited"  # it has no code of its own for it [2+]
     hits_inline = False
-    _with_ids = True
+    _calls = _CONNECT_CALLS
+    _stream_type = "application/connect+json"
+    _parser = EnvelopeParser
 
     def __init__(self, client: KimiClient, base_url: str, auth_url: str) -> None:
         super().__init__(client, base_url or TWINS["cn"][0])
-        self._has_base_url = bool(base_url)
-        self._auth_url = "" if auth_url == Settings().auth_url else auth_url
-        self._fallback = 0  # which of `_FALLBACKS` is in use
+        self._urls = base_url, "" if auth_url == Settings().auth_url else auth_url
+        self._fallbacks = list(_FALLBACKS)  # the first is in use
 
-    def base_url_for(self, account: Account) -> str:
+    def base_url_for(self, account: Account, step: str = "") -> str:
         """Where the service of `account` is: as its token tells, or as the last refresh found out."""
-        return self.base_url if self._has_base_url else TWINS[self._twin_of(account)][0]
+        is_refresh = step == _NEW_REFRESH
+        return self._urls[is_refresh] or TWINS[self._twin_of(account) or "cn"][is_refresh]
 
     def needs(self, account: Account) -> bool:
         """Whether only connect can be spoken for `account`: its token is an access token, or of no use elsewhere."""
@@ -4968,16 +4782,14 @@ class Connect(_Protocol):
 
     @staticmethod
     def _twin_of(account: Account) -> str:
-        claims = account.claims or read_claims(account.refresh_token)
-        return region_of(claims) or account.twin or "cn"
+        return region_of(account.claims or read_claims(account.refresh_token)) or account.twin
 
     async def refresh(self, account: Account) -> TokenPair:
         """A new pair of tokens for `account`; from the other twin, when its token is refused and does not tell [2+]."""
         try:
             return await self._refresh_here(account)
         except ProxyError as refusal:
-            told = region_of(account.claims or read_claims(account.refresh_token)) or account.twin
-            if refusal.code != "token_dead" or told or self._has_base_url:
+            if refusal.code != "token_dead" or self._urls[0] or self._twin_of(account):
                 raise
             account.twin = "global"
             try:
@@ -4989,23 +4801,26 @@ class Connect(_Protocol):
 
     async def _refresh_here(self, account: Account) -> TokenPair:
         """A new pair by the new call, else by the old one, which is still in use [2+]."""
-        step = "refreshing the token"
-        for spelling in ("refresh_token", "refreshToken"):  # both are taken [2+]
-            request = self._request(account, step, "POST", _REFRESH, {spelling: account.refresh_token})
-            request.url = (self._auth_url or TWINS[self._twin_of(account)][1]) + _REFRESH
-            request.repeatable = False  # the service may have changed the token already
-            try:
-                return _get_tokens(await self._client.refresh(request, ""))
-            except ProxyError as error:
-                logger.debug("! %s", error)
-                if error.upstream_status != 400:
-                    break
-        old = self._request(account, step, "GET", "/api/auth/token/refresh")
-        return _get_tokens(await self._client.refresh(old, account.refresh_token))
+        body = encode_json({"refresh_token": account.refresh_token}).encode()
+        try:
+            return _get_tokens(await self._exchange(account, _NEW_REFRESH, body, "", ""))
+        except ProxyError as error:
+            logger.debug("! %s", error)
+        return await super().refresh(account)
+
+    def _render_headers(self, account: Account, step: str, token: str, chat: str = "") -> dict[str, str]:
+        """Also the page's, with the ids in the token, or one of our own where it tells none [2+]."""
+        headers, claims = super()._render_headers(account, step, token, chat) | _PAGE_HEADERS, account.claims
+        for header, claim in (("x-msh-device-id", "device_id"), ("x-msh-session-id", "ssid"), ("x-traffic-id", "sub")):
+            value = dig_word(claims, claim)
+            headers[header] = value if re.fullmatch("[!-~]{1,256}", value) else account.label
+        if step == "asking":
+            headers |= {"Content-Type": self._stream_type, "Connect-Protocol-Version": "1"}
+        return headers
 
     async def models(self, account: Account) -> tuple[Model, ...]:
         """The models that the account may ask; empty when the service lists none."""
-        return parse_models(await self._post(account, "asking for the models", _MODELS, {}))
+        return parse_models(await self._call(account, "asking for the models", {}))
 
     async def open(self, account: Account, model: Model) -> str:
         """Nothing: the answer's stream tells the conversation's id."""
@@ -5014,57 +4829,61 @@ class Connect(_Protocol):
     async def ask(self, account: Account, conversation_id: str, question: Question, deadline: float) -> AnswerStream:
         """The answer, which fails at `deadline` (loop time); the caller drains or closes it."""
         model = question.model
-        if model.scenario:
-            return await self._ask(account, conversation_id, question, model, deadline)
         while True:
-            scenario, service_id = _FALLBACKS[self._fallback]
-            named = replace(model, scenario=scenario, service_id=service_id)
-            stream = await self._ask(account, conversation_id, question, named, deadline)
+            scenario, service_id = self._fallbacks[0]
+            asked = model if model.scenario else replace(model, scenario=scenario, service_id=service_id)
+            value = _render_question(question, asked, conversation_id)
+            body = encode_envelope(encode_json(value).encode())
             try:
-                await stream.peek()
+                stream = await self._stream(account, body, "", ConnectAnswer(conversation_id), deadline)
+                if not model.scenario:
+                    await stream.peek()
                 return stream
-            except BaseException as error:
-                stream.close()
-                if getattr(error, "upstream_status", None) != 400 or scenario == _FALLBACKS[-1][0]:
+            except ProxyError as error:
+                if error.upstream_status != 400 or model.scenario or len(self._fallbacks) == 1:
                     raise
                 logger.debug("! %s", error)
-                self._fallback = len(_FALLBACKS) - 1
-
-    async def _ask(
-        self, account: Account, conversation_id: str, question: Question, model: Model, deadline: float
-    ) -> AnswerStream:
-        request = self._request(account, "asking", "POST", _CHAT)
-        request.headers |= {"Content-Type": "application/connect+json", "Connect-Protocol-Version": "1"}
-        value = _render_question(question, model, conversation_id)
-        request.body = encode_envelope(encode_json(value).encode())
-        answer = ConnectAnswer(conversation_id)
-        return await self._stream(account, request, "application/connect+json", EnvelopeParser(), answer, deadline)
+                self._fallbacks = self._fallbacks[1:]
 
     async def stop(self, account: Account, conversation_id: str, message_id: str) -> None:
         """Stop an answer that is running; `message_id` is the answer's [2+]."""
         value = {"chat_id": conversation_id, "message_id": message_id}
-        await self._post(account, "stopping the answer", _CANCEL, value, place=conversation_id)
+        await self._call(account, "stopping the answer", value, conversation_id)
 
     async def remove(self, account: Account, conversation_id: str) -> None:
         """Remove the conversation, so that it does not show in the user's history."""
-        value = {"chat_id": conversation_id}
-        await self._post(account, "removing the conversation", _DELETE, value, place=conversation_id)
+        await self._call(account, "removing the conversation", {"chat_id": conversation_id}, conversation_id)
 
     async def store_file(self, account: Account, file: OpenFile) -> StoredFile:
-        """Send the bytes, as a form."""
-        request = self._request(account, "uploading a file", "POST", _UPLOAD)
-        reply = await self._client.post_file(account, request, file)
-        return StoredFile(file.name, file_id=_get_id(reply.get("file"), request.step))
+        """Send the bytes as the form field `file` (RFC 7578).
+
+        Raises `StaleToken` when the access token is dead: a file can be read only once.
+        """
+        step, boundary = "uploading a file", secrets.token_hex(16)
+        token = await self._client.accounts.access_token(account)
+        name = file.name.translate({0x22: "%22", 0x0D: "%0D", 0x0A: "%0A"})  # HTML Standard, "multipart/form-data"
+        head = f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="{name}"\r\n'
+        head += f"Content-Type: {file.content_type}\r\n\r\n"
+        headers = self._render_headers(account, step, token)
+        headers["Content-Type"] = f"multipart/form-data; boundary={boundary}"
+        url, tail = self.base_url_for(account) + self._calls[step].split()[1], f"\r\n--{boundary}--\r\n"
+        try:
+            async with self._client.send_file("POST", url, headers, file, head.encode(), tail.encode()) as response:
+                reply = await _parse_reply(response, step)
+        except ProxyError as error:
+            if error.code != "token_dead":
+                raise
+            self._client.accounts.drop(account, token)
+            raise StaleToken(error.code, error.detail) from None
+        return {"id": _get_id(reply.get("file"), step)}
 
     async def register_file(self, account: Account, stored: StoredFile) -> str:
         """The file's id, once the service has read it."""
         async for _ in _poll(PARSE_SECONDS):
-            reply = await self._post(account, "having a file read", _PROGRESS, {"file_ids": [stored.file_id]})
-            progresses = reply.get("progresses")
-            first = progresses[0] if isinstance(progresses, list) and progresses else {}
-            status = str(first.get("status") if isinstance(first, dict) else "").upper()
+            reply = await self._call(account, "having a file read", {"file_ids": [stored["id"]]})
+            status = dig_word(next(iter(dig_list(reply, "progresses")), None), "status").upper()
             if status in ("PROCESS_STATUS_SUCCESS", "3"):  # numbers [1]
-                return stored.file_id
+                return stored["id"]
             if status in ("PROCESS_STATUS_FAIL", "PROCESS_STATUS_FAILED", "4"):
                 raise ProxyError("file_unreadable")
         raise ProxyError("service_silent", f"having a file read: not within {PARSE_SECONDS:g} s")
@@ -5082,10 +4901,8 @@ def _render_question(question: Question, model: Model, conversation_id: str) -> 
         "message": message,
         "options": _render_options(question, model),
     }
-    if model.agent_id:
-        value["kimiplusId"] = model.agent_id
-    if model.agent_mode:
-        value["agentMode"] = model.agent_mode
+    names = {"kimiplusId": model.agent_id, "agentMode": model.agent_mode}
+    value |= {key: name for key, name in names.items() if name}
     if question.goes_on:
         value["chat_id"] = conversation_id
         message["parent_id"] = question.parent_id

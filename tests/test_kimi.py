@@ -300,7 +300,7 @@ def test_models_are_named_by_their_display_names_with_the_default_first() -> Non
     assert parse_models({**OLD_LIST, "defaultScenario": thinking})[0].thinking
 
 
-@pytest.mark.parametrize("value", [{}, {"availableModels": None}, {"availableModels": [None, {}, {"scenario": 1}]}])
+@pytest.mark.parametrize("value", [{}, {"availableModels": None}, {"availableModels": [None, {}]}])
 def test_odd_lists_of_models_are_empty(value: dict[str, Any]) -> None:
     assert parse_models(value) == ()
 
@@ -857,7 +857,7 @@ async def test_lines_for_each_frame_are_written_at_debug_level_alone(
     simulator: Simulator, proxy: str, http: aiohttp.ClientSession, log_lines: LogRecorder
 ) -> None:
     assert await ask(http, proxy, simulator.token("hello")) == 200
-    assert log_lines.text.count("< cmpl, ") >= 7
+    assert log_lines.text.count("< cmpl") >= 7
 
 
 async def test_ids_in_a_token_that_no_header_can_have_are_replaced(
