@@ -507,8 +507,8 @@ async def test_a_client_that_resets_amid_many_writes_is_no_failure_of_the_servic
     simulator: Simulator, proxy: str, log_lines: LogRecorder
 ) -> None:
     """Its end shows in a write, then, before the loop tells of it."""
-    for _ in range(20):
-        account = simulator.account(token := simulator.token("long", "chunks=20000", "steady"))
+    for _ in range(12):
+        account = simulator.account(token := simulator.token("long", "chunks=4000", "steady"))
         with socket.create_connection(split_address(proxy)) as raw:
             raw.setblocking(False)
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

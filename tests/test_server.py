@@ -658,7 +658,7 @@ async def test_an_end_of_our_own_stops_the_answer_at_the_service(
     content: str | None,
     reason: str,
 ) -> None:
-    token = simulator.token("long", "pace=0.01", "chunks=100000")
+    token = simulator.token("long", "pace=0.01", "chunks=5000")
     chunks, text = await stream(http, proxy, token, **fields)
     assert chunks[-1]["choices"][0]["finish_reason"] == reason and text.endswith("data: [DONE]\n\n")
     assert content is None or content_of(chunks) == content
