@@ -111,10 +111,13 @@ class Settings:
     allowed_hosts: tuple[str, ...] = _proxy((), "comma-separated names of a proxy that holds an account")
     proxy_url: str = _kimi("", "HTTP proxy for all but file URLs, http://user:password@host:port", secret=True)
     queue_length: int = _proxy(16, "requests that may wait for an account that answers one at a time", low=0)
-    state_dir: str = _proxy("default", "directory of state; default: $STATE_DIRECTORY or the user's; empty: none")
+    state_dir: str = _proxy(
+        "default",
+        "where tokens and open conversations are kept; default: $STATE_DIRECTORY or the user's; empty: nowhere",
+    )
     cors_origins: tuple[str, ...] = _proxy(("*",), "comma-separated web origins whose pages may call; * is any")
     log_level: str = _proxy("info", "debug tells of each upstream event", choices="debug info warning error")
-    log_format: str = _proxy("text", "json: one JSON object per line", choices="text json")
+    log_format: str = _proxy("text", "json is one JSON object per line", choices="text json")
     call_seconds: float = _kimi(15.0, "limit of one ordinary call to Kimi")
     silence_seconds: float = _kimi(120.0, "an answer that is silent for this long has failed")
     answer_seconds: float = _kimi(1800.0, "limit of one whole answer")
@@ -5431,13 +5434,14 @@ class LiveAnswer:
             if account.slots.serialized and account.slots.running:
                 candidates.busy.append(account)
                 continue
+            others = account.slots.running
             try:
                 await self._ask_account(account)
                 return
             except ProxyError as failure:
-                # Kimi refuses an answer because another one of the account runs, which it does, here.
+                # Kimi refuses an answer because another one of the account runs, which it does, or did, here.
                 busy_code = self._exchange.protocol.busy_code if self._exchange is not None else ""
-                if failure.code == busy_code and account.slots.running > 1:
+                if failure.code == busy_code and (others or account.slots.running > 1):
                     account.slots.note_refused()
                     candidates.busy.append(account)
                 else:
