@@ -69,7 +69,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
-__version__: Final = "1.7.0"
+__version__: Final = "2.0.0"
 
 
 # ==== 2. Settings ===========================================================
