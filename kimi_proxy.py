@@ -101,6 +101,7 @@ class Settings:
     port: int = _proxy(8000, "port to listen on; 0 takes a free one", low=0, high=65_535)
     base_url: str = _kimi("", "base URL of Kimi; empty: https://kimi.moonshot.cn, or www.kimi.com for connect")
     auth_url: str = _kimi("https://auth.kimi.com", "base URL of the newer token refresh")
+    web_version: str = _kimi("2.2.0", "version of the web page that connect is told (x-msh-version)")
     protocol: str = _kimi("auto", "auto moves on from classic once that is retired", choices="auto classic connect")
     use_search: bool = _kimi(True, "search the web where neither request nor model says")
     sources: str = _kimi("text", "how to show search hits; text: also in the answer", choices="text annotations none")
@@ -4078,7 +4079,6 @@ _BROWSER_HEADERS: Final = {
 }
 _PAGE_HEADERS: Final = {
     "x-msh-platform": "web",
-    "x-msh-version": "2.2.0",  # of September 2026
     "x-language": "zh-CN",
     "r-timezone": "Asia/Shanghai",
 }
@@ -4814,6 +4814,7 @@ class Connect(_Protocol):
     def _render_headers(self, account: Account, step: str, token: str, chat: str = "") -> dict[str, str]:
         """Also the page's, with the ids in the token, or one of our own where it tells none [2+]."""
         headers, claims = super()._render_headers(account, step, token, chat) | _PAGE_HEADERS, account.claims
+        headers["x-msh-version"] = self._client.settings.web_version
         for header, claim in (("x-msh-device-id", "device_id"), ("x-msh-session-id", "ssid"), ("x-traffic-id", "sub")):
             value = dig_word(claims, claim)
             headers[header] = value if re.fullmatch("[!-~]{1,256}", value) else account.label

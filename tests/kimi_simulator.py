@@ -967,6 +967,7 @@ class Simulator:
         self.overseas = overseas  # kimi.ai, whose tokens are of no use at kimi.com, and the other way round
         self.refresh_retired = False  # the old refresh too
         self.retired = retired  # how the classic calls answer: redirect, html, or a status
+        self.web_version = "2.2.0"  # what x-msh-version has to be
         self.seed = seed if seed is not None else int(os.environ.get("KIMI_SIMULATOR_SEED") or secrets.randbits(32))
         self.url = ""
         self.storage_url = ""
@@ -1446,7 +1447,7 @@ class Simulator:
         for header, claim in named.items():
             if not request.headers.get(header) or (claims and request.headers[header] != claims[claim]):
                 self._violate(f"{header} of {request.path}")
-        page = {"x-msh-platform": "web", "x-msh-version": "2.2.0"}
+        page = {"x-msh-platform": "web", "x-msh-version": self.web_version}
         if not page.items() <= {name.lower(): value for name, value in request.headers.items()}.items():
             self._violate("x-msh-platform or x-msh-version")
         if not request.headers.get("x-language") or not request.headers.get("r-timezone"):

@@ -567,6 +567,13 @@ async def test_with_tools_of_the_client_those_of_the_service_stay_away(simulator
     assert (asked["tools"], asked["options"]["enable_plugin"]) == ([], False)
 
 
+async def test_the_version_of_the_web_page_is_a_setting(simulator: Simulator) -> None:
+    simulator.web_version = "2.3.0"
+    token = simulator.token("hello")
+    async with speak_connect(simulator, web_version="2.3.0") as (protocol, accounts):
+        await read_all(protocol, accounts, token, Question("hi", False))
+
+
 async def test_older_models_think_when_the_client_wants_it(simulator: Simulator) -> None:
     token = simulator.token("hello")
     async with speak_connect(simulator) as (protocol, accounts):

@@ -60,6 +60,7 @@ GOOD = {
     "PROXY_SPOOL_DIR": (".", "."),
     "KIMI_REFRESH_TOKEN": ("a,b", "a,b"),
     "KIMI_REFRESH_TOKEN_FILE": ("token", "token"),
+    "KIMI_WEB_VERSION": ("2.3.0", "2.3.0"),
     "PROXY_API_KEYS": ("me:key", "me:key"),
     "PROXY_API_KEYS_FILE": ("/keys", "/keys"),
     "PROXY_ALLOWED_HOSTS": ("a.example,b.example", ("a.example", "b.example")),
