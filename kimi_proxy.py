@@ -103,6 +103,7 @@ class Settings:
     auth_url: str = _kimi("https://auth.kimi.com", "base URL of the newer token refresh")
     web_version: str = _kimi("2.2.0", "version of the web page that connect is told (x-msh-version)")
     protocol: str = _kimi("auto", "auto moves on from classic once that is retired", choices="auto classic connect")
+    system_prompt: bool = _kimi(False, "tell kimi.com what tools there are in a system prompt, not in the text")
     use_search: bool = _kimi(True, "search the web where neither request nor model says")
     sources: str = _kimi("text", "how to show search hits; text: also in the answer", choices="text annotations none")
     refresh_token: str = _kimi("", "comma-separated refresh tokens of accounts that the proxy holds", secret=True)
@@ -2554,13 +2555,19 @@ def _is_plain(request: ChatRequest) -> bool:
     return not (request.tools or request.left_out or is_form or request.use_search is False)
 
 
+def render_tools(request: ChatRequest) -> str:
+    """The first line of the prompt, which tells what the model may call; empty where it may call nothing."""
+    tools = describe_tools(request.tools, request.tool_choice, parallel=request.parallel_tool_calls)
+    return f"system:{tools}\n" if tools else ""
+
+
 def render_prompt(request: ChatRequest) -> str:
     """The one text that the service is sent: what it may call, each message as `role:text` and a line end [ref], and
     the form of the answer. In a conversation that exists a message that is alone goes without its role.
 
     Calls alone stand with the assistant's words before them; a result has the name of the latest call with its id.
     """
-    tools = describe_tools(request.tools, request.tool_choice, parallel=request.parallel_tool_calls)
+    tools = render_tools(request)
     form = describe_format(request.response_format) if request.response_format is not None else ""
     texts = [message.text for message in request.messages]
     left = MAX_MARKED_URLS if _is_plain(request) else 0
@@ -2582,7 +2589,7 @@ def render_prompt(request: ChatRequest) -> str:
         lines.append("".join(["" if is_continued else f"{role}:", "\n".join(words), "\n"]))
     if request.conversation_id not in ("", NEW_CONVERSATION) and not tools and not form and len(lines) - start == 1:
         return lines[-1].partition(":")[2].removesuffix("\n")
-    return "".join([*([f"system:{tools}\n"] if tools else []), *lines[start:], *([f"system:{form}\n"] if form else [])])
+    return "".join([tools, *lines[start:], *([f"system:{form}\n"] if form else [])])
 
 
 def make_chain(request: ChatRequest, make_id: Callable[[], str]) -> Chain:
@@ -4177,9 +4184,9 @@ def choose_effort(model: Model, wanted: str) -> str:
         return _EFFORTS.index(level) if level in _EFFORTS else len(_EFFORTS)
 
     if wanted not in _EFFORTS:
-        if not model.thinking or rank(model.default_effort):
+        if rank(model.default_effort) or not (model.thinking or wanted == "enabled"):
             return model.default_effort
-        wanted = "high"  # the client's name of the model says `thinking`
+        wanted = "high"  # the client, or its name of the model, asks for thinking
     thinks = wanted not in ("none", "minimal")
     goal = rank(wanted) if thinks else 0
     choices = [effort for effort in model.efforts if thinks <= rank(effort)] or model.efforts
@@ -4231,6 +4238,7 @@ class Question:
     model: Model = KIMI
     effort: str = ""
     has_tools: bool = False
+    preface: str = field(default="", repr=False)  # with which `text` begins; connect takes it as a system prompt
     segment_id: str = ""
     conversation_id: str = ""
     parent_id: str = ""
@@ -4895,7 +4903,9 @@ class Connect(_Protocol):
 
 def _render_question(question: Question, model: Model, conversation_id: str) -> dict[str, Any]:
     """The body of Chat. A new chat leaves `chat_id` and `parent_id` out [2+]."""
-    blocks: list[dict[str, Any]] = [{"message_id": "", "text": {"content": question.text}}]
+    blocks: list[dict[str, Any]] = [
+        {"message_id": "", "text": {"content": question.text.removeprefix(question.preface)}}
+    ]
     for file_id in question.file_ids:
         blocks.append({"message_id": "", "file": {"id": file_id, "status": "PROCESS_STATUS_SUCCESS"}})
     message: dict[str, Any] = {"role": "user", "blocks": blocks, "scenario": model.scenario}
@@ -4917,10 +4927,12 @@ def _render_options(question: Question, model: Model) -> dict[str, Any]:
     options: dict[str, Any] = {"thinking": model.thinking}
     if effort := choose_effort(model, question.effort):
         options |= {"thinking": not effort.endswith("_NONE"), "reasoning_effort": effort}
-    elif question.effort in _EFFORTS:
+    elif question.effort in (*_EFFORTS, "enabled"):
         options["thinking"] = question.effort not in ("none", "minimal")
     if model.service_id:
         options["model"] = model.service_id
+    if question.preface:
+        options["system_prompt"] = question.preface.removeprefix("system:")
     if question.has_tools:
         options["enable_plugin"] = False  # keeps the model's own tools away [2+]
     return options
@@ -5954,6 +5966,7 @@ async def _read_question(api: Api, request: web.Request) -> tuple[Encoder, LiveA
     use_search = settings.use_search and is_plain if chat.use_search is None else chat.use_search
     question = Question(prompt, use_search, chat.model, effort=chat.effort, has_tools=bool(chat.tools))
     question.conversation_id, question.attachments = chat.conversation_id, list(chat.attachments)
+    question.preface = render_tools(chat) if settings.system_prompt else ""
     answer = state.gateway.answer(accounts, question, start_chain)
     return encoder, answer, chat.own_messages if options is not None and options.store else ()
 
@@ -6697,6 +6710,11 @@ class _Check:
         with suppress(ProxyError):
             await self._chat(account, replace(question, text="user:Count to 100.\n"), "stop")
         with suppress(ProxyError):
+            if self._protocol.name == "connect":
+                preface = "system:Begin each answer with the word OKAPI.\n"
+                text = f"{preface}user:Say OK.\n"
+                await self._chat(account, replace(question, text=text, preface=preface), "system prompt")
+        with suppress(ProxyError):
             await self._step("upload", self._upload(account))
         return True
 
@@ -6735,6 +6753,8 @@ class _Check:
         form = next((form for form, mark in _CITATION_FORMS if mark in b"".join(stream.raw or ())), "")
         if form:
             self.seen.append(f"citations as {form}")
+        if "OKAPI" in "".join(event.text for event in events if isinstance(event, Text)):
+            self.seen.append("which is obeyed")
         return events
 
     async def _step(self, what: str, work: Awaitable[Result]) -> Result:

@@ -1162,7 +1162,7 @@ class Simulator:
         else:
             chat_id = f"{secrets.token_hex(4)}-{secrets.token_hex(6)}"
             account.conversations[chat_id] = Conversation([body], told=False)
-        asked = block["text"]["content"]
+        asked = body["options"].get("system_prompt", "") + block["text"]["content"]
         return await self._run_stream(request, account, asked, chat_id, files)
 
     def _check_other_name(self, account: Account, request: web.Request, usual: str) -> None:
@@ -1173,7 +1173,7 @@ class Simulator:
     def _check_question(self, account: Account, body: dict[str, Any]) -> None:
         """What is asked has to fit the model that it is asked of."""
         options, scenario = body["options"], body["scenario"]
-        if options.keys() - {"thinking", "reasoning_effort", "model", "enable_plugin"}:
+        if options.keys() - {"thinking", "reasoning_effort", "model", "enable_plugin", "system_prompt"}:
             self._violate(f"options of Chat: {sorted(options)}")
         if body["message"]["scenario"] != scenario:
             self._violate("two scenarios")

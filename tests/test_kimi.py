@@ -520,32 +520,45 @@ async def test_a_listed_model_is_asked_with_all_that_tells_it_apart(
     assert asked["options"] == options and asked["tools"]
 
 
-# Each API's own switch for thinking.
-SWITCHES: dict[str, tuple[str, dict[str, Any]]] = {
-    "chat": (CHAT, {"messages": [{"role": "user", "content": "hi"}], "reasoning_effort": "xhigh"}),
-    "messages": (
-        "/v1/messages",
-        {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 99, "output_config": {"effort": "max"}},
-    ),
-    "responses": ("/v1/responses", {"input": "hi", "reasoning": {"effort": "high"}}),
-}
+# Each API's own switches for thinking: path, model, what is sent, and the constant that Kimi is asked with.
+HI: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "input": "hi", "max_tokens": 99}
+MESSAGES, RESPONSES = "/v1/messages", "/v1/responses"
+SWITCHES: list[tuple[str, str, dict[str, Any], str]] = [
+    (CHAT, "k3-agent", {"reasoning_effort": "xhigh"}, "HIGH"),
+    (CHAT, "kimi-instant", {"reasoning_effort": "none"}, "NONE"),
+    (CHAT, "kimi-instant", {"thinking": {"type": "disabled"}}, "NONE"),
+    (CHAT, "kimi-instant", {"thinking": {"type": "enabled"}}, "LOW"),
+    (CHAT, "kimi-instant-thinking", {}, "LOW"),
+    (CHAT, "kimi", {}, "LOW"),
+    (MESSAGES, "k3-agent", {"output_config": {"effort": "max"}}, "MAX"),
+    (MESSAGES, "k3-agent", {"thinking": {"type": "adaptive"}, "output_config": {"effort": "low"}}, "LOW"),
+    (MESSAGES, "k3-agent", {"thinking": {"type": "disabled"}}, "LOW"),
+    (MESSAGES, "kimi-instant", {"thinking": {"type": "disabled"}}, "NONE"),
+    (MESSAGES, "kimi-instant", {"thinking": {"type": "enabled", "budget_tokens": 1024}}, "LOW"),
+    (RESPONSES, "k3-agent", {"reasoning": {"effort": "high"}}, "HIGH"),
+    (RESPONSES, "kimi-instant", {"reasoning": {"effort": "minimal"}}, "NONE"),
+]
 
 
-@pytest.mark.parametrize("name", SWITCHES)
-async def test_a_model_of_the_newer_list_is_asked_by_each_api(
-    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession, name: str
+@pytest.mark.parametrize(("path", "model", "fields", "effort"), SWITCHES)
+async def test_each_apis_switch_for_thinking_reaches_kimi(
+    simulator: Simulator,
+    start_proxy: StartProxy,
+    http: aiohttp.ClientSession,
+    path: str,
+    model: str,
+    fields: dict[str, Any],
+    effort: str,
 ) -> None:
     proxy = await start_proxy(protocol="connect")
     token = simulator.token("hello", "new-models")
-    path, body = SWITCHES[name]
     for stream in (False, True):
-        request = {"model": "k3-agent", "stream": stream, **body}
+        request = {**HI, "model": model, "stream": stream, **fields}
         async with http.post(proxy + path, json=request, headers=bearer(token)) as response:
             assert response.status == 200, await response.text()
             await response.read()
     account = await simulator.settle(token)
-    efforts = {body["options"]["reasoning_effort"] for body in account.asked}
-    assert efforts == {f"REASONING_EFFORT_{'MAX' if name == 'messages' else 'HIGH'}"}
+    assert {body["options"]["reasoning_effort"] for body in account.asked} == {f"REASONING_EFFORT_{effort}"}
 
 
 async def test_the_list_of_models_says_what_it_costs_a_user_to_know(
@@ -577,10 +590,10 @@ async def test_the_version_of_the_web_page_is_a_setting(simulator: Simulator) ->
 async def test_older_models_think_when_the_client_wants_it(simulator: Simulator) -> None:
     token = simulator.token("hello")
     async with speak_connect(simulator) as (protocol, accounts):
-        for effort, model in (("high", K26), ("none", K26_THINKING), ("", K26_THINKING)):
+        for effort, model in (("high", K26), ("none", K26_THINKING), ("", K26_THINKING), ("enabled", K26)):
             await read_all(protocol, accounts, token, Question("hi", True, model=model, effort=effort))
     assert [body["options"] for body in simulator.account(token).asked] == [
-        {"thinking": thinking} for thinking in (True, False, True)
+        {"thinking": thinking} for thinking in (True, False, True, True)
     ]
 
 
@@ -885,3 +898,52 @@ async def test_ids_in_a_token_that_no_header_can_have_are_replaced(
     sent = [call.headers[name] for name in ("x-traffic-id", "x-msh-session-id", "x-msh-device-id")]
     assert all(map(re.compile("[a-z0-9]+").fullmatch, sent)) and "X-Evil" not in call.headers
     simulator.violations.clear()  # it wants the ids that the token tells
+
+
+@pytest.mark.parametrize("is_on", [False, True])
+async def test_tools_can_be_told_in_connects_system_prompt(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession, is_on: bool
+) -> None:
+    proxy = await start_proxy(protocol="connect", system_prompt=is_on)
+    token = simulator.token("tool")
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+    body = chat_body("hi", tools=[tool])
+    async with http.post(f"{proxy}/v1/chat/completions", json=body, headers=bearer(token)) as response:
+        answer = await response.json()
+    assert answer["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "look"
+    (asked,) = simulator.account(token).asked
+    text = asked["message"]["blocks"][0]["text"]["content"]
+    assert ("<tools>" in text, "<tools>" in asked["options"].get("system_prompt", "")) == (not is_on, is_on)
+    assert text.endswith("user:hi\n")
+
+
+@pytest.mark.parametrize("conversation_id", ["", "new"])
+@pytest.mark.parametrize("fields", [{"stop": ["3 "]}, {"max_tokens": 5}])
+async def test_an_answer_that_is_wanted_no_more_is_stopped_kept_or_not(
+    simulator: Simulator,
+    start_proxy: StartProxy,
+    http: aiohttp.ClientSession,
+    fields: dict[str, Any],
+    conversation_id: str,
+) -> None:
+    proxy = await start_proxy(protocol="connect")
+    token = simulator.token("long", "pace=0.01", "chunks=5000")
+    body = chat_body("hi", conversation_id=conversation_id, **fields)
+    async with http.post(f"{proxy}/v1/chat/completions", json=body, headers=bearer(token)) as response:
+        assert response.status == 200
+    account = simulator.account(token)
+    await simulator.wait_until(lambda: account.count("stop") == 1 and account.count("remove") == (not conversation_id))
+    steps = [call.step for call in account.calls]
+    assert conversation_id or steps.index("stop") < steps.index("remove")
+
+
+async def test_a_weaker_model_is_logged_and_counted(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession, log_lines: LogRecorder
+) -> None:
+    proxy = await start_proxy(protocol="connect")
+    token = simulator.token("degraded")
+    async with http.post(f"{proxy}/v1/chat/completions", json=chat_body("hi"), headers=bearer(token)) as response:
+        assert response.status == 200
+    await log_lines.wait_for("weaker model: K2.6 answers instead of K3")
+    async with http.get(f"{proxy}/metrics") as response:
+        assert "kimi_proxy_degraded_answers_total 1" in await response.text()

@@ -222,7 +222,7 @@ async def test_check_walks_every_step_of_both_protocols(simulator: Simulator, tm
     classic, connect = ([line[2] for line in lines if line[1] == name] for name in ("classic", "connect"))
     start, chats = ["address", "connection", "token"], ["answer", "remove", "search", "remove", "stop", "remove"]
     assert classic == [*start, *(step for chat in chats[::2] for step in ("open", chat, "remove")), "upload"]
-    assert connect == [*start, "models", *chats, "upload"]
+    assert connect == [*start, "models", *chats, "system", "remove", "upload"]
     assert "kimi-k2.6" in out and "yes, with classic and connect" in out
     report = next(line for line in out.splitlines() if line.startswith("For a bug report: kimi_proxy "))
     for seen in ("at 127.0.0.1", "old list", "citations as U+E3A0", "stop ok", "remove ok", "upload ok"):

@@ -52,6 +52,7 @@ GOOD = {
     "KIMI_SOURCES": ("None", "none"),
     "PROXY_STATE_DIR": ("", ""),
     "KIMI_PROTOCOL": ("Classic", "classic"),
+    "KIMI_SYSTEM_PROMPT": ("yes", True),
     "KIMI_USE_SEARCH": ("no", False),
     "PROXY_CORS_ORIGINS": ("https://a.example, https://b.example", ("https://a.example", "https://b.example")),
     "PROXY_LOG_LEVEL": ("DEBUG", "debug"),
