@@ -47,15 +47,16 @@ a moderated answer ends with ``[内容由于不合规被停止生成，我们换
 answer's id is the conversation's; usage is zeros. Its numbers: -2000 请求参数非法, -2001 请求失败, -2002 Token已失效.
 
 *The other protocol, connect* (``https://www.kimi.com``) [2+] unless marked. Refresh, new: ``POST`` to auth.kimi.com,
-``/api/account.gateway.v1.AuthService/RefreshToken``, JSON, no Bearer, ``{"refresh_token"}`` ([open]: or
-``refreshToken``) → ``accessToken``, ``refreshToken`` ([open]: inside ``data``). Both rotate; whether the old one stays
-valid is [open]. The old refresh is still in use. An access token is a JSON Web Token with ``app_id`` ``kimi`` and
-``typ`` ``access``; clients may give one directly. Ask: ``POST /apiv2/kimi.gateway.chat.v1.ChatService/Chat``,
-``application/connect+json``, ``Connect-Protocol-Version: 1``, one envelope: ``{"scenario", "tools":
-[{"type":"TOOL_TYPE_SEARCH","search":{}}] or [], "message": {"role", "blocks": [{"message_id":"","text":{"content"}}],
-"scenario"}, "options": {"thinking"}}``; in a new chat ``chat_id`` and ``parent_id`` are left out. Remove: ``POST
-/apiv2/kimi.chat.v1.ChatService/DeleteChat`` ``{"chat_id"}``. Headers: ``x-msh-platform: web``, ``x-msh-device-id``,
-``x-msh-session-id``, ``x-traffic-id``, the token's ``device_id``, ``ssid``, ``sub``.
+``/api/account.gateway.v1.AuthService/RefreshToken``, JSON, no Bearer, ``{"refresh_token"}`` or ``{"refreshToken"}`` →
+``accessToken``, ``refreshToken``, inside ``data`` [1]. Both rotate; whether the old one stays valid is [open]. Access
+tokens live 900 s, refresh tokens 90 days. The old refresh is still in use. An access token is a JSON Web Token with
+``app_id`` ``kimi`` and ``typ`` ``access``; clients may give one directly. Ask: ``POST
+/apiv2/kimi.gateway.chat.v1.ChatService/Chat``, ``application/connect+json``, ``Connect-Protocol-Version: 1``, one
+envelope: ``{"scenario", "tools": [{"type":"TOOL_TYPE_SEARCH","search":{}}] or [], "message": {"role", "blocks":
+[{"message_id":"","text":{"content"}}], "scenario"}, "options": {"thinking"}}``; in a new chat ``chat_id`` and
+``parent_id`` are left out. Remove: ``POST /apiv2/kimi.chat.v1.ChatService/DeleteChat`` ``{"chat_id"}``. Headers:
+``x-msh-platform: web``, ``x-msh-device-id``, ``x-msh-session-id``, ``x-traffic-id``, the token's ``device_id``,
+``ssid``, ``sub``.
 
 An envelope is a byte of flags, four of length (big-endian), and the payload; flag 0x01 is compressed (never seen), 0x02
 the end, ``{}`` or ``{"error":{…}}``; some saw 0x80 for the end [open]. Objects are ``{"op":"set"|"append","mask",
@@ -80,22 +81,28 @@ or the place in ``contents`` for opened pages (``webOpenUrl {url}``) [2+]; also 
 was before [2+]. A ``mask`` may be a list [1]; statuses and stage names come in either case. Status
 ``…ASK_USER_QUESTION``: the model waits for the user, and the stream stays open [1]. ``notification`` of
 ``TYPE_MODEL_DEGRADE``: a weaker model answers [2+]. A stream may be heartbeats alone for long: that is silence. The
-user's own message is echoed, in ``message.blocks`` [1] or in blocks with its ``messageId`` [open]. A tool block of the
-model's own sandbox (``ipython``) is neither text nor a call [1].
+text may begin with ``<think>…</think>`` [1], and calls may come in the model's own marks,
+``<|tool_calls_section_begin|><|tool_call_begin|>functions.NAME:0<|tool_call_argument_begin|>{…}<|tool_call_end|>…`` [2+
+on other ways to the same models]. The user's own message is echoed, in ``message.blocks`` [1] or in blocks with its
+``messageId`` [open]. A tool block of the model's own sandbox (``ipython``) is neither text nor a call [1].
 
 *The calls since autumn 2026.* ``POST /apiv2/kimi.gateway.chat.v1.ChatService/CancelChat`` ``{"chat_id",
 "message_id"}`` stops an answer; the message is the assistant's [2+]. DeleteChat is also seen with ``gateway`` in its
-package [2+], Chat without it [1]: where one name is answered by 404 or 501, the other may be known. Headers besides the
-ids: ``x-msh-version: 2.2.0`` [1], ``x-language``, ``r-timezone`` [2+], of Chrome 146. Models have ``id``, ``key``,
-``displayName``, ``scenario``, and agents ``kimiPlusId`` and ``agentMode``; ``reasoningEffortOptions[{effort}]`` and
-``defaultReasoningEffort`` instead of ``thinking``; ``defaultScenario{scenario, model}``. They are asked with their
-scenario, ``kimiplusId``, ``agentMode``, ``options.model`` (the ``id``) and ``options.reasoning_effort`` [1, a capture].
-``options.enable_plugin: false`` keeps the model's own tools away [2+]. kimi.ai is a twin with tokens of its own, whose
+package [2+], Chat without it [1]: where one name is answered by 404 or 501, the other may be known. Headers besides
+the ids: ``x-msh-version: 2.2.0`` [1], ``x-language``, ``r-timezone`` [2+], of Chrome 146. Models have ``id``,
+``key``, ``displayName``, ``scenario``, and agents ``kimiPlusId`` and ``agentMode``;
+``reasoningEffortOptions[{effort}]`` and ``defaultReasoningEffort`` instead of ``thinking``;
+``defaultScenario{scenario, model}``. They are asked with their scenario, ``kimiplusId``, ``agentMode``,
+``options.model`` (the ``id``) and ``options.reasoning_effort`` [1, a capture]. ``options.enable_plugin: false`` keeps
+the model's own tools away, ``options.system_prompt`` is taken [2+]. kimi.ai is a twin with tokens of its own, whose
 claims tell ``"aud":["kimi.ai"]`` and ``"region":"overseas"`` [2+].
 
 *What* ``resource_exhausted`` *means* is told by the reason [2+]: ``REASON_SERVER_OVERLOADED_FOR_FREE_USER`` and
 ``REASON_COMPLETION_OVERLOADED``: the service is full; ``QUOTA_EXCEEDED_WINDOW_5H``, ``…_7D``: a quota is used up; any
-other: another answer is under way. Where the code is ``unknown`` or missing, the HTTP status tells: 401, 429, 503.
+other: another answer is under way. More reasons [1]: ``REASON_INVALID_AUTH_TOKEN``,
+``REASON_KIMI_FILE_PARSE_JOB_FAIL``, ``REASON_KIMI_FILE_MODERATION_FAIL``, those of a captcha; classic has
+``auth.account_abnormal`` and ``chat.anonymous_usage_exceeded``. Where the code is ``unknown`` or missing, the HTTP
+status tells: 401, 429, 503.
 
 *Files, classic* [ref] unless marked: ``POST /api/pre-sign-url`` ``{"action": "file", "name"}`` → ``{"url",
 "object_name"}``; ``PUT`` the bytes to that URL, with ``Content-Type`` and ``Content-Length`` (object storage refuses
@@ -108,7 +115,8 @@ s to upload, 120 s to parse. Its numbers: -2003 远程文件URL非法, -2004 远
 
 *Files, connect* [2+]: ``POST /apiv2-files/file/upload``, a form with the field ``file`` → ``file.id``; then ``POST
 /apiv2-files/kimi.gateway.file.v1.FileService/GetFileParseProgress`` ``{"file_ids": [id]}`` →
-``progresses[].status`` until ``PROCESS_STATUS_SUCCESS`` (``PROCESS_STATUS_FAIL`` or ``…_FAILED``: it cannot be read).
+``progresses[].status`` until ``PROCESS_STATUS_SUCCESS`` (``PROCESS_STATUS_FAIL`` or ``…_FAILED``: it cannot be read;
+also numbers, 3 and 4 [1]).
 A question has it as a block: ``{"message_id": "", "file": {"id", "status": "PROCESS_STATUS_SUCCESS"}}``.
 
 How to order
