@@ -3295,8 +3295,9 @@ def read_pasted_token(text: str) -> str:
         if found := re.search(rf"(?i)\b{name}[\"']?\s*[=:]\s*[\"']?([^\s\"',;}}]+)", text):
             token = found[1]
     if _NO_TOKEN.fullmatch(token) or not TOKEN_SHAPE.fullmatch(token):
-        words = "this looks like a URL, a key of Kimi's API platform, a placeholder, or cookies or JSON without a token"
-        raise ProxyError("token_malformed", words)
+        kinds = {"://": "a URL", "sk-": "a key of Kimi's API platform", "{": "JSON without a token", ";": "a cookie"}
+        kind = next((kind for sign, kind in kinds.items() if sign in token), "a placeholder, or a cut token")
+        raise ProxyError("token_malformed", f"this looks like {kind}")
     return token
 
 

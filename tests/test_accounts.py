@@ -569,6 +569,21 @@ def test_what_is_no_token_is_told(pasted: str) -> None:
         assert secret not in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("pasted", "kind"),
+    [
+        ("https://www.kimi.com/chat/x", "a URL"),
+        ("sk-abcdefghijklmnopqrstuvwx", "a key of Kimi's API platform"),
+        ('{"data":[]}', "JSON without a token"),
+        ("_ga=GA1.2; theme=dark", "a cookie"),
+        ("null", "a placeholder"),
+    ],
+)
+def test_what_is_no_token_is_named(pasted: str, kind: str) -> None:
+    with pytest.raises(ProxyError, match=f"looks like {kind}"):
+        read_pasted_token(pasted)
+
+
 def test_several_tokens_are_read_with_whatever_is_pasted_around_each() -> None:
     assert read_pasted_tokens('a, Bearer b,"c",, kimi-auth=d,a') == ("a", "b", "c", "d")
     assert read_pasted_tokens("Bearer a\nb,c  d\n", r",\s") == ("a", "b", "c", "d")
