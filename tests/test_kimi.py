@@ -6,7 +6,7 @@ import asyncio
 import base64
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -947,3 +947,28 @@ async def test_a_weaker_model_is_logged_and_counted(
     await log_lines.wait_for("weaker model: K2.6 answers instead of K3")
     async with http.get(f"{proxy}/metrics") as response:
         assert "kimi_proxy_degraded_answers_total 1" in await response.text()
+
+
+@pytest.mark.parametrize(
+    ("reason", "seconds"), [("QUOTA_EXCEEDED_WINDOW_5H", 1800), ("REASON_SERVER_OVERLOADED_FOR_FREE_USER", 30)]
+)
+async def test_while_kimi_is_full_or_a_quota_is_used_up_the_next_account_is_asked(
+    simulator: Simulator,
+    start_proxy: StartProxy,
+    advance: Callable[[float], None],
+    reason: str,
+    seconds: int,
+) -> None:
+    proxy = await start_proxy(protocol="connect")
+    bad, good = simulator.token("hello", f"reason=ask:{reason}"), simulator.token("hello")
+    for ahead, is_asked in ((0, True), (seconds - 10, False), (20, True)):
+        before = simulator.account(bad).count("ask")
+        advance(ahead)
+        for _ in range(2):
+            url, headers = f"{proxy}/v1/chat/completions", bearer(f"{bad},{good}")
+            async with (  # a session each time, as the clock's leap ends kept connections
+                aiohttp.ClientSession() as http,
+                http.post(url, json=chat_body("hi"), headers=headers) as response,
+            ):
+                assert response.status == 200
+        assert (simulator.account(bad).count("ask") > before) is is_asked
