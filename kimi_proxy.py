@@ -6666,9 +6666,9 @@ async def _check(settings: Settings, token: str, record: str | None) -> int:
                     print(f"recorded: {path}")
                 seen += check.seen
         await tasks.drain(REMOVAL_SECONDS)
+    print(f"A program in front would work: {'yes, with ' + ' and '.join(good) if good else 'no'}.")
     versions = f"kimi_proxy {__version__}, Python {platform.python_version()}, aiohttp {aiohttp.__version__}"
     print(f"For a bug report: {versions}; {'; '.join(seen)}.")
-    print(f"A program in front would work: {'yes, with ' + ' and '.join(good) if good else 'no'}.")
     return 0 if good else 1
 
 
