@@ -4537,7 +4537,7 @@ class AnswerStream:
         if now >= due and self._failure is None:
             self._failure = ProxyError("answer_too_long" if now >= self.deadline else "service_silent", "asking")
             self.close()
-        return due
+        return due if due > now else now + END_SECONDS  # never at once: nobody may be reading for a while
 
 
 StoredFile = Mapping[str, str]  # a file whose bytes the service has, as the fields that register it
