@@ -8,11 +8,12 @@ import logging
 import os
 import tempfile
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import openai
 import pytest
 from hypothesis import settings as hypothesis_settings
 from kimi_simulator import Simulator
@@ -166,6 +167,22 @@ async def nothing_is_left(
 async def proxy(start_proxy: StartProxy) -> str:
     """The address of a proxy with all defaults."""
     return await start_proxy()
+
+
+@asynccontextmanager
+async def openai_clients(proxy: str) -> AsyncIterator[Callable[[str], openai.AsyncOpenAI]]:
+    """Makes OpenAI's SDK clients, each for a token, and closes them at the end."""
+    clients: list[openai.AsyncOpenAI] = []
+
+    def make(token: str) -> openai.AsyncOpenAI:
+        clients.append(openai.AsyncOpenAI(api_key=token, base_url=f"{proxy}/v1", max_retries=0))
+        return clients[-1]
+
+    try:
+        yield make
+    finally:
+        for client in clients:
+            await client.close()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import openai
 import pydantic
 import pytest
 from aiohttp_sse_client.client import EventSource
-from conftest import LogRecorder, StartProxy, bearer, chat_body
+from conftest import LogRecorder, StartProxy, bearer, chat_body, openai_clients
 from kimi_simulator import HELLO, Simulator
 from yarl import URL
 
@@ -29,15 +29,8 @@ def protocol(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 async def client_for(proxy: str) -> AsyncIterator[Any]:
     """Makes an async SDK client for a token."""
-    clients: list[openai.AsyncOpenAI] = []
-
-    def make(token: str) -> openai.AsyncOpenAI:
-        clients.append(openai.AsyncOpenAI(api_key=token, base_url=f"{proxy}/v1", max_retries=0))
-        return clients[-1]
-
-    yield make
-    for client in clients:
-        await client.close()
+    async with openai_clients(proxy) as make:
+        yield make
 
 
 async def test_the_async_sdk_gets_a_whole_answer(simulator: Simulator, client_for: Any) -> None:

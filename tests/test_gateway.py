@@ -17,7 +17,15 @@ from typing import Any
 import aiohttp
 import openai
 import pytest
-from conftest import LogRecorder, StartProxy, bearer, chat_body, list_descriptors, wait_until_nothing_is_spooled
+from conftest import (
+    LogRecorder,
+    StartProxy,
+    bearer,
+    chat_body,
+    list_descriptors,
+    openai_clients,
+    wait_until_nothing_is_spooled,
+)
 from kimi_simulator import (
     HELLO,
     SCRIPTS,
@@ -316,15 +324,8 @@ async def test_where_no_account_is_free_a_refused_request_waits(simulator: Simul
 async def client_for(start_proxy: StartProxy, tmp_path: Path) -> AsyncIterator[Any]:
     """Makes SDK clients; afterwards the spool directory is empty."""
     proxy = await start_proxy(spool_dir=str(tmp_path), max_file_mb=1, PARSE_SECONDS=0.5)
-    clients: list[openai.AsyncOpenAI] = []
-
-    def make(token: str) -> openai.AsyncOpenAI:
-        clients.append(openai.AsyncOpenAI(api_key=token, base_url=f"{proxy}/v1", max_retries=0))
-        return clients[-1]
-
-    yield make
-    for client in clients:
-        await client.close()
+    async with openai_clients(proxy) as make:
+        yield make
     await wait_until_nothing_is_spooled(tmp_path)
 
 
