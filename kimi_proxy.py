@@ -3447,6 +3447,8 @@ class StateFiles:
         try:
             value: Any = parse_json(path.read_bytes())
             return parse(value) if value.pop("service", self._service) == self._service else None
+        except FileNotFoundError:
+            pass
         except OSError as error:
             self.note_failure(error)
         except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
@@ -3508,9 +3510,8 @@ class StateFiles:
             yield
 
     def note_failure(self, error: OSError) -> None:
-        """Count a failure to keep something, and log the first; a file may be missing."""
-        is_missing = isinstance(error, FileNotFoundError)
-        if not is_missing and self.metrics.count("kimi_proxy_state_failures_total") == 1:
+        """Count a failure to keep something, and log the first."""
+        if self.metrics.count("kimi_proxy_state_failures_total") == 1:
             words = "! state cannot be kept in %s (%s): a restart may lose tokens and open conversations"
             logger.warning(words, self.directory, error.strerror)
 
