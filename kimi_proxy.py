@@ -50,7 +50,7 @@ import sys
 import tempfile
 import time
 import traceback
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext, suppress
@@ -59,7 +59,7 @@ from copy import copy
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import accumulate, cycle
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from typing import IO, Any, Final, Literal, NamedTuple, NoReturn, TypeVar, cast
 from urllib.parse import unquote, urljoin
@@ -437,7 +437,7 @@ METRICS: Final[Mapping[str, tuple[str, str]]] = {
     "kimi_proxy_degraded_answers_total": ("counter", "Answers that Kimi gave with a weaker model."),
     "kimi_proxy_unknown_total": ("labelled counter", "What Kimi sent that is not known, by what it is."),
 }
-_BUCKETS: Final = ("0.05", "0.1", "0.25", "0.5", "1.0", "2.5", "5.0", "10.0", "30.0", "60.0", "120.0", "+Inf")
+_BUCKETS: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, inf)
 
 
 class Metrics:
@@ -445,9 +445,9 @@ class Metrics:
 
     def __init__(self) -> None:
         self.counts: dict[str, float] = {name: 0 for name, (kind, _) in METRICS.items() if kind in ("counter", "gauge")}
+        # How many times fell into each bucket, and at last their sum.
+        self._times = {name: [0.0] * (len(_BUCKETS) + 1) for name, (kind, _) in METRICS.items() if kind == "histogram"}
         self._warned: set[tuple[str, str]] = set()
-        for name in (name for name, (kind, _) in METRICS.items() if kind == "histogram"):
-            self.observe(name, 0, times=0)
 
     def count(self, name: str, amount: float = 1, **labels: str) -> float:
         """Add `amount` to the counter `name`; what it stands at then."""
@@ -456,12 +456,11 @@ class Metrics:
         self.counts[key] = self.counts.get(key, 0) + amount
         return self.counts[key]
 
-    def observe(self, name: str, seconds: float, times: int = 1) -> None:
+    def observe(self, name: str, seconds: float) -> None:
         """Add a time to the histogram `name`."""
-        for bound in _BUCKETS:
-            self.count(f"{name}_bucket", times * (seconds <= float(bound)), le=bound)
-        self.count(f"{name}_count", times)
-        self.count(f"{name}_sum", times * seconds)
+        times = self._times[name]
+        times[bisect_left(_BUCKETS, seconds)] += 1
+        times[-1] += seconds
 
     def warn_once(self, what: str, name: str) -> None:
         """Count something unknown from Kimi, and log it the first time that this `name` is seen (1,000 at most)."""
@@ -476,10 +475,16 @@ class Metrics:
         lines: list[str] = []
         for name, (kind, text) in METRICS.items():
             lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind.removeprefix('labelled ')}"]
-            own = {name, f"{name}_bucket", f"{name}_count", f"{name}_sum"}
-            lines += [
-                f"{key} {value}" for key, value in {**self.counts, **gauges}.items() if key.partition("{")[0] in own
-            ]
+            if kind == "histogram":
+                *numbers, seconds = self._times[name]
+                sums = list(accumulate(numbers))
+                lines += [
+                    f'{name}_bucket{{le="{bound}"}} {n:.0f}'.replace('"inf"', '"+Inf"')
+                    for bound, n in zip(_BUCKETS, sums, strict=True)
+                ]
+                lines += [f"{name}_count {sums[-1]:.0f}", f"{name}_sum {seconds}"]
+            values = {**self.counts, **gauges}.items()
+            lines += [f"{key} {value}" for key, value in values if key.partition("{")[0] == name]
         return "\n".join(lines) + "\n"
 
 
@@ -3433,7 +3438,7 @@ class StateFiles:
 
     def __init__(self, directory: Path | None, metrics: Metrics, base_url: str = "") -> None:
         host = URL(base_url).host or "kimi"
-        self._service = "kimi" if re.fullmatch(r"kimi\.moonshot\.cn|(www\.)?kimi\.(com|ai)", host) else host
+        self.service = "kimi" if re.fullmatch(r"kimi\.moonshot\.cn|(www\.)?kimi\.(com|ai)", host) else host
         self._is_kept = directory is not None
         self.has_locks = self._is_kept and os.name == "posix"
         self.directory = directory or Path()
@@ -3446,7 +3451,7 @@ class StateFiles:
         path = self.directory / f"{name}.json"
         try:
             value: Any = parse_json(path.read_bytes())
-            return parse(value) if value.pop("service", self._service) == self._service else None
+            return parse(value) if value.pop("service", self.service) == self.service else None
         except FileNotFoundError:
             pass
         except OSError as error:
@@ -3457,8 +3462,8 @@ class StateFiles:
                 path.replace(path.with_suffix(".bad"))
         return None
 
-    def write(self, name: str, value: Mapping[str, Any], *, sync: bool = True) -> bool:
-        """Replace a file as a whole; whether that went well. With `sync` it survives a crash of the machine too."""
+    def write(self, name: str, value: Mapping[str, Any]) -> bool:
+        """Replace a file as a whole, so that it survives a crash of the machine too; whether that went well."""
         if not self._is_kept:
             return True
         path = self.directory / f"{name}.json"
@@ -3466,10 +3471,9 @@ class StateFiles:
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-                file.write(encode_json({"service": self._service, **value}).encode())
-                if sync:
-                    file.flush()
-                    os.fsync(file.fileno())
+                file.write(encode_json({"service": self.service, **value}).encode())
+                file.flush()
+                os.fsync(file.fileno())
             temporary.replace(path)
         except OSError as error:
             self.note_failure(error)
@@ -3478,13 +3482,12 @@ class StateFiles:
             return False
         return True
 
-    def take_lock(self, name: str) -> IO[bytes]:
-        """A file that locks `name` until it is closed. Raises `OSError`: `BlockingIOError` where another one has it."""
+    def take_lock(self, path: Path) -> IO[bytes]:
+        """The file, locked until it is closed. Raises `OSError`: `BlockingIOError` where another process has it."""
         import fcntl  # noqa: PLC0415  # POSIX only
 
-        path = self.directory / f"{name}.lock"
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        file = path.open("ab")
+        file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab", buffering=0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -3498,7 +3501,7 @@ class StateFiles:
         deadline, held = time.monotonic() + LOCK_SECONDS, None
         while self.has_locks and held is None:
             try:
-                held = self.take_lock(name)
+                held = self.take_lock(self.directory / f"{name}.lock")
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     raise ProxyError("state_locked") from None
@@ -3519,29 +3522,31 @@ class StateFiles:
 class OpenConversations:
     """The conversations that are open at Kimi, so that the next process can remove them should this one die.
 
-    They stand in a file of this process's own; a lock beside it tells the living from the dead. Without, none is noted.
+    Each process appends to a journal of its own, and locks it: that tells the living from the dead. A line is
+    `[id, protocol, account, since]` for one that was opened, `[id]` once it is removed. Without locks, none is noted.
     """
 
     def __init__(self, state: StateFiles) -> None:
         self.orphans: dict[bytes, dict[str, str]] = {}  # by account: ids and protocols of what is to be removed
         self._state = state
-        self._name = f"conversations/{os.getpid()}-{secrets.token_hex(8)}"
+        self._path = state.directory / f"conversations-{state.service}" / f"{os.getpid()}-{secrets.token_hex(8)}"
         self._open: dict[str, tuple[str, str, int]] = {}  # by id: protocol, digest of the account, since (Unix seconds)
-        self._lock: IO[bytes] | None = None
+        self._journal: IO[bytes] | None = None
+        self._lines = 0
         if state.has_locks:
             with suppress(OSError):
-                self._lock = state.take_lock(self._name)
+                self._journal = state.take_lock(self._path)
 
     def add(self, account: bytes, protocol: str, conversation_id: str) -> None:
         """Note a conversation that was opened for the account with that digest."""
-        if self._lock is not None:
+        if self._journal is not None:
             self._open[conversation_id] = (protocol, account.hex(), int(time.time()))
-            self._write()
+            self._append(conversation_id)
 
     def discard(self, conversation_id: str) -> None:
         """Note that it is removed, or its client's to keep; another's is passed over."""
         if self._open.pop(conversation_id, None) is not None:
-            self._write()
+            self._append(conversation_id)
 
     def postpone(self, conversation_id: str) -> None:
         """Note that it could not be removed: it is tried again when its account calls."""
@@ -3551,38 +3556,66 @@ class OpenConversations:
 
     def recover(self) -> int:
         """Take over what processes that died left open; how many conversations that are."""
-        for path in self._state.directory.glob("conversations/*.json") if self._lock is not None else ():
-            name = f"conversations/{path.stem}"
-            with suppress(OSError), self._state.take_lock(name):  # a living process's is passed over
-                found = self._state.read(name, _parse_open)  # None where it is another service's
-                self._open |= found or {}
-                if found is not None and self._write():
+        for path in self._path.parent.iterdir() if self._journal is not None else ():
+            with suppress(OSError), self._state.take_lock(path):  # a living process's is passed over
+                self._open |= _parse_journal(path.read_bytes())
+                if self._compact():
                     path.unlink()
-                path.with_suffix(".lock").unlink()
         for conversation_id in self._open:
             self.postpone(conversation_id)
         return len(self._open)
 
     def close(self) -> None:
         """Leave what is still open to the next process."""
-        if self._lock is not None:
-            with self._lock, suppress(OSError):
-                for suffix in () if self._open else ("json", "lock"):
-                    (self._state.directory / f"{self._name}.{suffix}").unlink(missing_ok=True)
+        if self._journal is not None:
+            with self._journal, suppress(OSError):
+                if not self._open:
+                    self._path.unlink()
 
-    def _write(self) -> bool:
+    def _append(self, conversation_id: str) -> None:
+        if self._lines < 2 * len(self._open) + 1000:
+            self._write(self._render(conversation_id))
+        else:
+            self._compact()
+
+    def _compact(self) -> bool:
+        """Write the journal anew, without what is removed or too old."""
         first = time.time() - 7 * _DAY_SECONDS
         rest = [(one, known) for one, known in self._open.items() if known[2] >= first][-10_000:]
         if dropped := len(self._open) - len(rest):
             self._state.metrics.count("kimi_proxy_orphans_dropped_total", dropped)
             logger.warning("! %d conversations could not be removed for 7 days, and may be left at Kimi", dropped)
             self._open = dict(rest)
-        return self._state.write(self._name, {"open": self._open}, sync=False)
+        return self._write("".join(map(self._render, self._open)), anew=True)
+
+    def _render(self, conversation_id: str) -> str:
+        # The line end comes first: it ends a line that a full disk cut.
+        return "\n" + encode_json([conversation_id, *self._open.get(conversation_id, ())])
+
+    def _write(self, lines: str, *, anew: bool = False) -> bool:
+        journal = cast(IO[bytes], self._journal)
+        try:
+            if anew:
+                journal.truncate(0)
+                self._lines = 0
+            is_whole = journal.write(lines.encode()) == len(lines.encode())
+        except OSError as error:
+            self._state.note_failure(error)
+            return False
+        self._lines += lines.count("\n")
+        return is_whole
 
 
-def _parse_open(value: dict[str, Any]) -> dict[str, tuple[str, str, int]]:
-    rows = value["open"].items()
-    return {one: (str(protocol), bytes.fromhex(account).hex(), int(since)) for one, (protocol, account, since) in rows}
+def _parse_journal(data: bytes) -> dict[str, tuple[str, str, int]]:
+    """What a journal says is open. Lines that cannot be read are passed over."""
+    opened: dict[str, tuple[str, str, int]] = {}
+    for line in data.split(b"\n"):
+        with suppress(ValueError, TypeError, IndexError, ArithmeticError):
+            conversation_id, *row = parse_json(line)
+            opened.pop(conversation_id, None)
+            if row:
+                opened[conversation_id] = (str(row[0]), bytes.fromhex(row[1]).hex(), int(row[2]))
+    return opened
 
 
 def _parse_account(value: dict[str, Any]) -> tuple[TokenPair, dict[str, tuple[str, str]]]:

@@ -785,13 +785,15 @@ def leave_behind(directory: Path, *ids: str, account: bytes = A) -> None:
 
 
 def files_in(directory: Path) -> list[Path]:
-    return list((directory / "conversations").glob("*.json"))
+    return list(directory.glob("conversations-*/*"))
 
 
 def noted_in(directory: Path) -> set[str]:
-    """The ids in the one file that there is."""
+    """The ids in the one journal that there is."""
     (path,) = files_in(directory)
-    return set(json.loads(path.read_text())["open"])
+    lines = [json.loads(line) for line in path.read_text().split("\n")[1:]]
+    removed = {one for one, *known in lines if not known}
+    return {one for one, *known in lines if known} - removed
 
 
 def test_what_is_open_is_left_to_the_next_process(tmp_path: Path) -> None:
@@ -810,7 +812,7 @@ def test_what_is_open_is_left_to_the_next_process(tmp_path: Path) -> None:
     for one in ("c1", "c2", "c3"):
         heir.discard(one)
     heir.close()
-    assert list((tmp_path / "conversations").iterdir()) == []
+    assert files_in(tmp_path) == []
 
 
 def test_a_living_processs_file_and_another_services_are_let_be(tmp_path: Path) -> None:
@@ -831,41 +833,53 @@ def test_a_file_is_for_its_owner_alone_and_names_ids_and_digests(tmp_path: Path)
     opened.discard("c2")
     (path,) = files_in(tmp_path)
     assert (stat.S_IMODE(path.stat().st_mode), stat.S_IMODE(path.parent.stat().st_mode)) == (0o600, 0o700)
-    known = json.loads(path.read_text())
-    assert abs(known["open"]["c1"].pop() - time.time()) < 60
-    assert known == {"service": "kimi", "open": {"c1": ["connect", B.hex()]}}
+    *opened_lines, last = [json.loads(line) for line in path.read_text().split("\n")[1:]]
+    assert all(abs(line.pop() - time.time()) < 60 for line in opened_lines)
+    assert opened_lines == [["c1", "connect", B.hex()], ["c2", "connect", A.hex()]]
+    assert last == ["c2"]
     opened.close()
 
 
-WRONG_OPEN: list[Any] = [
-    *(1, None, "c1", [1], {"c1": ["classic"]}, {"c1": ["classic", "zz" * 32, 4e9]}, {"c1": ["classic", 7, 4e9]}),
-    *({"c1": ["classic", "00" * 32, bad]} for bad in list[Any](["x", [], None])),
+def test_a_journal_does_not_grow_with_what_is_removed(tmp_path: Path) -> None:
+    opened = make_open(tmp_path)
+    opened.add(A, "classic", "stays")
+    for number in range(2000):
+        opened.add(A, "classic", f"c{number}")
+        opened.discard(f"c{number}")
+    (path,) = files_in(tmp_path)
+    assert path.read_bytes().count(b"\n") < 1100 and noted_in(tmp_path) == {"stays"}
+    opened.close()
+
+
+WRONG_LINES = [
+    *("1", "null", '"c1"', "[]", '["c1", "classic"]', '["c1", "classic", "zz", 4e9]'),
+    *('["c1", "classic", 7, 4e9]', '[["c1"], "classic", "00", 4e9]', "[{}]"),
+    *(f'["c1", "classic", "00", {bad}]' for bad in ('"x"', "[]", "null", "1e999")),
 ]
 
 
-@pytest.mark.parametrize("content", [*BROKEN, *(json.dumps({"open": wrong}).encode() for wrong in WRONG_OPEN)])
-def test_a_file_of_no_use_is_set_aside(tmp_path: Path, log_lines: LogRecorder, content: bytes) -> None:
+@pytest.mark.parametrize("content", [*BROKEN, *(line.encode() for line in WRONG_LINES)])
+def test_lines_of_no_use_are_passed_over(tmp_path: Path, content: bytes) -> None:
     leave_behind(tmp_path, "c2")
-    (tmp_path / "conversations" / "1-x.json").write_bytes(content)
+    leave_behind(tmp_path, "c3")
+    with files_in(tmp_path)[0].open("ab") as file:
+        file.write(b"\n" + content)
     heir = make_open(tmp_path)
-    assert heir.recover() == 1 and log_lines.text.count("set aside") == 1
-    assert (tmp_path / "conversations" / "1-x.bad").read_bytes() == content
-    assert noted_in(tmp_path) == {"c2"}
+    assert heir.recover() == 2 and noted_in(tmp_path) == {"c2", "c3"}
     heir.close()
 
 
 def test_after_7_days_and_beyond_10000_the_oldest_are_dropped(tmp_path: Path, log_lines: LogRecorder) -> None:
     now, day = int(time.time()), 86_400
     since = [now - 8 * day, now - 6 * day, *(now - day for _ in range(10_000))]
-    opened = {f"c{number}": ["classic", A.hex(), one] for number, one in enumerate(since)}
-    (tmp_path / "conversations").mkdir()
-    (tmp_path / "conversations" / "1-x.json").write_text(json.dumps({"open": opened}))
+    lines = [json.dumps([f"c{number}", "classic", A.hex(), one]) for number, one in enumerate(since)]
+    (tmp_path / "conversations-kimi").mkdir()
+    (tmp_path / "conversations-kimi" / "1-x").write_text("\n".join(lines))
     metrics = Metrics()
     heir = OpenConversations(StateFiles(tmp_path, metrics))
     assert heir.recover() == 10_000
     assert metrics.counts["kimi_proxy_orphans_dropped_total"] == 2 and "2 conversations" in log_lines.text
-    heir.add(A, "classic", "new")
-    assert metrics.counts["kimi_proxy_orphans_dropped_total"] == 3 and len(noted_in(tmp_path)) == 10_000
+    assert len(noted_in(tmp_path)) == 10_000
     heir.close()
 
 
@@ -881,12 +895,12 @@ def test_a_disk_that_is_full_loses_what_is_new_alone(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     opened.add(A, "classic", "c3")
-    assert noted_in(tmp_path) == {"c1", "c2", "c3"}
+    assert noted_in(tmp_path) == {"c1", "c3"}
     opened.close()
 
 
 def test_where_nothing_can_be_written_nothing_is_noted_and_work_goes_on(tmp_path: Path) -> None:
-    (tmp_path / "conversations").write_text("a file in the way")
+    (tmp_path / "conversations-kimi").write_text("a file in the way")
     for directory in (tmp_path, None):
         opened = make_open(directory)
         opened.add(A, "classic", "c1")

@@ -689,20 +689,21 @@ def leave_orphans(
     """Conversations at the service, and the file of the process that opened them."""
     ids = [f"orphan-{number}-{hashlib.sha256(token.encode()).hexdigest()[:8]}" for number in range(count)]
     simulator.account(token).conversations |= {one: Conversation() for one in ids}
-    place = directory / "conversations"
+    place = directory / "conversations-127.0.0.1"
     place.mkdir(exist_ok=True, parents=True)
     known = (protocol, hashlib.sha256(token.encode()).hexdigest(), int(time.time() - days * 86_400))
-    value = {"service": "127.0.0.1", "open": dict.fromkeys(ids, known)}
-    (place / f"{len(list(place.iterdir()))}-died.json").write_text(json.dumps(value))
+    lines = [json.dumps([one, *known]) for one in ids]
+    (place / f"{len(list(place.iterdir()))}-died").write_text("\n".join(lines))
 
 
 def files_in(directory: Path) -> list[Path]:
-    return list((directory / "conversations").glob("*.json"))
+    return list(directory.glob("conversations-*/*"))
 
 
 def left_in(directory: Path) -> int:
     """How many conversations are noted as open."""
-    return sum(len(json.loads(path.read_text())["open"]) for path in files_in(directory))
+    lines = [json.loads(line) for path in files_in(directory) for line in path.read_text().split("\n") if line]
+    return len({one for one, *known in lines if known} - {one for one, *known in lines if not known})
 
 
 def orphans_left(simulator: Simulator, token: str) -> int:
@@ -913,7 +914,7 @@ async def test_a_conversation_is_noted_while_it_is_open_and_of_no_other_process(
         await response.content.readuntil(b"\n\n")
         (path,) = files_in(tmp_path)
         text = path.read_text()
-        ((conversation_id, opened),) = json.loads(text)["open"].items()
+        conversation_id, *opened = json.loads(text)
         assert {conversation_id} == set(simulator.account(token).conversations)
         assert opened[:2] == [protocol, hashlib.sha256(token.encode()).hexdigest()]
         assert token not in text and "sesame" not in text

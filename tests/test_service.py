@@ -739,4 +739,4 @@ async def test_what_a_killed_process_left_open_is_removed_by_the_next_one(
         await simulator.settle(waiting)
     status, log = await heir.stop()
     assert status == 0 and "left open by a process that ended" in log and token not in log
-    assert list((tmp_path / "conversations").iterdir()) == []
+    assert list((tmp_path / "conversations-127.0.0.1").iterdir()) == []
