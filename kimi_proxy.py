@@ -5815,8 +5815,7 @@ KEEP_ALIVE_SECONDS: Final = 15.0  # and then one at this interval
 SEND_SECONDS: Final = 60.0  # drop a client that reads nothing for this long
 BODY_SECONDS: Final = 60.0  # limit for the body of a request to arrive
 MAX_BODIES_MB: Final = 256  # bodies of all running requests together, but always room for one
-QUIET_SECONDS: Final = 1.0
-GRACE_SECONDS: Final = 3.0
+GRACE_SECONDS: Final = 3.0  # on shutdown, a connection that waits for a request may still send one
 CLIENT_CLOSED: Final = 499  # as nginx logs a client that went away
 OPEN_PATHS: Final = frozenset({"/", "/ping", "/health"})
 KNOWN_PATHS: Final = (
@@ -5847,7 +5846,6 @@ class State:
     body_bytes: int = 0
     draining: bool = False  # balancers are told
     closing: bool = False  # every response closes its connection
-    requested_at: float = 0.0
 
 
 @dataclass(slots=True)
@@ -5892,6 +5890,10 @@ class ResponseWriter:
             await (response.write_eof(data) if is_last else response.write(data))
         except ConnectionError:
             raise ClientGone from None
+        except asyncio.CancelledError:
+            if not is_last or self._request.transport is None:
+                raise
+            self._request.transport.close()  # once all is sent: nothing may follow the end of an answer
         self._silent_at = self._loop.time() + FIRST_KEEP_ALIVE_SECONDS
         return response
 
@@ -6214,8 +6216,6 @@ async def request_middleware(request: web.Request, handler: Handler) -> web.Stre
     request_id.set(given if re.fullmatch(r"[A-Za-z0-9._:/+=-]{1,128}", given) else secrets.token_hex(6))
     request[OUTCOME] = Outcome()
     state.running.add(task)
-    if not (state.closing and request.path == "/health"):  # a balancer goes on looking
-        state.requested_at = asyncio.get_running_loop().time()
     try:
         response = await handler(request)
         status = response.status
@@ -6323,28 +6323,31 @@ async def _own_state(settings: Settings, access: Access, app: web.Application) -
         await files.close()
 
 
-async def announce_end(app: web.Application) -> None:
-    """Say that the end is near, to balancers first, then on every response head: a kept connection is closed by an
-    answer, not between two requests. Over when no request came for a second, after three at most.
+async def end_connections(runner: web.AppRunner) -> None:
+    """Say that the end is near: to balancers first, then on every response head, while no connection is accepted any
+    more. Each that waits for a request is closed by its answer, or after the grace.
     """
-    state, loop = app[STATE], asyncio.get_running_loop()
+    state, loop = runner.app[STATE], asyncio.get_running_loop()
     state.draining = True
     await asyncio.sleep(state.gateway.settings.drain_delay_seconds)
     state.closing = True
-    begun = loop.time()
-    while True:
-        left = min(max(begun, state.requested_at) + QUIET_SECONDS, begun + GRACE_SECONDS) - loop.time()
-        if left <= 0:
-            return
-        await asyncio.sleep(left)
+    for site in runner.sites:
+        await site.stop()
+    deadline = loop.time() + GRACE_SECONDS
+    while loop.time() < deadline:
+        await asyncio.sleep(0.05)  # first, as a connection that was just accepted takes a moment to be counted
+        if runner.server is None or len(runner.server.connections) <= len(state.running):
+            break
 
 
-async def end_requests(app: web.Application) -> None:
-    """Let what runs finish for the drain's time, then end it with `shutting_down`. No connection is accepted by then,
-    but bytes still are: of a request whose body is on its way aiohttp drops the rest once it closes.
+async def end_requests(runner: web.AppRunner) -> None:
+    """Let what runs finish for the drain's time, then end it with `shutting_down`. To be called before aiohttp closes:
+    then it drops what comes of a request's body.
     """
-    state, loop = app[STATE], asyncio.get_running_loop()
+    state, loop = runner.app[STATE], asyncio.get_running_loop()
     state.draining = state.closing = True
+    for site in runner.sites:
+        await site.stop()
     deadline = loop.time() + state.gateway.settings.drain_seconds
     while state.running and (left := deadline - loop.time()) > 0:
         await asyncio.wait(set(state.running), timeout=left)
@@ -6389,7 +6392,6 @@ def make_app(settings: Settings, hosts: Sequence[str] = ()) -> web.Application:
 # client `ask` and its self-test `check`.
 
 IDLE_SECONDS: Final = 75.0  # limit for a request's head to arrive, and of an idle connection
-_FIRST_REQUEST_SECONDS: Final = 0.1
 _FIRST_DESCRIPTOR: Final = 3
 
 
@@ -6404,11 +6406,10 @@ async def run_server(settings: Settings) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def _run_app(settings: Settings, sockets: Sequence[socket.socket]) -> AsyncIterator[tuple[str, web.Application]]:
-    """A running application, on `sockets` or where the settings say: its first address, and the application itself."""
-    app = make_app(settings, [str(one.getsockname()[0]) for one in sockets])
+async def _run_app(settings: Settings, sockets: Sequence[socket.socket]) -> AsyncIterator[tuple[str, web.AppRunner]]:
+    """A running application, on `sockets` or where the settings say: its first address, and what runs it."""
     runner = web.AppRunner(
-        app,
+        make_app(settings, [str(one.getsockname()[0]) for one in sockets]),
         handler_cancellation=True,
         keepalive_timeout=IDLE_SECONDS,  # a request's head must arrive within it, too
         lingering_time=1,
@@ -6418,23 +6419,16 @@ async def _run_app(settings: Settings, sockets: Sequence[socket.socket]) -> Asyn
     await runner.setup()
     try:
         sites: list[web.BaseSite] = [web.SockSite(runner, one) for one in sockets]
-        sites = sites or [web.TCPSite(runner, settings.host, settings.port)]
         try:
-            for site in sites:
+            for site in sites or [web.TCPSite(runner, settings.host, settings.port)]:
                 await site.start()
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise SettingsError(f"cannot listen on {settings.host}:{settings.port}: {quote_words(reason)}") from None
         name, port = runner.addresses[0][:2]
         host = name if sockets else settings.host
-        yield f"http://{f'[{host}]' if ':' in host else host}:{port}", app
-        for one in sockets:  # who waits in its queue is served by the next process
-            asyncio.get_running_loop().remove_reader(one)
-        if sockets or app[STATE].closing:  # who was accepted last gets a moment to send a request
-            await asyncio.sleep(_FIRST_REQUEST_SECONDS)
-        for site in sites:
-            await site.stop()
-        await end_requests(app)
+        yield f"http://{f'[{host}]' if ':' in host else host}:{port}", runner
+        await end_requests(runner)
     finally:
         await runner.cleanup()
 
@@ -6503,17 +6497,16 @@ async def _serve(settings: Settings) -> None:
     """Serve until a signal asks to stop; then drop clients and balancers in good order."""
     notifier = Notifier(os.environ)
     stop = _listen_for_signals()
-    async with _run_app(settings, _take_sockets(os.environ)) as (address, app):
+    async with _run_app(settings, _take_sockets(os.environ)) as (address, runner):
         gc.freeze()  # what is loaded stays: else each full collection stops all streams for long enough to look at it
         print(f"kimi_proxy {__version__} is ready. Base URL for your program: {address}/v1", flush=True)
         notifier.tell(READY="1")
-        beating = asyncio.create_task(notifier.beat(app))
+        beating = asyncio.create_task(notifier.beat(runner.app))
         await stop.wait()
         logger.info("shutting down")
         seconds = settings.drain_delay_seconds + settings.drain_seconds + REMOVAL_SECONDS + 10
         notifier.tell(STOPPING="1", EXTEND_TIMEOUT_USEC=str(int(seconds * 1e6)))
-        if app[STATE].requested_at or settings.drain_delay_seconds:  # else nobody can keep a connection
-            await announce_end(app)
+        await end_connections(runner)
     beating.cancel()
     notifier.close()
 

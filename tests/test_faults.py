@@ -22,13 +22,16 @@ from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 import pytest
+from aiohttp import web
 from conftest import LogRecorder, StartProxy, bearer, chat_body
 from kimi_simulator import HELLO, Simulator
 from test_service import PROGRAM, Running, receive, start
+
+import kimi_proxy
 
 CHAT = "/v1/chat/completions"
 
@@ -560,6 +563,41 @@ async def test_a_slow_client_is_served_until_it_takes_nothing(
         assert account.streams_open == 1 and "read nothing" not in log_lines.text
         await log_lines.wait_for("read nothing", 20)
         await simulator.wait_until(lambda: account.streams_open == 0)
+
+
+@one_protocol
+async def test_nothing_follows_the_end_of_an_answer_that_shutdown_finds_unread(
+    simulator: Simulator, start_proxy: StartProxy, log_lines: LogRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare, finish = web.StreamResponse.prepare, kimi_proxy.ChatEncoder.finish
+    transports: list[asyncio.Transport] = []
+
+    async def take_all(self: web.StreamResponse, request: web.BaseRequest) -> Any:
+        if request.path == CHAT:
+            transports.append(cast(asyncio.Transport, request.transport))
+            transports[0].set_write_buffer_limits(high=1 << 24)
+        return await prepare(self, request)
+
+    def wait_for_the_client(self: kimi_proxy.ChatEncoder) -> bytes:
+        transports[0].set_write_buffer_limits(high=0)
+        return finish(self)
+
+    monkeypatch.setattr(web.StreamResponse, "prepare", take_all)
+    monkeypatch.setattr(kimi_proxy.ChatEncoder, "finish", wait_for_the_client)
+    proxy, loop = await start_proxy(), asyncio.get_running_loop()
+    account = simulator.account(token := simulator.token("hello"))
+    with small_window(proxy, 4096) as raw:
+        await loop.sock_sendall(raw, chat_bytes(token, True, model="k" * 100_000))  # each chunk repeats it
+        await simulator.wait_until(lambda: account.count("remove") == 1)
+        assert f"POST {CHAT} " not in log_lines.text
+        stopping = asyncio.create_task(start_proxy.close())
+        await log_lines.wait_for(f"POST {CHAT} ")
+        answer = b""
+        while data := await loop.sock_recv(raw, 65_536):
+            answer += data
+        await stopping
+    assert answer.count(b"HTTP/1.1") == 1 and b"shutting_down" not in answer
+    assert answer.partition(b"data: [DONE]\n\n")[2] == b"\r\n0\r\n\r\n"
 
 
 async def read_to_the_end(url: str, data: bytes, seconds: float = 5.0) -> bytes:

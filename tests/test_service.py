@@ -20,13 +20,11 @@ from typing import Any
 
 import aiohttp
 import pytest
-from aiohttp import web
 from conftest import StartProxy, bearer, chat_body
 from golden import render_stream
 from kimi_simulator import HELLO, Simulator
 
-import kimi_proxy
-from kimi_proxy import Settings, announce_end, anonymize, make_app
+from kimi_proxy import anonymize
 
 PROGRAM = [sys.executable, "-W", "error", str(Path(__file__).parent.parent / "kimi_proxy.py")]
 PIPE = asyncio.subprocess.PIPE
@@ -361,7 +359,7 @@ import os, sys
 os.dup2(int(sys.argv[1]), 3)
 os.set_inheritable(3, True)
 os.environ["LISTEN_PID"] = str(os.getpid())
-os.execv(sys.executable, [sys.executable, "-W", "error", *sys.argv[2:]])
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 """
 
 
@@ -378,7 +376,7 @@ async def start(
     command, descriptors = [sys.executable, *program], ()
     if listener is not None:
         known["LISTEN_FDS"] = "1"
-        command = [sys.executable, "-c", WRAPPER, str(listener.fileno()), PROGRAM[-1]]
+        command = [sys.executable, "-c", WRAPPER, str(listener.fileno()), *program]
         descriptors = (listener.fileno(),)  # type: ignore[assignment]
     process = await asyncio.create_subprocess_exec(
         *command, stdout=PIPE, stderr=PIPE, env={**clean_environment(), **known}, pass_fds=descriptors
@@ -497,12 +495,15 @@ async def test_log_lines_as_json(simulator: Simulator, http: aiohttp.ClientSessi
     assert any("Error handling request" in line["message"] for line in lines)
 
 
+PATIENT = "import sys, kimi_proxy; kimi_proxy.GRACE_SECONDS = 60.0; sys.exit(kimi_proxy.main([]))"
+
+
 async def test_with_a_socket_of_systemds_a_restart_refuses_nothing(simulator: Simulator) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(128)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        first = await start(simulator, listener=listener)
+        first = await start(simulator, listener=listener, program=["-c", PATIENT])
         assert first.url == url
         statuses: list[int] = []
         done = asyncio.Event()
@@ -557,32 +558,42 @@ async def test_the_end_is_announced_while_all_is_still_served(simulator: Simulat
     assert simulator.account(token).settled
 
 
-async def test_a_balancer_that_looks_all_the_time_does_not_hold_up_the_end(
-    http: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kimi_proxy, "GRACE_SECONDS", 1000.0)
-    monkeypatch.setattr(kimi_proxy, "QUIET_SECONDS", 0.3)
-    app = make_app(Settings(state_dir=""))
-    runner = web.AppRunner(app)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-
-    async def look() -> None:
-        while True:
-            async with http.get(f"http://127.0.0.1:{runner.addresses[0][1]}/health") as response:
-                assert response.status == 503
+@pytest.mark.parametrize("kept", [False, True])
+async def test_a_connection_that_waits_for_a_request_is_served_to_the_end(simulator: Simulator, kept: bool) -> None:
+    running = await start(simulator, program=["-c", PATIENT])
+    request = b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\n"
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(running.url.rpartition(":")[2]))
+    if kept:
+        writer.write(request)
+        assert b" 200 " in await reader.readuntil(b"pong")
+    assert await is_open(running.url)  # those before it in the queue are accepted by then
+    stopping = asyncio.create_task(running.stop())
+    async with asyncio.timeout(10):
+        while await is_open(running.url):
             await asyncio.sleep(0.01)
+    writer.write(request)
+    answer = await asyncio.wait_for(reader.read(), 10)
+    assert answer.startswith(b"HTTP/1.1 200 ") and b"Connection: close" in answer
+    writer.close()
+    assert (await stopping)[0] == 0
 
-    try:
-        ending = asyncio.create_task(announce_end(app))
-        await asyncio.sleep(0)
-        looking = asyncio.create_task(look())
-        async with asyncio.timeout(10):
-            await ending
-        assert not looking.done()
-        looking.cancel()
-    finally:
-        await runner.cleanup()
+
+@pytest.mark.parametrize("busy", [False, True])
+async def test_connections_that_are_kept_do_not_hold_up_the_end(simulator: Simulator, busy: bool) -> None:
+    impatient = "import sys, kimi_proxy; kimi_proxy.GRACE_SECONDS = 0.3; sys.exit(kimi_proxy.main([]))"
+    running = await start(simulator, program=["-c", impatient])
+    async with aiohttp.ClientSession() as http:
+        async with http.get(running.url + "/ping") as response:
+            assert response.status == 200
+        if not busy:
+            assert (await running.stop())[0] == 0
+            return
+        stopping = asyncio.create_task(running.stop())
+        with pytest.raises(aiohttp.ClientError):
+            while True:
+                async with http.get(running.url + "/health") as response:
+                    await response.read()
+        assert (await stopping)[0] == 0
 
 
 async def test_whole_answers_are_told_at_the_end_with_a_503(simulator: Simulator) -> None:
@@ -671,7 +682,7 @@ async def test_a_second_signal_ends_it_at_once_and_its_conversations_are_the_nex
             await response.content.readuntil(b"\n\n")
             running.process.send_signal(number)
             async with asyncio.timeout(5):
-                while (await ask_health(running.url)) != 503:
+                while await is_open(running.url):
                     await asyncio.sleep(0.01)
             status, _ = await running.stop(number)
     assert status == 128 + number
@@ -691,7 +702,7 @@ async def test_an_inherited_socket_that_others_reach_needs_keys_for_a_held_accou
         listener.bind(("0.0.0.0", 0))
         listener.listen()
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", WRAPPER, str(listener.fileno()), PROGRAM[-1]),
+            *(sys.executable, "-c", WRAPPER, str(listener.fileno()), *PROGRAM[1:]),
             stdout=PIPE,
             stderr=PIPE,
             env={**clean_environment(), "LISTEN_FDS": "1", "KIMI_REFRESH_TOKEN": "t"},
