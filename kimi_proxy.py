@@ -4846,13 +4846,17 @@ class Connect(_Protocol):
                 raise refusal from None
 
     async def _refresh_here(self, account: Account) -> TokenPair:
-        """A new pair by the new call, else by the old one, which is still in use [2+]."""
+        """A new pair by the new call, else by the old one, which is still in use [2+]; a dead token is the verdict."""
         body = encode_json({"refresh_token": account.refresh_token}).encode()
         try:
             return _get_tokens(await self._exchange(account, _NEW_REFRESH, body, "", ""))
         except ProxyError as error:
             logger.debug("! %s", error)
-        return await super().refresh(account)
+            refusal = error
+        try:
+            return await super().refresh(account)
+        except ProxyError as error:
+            raise refusal if refusal.code == "token_dead" else error from None
 
     def _render_headers(self, account: Account, step: str, token: str, chat: str = "") -> dict[str, str]:
         """Also the page's, with the ids in the token, or one of our own where it tells none [2+]."""

@@ -181,6 +181,20 @@ async def test_connect_bears_every_reading_of_the_refresh(
     await simulator.settle(token)
 
 
+@pytest.mark.parametrize("old_call", ["404", "410", "redirect", "html", "500", "429"])
+async def test_a_token_that_the_new_refresh_refuses_is_dead_whatever_the_old_one_says(
+    start_proxy: StartProxy, simulator: Simulator, http: aiohttp.ClientSession, old_call: str
+) -> None:
+    faults = [f"status=refresh:{old_call}"] if old_call in ("500", "429") else []
+    if not faults:
+        simulator.retired, simulator.refresh_retired = old_call, True
+    proxy = await start_proxy(protocol="connect")
+    dead = simulator.token("hello", "old-refresh", *faults)
+    status, body = await answer(http, proxy, dead)
+    assert (status, body["error"]["code"]) == (401, "token_dead")
+    assert (await answer(http, proxy, f"{dead},{simulator.token('hello')}"))[0] == 200
+
+
 @pytest.mark.parametrize("protocol", ["auto", "connect"])
 async def test_an_access_token_is_used_as_it_is_and_goes_to_connect(
     start_proxy: StartProxy, simulator: Simulator, http: aiohttp.ClientSession, protocol: str
