@@ -61,7 +61,7 @@ from functools import partial
 from itertools import accumulate, cycle
 from math import inf, isfinite
 from pathlib import Path
-from typing import IO, Any, Final, Literal, NamedTuple, NoReturn, TypeVar, cast
+from typing import IO, Any, ClassVar, Final, Literal, NamedTuple, NoReturn, TypeVar, cast
 from urllib.parse import unquote, urljoin
 
 import aiohttp
@@ -320,6 +320,8 @@ def quote_words(text: str) -> str:
 class ProxyError(Exception):
     """A failure that a client is told about: which part and why, the field at fault, and Kimi's HTTP status or 0."""
 
+    access_token = ""  # the one that Kimi called dead, where the caller has to ask again with a new one
+
     def __init__(
         self, code: str, detail: str = "", *, param: str = "", retry_after_seconds: int = 0, upstream_status: int = 0
     ) -> None:
@@ -338,12 +340,6 @@ class ProxyError(Exception):
 
 class ProtocolRetired(ProxyError):
     """Kimi answered a call as it would if the protocol were retired."""
-
-
-class StaleToken(ProxyError):
-    """Kimi said that `access_token` is dead; who raises it sets which one was used."""
-
-    access_token = ""
 
 
 def render_error(error: ProxyError) -> dict[str, Any]:
@@ -747,14 +743,14 @@ Event = Opened | Text | Thinking | SearchHit | Citation | Sources | ToolCall | F
 
 # ==== 7. Answers ============================================================
 #
-# Frames in, events out, one object per answer: everything known about Kimi's streams stands here. What is unknown is
-# ignored, never a failure. An answer is judged when it ends: without any text it is an error, not an empty success.
+# Frames in, events out, one object per answer. What is unknown is ignored, never a failure. An answer that ends without
+# any text is an error, not an empty success.
 
 IDENTIFIER: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")  # an id of the service that may stand in a path as it is
 
 
 def dig(value: object, *path: str) -> Any:
-    """What stands at `path` in a JSON value; None where it is missing or something has another shape."""
+    """What stands at `path` in a JSON value; None where there is no such path."""
     for key in path:
         value = value.get(key) if isinstance(value, dict) else None
     return value
@@ -809,11 +805,10 @@ class Answer:
         self._hits: set[tuple[str, str]] = set()  # those emitted, as (url, key)
 
     def finish(self) -> list[Event]:
-        """What the end of the stream means where none was said before: after `done` an end, else a cut [ref]."""
+        """What the end of the stream means where none was said: after `done` an end, else a cut [ref]."""
         return [] if self.ended else self._end("stop" if self.done else "length")
 
     def _say(self, kind: type[Text], content: object) -> list[Event]:
-        """The event for a piece of text; none for what is not text, and while nothing of it can be shown."""
         if not isinstance(content, str) or not content:
             return []
         self._has_text = self._has_text or kind is Text
@@ -823,10 +818,9 @@ class Answer:
         return [kind(join_surrogates(text))] if text else []
 
     def _read_hits(self, values: list[Any], call_id: str = "") -> list[Event]:
-        """The hits that were not emitted yet, once by each key by which the text may cite them.
+        """The hits that were not emitted yet, once by each key: `tools://CALL#N` [2+] and the older `refIndex`.
 
-        Keys are `tools://CALL#N` [2+] and the older `refIndex`. N counts from 0: a search result is number `id` - 1,
-        an opened page is where it stands among the contents of its tool.
+        N counts from 0: a search result is number `id` - 1, an opened page is where it stands among `values`.
         """
         events: list[Event] = []
         for position, value in enumerate(values):
@@ -844,7 +838,6 @@ class Answer:
         return events
 
     def _end(self, reason: FinishReason) -> list[Event]:
-        """The last events. Raises `ProxyError` `answer_empty` when there was no text."""
         self.ended = True
         if not self._has_text and reason != "content_filter":
             raise ProxyError("answer_empty")
@@ -852,10 +845,7 @@ class Answer:
 
 
 class ClassicAnswer(Answer):
-    """The events of one classic answer, from its server-sent events [ref]; `Opened` is not among them.
-
-    `continues`: this is the continuation of an answer that met its length limit [2+], and may have no text of its own.
-    """
+    """The events of one classic answer [ref], but `Opened`. One that `continues` another may have no text [2+]."""
 
     def __init__(self, *, continues: bool = False) -> None:
         super().__init__()
@@ -864,7 +854,7 @@ class ClassicAnswer(Answer):
         self._reason: FinishReason = "stop"
 
     def feed(self, frame: ServerSentEvent) -> list[Event]:
-        """What one frame says. Raises `ProxyError`: `answer_broken`, `answer_empty`, or what an `error_type` says."""
+        """What one frame says. Raises `ProxyError`, such as `answer_empty`."""
         if self.ended:
             return []
         value = _parse_frame(frame.data.encode("utf-8", "replace"))
@@ -900,7 +890,7 @@ _BLOCK_KEYS: Final = {"id", "messageId", "message_id", "parentId", "status", "st
 
 
 class ConnectAnswer(Answer):
-    """The events of one connect answer, from its envelopes [2+]; `Opened` only where no `conversation_id` is given."""
+    """The events of one connect answer [2+]; `Opened` only where no `conversation_id` is given."""
 
     def __init__(self, conversation_id: str = "") -> None:
         super().__init__(conversation_id)
@@ -912,7 +902,7 @@ class ConnectAnswer(Answer):
         self._tools: dict[str, dict[str, Any]] = {}  # the service's own at work, by block
 
     def feed(self, envelope: Envelope) -> list[Event]:
-        """What one envelope says. Raises `ProxyError`: `answer_broken`, `answer_empty`, or what an error in it says."""
+        """What one envelope says. Raises `ProxyError`, such as `answer_empty`."""
         if self.ended:
             return []
         value = _parse_frame(envelope.payload or b"{}")
@@ -929,7 +919,7 @@ class ConnectAnswer(Answer):
         return events + self._end(self._ending) if self._ending else events
 
     def _is_of_other(self, value: dict[str, Any]) -> bool:
-        """Whether a frame or block belongs to a message of somebody else, such as the echo of the user's own."""
+        """Whether a frame or block belongs to another message, such as the echo of the user's own."""
         identifier = value.get("messageId") or value.get("message_id")
         return isinstance(identifier, str) and identifier in self._other_messages
 
@@ -997,7 +987,7 @@ class ConnectAnswer(Answer):
         return events
 
     def _read_text(self, kind: type[Text], identifier: str, part: object, append: bool) -> list[Event]:
-        """What a piece adds to its block's text. A second `set` cannot take back what was sent, only extend it [2+]."""
+        """What a piece adds to its block. A second `set` cannot take back what was sent, only extend it [2+]."""
         content = part.get("content") if isinstance(part, dict) else part
         tool = self._tools.get(identifier)
         if not isinstance(content, str) or (tool and _SANDBOX.search(dig_word(tool, "name"))):
@@ -1013,13 +1003,11 @@ class ConnectAnswer(Answer):
         return self._say(kind, content[len(before) :] if content.startswith(before) else "")
 
     def _read_stages(self, stages: list[Any]) -> None:
-        """The phase in which text carries thinking: from its stage's start to its end."""
         for stage in stages:
             if dig_word(stage, "name").upper() == "STAGE_NAME_THINKING":
                 self._thinks = not dig_word(stage, "status").upper().endswith(("DONE", "END", "FINISHED", "COMPLETED"))
 
     def _read_exception(self, part: object) -> None:
-        """Raise the failure that `exception` or `error` of a block tells, an object or a list; note moderation."""
         part = dig(part, "error") or part
         for error in part if isinstance(part, list) else [part]:
             if _MODERATION.search(dig_word(error, "reason")):
@@ -1028,7 +1016,6 @@ class ConnectAnswer(Answer):
                 raise error_of_reply(200, {"code": "internal", **error}, "asking")
 
     def _read_tool(self, identifier: str, part: dict[str, Any], append: bool) -> list[Event]:
-        """The hits of one of the service's own tools; what its sandbox does is nobody's business."""
         self._read_status(part)
         tool = self._tools.setdefault(identifier, {})
         before = dig_list(tool, "contents")
@@ -1059,12 +1046,11 @@ _CONNECT_STATUSES: Final = (  # the HTTP status of each code (Connect protocol, 
 
 
 def error_of_reply(
-    status: int, value: object, step: str, *, retry_after_seconds: int | None = None, words: str = ""
+    status: int, value: object, step: str, *, retry_after_seconds: int = 0, words: str = ""
 ) -> ProxyError:
-    """The failure that a reply or a frame means, by its HTTP `status` and JSON `value`, at `step`.
+    """The failure that a reply or a frame means, by a known reason, else by connect's code, else by the HTTP `status`.
 
-    Classic tells `{error_type, message}` [ref], connect `{code, message, details}`, bare or as `error` [2+]. A known
-    reason decides, else connect's code, else the HTTP status. `words` stand in where `value` has none.
+    `words` stand in where the JSON `value` has none.
     """
     error = dig(value, "error") if isinstance(dig(value, "error"), dict) else value
     name = dig_word(value, "error_type") or dig_word(error, "code")
@@ -1080,12 +1066,12 @@ def error_of_reply(
     by_status = {401: "token_dead", 429: "rate_limited"}.get(status, by_status)
     code = next((code for word, code in _CODES.items() if word in reason), by_status)
     if FAILURES[code].status != 429 and status != 503:
-        retry_after_seconds = None
+        retry_after_seconds = 0
     if code == "quota_used_up":
-        retry_after_seconds = max(retry_after_seconds or 0, 1800)
+        retry_after_seconds = max(retry_after_seconds, 1800)
     head = ", ".join(filter(None, (f"{step}: HTTP {status}", quote_words(name))))
     detail = ": ".join(filter(None, (head, quote_words(", ".join(said)))))
-    return ProxyError(code, detail, retry_after_seconds=retry_after_seconds or 0, upstream_status=status)
+    return ProxyError(code, detail, retry_after_seconds=retry_after_seconds, upstream_status=status)
 
 
 # ==== 8. Tools ==============================================================
@@ -3757,7 +3743,7 @@ class Accounts:
 # `AddressGuard.make_socket` is the one place where a connection to an origin begins, and it decides on the very address
 # being connected to, whatever name, spelling or redirect led there. Nothing here knows about Kimi.
 
-FILE_SECONDS: Final = 60.0  # limit for an origin to send more, and for the storage to accept more
+FILE_SECONDS: Final = 60.0  # limit for an origin to send more
 TRANSFER_SECONDS: Final = 120.0  # limit for a whole file
 MAX_REDIRECTS: Final = 5
 PUBLIC: Final = "public"
@@ -4101,16 +4087,17 @@ def _disposition_name(response: aiohttp.ClientResponse) -> str:
 
 # ==== 15. Kimi ==============================================================
 #
-# Calls of the service. `KimiClient` sends one `ApiRequest`: token, limits, and what a reply means; it repeats a call
-# only when the access token was dead or a kept connection turned out closed. `Classic` and `Connect` are a table of the
-# service's calls each, and the bodies that go with them. `AnswerStream` reads an answer.
+# `KimiClient` makes the calls of the service, and repeats one only when the access token was dead or a kept connection
+# was closed. `Classic` and `Connect` are a table of calls each, and their bodies. `AnswerStream` reads an answer.
 
 PARSE_SECONDS: Final = 120.0  # limit for Kimi to read a file that was uploaded
+_POLL_SECONDS: Final = 0.5
+_PARSING: Final = "having a file read"
+_REFRESH: Final = "refreshing the token"
 END_SECONDS: Final = 1.0  # how long the end of the stream is awaited once the text is over
 MAX_REPLY_BYTES: Final = 1_048_576
 
-# One browser version throughout, and the web page that runs in it: the service may compare them. The page's headers go
-# with the ids of an account.
+# All of one browser version: the service may compare them.
 _BROWSER_HEADERS: Final = {
     "User-Agent": "Mozilla/5.0 (Windows NT 10.0; Win64; x64) AppleWebKit/537.36 (KHTML, like Gecko) "
     "Chrome/146.0.0.0 Safari/537.36",
@@ -4119,18 +4106,18 @@ _BROWSER_HEADERS: Final = {
     "Sec-Ch-Ua-Platform": '"Windows"',
     "Accept-Language": "zh-CN,zh;q=0.9,en;q=0.8",
 }
-_PAGE_HEADERS: Final = {
-    "x-msh-platform": "web",
-    "x-language": "zh-CN",
-    "r-timezone": "Asia/Shanghai",
-}
+_PAGE_HEADERS: Final = {"x-msh-platform": "web", "x-language": "zh-CN", "r-timezone": "Asia/Shanghai"}
+_ID_HEADERS: Final = {"x-msh-device-id": "device_id", "x-msh-session-id": "ssid", "x-traffic-id": "sub"}  # claims
+
+
+def _without_empty(**fields: object) -> dict[str, Any]:
+    """`fields` without those that are empty strings, which the service's page leaves out."""
+    return {name: value for name, value in fields.items() if value != ""}
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model as it is asked for: `scenario` to `key` are connect's names for it, `agent_id` is a kimiplus id,
-    `efforts` are the constants by which connect is told how much to think.
-    """
+    """A model as it is asked for; `agent_id` is a kimiplus id, `efforts` are connect's constants."""
 
     id: str
     scenario: str = ""
@@ -4150,10 +4137,10 @@ class Model:
         return bool(self.agent_id or self.agent_mode)
 
     def describe(self) -> dict[str, Any]:
-        """What the list of models says of it: what it costs a user to know."""
-        agent = {"description": "An agent with tools and a sandbox of its own, which costs credits."}
-        efforts = {"reasoning_efforts": [effort.rpartition("_")[2].lower() for effort in self.efforts]}
-        return (agent if self.is_agent else {}) | (efforts if self.efforts else {})
+        """What the list of models says of it."""
+        agent = "An agent with tools and a sandbox of its own, which costs credits." if self.is_agent else ""
+        efforts = [effort.rpartition("_")[2].lower() for effort in self.efforts]
+        return _without_empty(description=agent, reasoning_efforts=efforts or "")
 
 
 KIMI: Final = Model("kimi")
@@ -4166,24 +4153,22 @@ CLASSIC_MODELS: Final = (
 CONNECT_MODELS: Final = (KIMI, Model("kimi-thinking", thinking=True))  # when the service lists none
 _FALLBACKS: Final = (("SCENARIO_CHAT", "k2d6-chat"), ("SCENARIO_K2D5", ""))  # what those are asked as, newest first
 _AGENT_ID: Final = re.compile(r"[0-9a-z]{20}")
-_SUFFIXES: Final = frozenset({"search", "nosearch", "silent", "math", "research", "thinking", "k1"})
-_EFFORTS: Final = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+# What the suffixes of a model's name switch on; those for the search are read elsewhere.
+_SUFFIXES: Final = {"thinking": "thinking", "k1": "thinking", "math": "use_math", "research": "use_research"}
+_SUFFIXES_OF_SEARCH: Final = ("search", "nosearch", "silent")
+_EFFORTS: Final = {"none": 0, "minimal": 0, "low": 1, "medium": 2, "high": 3, "enabled": 3, "xhigh": 4, "max": 5}
 
 
 def parse_models(value: object) -> tuple[Model, ...]:
-    """The models in a reply of GetAvailableModels, the default one as `kimi` first [2+]; empty when it lists none.
-
-    The default is never an agent: those cost credits.
-    """
+    """The models in a reply of GetAvailableModels, the default one as `kimi` first [2+]; empty when it lists none."""
     models = [_parse_model(entry) for entry in dig_list(value, "availableModels") if dig_word(entry, "scenario")]
     if not models:
         return ()
     service_id, scenario = (dig_word(value, "defaultScenario", key) for key in ("model", "scenario"))
-    thinking = dig(value, "defaultScenario", "thinking") is True
+    told = scenario, dig(value, "defaultScenario", "thinking") is True
     chats = [model for model in models if not model.is_agent] or [KIMI]
-    named = [model for model in chats if model.service_id and model.service_id == service_id]
-    named += [model for model in chats if (model.scenario, model.thinking) == (scenario, thinking)]
-    found = {"kimi": replace((named + chats)[0], id="kimi")}
+    default = max(chats, key=lambda model: (model.service_id == service_id, (model.scenario, model.thinking) == told))
+    found = {"kimi": replace(default, id="kimi")}
     for model in models:
         found.setdefault(model.id, model)
     return tuple(found.values())
@@ -4201,7 +4186,7 @@ def _parse_model(entry: object) -> Model:
         thinking=thinking,
         agent_id=dig_word(entry, "kimiPlusId"),
         agent_mode=dig_word(entry, "agentMode"),
-        service_id=service_id if re.match("[a-z]", service_id) else "",  # a number in older lists, of no use
+        service_id="" if service_id.isdecimal() else service_id,  # a number in older lists, of no use
         key=key,
         efforts=tuple(filter(None, efforts)),
         default_effort=dig_word(entry, "defaultReasoningEffort") if any(efforts) else "",
@@ -4209,76 +4194,51 @@ def _parse_model(entry: object) -> Model:
 
 
 def choose_effort(model: Model, wanted: str) -> str:
-    """The listed constant that is nearest to the effort that a client `wanted`; empty when the model lists none.
+    """The listed constant nearest to what a client `wanted`, the lower of two; empty when the model lists none.
 
-    No thinking means NONE when it is listed, else the lowest. Of two that are as near, the lower one is cheaper.
+    No thinking means NONE when it is listed, else the lowest.
     """
-
-    def rank(effort: str) -> int:
-        level = effort.rpartition("_")[2].lower()
-        return _EFFORTS.index(level) if level in _EFFORTS else len(_EFFORTS)
-
+    wanted = wanted or ("enabled" if model.thinking else "")
     if wanted not in _EFFORTS:
-        if rank(model.default_effort) or not (model.thinking or wanted == "enabled"):
-            return model.default_effort
-        wanted = "high"  # the client, or its name of the model, asks for thinking
-    thinks = wanted not in ("none", "minimal")
-    goal = rank(wanted) if thinks else 0
-    choices = [effort for effort in model.efforts if thinks <= rank(effort)] or model.efforts
-    return min(choices, key=lambda effort: (abs(rank(effort) - goal), rank(effort)), default="")
+        return model.default_effort
+    goal = _EFFORTS[wanted]
+    ranks = {effort: _EFFORTS.get(effort.rpartition("_")[2].lower(), 6) for effort in model.efforts}
+    choices = [effort for effort in ranks if ranks[effort] or not goal] or ranks
+    return min(choices, key=lambda effort: (abs(ranks[effort] - goal), ranks[effort]), default="")
 
 
 def choose_model(name: str, models: Sequence[Model]) -> tuple[Model, bool]:
-    """The model that a client's `name` means, and whether the name was known: ours, or one of the service's.
+    """The model that a client's `name` means, and whether the name was known; the default where it was not.
 
-    A 20-character id is an agent; `-search`, `-silent`, `-math`, `-research`, `-thinking` and `-k1` may be combined
-    [2+]. An unknown name means the default: clients insist on names of their own.
+    A 20-character id is an agent; suffixes may be combined [2+].
     """
     known = {"kimi": KIMI} | {name: model for model in models for name in (model.key, model.service_id) if name}
     known |= {model.id: model for model in models}
-    if name in known:
-        return known[name], True
-    first, *rest = name.split("-")
-    base = "-".join([first, *(word for word in rest if word not in _SUFFIXES)])
-    suffixes = _SUFFIXES.intersection(rest)
-    if _AGENT_ID.fullmatch(base):
-        known[base] = replace(known["kimi"], id=name, agent_id=base, agent_mode="")
-    model = known.get(base, known["kimi"])
-    if "thinking" in suffixes:
-        model = known.get(f"{base}-thinking", model)
-    model = replace(
-        model,
-        thinking=model.thinking or not suffixes.isdisjoint(("thinking", "k1")),
-        use_math=model.use_math or "math" in suffixes,
-        use_research=model.use_research or "research" in suffixes,
-    )
-    return model, base in known
+    changes: dict[str, Any] = {}
+    while name not in known and (suffix := name.rpartition("-")[2]) in (*_SUFFIXES, *_SUFFIXES_OF_SEARCH):
+        name = name[: -len(suffix) - 1]
+        changes |= {_SUFFIXES[suffix]: True} if suffix in _SUFFIXES else {}
+    if _AGENT_ID.fullmatch(name):
+        known[name] = replace(known["kimi"], agent_id=name)
+    return replace(known.get(name, known["kimi"]), **changes), name in known
 
 
 @dataclass(slots=True)
 class Question:
-    """What the service is asked: the merged text, whether it may search the web, and of which model: `model_name` is
-    the client's name, `model` what it means for the account that is asked, set before it is.
-
-    `effort` is how much the client wants it to think, empty when it does not say. With `has_tools` the client offers
-    tools, and the plugins of the service stay away. With a `segment_id`, the service is asked to continue an answer
-    that met its length limit (classic). `conversation_id` is empty, `new` for a conversation that is kept, or the one
-    to continue, after its message `parent_id` (connect). `attachments` become `file_ids` when they are uploaded; the
-    list is emptied when they are not needed any more.
-    """
+    """What the service is asked: the merged `text`, and all that goes with it."""
 
     text: str = field(repr=False)
     use_search: bool
-    model_name: str = "kimi"
-    model: Model = KIMI
-    effort: str = ""
-    has_tools: bool = False
+    model_name: str = "kimi"  # the client's
+    model: Model = KIMI  # what that means for the account that is asked
+    effort: str = ""  # how much the client wants it to think
+    has_tools: bool = False  # the client's own
     preface: str = field(default="", repr=False)  # with which `text` begins; connect takes it as a system prompt
-    segment_id: str = ""
-    conversation_id: str = ""
-    parent_id: str = ""
-    attachments: list[Attachment] = field(default_factory=list, repr=False)
-    file_ids: tuple[str, ...] = ()
+    segment_id: str = ""  # of an answer at its length limit, which is to go on (classic)
+    conversation_id: str = ""  # the one to continue, or `new` for one that is kept
+    parent_id: str = ""  # the message to continue after (connect)
+    attachments: list[Attachment] = field(default_factory=list, repr=False)  # emptied when no longer needed
+    file_ids: tuple[str, ...] = ()  # of what was uploaded
 
     @property
     def goes_on(self) -> bool:
@@ -4291,11 +4251,7 @@ async def _note_reuse(_: aiohttp.ClientSession, context: Any, params: aiohttp.Tr
 
 
 def open_service_session(proxy_url: str = "", *, reuse: bool = True) -> aiohttp.ClientSession:
-    """The connections for every call to the service: no cookies, since it serves many accounts, and no limit.
-
-    The calls go through the outgoing proxy at `proxy_url`, if any. Without `reuse` each call has a connection of its
-    own: a file can be read once, and would be lost on a kept connection that turns out closed.
-    """
+    """Connections to the service, without cookies, as they serve many accounts; each for one call unless `reuse`."""
     trace = aiohttp.TraceConfig()
     trace.on_connection_reuseconn.append(_note_reuse)
     return aiohttp.ClientSession(
@@ -4309,7 +4265,7 @@ def open_service_session(proxy_url: str = "", *, reuse: bool = True) -> aiohttp.
 
 
 _NETWORK_ERRORS: Final = (TimeoutError, aiohttp.ClientError, ConnectionError)
-_NETWORK_FAILURES: Final[tuple[tuple[type[BaseException], str, str], ...]] = (  # the first that fits, and its words
+_NETWORK_FAILURES: Final[tuple[tuple[type[BaseException], str, str], ...]] = (  # the first that fits
     (aiohttp.ClientProxyConnectionError, "unreachable", "the outgoing proxy (KIMI_PROXY_URL) cannot be reached"),
     (aiohttp.ClientHttpProxyError, "unreachable", "the outgoing proxy (KIMI_PROXY_URL) answers HTTP {0.status}"),
     (aiohttp.ClientConnectorCertificateError, "unreachable", "its TLS certificate is not valid"),
@@ -4322,19 +4278,19 @@ _NETWORK_FAILURES: Final[tuple[tuple[type[BaseException], str, str], ...]] = (  
 
 @contextmanager
 def _network_failures(step: str, file: OpenFile | None = None) -> Iterator[None]:
-    """Raise what a failure of the network means at `step`, in terms of the storage and of `file` where one is sent."""
+    """Raise a failure of the network as one of the service, of the storage, or of `file` itself where one is sent."""
     try:
         yield
     except _NETWORK_ERRORS as error:
         if file is not None and file.failure is not None:
             raise file.failure from None
         code, words = next((code, words) for kind, code, words in _NETWORK_FAILURES if isinstance(error, kind))
-        code = f"service_{code}" if file is None else "storage_silent" if code == "silent" else "storage_failed"
         number = getattr(error, "errno", None)
-        reason = os.strerror(number) if number else "failed"
-        raise ProxyError(code, f"{step}: {words.format(error, reason)}") from None
+        words = words.format(error, os.strerror(number) if number else "failed")
+        raise ProxyError(f"service_{code}" if file is None else "storage_failed", f"{step}: {words}") from None
 
 
+_CONNECT_TYPE: Final = "application/connect+json"
 _RETIRED_STATUSES: Final = frozenset({301, 302, 303, 307, 308, 404, 405, 410})
 
 
@@ -4349,113 +4305,24 @@ async def _parse_reply(response: aiohttp.ClientResponse, step: str) -> dict[str,
     reply: Any = None
     with suppress(WireError):
         reply = parse_json(body or b"{}", surrogates=True)
-    status, is_object = response.status, isinstance(reply, dict)
-    is_page = not is_object and "html" in response.content_type and status < 500
-    if status < 300 and not is_page and not isinstance(dig(reply, "error_type"), str):
-        return reply if isinstance(reply, dict) else {}
-    text = response.headers.get("Retry-After", "")
-    retry_after = min(int(text), 86_400) if re.fullmatch("[0-9]{1,9}", text) else None
-    words = "" if is_object else f"a body of type {quote_words(response.content_type)}, no JSON object"
-    error = error_of_reply(status, reply, step, retry_after_seconds=retry_after, words=words)
-    if is_page or (status in _RETIRED_STATUSES and not dig_word(reply, "code")):  # connect's own 404 has a code
-        raise ProtocolRetired(error.code, error.detail, upstream_status=error.upstream_status)
+    status = response.status
+    value: dict[str, Any] = reply if isinstance(reply, dict) else {}
+    is_page = value is not reply and "html" in response.content_type and status < 500
+    if status < 300 and not is_page and not dig_word(value, "error_type"):
+        return value
+    seconds = response.headers.get("Retry-After", "")
+    retry_after = min(int(seconds), 86_400) if re.fullmatch("[0-9]{1,9}", seconds) else 0
+    words = "" if value is reply else f"a body of type {quote_words(response.content_type)}, no JSON object"
+    error = error_of_reply(status, value, step, retry_after_seconds=retry_after, words=words)
+    if is_page or (status in _RETIRED_STATUSES and not dig_word(value, "code")):  # connect's own 404 has a code
+        raise ProtocolRetired(error.code, error.detail, upstream_status=status)
     raise error
-
-
-@dataclass(frozen=True, slots=True)
-class KimiClient:
-    """Sends requests to the service; `transfers` are its connections for files."""
-
-    session: aiohttp.ClientSession
-    transfers: aiohttp.ClientSession
-    accounts: Accounts
-    metrics: Metrics
-    settings: Settings
-
-    async def with_token(self, account: Account, once: Callable[[str], Awaitable[Result]]) -> Result:
-        """What `once` returns for the account's access token, or for a new one when that was dead."""
-        token = await self.accounts.access_token(account)
-        try:
-            return await once(token)
-        except ProxyError as error:
-            if error.code != "token_dead":
-                raise
-        self.accounts.drop(account, token)
-        return await once(await self.accounts.access_token(account))
-
-    async def send(
-        self, step: str, method: str, urls: Sequence[str], headers: Mapping[str, str], body: bytes
-    ) -> aiohttp.ClientResponse:
-        """The response, of a second try when a kept connection was closed or the service does not know the first URL.
-
-        Raises aiohttp's errors.
-        """
-        url, is_last = urls[0], False
-        while True:
-            connection: list[str] = []  # aiohttp's tracing tells there of a kept one
-            started = time.monotonic()
-            try:
-                response = await self.session.request(
-                    method,
-                    URL(url, encoded=True),
-                    data=io.BytesIO(body) if body else None,  # sent in pieces
-                    headers=headers,
-                    allow_redirects=False,
-                    trace_request_ctx=connection,
-                )
-                self.metrics.observe("kimi_proxy_upstream_seconds", time.monotonic() - started)
-                logger.debug("> %s HTTP %d", step, response.status)
-                if is_last or url == urls[-1] or response.status not in (404, 501):
-                    return response
-                response.close()
-                url = urls[-1]
-            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
-                if is_last or not connection or method != "POST":  # aiohttp itself repeats the others
-                    raise
-                logger.debug("! %s: a kept connection was closed, calling once more", step)
-            is_last = True
-
-    @asynccontextmanager
-    async def send_file(
-        self, method: str, url: str, headers: dict[str, str], file: OpenFile, head: bytes = b"", tail: bytes = b""
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """The response to a request with `file` in its body, between `head` and `tail`. Raises `ProxyError`."""
-        with _network_failures("storing the file", file):
-            limit = asyncio.timeout(None)
-            sending = self.transfers.request(
-                method,
-                URL(url, encoded=True),
-                data=_enclose(head, file, tail, limit),
-                headers=headers | {"Content-Length": str(len(head) + file.size_bytes + len(tail))},
-                allow_redirects=False,
-            )
-            async with limit, sending as response:
-                logger.debug("> %d of %d bytes of a file HTTP %d", file.sent_bytes, file.size_bytes, response.status)
-                yield response
-                if response.status < 300 and file.sent_bytes < file.size_bytes:
-                    raise ProxyError("storage_failed", "storing the file: an answer before its end")
-
-
-async def _enclose(head: bytes, file: OpenFile, tail: bytes, limit: asyncio.Timeout) -> AsyncIterator[bytes]:
-    """The body of a request with `file`. `limit` ends it where the storage accepts nothing for `FILE_SECONDS`; waiting
-    for the file's own source does not count.
-    """
-    now = asyncio.get_running_loop().time
-    yield head
-    async for piece in file.read():
-        limit.reschedule(now() + FILE_SECONDS)
-        yield piece
-        limit.reschedule(None)
-    limit.reschedule(now() + FILE_SECONDS)
-    yield tail
 
 
 @dataclass(eq=False)
 class AnswerStream:
-    """The events of one answer, read from the `response` that carries it.
-
-    `answer` tells what is known of it by now. The answer fails when nothing of it comes for `silence_seconds` while it
-    is read, and at `deadline` (loop time). `raw`, where it is a list, gets the bytes as they came.
+    """The events of one answer. It fails when nothing of it comes for `silence_seconds` while it is read, and at
+    `deadline` (loop time). `raw`, where it is a list, gets the bytes as they came.
     """
 
     response: aiohttp.ClientResponse
@@ -4466,11 +4333,10 @@ class AnswerStream:
     deadline: float
     raw: list[bytes] | None = None
     _failure: ProxyError | None = None  # raised by the next read
-    _first: list[Event] | None = None  # returned by the next read
+    _first: list[Event] = field(default_factory=list)  # returned by the next read
     _waits: bool = False
     _progress: int = -1  # of `answer`, when silence began
     _silent_since: float = 0.0
-    _end_at: float = 0.0
 
     def __post_init__(self) -> None:
         self._debug = logger.isEnabledFor(logging.DEBUG)
@@ -4480,11 +4346,10 @@ class AnswerStream:
     async def read(self) -> list[Event] | None:
         """The events of one network read, perhaps none; None once the answer is over.
 
-        Raises `ProxyError`, after the events that came before the failure were returned: `StaleToken` where the access
-        token died meanwhile.
+        Raises `ProxyError`, after the events that came before the failure were returned.
         """
-        if self._first is not None:
-            events, self._first = self._first, None
+        if self._first:
+            events, self._first = self._first, []
             return events
         if self._failure is not None:
             raise self._failure
@@ -4494,9 +4359,8 @@ class AnswerStream:
             self._progress, self._silent_since = self.answer.progress, self._loop.time()
         self._waits = True
         try:
-            piece = await self._read_piece()
-        except (aiohttp.ClientError, ConnectionError, RuntimeError) as error:
-            # aiohttp's RuntimeError says that the connection was lost before.
+            piece = await (self._read_end() if self.answer.done else self.response.content.readany())
+        except (aiohttp.ClientError, ConnectionError, RuntimeError) as error:  # the last: it was lost before
             self._watchdog.stop()
             broken = ProxyError("answer_broken", f"the connection broke ({type(error).__name__})")
             self._failure = self._failure or broken
@@ -4506,18 +4370,16 @@ class AnswerStream:
         return self._feed(piece)
 
     async def peek(self) -> None:
-        """Wait for the first events, which the next `read` returns. Raises `ProxyError` for a failure before them."""
-        events: list[Event] | None = []
+        """Wait for the first events, which the next `read` returns."""
         try:
-            while events == []:
-                events = await self.read()
+            while not self._first and not self.answer.ended:
+                self._first = await self.read() or []
         except BaseException:
             self.close()
             raise
-        self._first = events
 
     async def drain(self, seconds: float) -> None:
-        """Read what is left, for so long at most, so that the connection can be used again; else close it."""
+        """Read what is left, so that the connection can be used again; close it where that takes longer."""
         with suppress(*_NETWORK_ERRORS, RuntimeError):
             async with asyncio.timeout(seconds):
                 while await self.response.content.readany():
@@ -4529,13 +4391,10 @@ class AnswerStream:
         self._watchdog.stop()
         self.response.close()
 
-    async def _read_piece(self) -> bytes:
-        if not self.answer.done:
-            return await self.response.content.readany()
-        # In good order only the end follows, or an error in its place [2+].
-        self._end_at = self._end_at or self._loop.time() + END_SECONDS
+    async def _read_end(self) -> bytes:
+        """What follows the text: the end or an error [2+]; nothing where neither comes."""
         with suppress(TimeoutError):
-            async with asyncio.timeout_at(self._end_at):
+            async with asyncio.timeout(END_SECONDS):
                 return await self.response.content.readany()
         return b""
 
@@ -4556,9 +4415,7 @@ class AnswerStream:
             self._failure = ProxyError("answer_broken", f"Kimi's stream cannot be read: {error}")
         except ProxyError as error:
             self._failure = error
-            if error.code == "token_dead":
-                self._failure = StaleToken(error.code, error.detail)
-                self._failure.access_token = self.access_token
+            error.access_token = self.access_token
         if self._failure is not None or self.answer.ended:
             self._watchdog.stop()
         if self._failure is not None and not events:
@@ -4566,7 +4423,6 @@ class AnswerStream:
         return events
 
     def _check(self, now: float) -> float:
-        """End the answer where its time is over; else when that will be."""
         due = min(self.silence_seconds + (self._silent_since if self._waits else now), self.deadline)
         if now >= due and self._failure is None:
             self._failure = ProxyError("answer_too_long" if now >= self.deadline else "service_silent", "asking")
@@ -4574,37 +4430,36 @@ class AnswerStream:
         return due if due > now else now + END_SECONDS  # never at once: nobody may be reading for a while
 
 
-StoredFile = Mapping[str, str]  # a file whose bytes the service has, as the fields that register it
+async def _enclose(head: bytes, file: OpenFile, tail: bytes) -> AsyncIterator[bytes]:
+    yield head
+    async for piece in file.read():
+        yield piece
+    yield tail
 
 
-class _Protocol:
-    """What the two protocols share: they send JSON as the service's own web page does.
+@dataclass(eq=False)
+class KimiClient:
+    """What the two protocols share: they send JSON as the service's own web page does."""
 
-    `busy_code` is the failure by which the service says that another answer is running. `hits_inline`: search hits are
-    shown where they come in the text.
-    """
-
-    name: str
-    busy_code: str
-    hits_inline: bool
-    _calls: Mapping[str, str]  # by step: the method, the path, and perhaps another that some know it by
-    _stream_type: str
-    _parser: type[SSEParser | EnvelopeParser]
-
-    def __init__(self, client: KimiClient, base_url: str) -> None:
-        self.base_url = base_url
-        self._client = client
+    session: aiohttp.ClientSession
+    transfers: aiohttp.ClientSession  # keeps no connection
+    accounts: Accounts
+    metrics: Metrics
+    settings: Settings
+    name: ClassVar[str]
+    busy_code: ClassVar[str]  # of the failure that says that another answer is running
+    hits_inline: ClassVar[bool]  # whether search hits are shown where they come
+    _calls: ClassVar[Mapping[str, str]]  # by step: the method, the path, and perhaps another of the same call
 
     def base_url_for(self, account: Account, step: str = "") -> str:
         """Where the service of `account` is."""
-        return self.base_url
+        return self.settings.base_url or CLASSIC_URL
 
     async def refresh(self, account: Account) -> TokenPair:
         """A new pair of tokens for `account`."""
-        return _get_tokens(await self._exchange(account, "refreshing the token", b"", "", account.refresh_token))
+        return _get_tokens(await self._exchange(account, _REFRESH, account.refresh_token))
 
     def _render_headers(self, account: Account, step: str, token: str, chat: str = "") -> dict[str, str]:
-        """The headers by which the page of the conversation `chat`, or the first page, sends JSON [2+]."""
         base_url = self.base_url_for(account)
         return {
             "Origin": str(URL(base_url).origin()),
@@ -4615,48 +4470,98 @@ class _Protocol:
 
     async def _send(self, account: Account, step: str, body: bytes, chat: str, token: str) -> aiohttp.ClientResponse:
         method, *paths = self._calls[step].split()
-        urls = [self.base_url_for(account, step) + path.format(chat) for path in paths]
-        return await self._client.send(step, method, urls, self._render_headers(account, step, token, chat), body)
+        kept: list[str] = []  # filled by aiohttp's tracing where the connection was
+
+        def send(session: aiohttp.ClientSession, path: str) -> Awaitable[aiohttp.ClientResponse]:
+            return session.request(
+                method,
+                URL(self.base_url_for(account, step) + path.format(chat), encoded=True),
+                data=io.BytesIO(body) if body else None,  # sent in pieces
+                headers=self._render_headers(account, step, token, chat),
+                allow_redirects=False,
+                trace_request_ctx=kept,
+            )
+
+        for path in paths:
+            started = time.monotonic()
+            try:
+                response = await send(self.session, path)
+            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+                if not kept or method != "POST":  # aiohttp itself repeats the others
+                    raise
+                logger.debug("! %s: a kept connection was closed, calling once more", step)
+                response = await send(self.transfers, path)
+            self.metrics.observe("kimi_proxy_upstream_seconds", time.monotonic() - started)
+            logger.debug("> %s HTTP %d", step, response.status)
+            if response.status not in (404, 501) or path == paths[-1]:  # else the service may know the other path
+                break
+            response.close()
+        return response
 
     async def _exchange(
-        self, account: Account, step: str, body: bytes, chat: str, token: str, seconds: float = 0.0
+        self, account: Account, step: str, token: str = "", value: object = None, chat: str = ""
     ) -> dict[str, Any]:
-        limit = asyncio.timeout(seconds or self._client.settings.call_seconds)
+        body = b"" if value is None else encode_json(value).encode()
+        seconds = PARSE_SECONDS if step == _PARSING else self.settings.call_seconds
         with _network_failures(step):
-            async with limit, await self._send(account, step, body, chat, token) as response:
+            async with asyncio.timeout(seconds), await self._send(account, step, body, chat, token) as response:
                 return await _parse_reply(response, step)
 
-    async def _call(
-        self, account: Account, step: str, value: object = None, chat: str = "", seconds: float = 0.0
-    ) -> dict[str, Any]:
-        """The JSON object that the service replies; a call whose access token is dead is made once more."""
-        body = b"" if value is None else encode_json(value).encode()
-        return await self._client.with_token(
-            account, lambda token: self._exchange(account, step, body, chat, token, seconds)
-        )
+    async def _with_token(self, account: Account, once: Callable[[str], Awaitable[Result]]) -> Result:
+        """What `once` returns for the account's access token, or for a new one when that was dead."""
+        token = await self.accounts.access_token(account)
+        try:
+            return await once(token)
+        except ProxyError as error:
+            if error.code != "token_dead":
+                raise
+        self.accounts.drop(account, token)
+        return await once(await self.accounts.access_token(account))
+
+    async def _call(self, account: Account, step: str, value: object = None, chat: str = "") -> dict[str, Any]:
+        return await self._with_token(account, lambda token: self._exchange(account, step, token, value, chat))
 
     async def _stream(
         self, account: Account, body: bytes, chat: str, answer: ClassicAnswer | ConnectAnswer, deadline: float
     ) -> AnswerStream:
-        """The answer to a question; the head of the response has to come in time too."""
-        silence_seconds = self._client.settings.silence_seconds
+        is_connect = isinstance(answer, ConnectAnswer)
 
         async def once(token: str) -> AnswerStream:
-            limit = asyncio.timeout_at(min(asyncio.get_running_loop().time() + silence_seconds, deadline))
+            seconds = self.settings.silence_seconds
+            until = min(asyncio.get_running_loop().time() + seconds, deadline)  # for the head of the response
             with _network_failures("asking"):
-                async with limit:
+                async with asyncio.timeout_at(until):
                     response = await self._send(account, "asking", body, chat, token)
-                    if response.status == 200 and response.content_type == self._stream_type:
-                        return AnswerStream(response, self._parser(), answer, token, silence_seconds, deadline)
+                    if response.status == 200 and response.content_type == (
+                        _CONNECT_TYPE if is_connect else "text/event-stream"
+                    ):
+                        parser = EnvelopeParser() if is_connect else SSEParser()
+                        return AnswerStream(response, parser, answer, token, seconds, deadline)
                     async with response:
                         await _parse_reply(response, "asking")
             raise ProxyError("answer_broken", f"asking: a reply of type {quote_words(response.content_type)}")
 
-        return await self._client.with_token(account, once)
+        return await self._with_token(account, once)
+
+    @asynccontextmanager
+    async def _send_file(
+        self, method: str, url: str, headers: dict[str, str], file: OpenFile, head: bytes = b"", tail: bytes = b""
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        with _network_failures("storing the file", file):
+            async with self.transfers.request(
+                method,
+                URL(url, encoded=True),
+                data=_enclose(head, file, tail),
+                headers=headers | {"Content-Length": str(len(head) + file.size_bytes + len(tail))},
+                allow_redirects=False,
+            ) as response:
+                logger.debug("> %d of %d bytes of a file HTTP %d", file.sent_bytes, file.size_bytes, response.status)
+                yield response
+                if response.status < 300 and file.sent_bytes < file.size_bytes:
+                    raise ProxyError("storage_failed", "storing the file: an answer before its end")
 
 
 def _get_id(value: object, step: str) -> str:
-    """The `id` in an object of a reply. Raises `ProxyError` for none."""
     found = dig_word(value, "id")
     if not IDENTIFIER.fullmatch(found):
         raise ProxyError("service_failed", f"{step}: the reply has no id")
@@ -4673,46 +4578,27 @@ def _get_tokens(reply: Mapping[str, Any]) -> TokenPair:
     return TokenPair(access_token, refresh_token if TOKEN_SHAPE.fullmatch(refresh_token) else "")
 
 
-async def _poll(seconds: float) -> AsyncIterator[None]:
-    """Yield at once and then in growing intervals, for so long."""
-    loop = asyncio.get_running_loop()
-    deadline, interval = loop.time() + seconds, 0.2
-    while (left := deadline - loop.time()) > 0:
-        yield
-        await asyncio.sleep(min(interval, left))
-        interval = min(interval * 2, 3.0)
-
-
+StoredFile = Mapping[str, str]  # a file whose bytes the service has, as the fields that register it
 CLASSIC_URL: Final = "https://kimi.moonshot.cn"
 _K1_AGENT: Final = "crm40ee9e5jvhsn7ptcg"  # classic's thinking model is an agent [2+]
-_CLASSIC_CALLS: Final = {
-    "refreshing the token": "GET /api/auth/token/refresh",
-    "asking for the research quota": "GET /api/chat/research/usage",
-    "opening a conversation": "POST /api/chat",
-    "asking": "POST /api/chat/{}/completion/stream",
-    "removing the conversation": "DELETE /api/chat/{}",
-    "signing an upload": "POST /api/pre-sign-url",
-    "registering a file": "POST /api/file",
-    "having a file read": "POST /api/file/parse_process",
-}
 
 
-class Classic(_Protocol):
-    """The classic protocol: paths and bodies [ref]."""
+class Classic(KimiClient):
+    """The classic protocol [ref]."""
 
     name = "classic"
-    busy_code = "answer_running"  # [ref]
-    hits_inline = True  # [ref]
-    _calls = _CLASSIC_CALLS
-    _stream_type = "text/event-stream"
-    _parser = SSEParser
-
-    def __init__(self, client: KimiClient, base_url: str) -> None:
-        super().__init__(client, base_url or CLASSIC_URL)
-
-    async def models(self, account: Account) -> tuple[Model, ...]:
-        """The models, which the service does not list."""
-        return CLASSIC_MODELS
+    busy_code = "answer_running"
+    hits_inline = True
+    _calls: ClassVar = {
+        _REFRESH: "GET /api/auth/token/refresh",
+        "asking for the research quota": "GET /api/chat/research/usage",
+        "opening a conversation": "POST /api/chat",
+        "asking": "POST /api/chat/{}/completion/stream",
+        "removing the conversation": "DELETE /api/chat/{}",
+        "signing an upload": "POST /api/pre-sign-url",
+        "registering a file": "POST /api/file",
+        _PARSING: "POST /api/file/parse_process",
+    }
 
     async def open(self, account: Account, model: Model) -> str:
         """The id of a new conversation. Raises `ProxyError` `quota_used_up` when the model's quota is."""
@@ -4720,29 +4606,25 @@ class Classic(_Protocol):
             usage = await self._call(account, "asking for the research quota")
             if usage.get("remain") == 0:
                 raise ProxyError("quota_used_up", f"{usage.get('used')} of {usage.get('total')} used")
-        value: dict[str, Any] = {"name": f"cmpl-{random.getrandbits(128):032x}", "is_example": False}
-        if agent_id := model.agent_id or (_K1_AGENT if model.thinking else ""):
-            value["kimiplus_id"] = agent_id
+        name, agent_id = f"cmpl-{random.getrandbits(128):032x}", model.agent_id or (_K1_AGENT if model.thinking else "")
+        value = _without_empty(name=name, is_example=False, kimiplus_id=agent_id)
         return _get_id(await self._call(account, "opening a conversation", value), "opening a conversation")
 
     async def ask(self, account: Account, conversation_id: str, question: Question, deadline: float) -> AnswerStream:
-        """The answer, which fails at `deadline` (loop time); the caller drains or closes it."""
+        """The answer, which the caller drains or closes."""
         model, segment_id = question.model, question.segment_id
-        options = {
-            "segment_id": segment_id,
-            "action": "continue" if segment_id else "",
-            "kimiplus_id": model.agent_id or (_K1_AGENT if model.thinking else ""),
-            "use_math": model.use_math,
-            "use_research": model.use_research,
-        }
-        value = {
-            "messages": [{"role": "user", "content": " " if segment_id else question.text}],
-            "refs": list(question.file_ids),
-            "use_search": question.use_search,
-            **{name: option for name, option in options.items() if option},
-        }
-        body = encode_json(value).encode()
-        return await self._stream(account, body, conversation_id, ClassicAnswer(continues=bool(segment_id)), deadline)
+        value = _without_empty(
+            messages=[{"role": "user", "content": " " if segment_id else question.text}],
+            refs=question.file_ids,
+            use_search=question.use_search,
+            segment_id=segment_id,
+            action="continue" if segment_id else "",
+            kimiplus_id=model.agent_id or (_K1_AGENT if model.thinking else ""),
+            use_math=model.use_math or "",
+            use_research=model.use_research or "",
+        )
+        body, answer = encode_json(value).encode(), ClassicAnswer(continues=bool(segment_id))
+        return await self._stream(account, body, conversation_id, answer, deadline)
 
     async def stop(self, account: Account, conversation_id: str, message_id: str) -> None:
         """Nothing: the service stops an answer when its stream is closed."""
@@ -4753,8 +4635,8 @@ class Classic(_Protocol):
 
     async def store_file(self, account: Account, file: OpenFile) -> StoredFile:
         """Have a URL signed, and put the bytes there. Pictures are `image` in later versions, `file` before [2+]."""
+        value = {"action": file.kind, "name": file.name}
         try:
-            value = {"action": file.kind, "name": file.name}
             signed = await self._call(account, "signing an upload", value)
         except ProxyError as error:
             if file.kind == "file" or error.upstream_status not in (400, 422):
@@ -4764,7 +4646,7 @@ class Classic(_Protocol):
         if not url or not object_name:
             raise ProxyError("service_failed", "signing an upload: the reply has no URL")
         headers = {"Content-Type": file.content_type}  # the URL is signed: it needs no token and gets none
-        async with self._client.send_file("PUT", url, headers, file) as response:
+        async with self._send_file("PUT", url, headers, file) as response:
             if response.status >= 300:
                 detail = f"storing the file: HTTP {response.status}"
                 raise ProxyError("storage_failed", detail, upstream_status=response.status)
@@ -4773,13 +4655,14 @@ class Classic(_Protocol):
         return {"type": "file", "name": file.name, "object_name": object_name}
 
     async def register_file(self, account: Account, stored: StoredFile) -> str:
-        """The file's id, once the service has read it. Registering is repeated while its status says not yet [1]."""
-        async for _ in _poll(30.0):
+        """The file's id, once the service has read it. It is registered again while its status says not yet [1]."""
+        for _ in range(60):
             known = await self._call(account, "registering a file", stored)
             if known.get("status", "parsed") in ("initialized", "parsed"):
                 break
+            await asyncio.sleep(_POLL_SECONDS)
         file_id = _get_id(known, "registering a file")
-        await self._call(account, "having a file read", {"ids": [file_id]}, seconds=PARSE_SECONDS)
+        await self._call(account, _PARSING, {"ids": [file_id]})
         return file_id
 
 
@@ -4789,41 +4672,36 @@ TWINS: Final[Mapping[str, tuple[str, str]]] = {
     "global": ("https://www.kimi.ai", "https://auth.kimi.ai"),
 }
 _NEW_REFRESH: Final = "refreshing the token by the new call"
-_CONNECT_CALLS: Final = {
-    _NEW_REFRESH: "POST /api/account.gateway.v1.AuthService/RefreshToken",
-    "refreshing the token": "GET /api/auth/token/refresh",
-    "asking for the models": "POST /apiv2/kimi.gateway.config.v1.ConfigService/GetAvailableModels",
-    "asking": "POST /apiv2/kimi.gateway.chat.v1.ChatService/Chat /apiv2/kimi.chat.v1.ChatService/Chat",
-    "stopping the answer": "POST /apiv2/kimi.gateway.chat.v1.ChatService/CancelChat",
-    "removing the conversation": "POST /apiv2/kimi.chat.v1.ChatService/DeleteChat "
-    "/apiv2/kimi.gateway.chat.v1.ChatService/DeleteChat",
-    "uploading a file": "POST /apiv2-files/file/upload",
-    "having a file read": "POST /apiv2-files/kimi.gateway.file.v1.FileService/GetFileParseProgress",
-}
 
 
-class Connect(_Protocol):
-    """The connect protocol: paths, headers and bodies [2+]. URLs that the settings name win over an account's twin."""
+class Connect(KimiClient):
+    """The connect protocol [2+]."""
 
     name = "connect"
-    busy_code = "rate_limited"  # it has no code of its own for it [2+]
+    busy_code = "rate_limited"  # it has no code of its own for it
     hits_inline = False
-    _calls = _CONNECT_CALLS
-    _stream_type = "application/connect+json"
-    _parser = EnvelopeParser
-
-    def __init__(self, client: KimiClient, base_url: str, auth_url: str) -> None:
-        super().__init__(client, base_url or TWINS["cn"][0])
-        self._urls = base_url, "" if auth_url == Settings().auth_url else auth_url
-        self._fallbacks = list(_FALLBACKS)  # the first is in use
+    _calls: ClassVar = {
+        _NEW_REFRESH: "POST /api/account.gateway.v1.AuthService/RefreshToken",
+        _REFRESH: "GET /api/auth/token/refresh",
+        "asking for the models": "POST /apiv2/kimi.gateway.config.v1.ConfigService/GetAvailableModels",
+        "asking": "POST /apiv2/kimi.gateway.chat.v1.ChatService/Chat /apiv2/kimi.chat.v1.ChatService/Chat",
+        "stopping the answer": "POST /apiv2/kimi.gateway.chat.v1.ChatService/CancelChat",
+        "removing the conversation": "POST /apiv2/kimi.chat.v1.ChatService/DeleteChat "
+        "/apiv2/kimi.gateway.chat.v1.ChatService/DeleteChat",
+        "uploading a file": "POST /apiv2-files/file/upload",
+        _PARSING: "POST /apiv2-files/kimi.gateway.file.v1.FileService/GetFileParseProgress",
+    }
+    _fallbacks: Sequence[tuple[str, str]] = _FALLBACKS  # the first is in use
 
     def base_url_for(self, account: Account, step: str = "") -> str:
-        """Where the service of `account` is: as its token tells, or as the last refresh found out."""
+        """Where the service of `account` is."""
+        auth_url = "" if self.settings.auth_url == Settings().auth_url else self.settings.auth_url
         is_refresh = step == _NEW_REFRESH
-        return self._urls[is_refresh] or TWINS[self._twin_of(account) or "cn"][is_refresh]
+        url = auth_url if is_refresh else self.settings.base_url  # what the user set wins
+        return url or TWINS[self._twin_of(account) or "cn"][is_refresh]
 
     def needs(self, account: Account) -> bool:
-        """Whether only connect can be spoken for `account`: its token is an access token, or of no use elsewhere."""
+        """Whether the token of `account` is of no use to classic."""
         return account.is_access_token or self._twin_of(account) == "global" or bool(account.twin)
 
     @staticmethod
@@ -4831,46 +4709,38 @@ class Connect(_Protocol):
         return region_of(account.claims or read_claims(account.refresh_token)) or account.twin
 
     async def refresh(self, account: Account) -> TokenPair:
-        """A new pair of tokens for `account`; from the other twin, when its token is refused and does not tell [2+]."""
-        try:
-            return await self._refresh_here(account)
-        except ProxyError as refusal:
-            if refusal.code != "token_dead" or self._urls[0] or self._twin_of(account):
-                raise
-            account.twin = "global"
-            try:
-                return await self._refresh_here(account)
-            except ProxyError as error:
-                logger.debug("! kimi.ai does not know the token either: %s", error)
-                account.twin = ""
-                raise refusal from None
+        """A new pair of tokens by the new call, else by the old one; of kimi.ai too, where nothing tells the twin [2+].
 
-    async def _refresh_here(self, account: Account) -> TokenPair:
-        """A new pair by the new call, else by the old one, which is still in use [2+]; a dead token is the verdict."""
-        body = encode_json({"refresh_token": account.refresh_token}).encode()
-        try:
-            return _get_tokens(await self._exchange(account, _NEW_REFRESH, body, "", ""))
-        except ProxyError as error:
-            logger.debug("! %s", error)
-            refusal = error
-        try:
-            return await super().refresh(account)
-        except ProxyError as error:
-            raise refusal if refusal.code == "token_dead" else error from None
+        A dead token wins over any other failure.
+        """
+        is_known = bool(self.settings.base_url or self._twin_of(account))
+        verdict = ProxyError("service_failed")  # replaced by the first that comes
+        for twin in (account.twin,) if is_known else ("", "global"):
+            account.twin = twin
+            for step, token in ((_NEW_REFRESH, ""), (_REFRESH, account.refresh_token)):
+                value = None if token else {"refresh_token": account.refresh_token}
+                try:
+                    return _get_tokens(await self._exchange(account, step, token, value))
+                except ProxyError as error:
+                    logger.debug("! %s", error)
+                    verdict = verdict if verdict.code == "token_dead" else error
+            if verdict.code != "token_dead":
+                break
+        account.twin = account.twin if is_known else ""
+        raise verdict
 
     def _render_headers(self, account: Account, step: str, token: str, chat: str = "") -> dict[str, str]:
-        """Also the page's, with the ids in the token, or one of our own where it tells none [2+]."""
         headers, claims = super()._render_headers(account, step, token, chat) | _PAGE_HEADERS, account.claims
-        headers["x-msh-version"] = self._client.settings.web_version
-        for header, claim in (("x-msh-device-id", "device_id"), ("x-msh-session-id", "ssid"), ("x-traffic-id", "sub")):
+        headers["x-msh-version"] = self.settings.web_version
+        for header, claim in _ID_HEADERS.items():  # the ids in the token [2+], or one of our own
             value = dig_word(claims, claim)
             headers[header] = value if re.fullmatch("[!-~]{1,256}", value) else account.label
         if step == "asking":
-            headers |= {"Content-Type": self._stream_type, "Connect-Protocol-Version": "1"}
+            headers |= {"Content-Type": _CONNECT_TYPE, "Connect-Protocol-Version": "1"}
         return headers
 
     async def models(self, account: Account) -> tuple[Model, ...]:
-        """The models that the account may ask; empty when the service lists none."""
+        """The models that the account may ask."""
         return parse_models(await self._call(account, "asking for the models", {}))
 
     async def open(self, account: Account, model: Model) -> str:
@@ -4878,23 +4748,23 @@ class Connect(_Protocol):
         return ""
 
     async def ask(self, account: Account, conversation_id: str, question: Question, deadline: float) -> AnswerStream:
-        """The answer, which fails at `deadline` (loop time); the caller drains or closes it."""
+        """The answer, which the caller drains or closes."""
         model = question.model
+        tries = [replace(model, scenario=scenario, service_id=service_id) for scenario, service_id in self._fallbacks]
+        tries = [model] if model.scenario else tries
         while True:
-            scenario, service_id = self._fallbacks[0]
-            asked = model if model.scenario else replace(model, scenario=scenario, service_id=service_id)
-            value = _render_question(question, asked, conversation_id)
-            body = encode_envelope(encode_json(value).encode())
+            value = _render_question(question, tries.pop(0), conversation_id)
+            body, answer = encode_envelope(encode_json(value).encode()), ConnectAnswer(conversation_id)
             try:
-                stream = await self._stream(account, body, "", ConnectAnswer(conversation_id), deadline)
-                if not model.scenario:
+                stream = await self._stream(account, body, "", answer, deadline)
+                if tries:
                     await stream.peek()
                 return stream
             except ProxyError as error:
-                if error.upstream_status != 400 or model.scenario or len(self._fallbacks) == 1:
+                if error.upstream_status != 400 or not tries:
                     raise
                 logger.debug("! %s", error)
-                self._fallbacks = self._fallbacks[1:]
+                self._fallbacks = _FALLBACKS[1:]
 
     async def stop(self, account: Account, conversation_id: str, message_id: str) -> None:
         """Stop an answer that is running; `message_id` is the answer's [2+]."""
@@ -4906,75 +4776,58 @@ class Connect(_Protocol):
         await self._call(account, "removing the conversation", {"chat_id": conversation_id}, conversation_id)
 
     async def store_file(self, account: Account, file: OpenFile) -> StoredFile:
-        """Send the bytes as the form field `file` (RFC 7578).
-
-        Raises `StaleToken` when the access token is dead: a file can be read only once.
-        """
+        """Send the bytes as the form field `file` (RFC 7578), once: a file can be read only once."""
         step, boundary = "uploading a file", secrets.token_hex(16)
-        token = await self._client.accounts.access_token(account)
-        name = file.name.translate({0x22: "%22", 0x0D: "%0D", 0x0A: "%0A"})  # HTML Standard, "multipart/form-data"
-        head = f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="{name}"\r\n'
+        token = await self.accounts.access_token(account)
+        head = f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="{file.name}"\r\n'
         head += f"Content-Type: {file.content_type}\r\n\r\n"
         headers = self._render_headers(account, step, token)
         headers["Content-Type"] = f"multipart/form-data; boundary={boundary}"
         url, tail = self.base_url_for(account) + self._calls[step].split()[1], f"\r\n--{boundary}--\r\n"
         try:
-            async with self._client.send_file("POST", url, headers, file, head.encode(), tail.encode()) as response:
+            async with self._send_file("POST", url, headers, file, head.encode(), tail.encode()) as response:
                 reply = await _parse_reply(response, step)
         except ProxyError as error:
-            if error.code != "token_dead":
-                raise
-            self._client.accounts.drop(account, token)
-            raise StaleToken(error.code, error.detail) from None
+            error.access_token = token
+            raise
         return {"id": _get_id(reply.get("file"), step)}
 
     async def register_file(self, account: Account, stored: StoredFile) -> str:
         """The file's id, once the service has read it."""
-        async for _ in _poll(PARSE_SECONDS):
-            reply = await self._call(account, "having a file read", {"file_ids": [stored["id"]]})
-            status = dig_word(next(iter(dig_list(reply, "progresses")), None), "status").upper()
-            if status in ("PROCESS_STATUS_SUCCESS", "3"):  # numbers [1]
-                return stored["id"]
-            if status in ("PROCESS_STATUS_FAIL", "PROCESS_STATUS_FAILED", "4"):
-                raise ProxyError("file_unreadable")
-        raise ProxyError("service_silent", f"having a file read: not within {PARSE_SECONDS:g} s")
+        with _network_failures(_PARSING):
+            async with asyncio.timeout(PARSE_SECONDS):
+                while True:
+                    reply = await self._call(account, _PARSING, {"file_ids": [stored["id"]]})
+                    status = dig_word(next(iter(dig_list(reply, "progresses")), None), "status").upper()
+                    if status in ("PROCESS_STATUS_SUCCESS", "3"):  # numbers [1]
+                        return stored["id"]
+                    if status in ("PROCESS_STATUS_FAIL", "PROCESS_STATUS_FAILED", "4"):
+                        raise ProxyError("file_unreadable")
+                    await asyncio.sleep(_POLL_SECONDS)
 
 
 def _render_question(question: Question, model: Model, conversation_id: str) -> dict[str, Any]:
-    """The body of Chat. A new chat leaves `chat_id` and `parent_id` out [2+]."""
-    blocks: list[dict[str, Any]] = [
-        {"message_id": "", "text": {"content": question.text.removeprefix(question.preface)}}
+    blocks = [{"message_id": "", "text": {"content": question.text.removeprefix(question.preface)}}]
+    blocks += [
+        {"message_id": "", "file": {"id": file_id, "status": "PROCESS_STATUS_SUCCESS"}} for file_id in question.file_ids
     ]
-    for file_id in question.file_ids:
-        blocks.append({"message_id": "", "file": {"id": file_id, "status": "PROCESS_STATUS_SUCCESS"}})
-    message: dict[str, Any] = {"role": "user", "blocks": blocks, "scenario": model.scenario}
-    value: dict[str, Any] = {
-        "scenario": model.scenario,
-        "tools": [{"type": "TOOL_TYPE_SEARCH", "search": {}}] if question.use_search else [],
-        "message": message,
-        "options": _render_options(question, model),
-    }
-    names = {"kimiplusId": model.agent_id, "agentMode": model.agent_mode}
-    value |= {key: name for key, name in names.items() if name}
-    if question.goes_on:
-        value["chat_id"] = conversation_id
-        message["parent_id"] = question.parent_id
-    return value
-
-
-def _render_options(question: Question, model: Model) -> dict[str, Any]:
-    options: dict[str, Any] = {"thinking": model.thinking}
-    if effort := choose_effort(model, question.effort):
-        options |= {"thinking": not effort.endswith("_NONE"), "reasoning_effort": effort}
-    elif question.effort in (*_EFFORTS, "enabled"):
-        options["thinking"] = question.effort not in ("none", "minimal")
-    if model.service_id:
-        options["model"] = model.service_id
-    if question.preface:
-        options["system_prompt"] = question.preface.removeprefix("system:")
-    if question.has_tools:
-        options["enable_plugin"] = False  # keeps the model's own tools away [2+]
-    return options
+    effort = choose_effort(model, question.effort)
+    thinking = not effort.endswith("_NONE") if effort else bool(_EFFORTS.get(question.effort, model.thinking))
+    return _without_empty(
+        scenario=model.scenario,
+        kimiplusId=model.agent_id,
+        agentMode=model.agent_mode,
+        tools=[{"type": "TOOL_TYPE_SEARCH", "search": {}}] if question.use_search else [],
+        chat_id=conversation_id,
+        message=_without_empty(role="user", blocks=blocks, scenario=model.scenario, parent_id=question.parent_id),
+        options=_without_empty(
+            thinking=thinking,
+            reasoning_effort=effort,
+            model=model.service_id,
+            system_prompt=question.preface.removeprefix("system:"),
+            enable_plugin=False if question.has_tools else "",  # keeps the model's own tools away [2+]
+        ),
+    )
 
 
 KimiProtocol = Classic | Connect
@@ -5253,16 +5106,15 @@ class Gateway:
             try:
                 result = await ask(protocol)
                 break
-            except StaleToken as failure:
-                if is_fresh:
+            except ProxyError as failure:
+                if failure.code == "token_dead" and failure.access_token and not is_fresh:
+                    is_fresh = True
+                    self.accounts.drop(account, failure.access_token)
+                elif isinstance(failure, ProtocolRetired) and self.may_change(protocol):
+                    logger.debug("! %s", failure)
+                    protocol, is_retired = self.connect, True
+                else:
                     raise
-                is_fresh = True
-                self.accounts.drop(account, failure.access_token)
-            except ProtocolRetired as failure:
-                if not self.may_change(protocol):
-                    raise
-                logger.debug("! %s", failure)
-                protocol, is_retired = self.connect, True
         if is_retired and self.may_change(self.current):
             self.current = protocol
             logger.warning("classic seems to be retired, connect answered: staying with it (KIMI_PROTOCOL=connect)")
@@ -6307,8 +6159,8 @@ async def _own_state(settings: Settings, access: Access, app: web.Application) -
     files, conversations = Files(settings, metrics), OpenConversations(state_files)
     accounts = Accounts(lambda account: gateway.refresh(account), tasks, state_files)  # noqa: PLW0108  # made below
     async with open_service_session(url) as session, open_service_session(url, reuse=False) as transfers:
-        client = KimiClient(session, transfers, accounts, metrics, settings)
-        classic, connect = Classic(client, settings.base_url), Connect(client, settings.base_url, settings.auth_url)
+        parts = session, transfers, accounts, metrics, settings
+        classic, connect = Classic(*parts), Connect(*parts)
         first = connect if settings.protocol == "connect" else classic
         gateway = Gateway(
             settings, metrics, tasks, accounts, Uploads(files, settings), conversations, classic, connect, first
@@ -6718,21 +6570,20 @@ class _Check:
         self.seen: list[str] = [name]
         self._settings = settings
         self._accounts = Accounts(lambda one: self._protocol.refresh(one), tasks, state)  # noqa: PLW0108  # made below
-        client = KimiClient(sessions[0], sessions[1], self._accounts, Metrics(), settings)
-        connect = Connect(client, settings.base_url, settings.auth_url)
-        self._protocol: KimiProtocol = connect if name == "connect" else Classic(client, settings.base_url)
+        protocol: type[KimiProtocol] = Connect if name == "connect" else Classic
+        self._protocol = protocol(sessions[0], sessions[1], self._accounts, Metrics(), settings)
 
     async def run(self, token: str) -> bool:
         """Walk the steps until one fails; whether all went well."""
         account = self._accounts.get(token)
         question = Question("user:Say OK.\n", use_search=False)
         try:
-            url = URL(self._settings.proxy_url or self._protocol.base_url)
+            url = URL(self._settings.proxy_url or self._protocol.base_url_for(account))
             await self._step("address", self._look_up(url))
             await self._step("connection and TLS", self._connect(url))
             await self._step("token", self._accounts.access_token(account))
             self.seen.append(f"at {URL(self._protocol.base_url_for(account)).host}")
-            if self._protocol.name == "connect":
+            if isinstance(self._protocol, Connect):
                 question.model = choose_model("kimi", await self._step("models", self._protocol.models(account)))[0]
             await self._chat(account, question, "answer")
         except ProxyError:

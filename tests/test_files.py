@@ -507,6 +507,7 @@ async def test_what_the_service_does_wrong_with_a_file_is_told_and_leaves_nothin
         FILE_SECONDS=1.0,
         call_seconds=1.0,
         PARSE_SECONDS=1.0,
+        TRANSFER_SECONDS=1.5 if fault == "storage-stall" else 120.0,
         max_inline_mb=9,
     )
     size = 6_000_000 if fault.startswith("storage") else 60_000  # more than the buffers of a connection hold

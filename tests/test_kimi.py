@@ -27,7 +27,6 @@ from kimi_proxy import (
     Connect,
     ConnectAnswer,
     EnvelopeParser,
-    KimiClient,
     Metrics,
     Model,
     Opened,
@@ -35,7 +34,6 @@ from kimi_proxy import (
     Question,
     Settings,
     SSEParser,
-    StaleToken,
     StateFiles,
     Text,
     choose_effort,
@@ -331,8 +329,8 @@ CHOICES: dict[str, tuple[Model, bool]] = {
     "kimi-math": (replace(DEFAULT, use_math=True), True),
     "kimi-research-search": (replace(DEFAULT, use_research=True), True),
     "kimi-k1-math": (replace(DEFAULT, thinking=True, use_math=True), True),
-    AGENT: (replace(DEFAULT, id=AGENT, agent_id=AGENT), True),
-    f"{AGENT}-search": (replace(DEFAULT, id=f"{AGENT}-search", agent_id=AGENT), True),
+    AGENT: (replace(DEFAULT, agent_id=AGENT), True),
+    f"{AGENT}-search": (replace(DEFAULT, agent_id=AGENT), True),
     "kimi-k9": (DEFAULT, False),
     "gpt-4o": (DEFAULT, False),
     "claude-search-3": (DEFAULT, False),
@@ -490,8 +488,7 @@ async def speak_connect(simulator: Simulator, **settings: Any) -> AsyncIterator[
             return await protocol.refresh(account)
 
         accounts = Accounts(refresh, tasks, StateFiles(None, Metrics()))
-        client = KimiClient(session, transfers, accounts, Metrics(), chosen)
-        protocol = Connect(client, chosen.base_url, chosen.auth_url)
+        protocol = Connect(session, transfers, accounts, Metrics(), chosen)
         yield protocol, accounts
         await tasks.drain(1)
 
@@ -749,16 +746,19 @@ async def test_auto_finds_a_token_that_connect_alone_takes(
 
 
 def test_a_token_tells_its_region_in_its_claims() -> None:
-    connect = Connect(cast(Any, None), "", "https://auth.kimi.com")
+    accounts = Accounts(cast(Any, None), BackgroundTasks(), StateFiles(None, Metrics()))
+    nothing = cast(Any, None)
+    connect, mine = (
+        Connect(nothing, nothing, accounts, Metrics(), Settings(base_url=url)) for url in ("", "http://mine")
+    )
     for claims, url in (
         ({"aud": ["kimi.ai"], "region": "overseas"}, "https://www.kimi.ai"),
         ({"aud": "kimi.com"}, "https://www.kimi.com"),
         ({}, "https://www.kimi.com"),
     ):
         part = base64.urlsafe_b64encode(json.dumps(claims).encode()).decode().rstrip("=")
-        account = Accounts(cast(Any, None), BackgroundTasks(), StateFiles(None, Metrics())).get(f"e30.{part}.x")
-        assert connect.base_url_for(account) == url
-        assert Connect(cast(Any, None), "http://mine", "").base_url_for(account) == "http://mine"
+        account = accounts.get(f"e30.{part}.x")
+        assert (connect.base_url_for(account), mine.base_url_for(account)) == (url, "http://mine")
 
 
 async def test_an_access_token_goes_to_the_twin_that_it_tells(
@@ -842,7 +842,7 @@ async def test_what_is_wrong_behind_a_frame_is_told_by_the_next_read(protocol: s
 
 async def test_a_token_that_dies_within_an_answer_is_told_with_the_token_that_was_used() -> None:
     stream = make_stream(Body([make_envelope(connect_error("unauthenticated", "dead"), 2)]))
-    with pytest.raises(StaleToken) as caught:
+    with pytest.raises(ProxyError) as caught:
         await stream.read()
     assert (caught.value.code, caught.value.access_token) == ("token_dead", "a-token")
     stream.close()
