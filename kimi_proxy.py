@@ -58,7 +58,7 @@ from contextvars import ContextVar
 from copy import copy
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from functools import partial
-from itertools import accumulate, cycle
+from itertools import accumulate, cycle, islice
 from math import inf, isfinite
 from pathlib import Path
 from typing import IO, Any, ClassVar, Final, Literal, NamedTuple, NoReturn, TypeVar, cast
@@ -1117,20 +1117,13 @@ class ResponseFormat:
     name: str = field(default="", repr=False)
 
 
-class Call(NamedTuple):
-    """A call as the model wrote it; without a `name` where it has none. `wrong` tells the model its mistake."""
-
-    name: str = ""
-    arguments: dict[str, Any] = {}  # noqa: RUF012 - nobody changes it
-    wrong: str = ""
-
-
 # Kimi's own form [2+]: <|tool_call_begin|>functions.NAME:0<|tool_call_argument_begin|>ARGUMENTS<|tool_call_end|>.
 CALL_MARKUP: Final = re.compile(r"</?tool_call>|<\|tool_calls?_(?:section_|argument_)?(?:begin|end)\|>")
 _CALL_START: Final = re.compile(
     r"(?:<tool_call>|<\|tool_call_begin\|>(?:([^<]{0,200})<\|tool_call_argument_begin\|>)?)[^<{\[]*+"
 )
 _CLOSERS: Final = {"{": "}", "[": "]"}
+_OPENER: Final = re.compile(r"[{\[]")
 _NEXT_VALUE: Final = re.compile(r"[\s,]*+(?=[{\[])")
 _JSON_PARTS: Final = re.compile(
     rf'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[{{}}\[\]]|,(?=\s*+(?:[}}\]<`]|\Z))|```|{CALL_MARKUP.pattern}', re.DOTALL
@@ -1139,16 +1132,13 @@ _LENIENT_DECODER: Final = json.JSONDecoder(strict=False)  # takes raw line ends 
 
 
 def _read_json(text: str) -> Any:
-    try:
-        return parse_json(encode_json(_LENIENT_DECODER.decode(text)).encode())  # which refuses NaN
-    except RecursionError:
-        raise ValueError("nested too deep") from None
+    return parse_json(encode_json(_LENIENT_DECODER.decode(text)).encode())  # which refuses NaN
 
 
 def _read_value(text: str, start: int, *, is_cut: bool = False) -> tuple[Any, int]:
     """The object or array that begins at `start`, None where it is broken, and where it ends.
 
-    Repaired are trailing commas, raw control characters in strings, and missing brackets where the text is not cut.
+    Repairs trailing commas, raw control characters in strings, and missing brackets where the text is not cut.
     """
     pieces: list[str] = []
     missing: list[str] = []
@@ -1163,7 +1153,7 @@ def _read_value(text: str, start: int, *, is_cut: bool = False) -> tuple[Any, in
             end = part.start() if part[0][0] in "<`" else part.end()
             break
     pieces += [text[at:end], *([] if is_cut else reversed(missing))]
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         return _read_json("".join(pieces)), end
     return None, end
 
@@ -1172,39 +1162,10 @@ def find_json(text: str) -> list[Any]:
     """The first 100 objects and arrays in `text`, which may have words and code fences around them. Linear time."""
     values: list[Any] = []
     at = 0
-    while len(values) < 100 and (start := re.compile(r"[{\[]").search(text, at)):
+    while len(values) < 100 and (start := _OPENER.search(text, at)):
         value, at = _read_value(text, start.start())
         values += [] if value is None else [value]
     return values
-
-
-def find_calls(text: str, *, is_cut: bool) -> Iterator[Call]:
-    """The calls behind the marks in `text`; marks in JSON strings are none. Linear time."""
-    at = 0
-    while start := _CALL_START.search(text, at):
-        at = start.end()
-        if text[at : at + 1] not in _CLOSERS:
-            yield read_call({"name": start[1]})
-        while gap := _NEXT_VALUE.match(text, at):
-            value, at = _read_value(text, gap.end(), is_cut=is_cut)
-            if start[1] and value is not None:
-                value = {"name": start[1], "arguments": value}
-            yield from map(read_call, value if isinstance(value, list) else [value])
-
-
-def read_call(value: Any) -> Call:
-    """A call, bare or in a wrapper, from the JSON that a model wrote."""
-    if isinstance(value, dict) and isinstance(value.get("function"), dict):
-        value = value["function"]
-    name = value.get("name") if isinstance(value, dict) else None
-    if not isinstance(name, str) or not name:
-        return Call(wrong="a call must be a JSON object with a `name` and `arguments`")
-    arguments = value.get("arguments", value.get("parameters")) or {}
-    if isinstance(arguments, str):
-        arguments = (find_json(arguments) or [arguments.strip() or {}])[0]
-    if not isinstance(arguments, dict):
-        return Call(wrong=f"the `arguments` in the call of {encode_json(name[:60])} must be a JSON object")
-    return Call(re.sub(r"\Afunctions\.|:\d+\Z", "", name.strip()), arguments)
 
 
 MAX_CHECK_STEPS: Final = 100_000
@@ -1225,118 +1186,178 @@ def _has_type(value: Any, names: Any) -> bool:
     )
 
 
-_CHECKS: Final[Mapping[str, Callable[[Any, Any], bool]]] = {
-    "type": _has_type,
-    "enum": lambda value, options: value in options,
-    "const": lambda value, other: bool(value == other),
-    "required": lambda value, names: not isinstance(value, dict) or all(name in value for name in names),
-    "minimum": lambda value, limit: value >= limit,
-    "maximum": lambda value, limit: value <= limit,
-    "minLength": lambda value, limit: not isinstance(value, str) or len(value) >= limit,
-    "maxLength": lambda value, limit: not isinstance(value, str) or len(value) <= limit,
-    "minItems": lambda value, limit: not isinstance(value, list) or len(value) >= limit,
-    "maxItems": lambda value, limit: not isinstance(value, list) or len(value) <= limit,
+_CHECKS: Final[Mapping[str, tuple[Any, Callable[[Any, Any], bool]]]] = {  # by keyword: of what, and what is true then
+    "type": (object, _has_type),
+    "enum": (object, lambda value, options: value in options),
+    "const": (object, lambda value, other: bool(value == other)),
+    "required": (dict, lambda value, names: all(name in value for name in names)),
+    "minimum": ((int, float), lambda value, limit: value >= limit),
+    "maximum": ((int, float), lambda value, limit: value <= limit),
+    "minLength": (str, lambda value, limit: len(value) >= limit),
+    "maxLength": (str, lambda value, limit: len(value) <= limit),
+    "minItems": (list, lambda value, limit: len(value) >= limit),
+    "maxItems": (list, lambda value, limit: len(value) <= limit),
 }
 
 
 def _fits(value: Any, keyword: str, limit: Any) -> bool:
+    kind, check = _CHECKS[keyword]
     try:
-        return _CHECKS[keyword](value, limit)
-    except (TypeError, LookupError):  # a limit that makes no sense, or a bound of numbers for another value
+        return not isinstance(value, kind) or check(value, limit)
+    except (TypeError, LookupError):  # a limit that makes no sense
         return True
-
-
-def fit_schema(value: Any, schema: Any) -> tuple[Any, str]:
-    """The JSON `value` as `schema` plainly wants it, and empty; or as it is, and how it breaks the schema even so.
-
-    Nulls of optional properties are left out, and scalars and JSON text get the type that the schema names. Of JSON
-    Schema (2020-12) this knows `_CHECKS`, properties, additionalProperties, items, anyOf, allOf, local `$ref`, and
-    oneOf, taken as anyOf. All else allows anything: above all `pattern`, since a hostile one would stop the loop.
-    """
-    try:
-        fitted, mistake = _SchemaWalk(schema).fit(value, schema, "$")
-    except RecursionError:
-        mistake = ("$", "the value or its schema is nested too deep")
-    if mistake is None:
-        return fitted, ""
-    path, rule = mistake
-    return value, f"at {path[:200]}: {rule if isinstance(rule, str) else f'must fit {encode_json(rule)}'}"[:500]
-
-
-def _convert(value: Any, types: Any) -> Any:
-    """`value` in one of `types`, where it is of none and nothing is lost; else as it is."""
-    if _fits(value, "type", types):
-        return value
-    other = value
-    if isinstance(value, str):
-        with suppress(ValueError):
-            other = _read_json({"True": "true", "False": "false"}.get(value, value))
-    elif isinstance(value, (bool, int, float)):
-        other = encode_json(value)
-    return other if _fits(other, "type", types) else value
 
 
 def _list_at(schema: dict[str, Any], keyword: str) -> list[Any]:
     return value if isinstance(value := schema.get(keyword), list) else []
 
 
-class _SchemaWalk:
-    """One walk over a value and its schema: gives the value, mended where that helps, and the first mistake."""
+class SchemaCheck:
+    """Fits the values of one answer to schemas. `MAX_CHECK_STEPS`, for all of them together, bound its time.
 
-    def __init__(self, root: Any) -> None:
-        self._root = root
+    Of JSON Schema (2020-12) this knows `_CHECKS`, properties, additionalProperties, items, anyOf, allOf, local `$ref`,
+    and oneOf, taken as anyOf. All else allows anything: above all `pattern`, since a hostile one would stop the loop.
+    """
+
+    def __init__(self) -> None:
+        self._root: Any = None
         self._steps = MAX_CHECK_STEPS
 
-    def fit(self, value: Any, schema: Any, path: str) -> tuple[Any, _Mistake]:
-        """How `value`, which stands at `path`, fits `schema`."""
+    def fit(self, value: Any, schema: Any) -> tuple[Any, str]:
+        """The JSON `value` as `schema` plainly wants it, and empty; or as it is, and how it breaks the schema even so.
+
+        Nulls of optional properties are left out, and scalars and JSON text get the type that the schema names.
+        """
+        self._root = schema
+        try:
+            fitted, mistake = self._fit(value, schema)
+        except RecursionError:
+            mistake = ("", "the value or its schema is nested too deep")
+        if mistake is None:
+            return fitted, ""
+        path, rule = mistake
+        words = rule if isinstance(rule, str) else f"must fit {encode_json(rule)}"
+        self._steps -= len(words) // 100
+        return value, f"at ${path}: {words}"[:500]
+
+    def _fit(self, value: Any, schema: Any) -> tuple[Any, _Mistake]:
+        """The value, mended where that helps, and the first mistake."""
         if not isinstance(schema, dict):
-            return value, (path, "nothing is allowed here") if schema is False else None
-        self._steps -= 1 + len(_list_at(schema, "enum"))
+            return value, ("", "nothing is allowed here") if schema is False else None
+        self._steps -= 1 + len(_list_at(schema, "enum")) + len(_list_at(schema, "required"))
         if self._steps < 0:
-            return value, (path, "the value or its schema is too large to be checked")
+            return value, ("", "the value or its schema is too large to be checked")
         parts = [[self._resolve(schema["$ref"])]] if "$ref" in schema else []
         parts += [[part] for part in _list_at(schema, "allOf")]
         for options in (*parts, _list_at(schema, "anyOf"), _list_at(schema, "oneOf")):
-            value, mistake = self._fit_any(value, options, path) if options else (value, None)
+            value, mistake = self._fit_any(value, options) if options else (value, None)
             if mistake:
                 return value, mistake
-        value = _convert(value, schema["type"]) if "type" in schema else value
+        if "type" in schema and not _fits(value, "type", schema["type"]):
+            value = self._convert(value, schema["type"])
         for keyword in _CHECKS:
             if keyword in schema and not _fits(value, keyword, schema[keyword]):
-                return value, (path, {keyword: schema[keyword]})
-        if isinstance(value, dict):
-            return self._fit_properties(value, schema, path)
-        return self._fit_items(value, schema.get("items"), path) if isinstance(value, list) else (value, None)
+                return value, ("", {keyword: schema[keyword]})
+        return self._fit_children(value, schema) if isinstance(value, (dict, list)) else (value, None)
 
-    def _fit_any(self, value: Any, options: list[Any], path: str) -> tuple[Any, _Mistake]:
-        results = [self.fit(value, one, path) for one in options]
+    def _convert(self, value: Any, types: Any) -> Any:
+        """`value` in one of `types`, where nothing is lost; else as it is."""
+        other = value
+        if isinstance(value, str):
+            self._steps -= len(value) // 100
+            with suppress(ValueError, RecursionError):
+                other = _read_json({"True": "true", "False": "false"}.get(value, value))
+        elif isinstance(value, (int, float)) and abs(value) < 1e40:
+            other = encode_json(value)
+        return other if _fits(other, "type", types) else value
+
+    def _fit_any(self, value: Any, options: list[Any]) -> tuple[Any, _Mistake]:
+        results = [self._fit(value, one) for one in options]
         fitting = [result for result in results if not result[1]] or results
         return next((result for result in fitting if result[0] == value), fitting[0])
 
-    def _fit_properties(self, value: dict[str, Any], schema: dict[str, Any], path: str) -> tuple[Any, _Mistake]:
-        known = known if isinstance(known := schema.get("properties"), dict) else {}
-        others = True if "patternProperties" in schema else schema.get("additionalProperties")
-        fitted = {}
-        for name, one in value.items():
-            child, mistake = self.fit(one, known.get(name, others), f"{path}.{name[:40]}")
+    def _fit_children(self, value: Any, schema: dict[str, Any]) -> tuple[Any, _Mistake]:
+        is_list = isinstance(value, list)
+        known = known if isinstance(known := schema.get("properties"), dict) and not is_list else {}
+        others = schema.get("items" if is_list else "additionalProperties")
+        others = True if "patternProperties" in schema and not is_list else others
+        required = frozenset(name for name in _list_at(schema, "required") if isinstance(name, str))
+        fitted: dict[Any, Any] = {}
+        pairs: Iterable[tuple[Any, Any]] = enumerate(value) if is_list else value.items()
+        for key, one in pairs:
+            child, mistake = self._fit(one, known.get(key, others))
             if not mistake:
-                fitted[name] = child
-            elif one is not None or name in _list_at(schema, "required"):
-                return value, mistake
-        return fitted, None
-
-    def _fit_items(self, value: list[Any], schema: Any, path: str) -> tuple[Any, _Mistake]:
-        results = [self.fit(one, schema, f"{path}[{index}]") for index, one in enumerate(value)]
-        return [fitted for fitted, _ in results], next((mistake for _, mistake in results if mistake), None)
+                fitted[key] = child
+            elif is_list or one is not None or key in required:
+                path = f"[{key}]" if is_list else f".{key[:40]}"
+                return value, ((path + mistake[0])[:200], mistake[1])
+        return [*fitted.values()] if is_list else fitted, None
 
     def _resolve(self, reference: Any) -> Any:
-        """What a local reference leads to (RFC 6901, section 6); None, which allows anything, where that is nothing."""
-        found = self._root
-        if not isinstance(reference, str) or not f"{reference}/".startswith("#/") or len(reference) > 200:
-            return None
-        for part in unquote(reference).split("/")[1:]:
-            found = found.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(found, dict) else None
+        """What a reference like `#/$defs/a` leads to; None, which allows anything, where that is nothing."""
+        root, *names = reference.split("/") if isinstance(reference, str) and len(reference) <= 200 else [""]
+        found = self._root if root == "#" else None
+        for name in names:
+            found = found.get(name) if isinstance(found, dict) else None
         return found
+
+
+class Call(NamedTuple):
+    """A call as the model wrote it, mended; without a `name` where it has none. `wrong` tells the model its mistake."""
+
+    name: str = ""
+    arguments: dict[str, Any] = {}  # noqa: RUF012 - nobody changes it
+    wrong: str = ""
+
+
+class CallReader:
+    """Reads the calls of `tools` in the text of one answer, in linear time."""
+
+    def __init__(self, tools: Mapping[str, Tool]) -> None:
+        self._tools = tools
+        self._check = SchemaCheck()
+
+    def find_marked(self, text: str, *, is_cut: bool) -> Iterator[Call]:
+        """The calls behind the marks in `text`; marks in JSON strings are none. A cut one is not repaired."""
+        at = 0
+        while start := _CALL_START.search(text, at):
+            at = start.end()
+            if text[at : at + 1] not in _CLOSERS:
+                yield self._read({"name": start[1]})
+            while gap := _NEXT_VALUE.match(text, at):
+                value, at = _read_value(text, gap.end(), is_cut=is_cut)
+                if start[1] and value is not None:
+                    value = {"name": start[1], "arguments": value}
+                yield from map(self._read, value if isinstance(value, list) else [value])
+
+    def find_bare(self, text: str) -> Iterator[Call]:
+        """The JSON in `text` as calls, or as the arguments of the only tool that there is."""
+        for value in find_json(text):
+            is_call = len(self._tools) != 1 or ("name" in value and "arguments" in value)
+            yield self._read(value if is_call else {"name": next(iter(self._tools)), "arguments": value})
+
+    def _read(self, value: Any) -> Call:
+        """A call, bare or in a wrapper, from the JSON that a model wrote."""
+        if isinstance(value, dict) and isinstance(value.get("function"), dict):
+            value = value["function"]
+        name = value.get("name") if isinstance(value, dict) else None
+        if not isinstance(name, str) or not name:
+            return Call(wrong="a call must be a JSON object with a `name` and `arguments`")
+        name = re.sub(r"\Afunctions\.|:\d+\Z", "", name.strip())
+        arguments = value.get("arguments", value.get("parameters")) or {}
+        if isinstance(arguments, str):
+            arguments = (find_json(arguments) or [arguments.strip() or {}])[0]
+        if not isinstance(arguments, dict):
+            return Call(wrong=f"the `arguments` in the call of {encode_json(name[:60])} must be a JSON object")
+        if name not in self._tools:
+            return Call(name, arguments, f"a call must have a `name` that is one of {quote_names(self._tools)}")
+        arguments, wrong = self._check.fit(arguments, self._tools[name].parameters)
+        return Call(name, arguments, wrong and f"the `arguments` in the call of {encode_json(name)}: {wrong}")
+
+
+def quote_names(tools: Iterable[str]) -> str:
+    """The names of some tools, as JSON, for the model."""
+    return encode_json([*islice(tools, 20)])[:200]
 
 
 _TAG: Final = re.compile(r"<(/?(?:tool_call|tool_response|tools)>|\|tool_call)", re.IGNORECASE)
@@ -1424,39 +1445,49 @@ def describe_failure(error: str, previous: str) -> str:
 # ==== 9. Filters ============================================================
 #
 # Events in, events out: what changes an answer on its way. Every chain has a `ThinkFilter` and a `CitationFilter`; the
-# others are there where the request asks for them.
+# others are there where the request asks for them. Any split of a text gives the same, in linear time, and text in
+# which nothing can begin passes as it is.
+
+MAX_PREVIOUS: Final = 20_000  # characters of an answer that a retry quotes
 
 
 class Filter:
     """One change of an answer's events; this one changes nothing."""
 
-    ended = False  # it has ended the answer, and is fed no more
+    passes = False  # it changes nothing any more
+    ended = False  # it has ended the answer: what follows is dropped
     retry_reason = ""  # the model's mistake, where the answer is over and has to be asked for once more
     previous = ""  # what the model wrote in that answer, cut
     has_fallback = False  # it can show the first answer, should the second fail
 
     def __init__(self) -> None:
+        self._retried = False
         self._reset()
 
-    def feed(self, event: Event) -> list[Event]:
-        """What becomes of one event. `Finished` flows through, after all that was held."""
-        if type(event) is Text:
-            return self._take_text(event.text)
-        return self._finish(event) if isinstance(event, Finished) else self._take_other(event)
+    def feed(self, events: list[Event]) -> list[Event]:
+        """What becomes of `events`. `Finished` flows through, after all that was held."""
+        result: list[Event] = []
+        for event in events:
+            if self.ended:
+                break
+            if self.passes:
+                result.append(event)
+            elif type(event) is Text:
+                result += self._take_text(event)
+            else:
+                result += self._finish(event) if isinstance(event, Finished) else self._take_other(event)
+        return result
 
     def begin_retry(self) -> None:
         """Expect another answer, the last one."""
         self._reset()
-
-    def list_sources(self) -> list[Event]:
-        """What the answer's end shows of the search."""
-        return []
+        self._retried, self.retry_reason = True, ""
 
     def _reset(self) -> None:
         self._held = ""
 
-    def _take_text(self, text: str) -> list[Event]:
-        return _texts(text)
+    def _take_text(self, event: Text) -> list[Event]:
+        return [event]
 
     def _take_other(self, event: Event) -> list[Event]:
         return [event]
@@ -1464,62 +1495,81 @@ class Filter:
     def _finish(self, event: Finished) -> list[Event]:
         return [*_texts(self._held), event]
 
+    def _ask_again(self, code: str, mistake: str, text: str) -> list[Event]:
+        """Nothing: another answer is to come. Raises `ProxyError` where this was the second."""
+        if self._retried:
+            raise ProxyError(code, mistake)
+        self.retry_reason, self.previous = mistake, text[:MAX_PREVIOUS]
+        return []
+
 
 def _texts(text: str) -> list[Event]:
     return [Text(text)] if text else []
 
 
+def _split_begun(text: str, marks: Sequence[str]) -> tuple[str, str]:
+    """`text` in two: the longest end that may begin one of `marks`, and what is before it."""
+    for at in range(max(0, len(text) - max(map(len, marks)) + 1), len(text)):
+        if any(mark.startswith(text[at:]) for mark in marks):
+            return text[:at], text[at:]
+    return text, ""
+
+
 class ThinkFilter(Filter):
-    """Turns `<think>…</think>` at the start of the text into `Thinking` [1]. Holds what may become a tag."""
+    """Turns `<think>…</think>` at the start of the text, behind 100 spaces at most, into `Thinking` [1]."""
 
     def _reset(self) -> None:
         self._held = ""
-        self._phase: Literal["start", "thinking", "after", "text"] = "start"
+        self._phase: Literal["start", "thinking", "after"] = "start"
+        self.passes = False
 
-    def _take_text(self, text: str) -> list[Event]:
-        text = self._held + text
+    def _take_text(self, event: Text) -> list[Event]:
+        text = self._held + event.text
         thought = self._held = ""
         if self._phase == "start":
-            found = re.match(r"\s{0,100}+(?:(<think>)|<?t?h?i?n?k?\Z)", text)
-            if found and not found[1]:
+            begin = text.lstrip()
+            if len(text) - len(begin) <= 100 and begin.startswith("<think>"):
+                self._phase, text = "thinking", begin[7:]
+            elif len(text) - len(begin) <= 100 and "<think>".startswith(begin):
                 self._held = text
                 return []
-            self._phase = "thinking" if found else "text"
-            text = text[found.end() :] if found else text
+            else:
+                self.passes = True
+                return _texts(text)
         if self._phase == "thinking":
             thought, end, text = text.partition("</think>")
-            begun = re.search(r"</?t?h?i?n?k?\Z", thought)
-            if begun and not end:
-                thought, self._held = thought[: begun.start()], begun[0]
-            self._phase = "after" if end else "thinking"
-        if self._phase == "after":
-            text = text.lstrip()
-            self._phase = "text" if text else "after"
+            if end:
+                self._phase = "after"
+            else:
+                thought, self._held = _split_begun(thought, ["</think>"])
+        text = text.lstrip()
+        self.passes = bool(text)
         return [*([Thinking(thought)] if thought else []), *_texts(text)]
 
     def _finish(self, event: Finished) -> list[Event]:
-        return [*([Thinking(self._held)] if self._held and self._phase == "thinking" else _texts(self._held)), event]
+        return (
+            [Thinking(self._held) if self._phase == "thinking" else Text(self._held), event] if self._held else [event]
+        )
 
 
 class MarkFilter(Filter):
-    """Replaces marks in the text. Holds what may become one, so that any split of the text gives the same.
+    """Replaces the marks in a text. `marks` finds a whole one, or without any group what may become one at the end."""
 
-    `marks` finds a whole mark, or as its group `begun` what may become one at the end of the text.
-    """
+    marks: re.Pattern[str]  # each alternative begins with a character, which makes looking for it fast
 
-    marks: re.Pattern[str]
-
-    def _take_text(self, text: str) -> list[Event]:
-        text, self._held = self._held + text, ""
+    def _take_text(self, event: Text) -> list[Event]:
+        if not self._held and not self.marks.search(event.text):
+            return [event]
+        text, self._held = self._held + event.text, ""
         events: list[Event] = []
         at = 0
         for mark in self.marks.finditer(text):
             events += _texts(text[at : mark.start()])
             at = mark.end()
-            if mark["begun"]:
-                self._held = mark[0]
-            else:
+            if mark.lastgroup:
                 events += self._replace(mark)
+            else:
+                self._held = mark[0]
         return events + _texts(text[at:])
 
     def _replace(self, mark: re.Match[str]) -> list[Event]:
@@ -1531,7 +1581,7 @@ class UrlMarkFilter(MarkFilter):
 
     marks = re.compile(
         r'<url id="[^<>"]{0,500}" type="url"[^<>]{0,500}>(?P<url>[^<>]{0,2000})</url>'
-        r"|(?P<begun><(?:u?r?l? ?i?d?=?|url id=[^<>]{0,1030}(?:>[^<>]{0,2000}(?:</?u?r?l?)?)?))\Z"
+        r"|<(?:u?r?l? ?i?d?=?|url id=[^<>]{0,1030}(?:>[^<>]{0,2000}(?:</?u?r?l?)?)?)\Z"
     )
 
     def _replace(self, mark: re.Match[str]) -> list[Event]:
@@ -1551,26 +1601,25 @@ class CitationFilter(MarkFilter):
     """
 
     marks = re.compile(
-        f"<REF>cite[\u2726:](?:(?P<ref>.{{0,{MAX_CITATION}}}?)</REF>|.{{{MAX_CITATION}}}(?=.{{6}}))"
+        f"<REF>cite[\u2726:](?:(?P<ref>.{{0,{MAX_CITATION}}}?)</REF>|(?P<endless>.{{{MAX_CITATION}}})(?=.{{6}}))"
         "|\ue3a0cite[\ue3a3\U0001f6e0](?P<keys>[^\ue3a0\ue3a8]{0,500}+)\ue3a8"
         r"|\[\^(?P<number>[0-9]{1,4})\^\]"
         "|\U0001f6e0(?P<key>[^\\s\U0001f6e0]{1,100}#[0-9]{1,6})\U0001f6e0"
-        "|(?P<begun><REF>cite[\u2726:].*|<R?E?F?>?c?i?t?e?|\ue3a0[^\ue3a8]{0,510}+"
-        "|\\[(?:\\^(?:[0-9]{1,4}\\^?)?)?|\U0001f6e0[^\\s\U0001f6e0]{0,107}+)\\Z",
+        "|<REF>cite[\u2726:].*\\Z|<R?E?F?>?c?i?t?e?\\Z|\ue3a0[^\ue3a8]{0,510}+\\Z"
+        "|\\[(?:\\^(?:[0-9]{1,4}\\^?)?)?\\Z|\U0001f6e0[^\\s\U0001f6e0]{0,107}+\\Z",
         re.DOTALL,
     )
 
     def __init__(self) -> None:
         super().__init__()
-        self._inline = False
         self._hits: dict[str, SearchHit] = {}  # by URL
         self._numbers: dict[str, int] = {}  # of cited URLs
 
     def _reset(self) -> None:
         """Let the marks of a second answer name its own hits; its numbers go on."""
         self._held = ""
-        self._order: list[str] = []  # URLs of this answer
-        self._urls: dict[str, str] = {}  # by key
+        self._urls: dict[str, str] = {}  # of this answer's hits, by key, by `^` and number, and by themselves
+        self._count = 0
 
     def list_sources(self) -> list[Event]:
         """The list of all hits so far, in the order of their numbers; empty where there are none."""
@@ -1579,23 +1628,22 @@ class CitationFilter(MarkFilter):
 
     def _take_other(self, event: Event) -> list[Event]:
         if isinstance(event, Opened):
-            self._inline = event.hits_inline
-        if self._inline or not isinstance(event, SearchHit):
+            self.passes = event.hits_inline
+        if not isinstance(event, SearchHit):
             return [event]
-        if event.url not in self._order:
-            self._order.append(event.url)
+        if event.url not in self._urls:
+            self._count += 1
+            self._urls[f"^{self._count}"] = event.url
+        self._urls |= {event.url: event.url, event.key or event.url: event.url}
         self._hits.setdefault(event.url, event)
-        self._urls[event.key or event.url] = event.url
         return []
 
-    def _take_text(self, text: str) -> list[Event]:
-        if self._inline:
-            return [Text(text)]
-        is_open = self._held.startswith("<REF>cite") and 10 < len(self._held) + len(text) < MAX_CITATION
-        if is_open and "</REF>" not in self._held[-6:] + text:  # not searched again and again
-            self._held += text
+    def _take_text(self, event: Text) -> list[Event]:
+        is_open = self._held.startswith("<REF>cite") and 10 < len(self._held) + len(event.text) < MAX_CITATION
+        if is_open and "</REF>" not in self._held[-6:] + event.text:  # not searched again and again
+            self._held += event.text
             return []
-        return super()._take_text(text)
+        return super()._take_text(event)
 
     def _finish(self, event: Finished) -> list[Event]:
         is_cut_mark = re.match("\ue3a0|<REF>cite|\U0001f6e0\\w+:", self._held)
@@ -1605,18 +1653,18 @@ class CitationFilter(MarkFilter):
         ref, keys, number, key = mark.group("ref", "keys", "number", "key")
         if number and not self._hits:
             return [Text(mark[0])]
+        names = re.split("[\ue3a3\U0001f6e0]", keys or key or "")
         if number:
-            urls = self._order[max(0, int(number) - 1) : int(number)]
-        else:
-            named = re.findall("tools://[^\\s#<>\u2726]{1,200}#[0-9]{1,6}", ref.partition(":~:")[0]) if ref else []
-            urls = [self._find_url(one) for one in named or re.split("[\ue3a3\U0001f6e0]", keys or key or "")]
-        numbers = {url: self._numbers.setdefault(url, len(self._numbers) + 1) for url in urls if url}
+            names = [f"^{int(number)}"]
+        elif ref:
+            names = re.findall("tools://[^\\s#<>\u2726]{1,200}#[0-9]{1,6}", ref.partition(":~:")[0])
+        numbers = {url: self._numbers.setdefault(url, len(self._numbers) + 1) for url in map(self._find, names) if url}
         return [Citation(number, self._hits[url]) for url, number in numbers.items()]
 
-    def _find_url(self, key: str) -> str:
+    def _find(self, name: str) -> str:
         """The URL of a known hit, or empty; its key may be known without its `tools://`, or with it."""
-        bare = key.removeprefix("tools://")
-        return self._urls.get(key) or self._urls.get(bare) or self._urls.get(f"tools://{bare}", "")
+        bare = name.removeprefix("tools://")
+        return self._urls.get(name) or self._urls.get(bare) or self._urls.get(f"tools://{bare}", "")
 
 
 _TOKEN_WEIGHTS: Final = (  # first bytes of a character in UTF-8, and hundredths of a token
@@ -1632,64 +1680,48 @@ _TOKEN_WEIGHTS: Final = (  # first bytes of a character in UTF-8, and hundredths
     (range(0x100), 84),  # Hangul, wide forms, emoji
 )
 _WEIGHTS_OF_BYTES: Final = bytes(next(weight for row, weight in _TOKEN_WEIGHTS if byte in row) for byte in range(256))
+_LATER_BYTES: Final = bytes(range(0x80, 0xC0))
 
 
-def _weigh(text: str) -> bytes:
-    """For each character, hundredths of a token."""
-    return text.encode("utf-8", "surrogatepass").translate(_WEIGHTS_OF_BYTES, bytes(range(0x80, 0xC0)))
-
-
-class TokenCounter:
-    """An estimate of the tokens in a text that comes in pieces; the same for any split, in linear time.
+def weigh(text: str) -> bytes:
+    """For each character, hundredths of a token: an estimate that is the same for any split.
 
     Within 25 % of DeepSeek's own tokenizer for texts of 300 characters and more in Chinese, English or both.
     """
-
-    def __init__(self) -> None:
-        self._hundredths = 0
-
-    @property
-    def tokens(self) -> int:
-        """The tokens so far, rounded up."""
-        return -(-self._hundredths // 100)
-
-    def feed(self, text: str) -> None:
-        """Count `text`."""
-        self._hundredths += sum(_weigh(text))
+    return text.encode("utf-8", "surrogatepass").translate(_WEIGHTS_OF_BYTES, _LATER_BYTES)
 
 
 def estimate_tokens(text: str) -> int:
-    """About how many tokens `text` has, by the rule of `TokenCounter`."""
-    counter = TokenCounter()
-    counter.feed(text)
-    return counter.tokens
+    """About how many tokens `text` has, rounded up."""
+    return -(-sum(weigh(text)) // 100)
 
 
 class LengthFilter(Filter):
     """Cuts what the model writes, text and the calls that are still text here, at `limit_tokens`; thinking is free.
 
-    The cut falls on the same character for any split; then follow `Finished("length")` and nothing more. In a retry
-    the limit is that answer's alone.
+    Then follow `Finished("length")` and nothing more. In a retry the limit is that answer's alone.
     """
 
     def __init__(self, limit_tokens: int) -> None:
         self._limit_tokens = limit_tokens
-        self._reset()
+        super().__init__()
 
     def _reset(self) -> None:
         self._held = ""
         self._room = 100 * self._limit_tokens
         self.ended = False
 
-    def _take_text(self, text: str) -> list[Event]:
-        weights = _weigh(text)
-        fitting = bisect_right(list(accumulate(weights)), self._room)
-        self._room -= sum(weights)
-        self.ended = self._room < 0
-        return [*_texts(text[:fitting]), *([Finished("length")] if self.ended else [])]
+    def _take_text(self, event: Text) -> list[Event]:
+        weights = weigh(event.text)
+        size = sum(weights)
+        self._room -= size
+        if self._room >= 0:
+            return [event]
+        self.ended = True
+        fitting = bisect_right(list(accumulate(weights)), self._room + size)
+        return [*_texts(event.text[:fitting]), Finished("length")]
 
 
-MAX_PREVIOUS: Final = 20_000  # characters of an answer that a retry quotes
 _CALL_BEGIN: Final = re.compile(  # with the fence before it, or what may become one
     rf"\s{{0,40}}+(?:```\w{{0,20}}+\s{{0,20}}+)?(?P<mark>{CALL_MARKUP.pattern})"
     r"|\s{0,40}+(?:`{1,2}|(?:```\w{0,20}+\s{0,20}+)?(?:<(?:/?t?o?o?l?_?c?a?l?l?|\|[a-z_]{0,29}\|?))?)\Z"
@@ -1715,63 +1747,54 @@ class ToolCallFilter(Filter):
 
     def __init__(self, tools: Sequence[Tool], choice: ToolChoice, parallel: bool, make_id: Callable[[], str]) -> None:
         self._tools = {tool.name: tool for tool in tools if choice.mode != "named" or tool.name == choice.name}
-        self._names = encode_json([*self._tools])[:200]
         self._demanded = choice.mode in ("required", "named")
         self._parallel = parallel
         self._make_id = make_id
-        self._retried = False
         self._fallback: list[Event] = []  # what there is to show of the first answer, in a retry
-        self._reset()
+        super().__init__()
 
     def _reset(self) -> None:
+        self.has_fallback = bool(self.retry_reason)
         self._written: list[str] = []
         self._shown = 0  # characters
         self._held = ""  # the end of the text, which may begin a call
-        self._holds = self._demanded  # all that follows
+        self._holds = self._demanded or self.has_fallback  # all that follows
         self._thoughts: list[Event] = []  # where a call is demanded
 
-    def begin_retry(self) -> None:
-        """Expect another answer: for its calls alone where this filter asked for it, else as the first."""
-        self.has_fallback = bool(self.retry_reason)
-        self.retry_reason = ""
-        self._retried = True
-        self._reset()
-
-    def _take_text(self, text: str) -> list[Event]:
-        self._written.append(text)
+    def _take_text(self, event: Text) -> list[Event]:
+        self._written.append(event.text)
         if self._holds:
             return []
-        text = self._held + text
+        text = self._held + event.text
+        if not (self._held or "<" in text or "`" in text or text[-1].isspace()):
+            self._shown += len(text)
+            return [event]
         found = cast(re.Match[str], _CALL_BEGIN.search(text))  # at the end of the text at least
         self._holds = bool(found["mark"])
         self._held = text[found.start() :]
-        return self._show(_texts(text[: found.start()]))
+        self._shown += found.start()
+        return _texts(text[: found.start()])
 
     def _take_other(self, event: Event) -> list[Event]:
+        if self._holds and (self.has_fallback or isinstance(event, Citation)):
+            return []
         if self._demanded and isinstance(event, Thinking):
             self._thoughts.append(event)
             return []
-        if self._holds:
-            return [] if isinstance(event, Citation) else self._show([event])
-        held, self._held = self._held, ""
-        return self._show([*_texts(held), event])
-
-    def _show(self, events: list[Event]) -> list[Event]:
-        self._shown += sum(len(event.text) for event in events if type(event) is Text)
-        return [] if self.has_fallback else events
+        held, self._held = ("", self._held) if self._holds else (self._held, "")
+        self._shown += len(held)
+        return [*_texts(held), event]
 
     def _finish(self, event: Finished) -> list[Event]:
-        is_cut = event.reason != "stop"
         text = "".join(self._written)
+        is_cut = event.reason != "stop"
         calls = self._find_calls(text, is_cut)
         shown = self._render(calls, text)
-        if all(call.wrong for call in calls) and (calls or self._demanded) and not is_cut:
-            wrong = calls[0].wrong if calls else f"it must call one of {self._names}, and calls no tool"
-            if not self._retried:
-                self._fallback, self.retry_reason, self.previous = shown, wrong, text[:MAX_PREVIOUS]
-                return []
-            if self._demanded:
-                raise ProxyError("tool_call_failed", wrong)
+        is_bad = all(call.wrong for call in calls) and (calls or self._demanded) and not is_cut
+        if is_bad and (self._demanded or not self._retried):
+            self._fallback = shown
+            none = f"it must call one of {quote_names(self._tools)}, and calls no tool"
+            return self._ask_again("tool_call_failed", calls[0].wrong if calls else none, text)
         if self.has_fallback and not any(isinstance(one, ToolCall) for one in shown):
             shown, is_cut = self._fallback, is_cut and self._demanded
         reason: FinishReason = "tool_calls" if any(isinstance(one, ToolCall) for one in shown) else "stop"
@@ -1779,26 +1802,11 @@ class ToolCallFilter(Filter):
 
     def _find_calls(self, text: str, is_cut: bool) -> list[Call]:
         """The calls in an answer, quoted ones left out. JSON without marks may be the call that is demanded."""
-        calls = [self._judge(call) for call in find_calls(text, is_cut=is_cut)]
+        reader = CallReader(self._tools)
+        calls = list(reader.find_marked(text, is_cut=is_cut))
         if not calls and self._demanded and not is_cut:
-            bare = (self._judge(self._read_bare(value)) for value in find_json(text))
-            calls = [call for call in bare if not call.wrong][:1]
+            calls = [call for call in reader.find_bare(text) if not call.wrong][:1]
         return [] if _is_quoted(text) and all(call.wrong for call in calls) else calls
-
-    def _read_bare(self, value: dict[str, Any] | list[Any]) -> Call:
-        """JSON without marks: the call itself, or the arguments of the only function there is."""
-        if len(self._tools) == 1 and not ("name" in value and "arguments" in value):
-            value = {"name": next(iter(self._tools)), "arguments": value}
-        return read_call(value)
-
-    def _judge(self, call: Call) -> Call:
-        """The call, mended where that helps, and what is wrong with it."""
-        if call.wrong:
-            return call
-        if call.name not in self._tools:
-            return Call(call.name, call.arguments, f"a call must have a `name` that is one of {self._names}")
-        arguments, wrong = fit_schema(call.arguments, self._tools[call.name].parameters)
-        return Call(call.name, arguments, wrong and f"the `arguments` in the call of {encode_json(call.name)}: {wrong}")
 
     def _render(self, calls: Sequence[Call], text: str) -> list[Event]:
         """The calls, with what comes before them; else what was held, as text."""
@@ -1807,23 +1815,28 @@ class ToolCallFilter(Filter):
             held = text[self._shown :]
             return [*self._thoughts, *_texts(held if _is_quoted(text) else CALL_MARKUP.sub(" ", held))]
         if not self._parallel:
-            good = sorted(good, key=lambda call: bool(call.wrong))[:1]
-        made = [ToolCall(self._make_id(), call.name, encode_json(call.arguments)) for call in good]
+            good = [min(good, key=lambda call: bool(call.wrong))]
         begin = cast(re.Match[str], _CALL_BEGIN.search(text))
-        before = _texts(text[: begin.start()]) if self._demanded and begin["mark"] else []
-        return [*([] if self.has_fallback else [*self._thoughts, *before]), *made]
+        is_first = self._demanded and not self.has_fallback and begin["mark"]
+        before = _texts(text[: begin.start()]) if is_first else []
+        return [
+            *self._thoughts,
+            *before,
+            *(ToolCall(self._make_id(), one.name, encode_json(one.arguments)) for one in good),
+        ]
 
 
 class StopFilter(Filter):
     """Ends the answer before the first of `stops` in its text: the one complete first, at the same end the longer.
 
-    Works on `Text` alone, and holds of it no more than what may become a stop sequence. After a stop follow `Finished`
-    and nothing more.
+    Works on `Text` alone. After a stop follow `Finished` and nothing more.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._starts = re.compile("|".join(re.escape(stop[0]) for stop in stops))
         self._held = ""
-        self._stops = [stop for stop in stops if stop]
+        super().__init__()
 
     def _reset(self) -> None:
         self.ended = False  # a second answer's text goes on behind what is held
@@ -1834,26 +1847,21 @@ class StopFilter(Filter):
         held, self._held = self._held, ""
         return [*_texts(held), event]
 
-    def _take_text(self, text: str) -> list[Event]:
-        text = self._held + text
+    def _take_text(self, event: Text) -> list[Event]:
+        if not self._held and not self._starts.search(event.text):
+            return [event]
+        text = self._held + event.text
         ends = [(at + len(stop), -len(stop), stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if ends:
             self.ended = True
             end, size, stop = min(ends)
             return [*_texts(text[: end + size]), Finished("stop", stop)]
-        begun = (
-            at
-            for stop in self._stops
-            for at in range(max(0, len(text) - len(stop) + 1), len(text))
-            if stop.startswith(text[at:])
-        )
-        start = min(begun, default=len(text))
-        self._held = text[start:]
-        return _texts(text[:start])
+        text, self._held = _split_begun(text, self._stops)
+        return _texts(text)
 
 
 class StructureFilter(Filter):
-    """Holds the text to its end, and passes it on as one piece where it is the JSON that `format` asks for.
+    """Holds text and thinking to the end, and passes the text on as one piece: the JSON that `format` asks for.
 
     JSON is found amid words, mended, and made compact. Where none fits, `retry_reason` tells the mistake, and no
     `Finished` comes; a second failure raises `structured_output_failed`. An answer that calls tools, or was cut by
@@ -1862,51 +1870,45 @@ class StructureFilter(Filter):
 
     def __init__(self, format: ResponseFormat) -> None:
         self._schema = {"type": "object"} if format.kind == "json_object" else format.schema
-        self._retried = False
-        self._thoughts: list[Event] = []
-        self._written: list[str] = []
+        self._events: list[Event] = []
+        super().__init__()
 
-    def begin_retry(self) -> None:
-        """Expect another answer; where this filter did not ask for it, its text goes on behind what is held."""
+    def _reset(self) -> None:
+        """Drop what could not be used; where another filter asks again, the second answer goes on behind it."""
         if self.retry_reason:
-            self._release("")
-        self.retry_reason = ""
-        self._retried = True
+            self._events = []
 
-    def _take_text(self, text: str) -> list[Event]:
-        self._written.append(text)
+    def _take_text(self, event: Text) -> list[Event]:
+        self._events.append(event)
         return []
 
     def _take_other(self, event: Event) -> list[Event]:
         if isinstance(event, Thinking):
-            self._thoughts.append(event)
-        is_held = isinstance(event, (Thinking, Citation))
-        return (
-            [] if is_held else [*(self._release("".join(self._written)) if isinstance(event, ToolCall) else []), event]
-        )
+            return self._take_text(event)
+        if isinstance(event, ToolCall):
+            return [*self._release(), event]
+        return [] if isinstance(event, Citation) else [event]
 
-    def _release(self, text: str) -> list[Event]:
-        events = [*self._thoughts, *_texts(text)]
-        self._thoughts, self._written = [], []
+    def _release(self) -> list[Event]:
+        events, self._events = self._events, []
         return events
 
     def _finish(self, event: Finished) -> list[Event]:
-        text = "".join(self._written)
         if event.reason != "stop" or event.stop_sequence:
-            return [*self._release(text), event]
+            return [*self._release(), event]
+        text = "".join(one.text for one in self._events if type(one) is Text)
         values = find_json(text)
         with suppress(WireError):
             values = [parse_json(text.encode("utf-8", "replace"))]
-        mistakes = ["it is not JSON"]
-        for fitted, wrong in (fit_schema(value, self._schema) for value in values):
+        check = SchemaCheck()
+        mistake = ""
+        for value in values:
+            fitted, wrong = check.fit(value, self._schema)
             if not wrong:
-                return [*self._release(encode_json(fitted)), event]
-            mistakes.append(f"its JSON does not fit the schema: {wrong}")
-        mistake = mistakes[:2][-1]
-        if self._retried:
-            raise ProxyError("structured_output_failed", mistake)
-        self.retry_reason, self.previous = mistake, text[:MAX_PREVIOUS]
-        return []
+                thoughts = [one for one in self._release() if type(one) is Thinking]
+                return [*thoughts, Text(encode_json(fitted)), event]
+            mistake = mistake or f"its JSON does not fit the schema: {wrong}"
+        return self._ask_again("structured_output_failed", mistake or "it is not JSON", text)
 
 
 class Chain:
@@ -1918,7 +1920,6 @@ class Chain:
 
     def __init__(self, filters: Sequence[Filter] = ()) -> None:
         self.filters = filters
-        self.ended = False  # a filter ended the answer: the service need not go on with it
         self.retry_reason = ""  # what to tell the model, when an answer is over that has to be asked for once more
         self.previous = ""  # what it wrote there, cut
         self._over = False
@@ -1931,14 +1932,15 @@ class Chain:
         if self._retried:
             events = [event for event in events if not isinstance(event, Opened)]
         for one in self.filters:
-            events = [result for event in events if not one.ended for result in one.feed(event)]
+            if not one.passes:
+                events = one.feed(events)
             if one.retry_reason:
                 self.retry_reason, self.previous = one.retry_reason, one.previous
         if events and isinstance(events[-1], Finished):
             self._over = True
             self.retry_reason = ""
-            self.ended = any(one.ended for one in self.filters)
-            return [*events[:-1], *(hits for one in self.filters for hits in one.list_sources()), events[-1]]
+            citations = [one for one in self.filters if isinstance(one, CitationFilter)]
+            return [*events[:-1], *(hits for one in citations for hits in one.list_sources()), events[-1]]
         return events
 
     def give_up(self) -> list[Event]:
@@ -2722,8 +2724,8 @@ class Encoder:
             sentence=request.response_format is None,
         )
         self._prompt_tokens = estimate_tokens(prompt)
-        self._written = TokenCounter()
-        self._thought = TokenCounter()
+        self._written = 0  # hundredths of tokens
+        self._thought = 0
         self._blocks: list[tuple[str, Any]] = []
         self._output: list[bytes] = []
 
@@ -2739,13 +2741,13 @@ class Encoder:
         for event in events:
             match event:
                 case Thinking():
-                    self._thought.feed(event.text)
+                    self._thought += sum(weigh(event.text))
                     self._add_text("thinking", event.text)
                 case Text():
-                    self._written.feed(event.text)
+                    self._written += sum(weigh(event.text))
                     self._add_text("text", self._renderer.feed(event))
                 case ToolCall():
-                    self._written.feed(render_tool_call(event.name, event.arguments))
+                    self._written += sum(weigh(render_tool_call(event.name, event.arguments)))
                     self._blocks.append(("call", event))
                     self.chunks += 1
                     if self._streamed:
@@ -2795,8 +2797,8 @@ class Encoder:
 
     def _count_tokens(self) -> tuple[int, int, int]:
         """The tokens of the prompt, of all that the model wrote, and of its thinking. What the proxy adds is free."""
-        thought = self._thought.tokens
-        return self._prompt_tokens, self._written.tokens + thought, thought
+        thought = -(-self._thought // 100)
+        return self._prompt_tokens, thought - (-self._written // 100), thought
 
     def _write(self, value: Mapping[str, Any]) -> None:
         self._output.append(encode_event(value))

@@ -33,13 +33,13 @@ from kimi_proxy import (
     Text,
     ThinkFilter,
     Thinking,
-    TokenCounter,
     Tool,
     ToolCall,
     ToolCallFilter,
     ToolChoice,
     UrlMarkFilter,
     estimate_tokens,
+    weigh,
 )
 
 A = SearchHit("A", "https://aa.cd", "web_search:1#1")
@@ -132,11 +132,11 @@ def test_a_hit_told_by_two_names_is_one_source() -> None:
 
 def test_text_that_cannot_become_a_mark_is_not_held() -> None:
     citations = CitationFilter()
-    citations.feed(OPENED)
+    citations.feed([OPENED])
     for piece in ("a", "b]", "c^", "d["[:-1]):
-        assert citations.feed(Text(piece)) == [Text(piece)]
-    assert citations.feed(Text("[")) == []
-    assert citations.feed(Text("x")) == [Text("[x")]
+        assert citations.feed([Text(piece)]) == [Text(piece)]
+    assert citations.feed([Text("[")]) == []
+    assert citations.feed([Text("x")]) == [Text("[x")]
 
 
 def test_inline_hits_and_thinking_pass_unchanged() -> None:
@@ -326,7 +326,7 @@ def split(text: str, cuts: list[int]) -> list[Event]:
 
 
 def feed(one: Filter, *events: Event) -> list[Event]:
-    return [result for event in events if not one.ended for result in one.feed(event)]
+    return one.feed([*events])
 
 
 def joined(events: list[Event]) -> list[Event]:
@@ -499,11 +499,8 @@ CHARACTERS = st.text(st.one_of(st.sampled_from("aA1 \n.,<>é中、,😀한я\ud8
 
 @given(text=CHARACTERS, data=st.data())
 def test_any_split_counts_the_same(text: str, data: st.DataObject) -> None:
-    counter = TokenCounter()
-    for piece in split(text, draw_cuts(data, text)):
-        assert isinstance(piece, Text)
-        counter.feed(piece.text)
-    assert counter.tokens == estimate_tokens(text)
+    pieces = split(text, draw_cuts(data, text))
+    assert sum(sum(weigh(piece.text)) for piece in pieces if isinstance(piece, Text)) == sum(weigh(text))
 
 
 def test_some_counts() -> None:
@@ -731,11 +728,11 @@ def test_text_flows_and_is_held_no_longer_than_it_must() -> None:
         ("<", "<tool_cal"),
     ]
     for piece, shown in steps:
-        assert written(one.feed(Text(piece))) == shown
-    assert written(one.feed(Text("tool_call>"))) == ""
-    assert written(one.feed(Text(PARIS[:-1]))) == ""
-    assert one.feed(Text("}</tool_call> b")) == []
-    assert one.feed(END)[:-1] == [ToolCall("call_1", "get_weather", '{"city":"Paris"}')]
+        assert written(one.feed([Text(piece)])) == shown
+    assert written(one.feed([Text("tool_call>")])) == ""
+    assert written(one.feed([Text(PARIS[:-1])])) == ""
+    assert one.feed([Text("}</tool_call> b")]) == []
+    assert one.feed([END])[:-1] == [ToolCall("call_1", "get_weather", '{"city":"Paris"}')]
 
 
 def test_what_is_held_at_the_end_follows() -> None:
@@ -826,7 +823,7 @@ def test_a_demanded_call_that_is_missing_is_asked_for_once() -> None:
     one.begin_retry()
     assert feed(one, OPENED, Text("No, I will "), Text(BAD)) == []
     with pytest.raises(ProxyError) as caught:
-        one.feed(END)
+        one.feed([END])
     assert caught.value.code == "tool_call_failed"
     assert caught.value.status == 422
     assert '{"required":["city"]}' in caught.value.message
@@ -898,7 +895,7 @@ def end_by_hand(text: str, stops: list[str]) -> tuple[str, str]:
 
 @given(
     text=st.text("abc", max_size=40),
-    stops=st.lists(st.text("abc", min_size=1, max_size=5), max_size=4),
+    stops=st.lists(st.text("abc", min_size=1, max_size=5), min_size=1, max_size=4),
     data=st.data(),
 )
 @settings(max_examples=300)
@@ -915,7 +912,7 @@ def test_no_text_is_held_that_cannot_become_a_stop_sequence(text: str, stops: li
     one = StopFilter(stops)
     shown = ""
     for index, character in enumerate(text, 1):
-        shown += written(one.feed(Text(character)))
+        shown += written(one.feed([Text(character)]))
         if one.ended:
             break
         held = max(n for n in range(index + 1) if any(stop.startswith(text[index - n : index]) for stop in stops))
@@ -946,7 +943,6 @@ def test_a_stop_works_on_the_text_alone() -> None:
 def test_what_a_stop_filter_holds_follows_at_the_end() -> None:
     assert feed(StopFilter(["STOP"]), Text("a ST"), END) == [Text("a "), Text("ST"), END]
     assert feed(StopFilter(["STOP"]), Text("a ST"), Sources((A,)), END) == [Text("a "), Text("ST"), Sources((A,)), END]
-    assert feed(StopFilter([""]), Text("a"), END) == [Text("a"), END]
 
 
 def test_stop_sequences_that_a_pattern_would_mistake() -> None:
@@ -1063,16 +1059,14 @@ def test_a_chain_without_filters_gives_what_it_was_given() -> None:
     events: list[Event] = [OPENED, Text("a"), END]
     chain = Chain([])
     assert chain.feed(events) == events
-    assert (chain.ended, chain.retry_reason, chain.previous) == (False, "", "")
+    assert (chain.retry_reason, chain.previous) == ("", "")
 
 
 @pytest.mark.parametrize(("limit", "stops", "last"), [(2, (), CUT), (None, ["three"], Finished("stop", "three"))])
 def test_a_chain_that_ended_gives_one_end_and_nothing_more(limit: int | None, stops: list[str], last: Finished) -> None:
     chain = make_chain(limit=limit, choice=AUTO, stops=stops)
-    assert not chain.ended
     events = chain.feed([OPENED, Text("one two "), Text("three four")])
     assert ("one two", last) == (written(events)[:7], events[-1])
-    assert chain.ended
     assert chain.feed([Text(BAD), Sources((A,)), END]) == []
     assert chain.retry_reason == ""
 
@@ -1107,7 +1101,7 @@ def test_a_chain_asks_again_for_a_call() -> None:
     assert '{"required":["city"]}' in chain.retry_reason
     assert chain.previous == f"a {BAD}"
     chain.begin_retry()
-    assert (chain.retry_reason, chain.ended) == ("", False)
+    assert chain.retry_reason == ""
     events = chain.feed([OPENED, Thinking("hm"), Text(GOOD), END])
     assert (written(events), reason_of(events)) == ('a{get_weather {"city":"Paris"}}', "tool_calls")
     assert chain.feed([Text("b"), END]) == []
@@ -1153,5 +1147,4 @@ def test_a_second_try_has_one_end_only() -> None:
     chain.feed([Text("no"), END])
     chain.begin_retry()
     assert chain.feed([OPENED, Text("one two three four"), END]) == [Text("no"), CUT]
-    assert chain.ended
     assert chain.feed([Text("five"), END]) == []

@@ -13,19 +13,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_proxy import (
+    CallReader,
     ResponseFormat,
+    SchemaCheck,
     Tool,
     ToolChoice,
     describe_failure,
     describe_format,
     describe_tools,
     escape_tags,
-    find_calls,
     find_json,
-    fit_schema,
     render_tool_call,
     render_tool_response,
 )
+
+
+def fit_schema(value: Any, schema: Any) -> tuple[Any, str]:
+    return SchemaCheck().fit(value, schema)
+
 
 # JSON as models write it.
 
@@ -145,11 +150,6 @@ SCHEMAS: dict[str, tuple[Any, list[Any], list[Any]]] = {
     "maxItems": ({"maxItems": 1}, [[1], "abc"], [[1, 2]]),
     "$defs": ({"$defs": {"a": {"const": 1}}, "$ref": "#/$defs/a"}, [1], [2]),
     "definitions": ({"definitions": {"a": {"const": 1}}, "items": {"$ref": "#/definitions/a"}}, [[1]], [[2]]),
-    "names with escapes": (
-        {"$defs": {"a/b~1 c": {"const": 1}}, "items": {"$ref": "#/$defs/a~1b~01%20c"}},
-        [[1]],
-        [[2]],
-    ),
     "the root": (
         {"properties": {"a": {"$ref": "#"}}, "required": ["b"]},
         [{"b": 1, "a": {"b": 2}}],
@@ -341,13 +341,13 @@ FOUND_CALLS: dict[str, tuple[str, list[tuple[str, Any]]]] = {
 @pytest.mark.parametrize("name", FOUND_CALLS)
 def test_calls_are_found(name: str) -> None:
     text, expected = FOUND_CALLS[name]
-    assert [(call.name, call.arguments) for call in find_calls(text, is_cut=False)] == expected
+    assert [(call.name, call.arguments) for call in CallReader({}).find_marked(text, is_cut=False)] == expected
 
 
 def test_the_last_call_of_a_cut_text_is_not_repaired() -> None:
     text = '<tool_call>{"name": "f"}<tool_call>{"name": "g"'
-    assert [call.name for call in find_calls(text, is_cut=False)] == ["f", "g"]
-    assert [call.name for call in find_calls(text, is_cut=True)] == ["f", ""]
+    assert [call.name for call in CallReader({}).find_marked(text, is_cut=False)] == ["f", "g"]
+    assert [call.name for call in CallReader({}).find_marked(text, is_cut=True)] == ["f", ""]
 
 
 # Marks and the words of the prompt.
