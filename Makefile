@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 MINUTES ?= 1
 ROUNDS ?= 9
-AGENTS ?= $(HOME)/.cache/kimi_proxy/agents
+CLIENTS_DIR ?= $(HOME)/.cache/kimi_proxy/clients
 # More than there are cores: half of the time that tests take, they wait.
 WORKERS := -n 4 --dist worksteal
 INSTALL = PREFIX='$(PREFIX)' UNITDIR='$(UNITDIR)' DESTDIR='$(DESTDIR)' DRY_RUN='$(DRY_RUN)' PYTHON='$(PYTHON)' \
@@ -14,7 +14,7 @@ PURE := tests/test_wire.py tests/test_events.py tests/test_answers.py tests/test
 	tests/test_requests.py tests/test_replies.py tests/test_errors.py tests/test_settings.py tests/test_logs.py tests/test_layout.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test test-node test-agents bench bench-cluster soak test-lowest test-units test-cluster check lint install \
+.PHONY: help demo run test test-node test-clients bench bench-cluster soak test-lowest test-units test-cluster check lint install \
 	uninstall toc golden trace clean
 
 help: ## list the targets
@@ -32,12 +32,8 @@ test: $(VENV)/test.stamp ## run all tests
 test-node: $(VENV)/run.stamp $(VENV)/node.stamp ## test with a program from npm; needs Node 18 or later
 	@PYTHONPATH=.:tests $(RUN) tests/node/run.py
 
-test-agents: $(VENV)/run.stamp ## test with Claude Code and Codex CLI (several hundred MB outside of this tree)
-	@command -v npm >/dev/null || { echo "this needs Node and npm" >&2; exit 1; }
-	mkdir -p $(AGENTS)
-	cd $(AGENTS) && npm install --no-audit --no-fund --loglevel=error \
-		@anthropic-ai/claude-code@2.1.197 @openai/codex@0.169.0
-	@PYTHONPATH=.:tests $(RUN) tests/agents/task.py $(AGENTS)
+test-clients: $(VENV)/run.stamp ## CLIENTS="aider llm": test with real programs, all by default (some GB in CLIENTS_DIR)
+	@PYTHONPATH=.:tests $(RUN) tests/clients.py $(CLIENTS_DIR) $(CLIENTS)
 
 bench: $(VENV)/run.stamp ## measure the proxy beside its floors, some 20 minutes; ROUNDS=9 (Linux)
 	@PYTHONPATH=tests $(RUN) tests/bench/bench.py --rounds $(ROUNDS)

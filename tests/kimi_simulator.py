@@ -379,23 +379,52 @@ def _call_barely(asked: str) -> str:
     return f"好的：{json.dumps(make_sample(tool['parameters']), ensure_ascii=False)}\n\nShall I go on?"
 
 
-def _read_as_agent(asked: str) -> str:
-    """Read the file that the task names, by whatever tool of an agent can, and tell what it says."""
-    results = re.findall(r"<tool_response>\n(.*?)\n</tool_response>", asked)
-    path = re.search(r"Read the file (/\S+)", asked)
-    if results or path is None:
-        return f"The file says: {json.loads(results[-1])['content']}" if results else "There is nothing to do."
-    ways = {
-        "Read": {"file_path": path[1]},
-        "exec_command": {"cmd": f"cat {path[1]}"},
-        "shell_command": {"command": f"cat {path[1]}"},
-        "shell": {"command": ["cat", path[1]]},
-        "Bash": {"command": f"cat {path[1]}", "description": "read a file"},
-    }
-    names = {tool["name"] for tool in _read_tools(asked)}
-    name = next((way for way in ways if way in names), "")
-    call = json.dumps({"name": name, "arguments": ways.get(name)})
-    return f"I read it.\n<tool_call>\n{call}\n</tool_call>" if name else f"No way to read among {sorted(names)}."
+_SHELLS: Final = "exec_command|shell(_command)?|bash|run_commands?|run_shell_command"
+
+
+def _fill_in(name: str, schema: dict[str, Any], values: dict[str, str]) -> Any:
+    """A value for an agent's parameter `name`: the first of `values` whose pattern is in the name, else a sample."""
+    if schema.get("type") == "array":
+        return [_fill_in(name, schema["items"], values)]
+    if "properties" in schema:
+        inner = schema["properties"]
+        return {one: _fill_in(one, inner[one], values) for one in schema.get("required", ()) if one in inner}
+    return next((value for pattern, value in values.items() if re.search(pattern, name)), make_sample(schema))
+
+
+def _work_as_agent(asked: str) -> str:
+    """Copy the file that the task names by an agent's own tools: read it, write what was read, then tell it."""
+    task = re.search(r"Copy the file (/\S+) to (/\S+)", asked)
+    if task is None:
+        return "There is nothing to do."
+    results = [json.loads(one)["content"] for one in re.findall(r"<tool_response>\n(.*?)\n</tool_response>", asked)]
+    words = re.search(r"the magic word is [\w-]+", " ".join(results))
+    if words is None and results:
+        return f"I cannot read it: {results}"
+    if words is not None and len(results) > 1:
+        return f"The file says: {words[0]}"
+    if words is None:
+        wanted, values = r"read(_?files?)?", {"cmd|command": f"cat {task[1]}", "path|file": task[1]}
+    else:
+        wanted = r"write(_?file|_to_file)?"
+        values = {"cmd|command": f"cp {task[1]} {task[2]}", "content|text": words[0], "path|file": task[2]}
+    tools = {tool["name"]: tool["parameters"] for tool in _read_tools(asked)}
+    fitting = (name for names in (wanted, _SHELLS) for name in tools if re.fullmatch(names, name, re.IGNORECASE))
+    name = next(fitting, None)
+    if name is None:
+        return f"No way to do it among {sorted(tools)}."
+    call = json.dumps({"name": name, "arguments": _fill_in("", tools[name], values)}, ensure_ascii=False)
+    return f"I do it.\n<tool_call>\n{call}\n</tool_call>"
+
+
+def _edit_as_aider(asked: str) -> str:
+    """An edit in the form that aider's editor asks for, and a message for its commit."""
+    if "SEARCH/REPLACE" not in asked:
+        return "feat: Greet more"
+    return (
+        'Here it is:\n\nhello.py\n```python\n<<<<<<< SEARCH\nprint("hello")\n=======\n'
+        'print("hello https://example.com/?a=1")\n>>>>>>> REPLACE\n```\n'
+    )
 
 
 def _answer_in_form(asked: str) -> str:
@@ -416,7 +445,8 @@ TALKS: Final[dict[str, Callable[[str], str]]] = {
     "tool-bare": _call_barely,
     "tool-bad": lambda asked: _call_tools(asked) if _AGAIN in asked else _BAD_CALL,
     "tool-worse": lambda asked: _BAD_CALL,
-    "agent": _read_as_agent,
+    "agent": _work_as_agent,
+    "aider": _edit_as_aider,
     "json": _answer_in_form,
     "json-words": lambda asked: f"好的：{_answer_in_form(asked)}\n\nI hope this helps {{you}}.",
     "json-bad": lambda asked: _answer_in_form(asked) if _AGAIN in asked else "Sure! Here you are.",

@@ -11,6 +11,7 @@ from dataclasses import fields
 
 import aiohttp
 import pytest
+from clients import CLIENTS
 from conftest import StartProxy
 from kimi_simulator import HELLO, Simulator
 from toc import MODULE
@@ -47,6 +48,11 @@ def test_every_make_target_that_it_names_exists() -> None:
     targets = set(re.findall(r"^([a-z-]+):.*##", makefile, re.MULTILINE))
     named = set(re.findall(r"(?:^|`)make ([a-z-]+)", README, re.MULTILINE))
     assert {"demo", "test", "run", "help", "toc"} <= named <= targets
+
+
+def test_it_names_the_version_of_each_program_that_is_tested() -> None:
+    named = re.findall(r"\(`(\S+?(?:==|@)[\d.]+)`", README)
+    assert sorted(named) == sorted(client.packages.split()[0] for client in CLIENTS)
 
 
 def test_it_tells_of_this_version() -> None:
