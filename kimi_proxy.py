@@ -618,14 +618,15 @@ _DECODER: Final = json.JSONDecoder(parse_constant=_refuse_constant)
 _ENCODER: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
-def parse_json(data: bytes | bytearray, *, surrogates: bool = False) -> Any:
+def parse_json(data: str | bytes | bytearray, *, surrogates: bool = False) -> Any:
     """The JSON value of `data` (RFC 8259: UTF-8, no NaN). Raises `WireError` for anything else, however deep or long.
 
     Half of an escaped surrogate pair is an error too, unless `surrogates`: the service may cut a pair in two.
     """
     try:
-        value = _DECODER.decode(data.decode())
-        if not surrogates and (b"\\ud" in data or b"\\uD" in data):
+        text = data if isinstance(data, str) else data.decode()
+        value = _DECODER.decode(text)
+        if not surrogates and ("\\ud" in text or "\\uD" in text):
             _ENCODER.encode(value).encode()
     except UnicodeError:
         raise WireError("not UTF-8, or half of a surrogate pair") from None
@@ -777,7 +778,7 @@ def join_surrogates(text: str) -> str:
     return text
 
 
-def _parse_frame(data: bytes) -> dict[str, Any]:
+def _parse_frame(data: str | bytes) -> dict[str, Any]:
     try:
         value = parse_json(data, surrogates=True)
     except WireError as error:
@@ -857,7 +858,7 @@ class ClassicAnswer(Answer):
         """What one frame says. Raises `ProxyError`, such as `answer_empty`."""
         if self.ended:
             return []
-        value = _parse_frame(frame.data.encode("utf-8", "replace"))
+        value = _parse_frame(frame.data)
         if isinstance(value.get("error_type"), str):
             raise error_of_reply(200, value, "asking")
         self.progress += 1
@@ -2124,7 +2125,9 @@ def _parse_body(body: bytes | bytearray) -> Node:
     except (WireError, ValueError, RecursionError) as error:
         raise ProxyError("invalid_json", f"the body: {error}") from None
     level: list[Any] = [value]
-    for _ in range(MAX_DEPTH):
+    depth = 0
+    while level and depth < MAX_DEPTH:
+        depth += 1
         if any(isinstance(one, float) and not isfinite(one) for one in level):
             raise ProxyError("invalid_json", "the body: a number is too large")
         inner = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
