@@ -50,6 +50,7 @@ import sys
 import tempfile
 import time
 import traceback
+import weakref
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
@@ -3232,20 +3233,25 @@ class BackgroundTasks:
 class Watchdog:
     """One lazily re-armed timer: calls `check(now)`, which does what is due and returns the loop time of its next look.
 
-    The first look is in `seconds`. `check` may not raise.
+    The first look is in `seconds`. `check` may not raise; it may call `stop`.
     """
 
     def __init__(self, check: Callable[[float], float], seconds: float) -> None:
         self._check = check
+        self._is_stopped = False
         self._loop = asyncio.get_running_loop()
         self._timer = self._loop.call_later(seconds, self._look)
 
     def stop(self) -> None:
         """Look no more; may be called twice."""
+        self._is_stopped = True
         self._timer.cancel()
 
     def _look(self) -> None:
-        self._timer = self._loop.call_at(self._check(self._loop.time()), self._look)
+        now = self._loop.time()
+        due = max(self._check(now), now + 0.01)  # a time that is past would be looked at again at once, for ever
+        if not self._is_stopped:
+            self._timer = self._loop.call_at(due, self._look)
 
 
 # ==== 13. Accounts ==========================================================
@@ -3387,7 +3393,7 @@ class AnswerSlots:
             self._changed.set()
 
 
-@dataclass(slots=True, eq=False, repr=False)
+@dataclass(slots=True, eq=False, repr=False, weakref_slot=True)
 class Account:
     """One account: the `token` that the client sends, and what came of it. Times are the event loop's."""
 
@@ -3626,21 +3632,22 @@ class Accounts:
     tasks: BackgroundTasks
     state: StateFiles
     known: dict[bytes, Account] = field(default_factory=dict)  # by digest, the one unused for longest first
+    _in_use: weakref.WeakValueDictionary[bytes, Account] = field(default_factory=weakref.WeakValueDictionary)
 
     def get(self, token: str) -> Account:
         """The account of the client's `token`, made if it is new."""
         digest = hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
-        account = self.known.pop(digest, None) or self._make(token, digest)
+        account = self._find(token, digest)
         if account.token != token:  # it was known by what is kept of it alone
             account.token, account.refused_until = token, 0.0
-        self.known[digest] = account
         return account
 
     async def recall(self, digest: bytes) -> Account | None:
         """The account with that digest, in memory or by what is kept of it; None where there is neither."""
-        if digest not in self.known and (found := await self._read(digest)) is not None:
-            self.known.setdefault(digest, self._make(found[0].refresh_token, digest))  # its client may have come first
-        return self.known.get(digest)
+        if (account := self._in_use.get(digest)) is not None:
+            return account
+        found = await self._read(digest)
+        return None if found is None else self._find(found[0].refresh_token, digest)  # its client may have come first
 
     async def access_token(self, account: Account) -> str:
         """A live access token. Raises `ProxyError`: `token_dead` or `token_expired` where Kimi gives none."""
@@ -3689,6 +3696,8 @@ class Accounts:
             if not account.is_saved:
                 record = {**asdict(account.tokens), "kept": account.kept}
                 account.is_saved = await asyncio.to_thread(self.state.write, name, record)
+                if not account.is_saved:
+                    self.known[account.digest] = account  # its tokens are nowhere else
 
     async def _read(self, digest: bytes) -> tuple[TokenPair, dict[str, tuple[str, str]]] | None:
         return await asyncio.to_thread(self.state.read, f"tokens/{digest.hex()}", _parse_account)
@@ -3727,18 +3736,24 @@ class Accounts:
         life = life - 60 if 120 < life < 30 * _DAY_SECONDS else TOKEN_SECONDS
         return TokenPair(new.access_token, new.refresh_token or used, used, time.time(), life)
 
-    def _make(self, token: str, digest: bytes) -> Account:
-        """A new account, which there is room for: those stay that are in use, or whose tokens are nowhere else."""
-        for account in list(self.known.values()):
-            if len(self.known) < MAX_ACCOUNTS:
-                break
-            if account.is_saved and not (account.slots.running or account.slots.waiting or account.lock.locked()):
-                del self.known[account.digest]
-        claims = read_claims(token)
-        tokens = TokenPair("", token, token)
-        if is_direct := is_access_token(claims):
-            tokens = replace(tokens, access_token=token, life_seconds=_read_time(claims, "exp") or 1e12)
-        return Account(token, digest, digest.hex()[:8], token, tokens, is_direct)
+    def _find(self, token: str, digest: bytes) -> Account:
+        """The account with that digest, made if it is new, as the one used last.
+
+        Others that are too many are forgotten, unless their tokens are nowhere else. What still uses one shares it.
+        """
+        account = self._in_use.get(digest)
+        if account is None:
+            claims = read_claims(token)
+            tokens = TokenPair("", token, token)
+            if is_direct := is_access_token(claims):
+                tokens = replace(tokens, access_token=token, life_seconds=_read_time(claims, "exp") or 1e12)
+            account = self._in_use[digest] = Account(token, digest, digest.hex()[:8], token, tokens, is_direct)
+        self.known.pop(digest, None)
+        self.known[digest] = account
+        while len(self.known) > MAX_ACCOUNTS:
+            idle = next((one for one in self.known.values() if one.is_saved), account)
+            del self.known[idle.digest]
+        return account
 
 
 # ==== 14. Files =============================================================
@@ -4432,7 +4447,7 @@ class AnswerStream:
         if now >= due and self._failure is None:
             self._failure = ProxyError("answer_too_long" if now >= self.deadline else "service_silent", "asking")
             self.close()
-        return due if due > now else now + END_SECONDS  # never at once: nobody may be reading for a while
+        return due
 
 
 async def _enclose(head: bytes, file: OpenFile, tail: bytes) -> AsyncIterator[bytes]:
@@ -5199,9 +5214,18 @@ class Gateway:
 
     async def keep(self, exchange: Exchange) -> None:
         """Remember the conversation of `exchange` for its client."""
+        was_kept, exchange.kept = exchange.kept, True
         self.conversations.discard(exchange.conversation_id)  # first: better left than removed, once it is kept
         message_id = (exchange.stream is not None and exchange.stream.answer.message_id) or exchange.question.parent_id
-        await self.accounts.keep(exchange.account, exchange.conversation_id, exchange.protocol.name, message_id)
+        try:
+            await self.accounts.keep(exchange.account, exchange.conversation_id, exchange.protocol.name, message_id)
+        except BaseException:
+            exchange.kept = was_kept
+            if not was_kept:
+                self.note_opened(exchange, exchange.conversation_id)
+                if exchange.closed.is_set():  # its client left meanwhile, and the cleanup passed it over
+                    self.conversations.postpone(exchange.conversation_id)
+            raise
 
     async def clean_up(self, exchange: Exchange, account: Account | None) -> None:
         """Stop what runs, release the slot of `account`, and remove the conversation, unless it is kept.
@@ -5391,7 +5415,10 @@ class LiveAnswer:
         question = replace(self._question, model=await gateway.choose_model(account, self._question.model_name))
         name = ""
         if question.goes_on:
-            name, question.parent_id = (await gateway.accounts.read_kept(account))[question.conversation_id]
+            kept = (await gateway.accounts.read_kept(account)).get(question.conversation_id)
+            if kept is None:  # dropped by another process, while this question waited
+                raise ProxyError("conversation_not_found", param="conversation_id")
+            name, question.parent_id = kept
         await gateway.insist(account, partial(self._ask, account, question), name)
         account.cooldown_until = 0.0
         account.slots.note_answering()
@@ -5500,7 +5527,6 @@ class LiveAnswer:
         self._over = True
         exchange = cast(Exchange, self._exchange)
         if self._question.conversation_id:
-            exchange.kept = True
             await asyncio.shield(self._gateway.tasks.start(self._gateway.keep(exchange), "keep"))
 
     def _leave(self) -> None:
@@ -5784,10 +5810,11 @@ class ResponseWriter:
                 logger.warning("! drop a client that read nothing for %g s", SEND_SECONDS)
                 transport.abort()
             return now + SEND_SECONDS / 4
-        if now >= self._silent_at and self._encoder.keep_alive:
+        if now >= self._silent_at:
             self._silent_at = now + KEEP_ALIVE_SECONDS
-            self._tasks.start(self._keep_alive(), "keep-alive")
-        return min(max(self._silent_at, now + 0.01), now + SEND_SECONDS)
+            if self._encoder.keep_alive:
+                self._tasks.start(self._keep_alive(), "keep-alive")
+        return min(self._silent_at, now + SEND_SECONDS)
 
     async def _keep_alive(self) -> None:
         if not self._ended:

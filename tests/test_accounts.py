@@ -11,6 +11,7 @@ import resource
 import stat
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -165,7 +166,7 @@ async def test_an_access_token_that_was_refused_once_is_tried_again_later(
     assert caught.value.code == "token_expired" and service.asked == []
 
 
-async def test_the_cache_forgets_the_idle_first_and_none_that_is_being_refreshed(
+async def test_the_cache_forgets_the_idle_first_and_none_that_is_in_use(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kimi_proxy, "MAX_ACCOUNTS", 3)
@@ -174,11 +175,12 @@ async def test_the_cache_forgets_the_idle_first_and_none_that_is_being_refreshed
     waiter = asyncio.create_task(accounts.access_token(busy))
     await service.begun.wait()
     second = accounts.get("second")
+    idle = weakref.ref(accounts.get("idle"))
     for number in range(20):
         accounts.get(f"other-{number}")
         assert accounts.get("busy") is busy
     assert len(accounts.known) == 3
-    assert accounts.get("second") is not second
+    assert accounts.get("second") is second and idle() is None
     service.open.set()
     assert await waiter == "access-1"
 

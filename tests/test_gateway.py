@@ -10,7 +10,8 @@ import io
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from kimi_simulator import (
     render_stream,
 )
 
-from kimi_proxy import KeptResponse, KeptResponses, Uploads
+from kimi_proxy import KeptResponse, KeptResponses, Metrics, StateFiles, Uploads
 
 CHAT = "/v1/chat/completions"
 
@@ -706,6 +707,13 @@ def left_in(directory: Path) -> int:
     return len({one for one, *known in lines if known} - {one for one, *known in lines if not known})
 
 
+async def wait_until_left_in(directory: Path, count: int) -> None:
+    """Return once so many conversations are noted as open."""
+    async with asyncio.timeout(5):
+        while left_in(directory) != count:
+            await asyncio.sleep(0.01)
+
+
 def orphans_left(simulator: Simulator, token: str) -> int:
     return sum(not one.removed for one in simulator.account(token).conversations.values())
 
@@ -828,9 +836,7 @@ async def test_without_a_token_they_wait_for_the_account_to_call(
     leave_orphans(simulator, tmp_path, token, protocol, 3)
     proxy = await start_proxy(state_dir=str(tmp_path))
     assert (await ask(proxy, other))[0] == 200
-    async with asyncio.timeout(5):
-        while left_in(tmp_path) > 3:  # the other's own, which was answered
-            await asyncio.sleep(0.01)
+    await wait_until_left_in(tmp_path, 3)  # not the other's own, which was answered
     assert orphans_left(simulator, token) == 3
     async with http.get(f"{proxy}/metrics") as response:
         assert "kimi_proxy_orphans 3" in await response.text()
@@ -1007,6 +1013,101 @@ async def test_a_client_that_leaves_when_it_knows_the_end_has_its_conversation_k
         status, answer, _ = await ask(proxy, token, conversation_id=conversation_id)
         assert (status, answer["id"]) == (200, conversation_id)
     assert simulator.account(token).count("remove") == 0
+
+
+@contextmanager
+def locked_elsewhere(directory: Path, token: str) -> Iterator[None]:
+    """Another process holds the state of the account."""
+    state = StateFiles(directory, Metrics())
+    with state.take_lock(f"tokens/{hashlib.sha256(token.encode()).hexdigest()}"):
+        yield
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+async def test_a_conversation_that_cannot_be_kept_is_removed(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession, tmp_path: Path, leaves: bool
+) -> None:
+    proxy = await start_proxy(state_dir=str(tmp_path), LOCK_SECONDS=0.5)
+    token = simulator.token("long", "pace=0.01", "chunks=9")
+    assert (await ask(proxy, token))[0] == 200
+    await simulator.settle(token)
+    body = chat_body(stream=True, conversation_id="new")
+    with locked_elsewhere(tmp_path, token):
+        async with http.post(proxy + CHAT, json=body, headers=bearer(token)) as response:
+            await response.content.readuntil(b"\n\n")
+            await wait_until_left_in(tmp_path, 0)  # the answer is over, to be kept
+            if leaves:
+                response.close()
+                await wait_until_left_in(tmp_path, 1)
+            else:
+                assert "state_locked" in await response.text()
+    assert (await ask(proxy, token))[0] == 200  # what is left is removed when its account calls
+    await simulator.settle(token)
+    await wait_until_left_in(tmp_path, 0)
+    assert orphans_left(simulator, token) == 0
+
+
+async def test_a_kept_conversation_that_was_dropped_while_its_question_waited_is_a_404(
+    simulator: Simulator, start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    proxy = await start_proxy(state_dir=str(tmp_path))
+    token = simulator.token("quiet", "one-at-a-time")
+    account = simulator.account(token)
+    _, opened, _ = await ask(proxy, token, conversation_id="new")
+    running = [asyncio.create_task(ask(proxy, token)) for _ in range(2)]
+    await simulator.wait_until(lambda: account.count("ask") == 3)  # the second is refused: they run one by one
+    waiting = asyncio.create_task(ask(proxy, token, conversation_id=opened["id"]))
+    await asyncio.sleep(0.1)
+    (path,) = (tmp_path / "tokens").glob("*.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"kept": {}}))  # as another process does
+    status, answer, _ = await waiting
+    assert (status, answer["error"]["code"]) == (404, "conversation_not_found")
+    assert [status for status, _, _ in await asyncio.gather(*running)] == [200, 200]
+
+
+@pytest.mark.parametrize("content", ["", '{"refresh_token": 5}', None])
+async def test_an_account_whose_state_cannot_be_read_hides_no_other_ones_conversation(
+    simulator: Simulator, start_proxy: StartProxy, tmp_path: Path, content: str | None
+) -> None:
+    proxy = await start_proxy(state_dir=str(tmp_path))
+    broken, keeper = simulator.token("hello"), simulator.token("hello")
+    assert (await ask(proxy, broken))[0] == 200
+    _, opened, _ = await ask(proxy, keeper, conversation_id="new")
+    path = tmp_path / "tokens" / f"{hashlib.sha256(broken.encode()).hexdigest()}.json"
+    path.unlink()
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_text(content)
+    status, answer, _ = await ask(proxy, f"{broken},{keeper}", conversation_id=opened["id"])
+    assert (status, answer["id"]) == (200, opened["id"])
+
+
+async def test_an_account_is_not_forgotten_while_the_body_of_its_request_is_on_its_way(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession
+) -> None:
+    proxy = await start_proxy(MAX_ACCOUNTS=1)
+    token = simulator.token("hello")
+    begun = asyncio.Event()
+    others_came = asyncio.Event()
+
+    async def body() -> AsyncIterator[bytes]:
+        yield json.dumps(chat_body()).encode()[:-1]
+        begun.set()
+        await others_came.wait()
+        yield b"}"
+
+    async def ask_slowly() -> int:
+        async with http.post(proxy + CHAT, data=body(), headers=bearer(token)) as response:
+            return response.status
+
+    slow = asyncio.create_task(ask_slowly())
+    await begun.wait()
+    assert (await ask(proxy, simulator.token("hello")))[0] == 200
+    assert (await ask(proxy, token))[0] == 200
+    others_came.set()
+    assert await slow == 200
+    assert simulator.account(token).count("refresh") == 1  # by one account, though there is room for one alone
 
 
 async def test_a_full_queue_is_no_refusal_of_the_account(simulator: Simulator, start_proxy: StartProxy) -> None:

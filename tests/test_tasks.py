@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
+import pytest
 from conftest import LogRecorder
 
 from kimi_proxy import BackgroundTasks, ProxyError, Watchdog
@@ -61,3 +63,58 @@ async def test_a_watchdog_looks_when_it_said_it_would_until_it_is_stopped() -> N
     assert looks[0] - started >= 0.04 and looks[2] - looks[0] >= 0.03
     await asyncio.sleep(0.05)
     assert len(looks) == 3
+
+
+class FakeLoop:
+    """An event loop's clock and its one timer."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.due: float | None = None
+        self._look: Callable[[], None] = lambda: None
+
+    def time(self) -> float:
+        return self.now
+
+    def call_later(self, seconds: float, look: Callable[[], None]) -> FakeLoop:
+        return self.call_at(self.now + seconds, look)
+
+    def call_at(self, when: float, look: Callable[[], None]) -> FakeLoop:
+        self.due, self._look = when, look
+        return self
+
+    def cancel(self) -> None:
+        self.due = None
+
+    def fire(self) -> None:
+        """The timer's time has come."""
+        assert self.due is not None
+        self.now, self.due = max(self.now, self.due), None
+        self._look()
+
+
+@pytest.fixture
+def loop(monkeypatch: pytest.MonkeyPatch) -> FakeLoop:
+    fake = FakeLoop()
+    monkeypatch.setattr(asyncio, "get_running_loop", lambda: fake)
+    return fake
+
+
+def test_a_watchdog_that_is_stopped_while_it_looks_looks_no_more(loop: FakeLoop) -> None:
+    def check(now: float) -> float:
+        watchdog.stop()
+        return now + 1
+
+    watchdog = Watchdog(check, 1)
+    loop.fire()
+    assert loop.due is None
+
+
+@pytest.mark.parametrize("late", [0.0, 5.0])
+def test_a_watchdog_that_is_to_look_in_the_past_does_not_spin(loop: FakeLoop, late: float) -> None:
+    watchdog = Watchdog(lambda now: now - late, 1)
+    for _ in range(100):
+        loop.fire()
+    assert loop.now >= 101.5, "about a hundred looks in a second at most"
+    watchdog.stop()
+    assert loop.due is None
