@@ -3343,7 +3343,7 @@ class AnswerSlots:
     """The answers of one account that run here, and the requests that wait for their turn, in their order.
 
     A slot is held until the response of its answer is closed. Where Kimi refused an answer because another one ran,
-    they run one by one: for ten minutes, or until two are seen to overlap.
+    they run one by one for ten minutes.
     """
 
     def __init__(self) -> None:
@@ -3385,12 +3385,6 @@ class AnswerSlots:
     def note_refused(self) -> None:
         """Note that Kimi refused an answer because another one runs."""
         self._serialized_until = asyncio.get_running_loop().time() + SERIALIZED_SECONDS
-
-    def note_answering(self) -> None:
-        """Note that the text of an answer came: if another one runs beside it, Kimi allows that."""
-        if self.running > 1:
-            self._serialized_until = 0.0
-            self._changed.set()
 
 
 @dataclass(slots=True, eq=False, repr=False, weakref_slot=True)
@@ -5421,7 +5415,6 @@ class LiveAnswer:
             name, question.parent_id = kept
         await gateway.insist(account, partial(self._ask, account, question), name)
         account.cooldown_until = 0.0
-        account.slots.note_answering()
 
     async def _ask(self, account: Account, question: Question, protocol: KimiProtocol) -> None:
         """Ask by one protocol, until there is something to see. Files go first: a bad one opens no conversation."""

@@ -714,23 +714,6 @@ async def test_answers_run_one_by_one_for_ten_minutes(advance: Callable[[float],
     await waiting
 
 
-async def test_answers_that_overlap_end_the_running_one_by_one() -> None:
-    slots = AnswerSlots()
-    await slots.acquire(1)
-    await slots.acquire(1)
-    slots.note_refused()  # another one was, for whatever reason
-    waiting = asyncio.create_task(slots.acquire(1))
-    await asyncio.sleep(0)
-    slots.note_answering()
-    await waiting
-    assert not slots.serialized and slots.running == 3
-    slots.note_refused()
-    for _ in range(2):
-        slots.release()
-    slots.note_answering()
-    assert slots.serialized
-
-
 # The conversations that clients keep.
 
 
