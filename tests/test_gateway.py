@@ -704,7 +704,7 @@ def files_in(directory: Path) -> list[Path]:
 def left_in(directory: Path) -> int:
     """How many conversations are noted as open."""
     lines = [json.loads(line) for path in files_in(directory) for line in path.read_text().split("\n") if line]
-    return len({one for one, *known in lines if known} - {one for one, *known in lines if not known})
+    return sum(map(bool, {one: known for one, *known in lines}.values()))
 
 
 async def wait_until_left_in(directory: Path, count: int) -> None:
@@ -1018,8 +1018,8 @@ async def test_a_client_that_leaves_when_it_knows_the_end_has_its_conversation_k
 @contextmanager
 def locked_elsewhere(directory: Path, token: str) -> Iterator[None]:
     """Another process holds the state of the account."""
-    state = StateFiles(directory, Metrics())
-    with state.take_lock(f"tokens/{hashlib.sha256(token.encode()).hexdigest()}"):
+    path = directory / "tokens" / f"{hashlib.sha256(token.encode()).hexdigest()}.lock"
+    with StateFiles(directory, Metrics()).take_lock(path):
         yield
 
 
