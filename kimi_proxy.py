@@ -4849,28 +4849,26 @@ KimiProtocol = Classic | Connect
 
 # ==== 16. Gateway ===========================================================
 #
-# The way of every chat. `Uploads` brings what is attached to it to Kimi, each file once. `Gateway` chooses account and
-# protocol, and owns what outlives a request. `LiveAnswer` asks, asks again, and is left through one place, `_leave`,
-# however it ends: the exchange that is open then is stopped and its conversation removed by one tracked task.
+# The way of every chat. `Uploads` brings what is attached to Kimi. `Gateway` chooses account and protocol, and owns
+# what outlives a request. `LiveAnswer` asks, and is left through one place, `_leave`: a tracked task stops the exchange
+# that is open then, and removes its conversation.
 
-MODELS_SECONDS: Final = 300.0
-NO_MODELS_SECONDS: Final = 30.0
+
+MODELS_SECONDS: Final = 300.0  # how long Kimi's list of models is used
+NO_MODELS_SECONDS: Final = 30.0  # and a built-in one in its place
 DEAD_SECONDS: Final = 600.0  # an account whose token was refused is not asked for this long, if there are others
 MAX_REMOVAL_FAILURES: Final = 3  # one after the other
 MAX_CONTINUATIONS: Final = 3  # of one answer that meets its length limit (classic)
 
+Reference = tuple[bytes, str, str]  # of an uploaded file: its owner's digest, the protocol, Kimi's id
+
 
 @dataclass(frozen=True, slots=True)
 class UploadedFile:
-    """A file that a client uploaded: its owner, where Kimi has it, and OpenAI's object of it."""
+    """A file that a client uploaded, and OpenAI's object of it."""
 
-    owner: bytes = field(repr=False)
-    protocol: str
-    kimi_id: str = field(repr=False)
+    reference: Reference = field(repr=False)
     shown: Mapping[str, Any] = field(repr=False)
-
-
-Reference = tuple[bytes, str, str]  # of an uploaded file: its owner's digest, the protocol, Kimi's id
 
 
 def keep_messages(messages: Sequence[Message], references: Sequence[Reference]) -> tuple[Message, ...]:
@@ -4884,11 +4882,7 @@ def keep_messages(messages: Sequence[Message], references: Sequence[Reference]) 
 
 
 class Uploads:
-    """Uploads files to Kimi, and remembers the ids for an hour: programs send the files of a chat with each turn.
-
-    Of several requests for the same file, one uploads it; the others wait, and share its failure. An upload that was
-    only cancelled is done again by the next.
-    """
+    """Uploads files to Kimi, and remembers the ids for an hour: programs send the files of a chat with each turn."""
 
     MAX_KEPT = 4096
     KEPT_SECONDS = 3600.0
@@ -4906,29 +4900,23 @@ class Uploads:
             raise ProxyError("file_too_large", f"inline files of more than {self._max_inline_mb} MB together")
         gate = asyncio.Semaphore(4)
         work = [asyncio.create_task(self._find(gate, account, protocol, file)) for file in files]
-        # No task group: in one, a failure hides a cancellation that comes with it.
         try:
-            done, _ = await asyncio.wait(work, return_when=asyncio.FIRST_EXCEPTION)
+            return [(account.digest, protocol.name, kimi_id) for kimi_id in await asyncio.gather(*work)]
         finally:
             for task in work:
                 task.cancel()
             await asyncio.gather(*work, return_exceptions=True)
-        for task in done:
-            task.result()  # raises its failure
-        return [(account.digest, protocol.name, task.result()) for task in work]
 
     async def _find(self, gate: asyncio.Semaphore, account: Account, protocol: KimiProtocol, file: Attachment) -> str:
         """The id of one file: the one that is remembered, else a new one."""
-        if file.uploaded is not None:
-            owner, name, kimi_id = file.uploaded
-            if (owner, name) != (account.digest, protocol.name):
-                raise ProxyError("previous_response_not_found", "its files were brought in another protocol of Kimi")
-            return kimi_id
+        reference = file.uploaded
         if file.file_id:
-            uploaded = self.find(file.file_id, [account], file.path)
-            if uploaded.protocol != protocol.name:
-                raise ProxyError("file_not_found", "it was uploaded in another protocol of Kimi", param=file.path)
-            return uploaded.kimi_id
+            reference = self.find(file.file_id, [account], file.path).reference
+        if reference is not None:
+            if reference[:2] != (account.digest, protocol.name):
+                code = "file_not_found" if file.file_id else "previous_response_not_found"
+                raise ProxyError(code, "its file was uploaded in another protocol of Kimi", param=file.path)
+            return reference[2]
         async with gate:
             try:
                 return await self._upload_once(account, protocol, file)
@@ -4937,6 +4925,7 @@ class Uploads:
                 raise
 
     async def _upload_once(self, account: Account, protocol: KimiProtocol, attachment: Attachment) -> str:
+        """The id of a file, uploaded once for all who want it now: they share its failure, but no cancellation."""
         digest, size_bytes = await self._files.identify(attachment)
         key = (account.digest, protocol.name, attachment.kind, attachment.name, bool(attachment.url), digest)
         while (running := self._running.get(key)) is not None:
@@ -4978,24 +4967,24 @@ class Uploads:
             "purpose": received.purpose,
             "status": "processed",
         }
-        self._remember(self._uploaded, shown["id"], UploadedFile(account.digest, protocol.name, kimi_id, shown))
+        self._remember(self._uploaded, shown["id"], UploadedFile((account.digest, protocol.name, kimi_id), shown))
         return shown
 
     def find(self, file_id: str, accounts: Sequence[Account], param: str = "") -> UploadedFile:
         """What one of `accounts` uploaded as `file_id`. Raises `ProxyError` `file_not_found`, for a stranger's too."""
         file = self._uploaded.get(file_id)
-        if file is None or file.owner not in {account.digest for account in accounts}:
+        if file is None or file.reference[0] not in {account.digest for account in accounts}:
             raise ProxyError("file_not_found", param=param)
         return file
 
     def list_uploaded(self, accounts: Sequence[Account]) -> list[UploadedFile]:
         """What `accounts` uploaded, the newest first."""
         owners = {account.digest for account in accounts}
-        return [file for file in reversed(self._uploaded.values()) if file.owner in owners]
+        return [file for file in reversed(self._uploaded.values()) if file.reference[0] in owners]
 
-    def forget(self, file_id: str, accounts: Sequence[Account]) -> None:
-        """Forget an id; Kimi keeps the file. Raises `ProxyError` `file_not_found`."""
-        del self._uploaded[self.find(file_id, accounts).shown["id"]]
+    def forget(self, file_id: str) -> None:
+        """Forget an id that was found; Kimi keeps the file."""
+        del self._uploaded[file_id]
 
 
 async def _upload(account: Account, protocol: KimiProtocol, opening: AbstractAsyncContextManager[OpenFile]) -> str:
@@ -5010,69 +4999,36 @@ async def _upload(account: Account, protocol: KimiProtocol, opening: AbstractAsy
     return await protocol.register_file(account, stored)
 
 
+class AccountBusy(ProxyError):
+    """Kimi refused an answer, as another one of the account runs here: requests wait in line for it from now on."""
+
+
 @dataclass(slots=True)
 class Exchange:
-    """One question to one account, and its answer: a conversation at Kimi and the response that is open in it.
-
-    `conversation_id` is empty while only the answer's stream knows it. `starting` is the task that asks; with
-    `abandoned` it asks no more. `kept`: the conversation stays when it is left.
-    """
+    """One question to one account, and its answer: a conversation at Kimi and the response that is open in it."""
 
     account: Account
     protocol: KimiProtocol
     question: Question
-    kept: bool
-    conversation_id: str = ""
-    starting: asyncio.Task[None] | None = None
-    stream: AnswerStream | None = None
+    kept: bool  # the conversation is its client's, and stays
+    conversation_id: str = ""  # empty while only the answer's stream knows it
+    starting: asyncio.Task[None] | None = None  # asks, unless it is
     abandoned: bool = False
-    closed: asyncio.Event = field(default_factory=asyncio.Event)
+    stream: AnswerStream | None = None
+    keeping: asyncio.Task[None] | None = None  # has the conversation kept
 
 
-class Candidates:
-    """The accounts to ask, one after the other: the least busy, then the one unused for longest.
-
-    An account on cooldown is passed over, unless all are, or all others have dead tokens: then the one due first is
-    asked.
+def order_accounts(accounts: Iterable[Account]) -> list[Account]:
+    """The order in which to ask: the least busy, then the one unused for longest. Last are those that answer one
+    question at a time, and have one; behind them, those on cooldown.
     """
+    now = asyncio.get_running_loop().time()
 
-    def __init__(self, accounts: Sequence[Account]) -> None:
-        self._accounts = accounts
-        self._tried: list[Account] = []
-        self._failures: list[ProxyError] = []
-        self.busy: list[Account] = []
+    def rank(account: Account) -> tuple[float, bool, int, float]:
+        slots, wait = account.slots, max(account.cooldown_until, now)
+        return wait, slots.serialized and slots.running > 0, slots.running + slots.waiting, account.used_at
 
-    def __iter__(self) -> Iterator[Account]:
-        while (account := self.choose()) is not None:
-            self._tried.append(account)
-            account.used_at = asyncio.get_running_loop().time()
-            yield account
-
-    def refuse(self, account: Account, failure: ProxyError) -> None:
-        """Note that `account` was refused (401, 429), and put it on cooldown. Raises any other `failure`."""
-        if failure.status not in (401, 429):
-            raise failure
-        self._failures.append(failure)
-        # A full queue is our own, and research has a quota of its own, which Kimi tells without an error.
-        if failure.code != "queue_full" and not (failure.code == "quota_used_up" and not failure.upstream_status):
-            seconds = DEAD_SECONDS if failure.status == 401 else failure.retry_after_seconds
-            account.cooldown_until = asyncio.get_running_loop().time() + seconds
-
-    @property
-    def failure(self) -> ProxyError:
-        """What to tell the client where all were refused: a limit rather than a dead token."""
-        return max(self._failures, key=lambda failure: failure.status)
-
-    def choose(self) -> Account | None:
-        """The account to ask next; None where there is none left."""
-        now = asyncio.get_running_loop().time()
-        rest = [account for account in self._accounts if account not in self._tried]
-        if ready := [account for account in rest if account.cooldown_until <= now]:
-            return min(ready, key=lambda account: (account.slots.running, account.used_at))
-        # Dead tokens say nothing about the accounts on cooldown.
-        if self.busy or any(failure.status != 401 for failure in self._failures):
-            return None
-        return min(rest, key=lambda account: account.cooldown_until, default=None)
+    return sorted(accounts, key=rank)
 
 
 @dataclass(slots=True)
@@ -5099,23 +5055,47 @@ class Gateway:
 
     async def upload(self, accounts: Sequence[Account], received: ReceivedFile) -> Mapping[str, Any]:
         """Bring a client's file to Kimi, for one of `accounts`. Raises `ProxyError`."""
-        candidates = Candidates(accounts)
-        for account in candidates:
+        return await self.ask_in_turn(
+            accounts, lambda account: self.insist(account, partial(self.uploads.add, account, received))
+        )
+
+    async def ask_in_turn(self, accounts: Sequence[Account], ask: Callable[[Account], Awaitable[Result]]) -> Result:
+        """What `ask` gives for the first of `accounts` that is not refused (401, 429).
+
+        One that `ask` found busy is asked again behind the others. Raises any other failure at once; where all were
+        refused, a limit rather than a dead token.
+        """
+        loop, failures = asyncio.get_running_loop(), list[ProxyError]()
+        queue = order_accounts(accounts)
+        for account in queue:
+            # Dead tokens say nothing about the accounts on cooldown.
+            if account.cooldown_until > loop.time() and any(failure.status != 401 for failure in failures):
+                continue
+            account.used_at = loop.time()
             try:
-                return await self.insist(account, partial(self.uploads.add, account, received))
+                return await ask(account)
+            except AccountBusy as failure:
+                failures.append(failure)
+                queue.append(account)
             except ProxyError as failure:
-                candidates.refuse(account, failure)
-        raise candidates.failure
+                if failure.status not in (401, 429):
+                    raise
+                failures.append(failure)
+                # A full queue is our own, and research has a quota of its own, which Kimi tells without an error.
+                if failure.code != "queue_full" and (failure.code != "quota_used_up" or failure.upstream_status):
+                    seconds = DEAD_SECONDS if failure.status == 401 else failure.retry_after_seconds
+                    account.cooldown_until = loop.time() + seconds
+        raise max(reversed(failures), key=lambda failure: failure.status)
 
     async def insist(
         self, account: Account, ask: Callable[[KimiProtocol], Awaitable[Result]], protocol_name: str = ""
     ) -> Result:
-        """What `ask` gives by a protocol: again where the token was stale, and by connect where classic seems retired.
+        """What `ask` gives: again where the token was stale, and by connect where classic seems retired.
 
         In `auto`, connect stays in use once it answered in the place of classic.
         """
-        named = {"": self.protocol_of(account), "classic": self.classic, "connect": self.connect}
-        protocol, is_fresh, is_retired = named[protocol_name], False, False
+        first = protocol = self.protocol_of(account, protocol_name)
+        is_fresh = False
         while True:
             try:
                 result = await ask(protocol)
@@ -5126,10 +5106,10 @@ class Gateway:
                     self.accounts.drop(account, failure.access_token)
                 elif isinstance(failure, ProtocolRetired) and self.may_change(protocol):
                     logger.debug("! %s", failure)
-                    protocol, is_retired = self.connect, True
+                    protocol = self.connect
                 else:
                     raise
-        if is_retired and self.may_change(self.current):
+        if protocol is not first and self.may_change(self.current):
             self.current = protocol
             logger.warning("classic seems to be retired, connect answered: staying with it (KIMI_PROTOCOL=connect)")
         return result
@@ -5150,42 +5130,27 @@ class Gateway:
         return pair
 
     async def models(self, account: Account | None) -> tuple[Model, ...]:
-        """The models that can be asked: Kimi's own list, kept for 5 minutes, else a built-in one.
-
-        Only connect tells them; without an account, or where Kimi does not answer, the list is built in.
-        """
-        if (self.current if account is None else self.protocol_of(account)) is self.classic:
-            return CLASSIC_MODELS
-        if account is None:
-            return CONNECT_MODELS
-        now = time.monotonic()
+        """The models that can be asked: Kimi's own list, which only connect tells, else a built-in one."""
+        protocol = self.current if account is None else self.protocol_of(account)
+        if account is None or protocol is self.classic:
+            return CLASSIC_MODELS if protocol is self.classic else CONNECT_MODELS
         until, models = self._listed.get(account.digest, (0.0, ()))
-        if now < until:
-            return models
-        self._listed = {digest: kept for digest, kept in self._listed.items() if now < kept[0]}
-        seconds = MODELS_SECONDS
-        try:
-            models = await self.connect.models(account) or CONNECT_MODELS
-        except ProxyError as error:
-            logger.warning("! %s; a built-in list is used", error)
-            models, seconds = CONNECT_MODELS, NO_MODELS_SECONDS
-        self._listed[account.digest] = (now + seconds, models)
+        if (now := time.monotonic()) >= until:
+            seconds = MODELS_SECONDS
+            try:
+                models = await self.connect.models(account) or CONNECT_MODELS
+            except ProxyError as error:
+                logger.warning("! %s; a built-in list is used", error)
+                models, seconds = CONNECT_MODELS, NO_MODELS_SECONDS
+            self._listed = {digest: kept for digest, kept in self._listed.items() if now < kept[0]}
+            self._listed[account.digest] = (now + seconds, models)
         return models
 
-    async def choose_model(self, account: Account, name: str) -> Model:
-        """The model that a client's `name` means; the default, with a log line, where it is not known.
-
-        Raises `ProxyError` where there is no access token: a built-in list would not help.
-        """
-        await self.accounts.access_token(account)
-        model, is_known = choose_model(name, await self.models(account))
-        if not is_known:
-            logger.info("model %s is not known, %s is asked", quote_words(name)[:60], model.id)
-        return model
-
-    def protocol_of(self, account: Account) -> KimiProtocol:
-        """The protocol in use, or the only one that takes the account's token."""
-        return self.connect if self.may_change(self.current) and self.connect.needs(account) else self.current
+    def protocol_of(self, account: Account, name: str = "") -> KimiProtocol:
+        """The protocol of that name, else the one in use, or the only one that takes the account's token."""
+        if not name and self.may_change(self.current) and self.connect.needs(account):
+            name = "connect"
+        return self.connect if name == "connect" else self.classic if name == "classic" else self.current
 
     def may_change(self, protocol: KimiProtocol) -> bool:
         """Whether to ask again by connect what `protocol` refused as one that is retired would."""
@@ -5195,8 +5160,7 @@ class Gateway:
         """Open the conversation of `exchange` where it has none, and ask in it. Raises `ProxyError`."""
         account, protocol, question = exchange.account, exchange.protocol, exchange.question
         if not exchange.conversation_id:
-            opened = await protocol.open(account, question.model)
-            self.note_opened(exchange, opened)
+            self.note_opened(exchange, await protocol.open(account, question.model))
         if not exchange.abandoned:
             exchange.stream = await protocol.ask(account, exchange.conversation_id, question, deadline)
 
@@ -5206,54 +5170,47 @@ class Gateway:
             exchange.conversation_id = conversation_id
             self.conversations.add(exchange.account.digest, exchange.protocol.name, conversation_id)
 
-    async def keep(self, exchange: Exchange) -> None:
-        """Remember the conversation of `exchange` for its client."""
-        was_kept, exchange.kept = exchange.kept, True
-        self.conversations.discard(exchange.conversation_id)  # first: better left than removed, once it is kept
-        message_id = (exchange.stream is not None and exchange.stream.answer.message_id) or exchange.question.parent_id
+    async def keep(self, exchange: Exchange, message_id: str) -> None:
+        """Remember the conversation of `exchange`, and its last answer, for its client. Raises `ProxyError`."""
+        conversation_id = exchange.conversation_id
+        self.conversations.discard(conversation_id)  # first: better left than removed, once it is kept
         try:
-            await self.accounts.keep(exchange.account, exchange.conversation_id, exchange.protocol.name, message_id)
+            await self.accounts.keep(exchange.account, conversation_id, exchange.protocol.name, message_id)
         except BaseException:
-            exchange.kept = was_kept
-            if not was_kept:
-                self.note_opened(exchange, exchange.conversation_id)
-                if exchange.closed.is_set():  # its client left meanwhile, and the cleanup passed it over
-                    self.conversations.postpone(exchange.conversation_id)
+            if not exchange.kept:
+                self.note_opened(exchange, conversation_id)
             raise
+        exchange.kept = True
 
     async def clean_up(self, exchange: Exchange, account: Account | None) -> None:
-        """Stop what runs, release the slot of `account`, and remove the conversation, unless it is kept.
-
-        A failure is logged, never the client's.
-        """
+        """Stop what runs, release the slot of `account`, and have the conversation removed. Failures are logged."""
         try:
             await self._end_stream(exchange)
         finally:
-            exchange.closed.set()
             if account is not None:
                 account.slots.release()
+        if exchange.keeping is not None:
+            await asyncio.wait({exchange.keeping})
         stream, starting = exchange.stream, exchange.starting
-        is_lost = not stream.answer.ended if stream is not None else starting is not None and starting.cancelled()
-        if is_lost and not exchange.conversation_id:
+        if exchange.conversation_id:
+            if not exchange.kept:
+                removal = self._remove(exchange.account, exchange.protocol, exchange.conversation_id)
+                self.tasks.start(removal, "remove")
+        elif not stream.answer.ended if stream is not None else starting is not None and starting.cancelled():
             self.metrics.count("kimi_proxy_removals_failed_total")
             logger.warning("! a conversation of account %s may be left: its id was not read", exchange.account.label)
-        if exchange.conversation_id and not exchange.kept:
-            await self._remove(exchange.account, exchange.protocol, exchange.conversation_id)
 
     async def _end_stream(self, exchange: Exchange) -> None:
         """Stop the answer, or read what is left of an ended one; where the id is in the stream, read on for it [2+]."""
         exchange.abandoned = True
-        starting = exchange.starting
-        if starting is not None and not starting.done():
+        if (starting := exchange.starting) is not None and not starting.done():
             if exchange.conversation_id:
                 starting.cancel()
             # What opens a conversation is finished, so that its id is known: the call has a limit of its own.
-            limit = END_SECONDS if exchange.protocol is self.connect else None
-            await asyncio.wait({starting}, timeout=limit)
+            await asyncio.wait({starting}, timeout=END_SECONDS if exchange.protocol is self.connect else None)
             starting.cancel()
             await asyncio.wait({starting})
-        stream = exchange.stream
-        if stream is None:
+        if (stream := exchange.stream) is None:
             return
         answer = stream.answer
         for what, name in answer.unknown_fields:
@@ -5290,22 +5247,16 @@ class Gateway:
         return True
 
     async def remove_orphans(self, owners: Iterable[bytes]) -> None:
-        """Remove what is left open for these accounts, as far as their tokens are in memory or kept.
-
-        It stops when several removals fail: Kimi may be ailing, or a token dead.
-        """
+        """Remove what is left open for these accounts, as far as their tokens are known, until some removals fail."""
         for owner in owners:
             account = await self.accounts.recall(owner)
-            orphans = {} if account is None else self.conversations.orphans.pop(owner, {})
-            if account is None or not orphans:
+            if account is None or not (orphans := self.conversations.orphans.pop(owner, {})):
                 continue
             removed = failed = 0
-            for conversation_id, protocol in orphans.items():
+            for conversation_id, name in orphans.items():
                 if failed == MAX_REMOVAL_FAILURES:
                     self.conversations.postpone(conversation_id)
-                elif await self._remove(
-                    account, self.connect if protocol == "connect" else self.classic, conversation_id
-                ):
+                elif await self._remove(account, self.protocol_of(account, name), conversation_id):
                     removed += 1
                 else:
                     failed += 1
@@ -5316,8 +5267,7 @@ class Gateway:
 class LiveAnswer:
     """One answer, pulled by `read` within `async with`; leaving that at any point cleans up.
 
-    Entering asks, one account after the other, until there is something for the client to see: until then any account
-    may be asked, and by either protocol; from then on nothing is asked again, unless a filter wants a second try.
+    Entering asks until there is something for the client to see; from then on only a filter can want a second try.
     """
 
     _gateway: Gateway
@@ -5337,7 +5287,7 @@ class LiveAnswer:
 
     async def __aenter__(self) -> LiveAnswer:
         try:
-            await self._open()
+            self._first = await self._gateway.ask_in_turn(await self._find_owner(), self._ask_account)
         except BaseException:
             self._leave()
             raise
@@ -5349,74 +5299,71 @@ class LiveAnswer:
 
     async def read(self) -> list[Event] | None:
         """The next events, never none; None when the answer is over. Raises `ProxyError`."""
-        if self._first:
-            events, self._first = self._first, []
-            return events
-        return await self._advance()
-
-    async def _open(self) -> None:
-        """Ask one account after the other; where all that is left are busy with one answer at a time, wait in line."""
-        candidates = Candidates(await self._find_owner())
-        for account in candidates:
-            if account.slots.serialized and account.slots.running:
-                candidates.busy.append(account)
-                continue
-            others = account.slots.running
+        events, self._first = self._first, []
+        while not events and not self._over:
             try:
-                await self._ask_account(account)
-                return
+                if self._chain.retry_reason:
+                    await self._ask_again()
+                events = self._chain.feed(await self._read_stream())
             except ProxyError as failure:
-                # Kimi refuses an answer because another one of the account runs, which it does, or did, here.
-                busy_code = self._exchange.protocol.busy_code if self._exchange is not None else ""
-                if failure.code == busy_code and (others or account.slots.running > 1):
-                    account.slots.note_refused()
-                    candidates.busy.append(account)
-                else:
-                    candidates.refuse(account, failure)
-            finally:
-                if not self._first:
-                    self._leave()
-        if not candidates.busy:
-            raise candidates.failure
-        await self._ask_account(min(candidates.busy, key=lambda account: account.slots.waiting))
+                # Where the second try fails, the first answer may still be of use.
+                events = self._chain.give_up() if self._is_second_try and failure.status != 422 else []
+                if not events:
+                    raise
+                logger.warning("! asking once more failed: %s", failure)
+            if events and isinstance(events[-1], Finished):
+                await self._finish()
+        return events or None
 
     async def _find_owner(self) -> Sequence[Account]:
         """The account that the conversation or the files of the question belong to; all where it names none.
 
         Raises `ProxyError`, also for what belongs to two accounts.
         """
-        question, uploads = self._question, self._gateway.uploads
-        owners: list[Account] = []
+        gateway, question = self._gateway, self._question
+        files = [one for one in question.attachments if one.file_id]
+        owners = {gateway.uploads.find(one.file_id, self._accounts, one.path).reference[0] for one in files}
         if question.goes_on:
-            accounts = self._gateway.accounts
-            keepers = [one for one in self._accounts if question.conversation_id in await accounts.read_kept(one)]
-            if not keepers:
+            for account in self._accounts:
+                if question.conversation_id in await gateway.accounts.read_kept(account):
+                    owners.add(account.digest)
+                    break
+            else:
                 raise ProxyError("conversation_not_found", param="conversation_id")
-            owners.append(keepers[0])
-        for attachment in question.attachments:
-            if attachment.file_id:
-                owner = uploads.find(attachment.file_id, self._accounts, attachment.path).owner
-                owners += [one for one in self._accounts if one.digest == owner]
-        if len(set(owners)) > 1:
+        if len(owners) > 1:
             raise ProxyError("invalid_request", "its files and its conversation belong to two accounts")
-        return owners[:1] or self._accounts
+        return [account for account in self._accounts if account.digest in owners] or self._accounts
 
-    async def _ask_account(self, account: Account) -> None:
-        """Ask `account`, when it has a slot free. Raises `ProxyError`."""
-        gateway = self._gateway
-        await account.slots.acquire(gateway.settings.queue_length)
+    async def _ask_account(self, account: Account) -> list[Event]:
+        """The first events that `account` answers, when it has a slot free. Raises `ProxyError`."""
+        gateway, slots, name = self._gateway, account.slots, ""
+        others, is_waited_for = slots.running, slots.serialized
+        await slots.acquire(gateway.settings.queue_length)
         self._account = account
-        question = replace(self._question, model=await gateway.choose_model(account, self._question.model_name))
-        name = ""
-        if question.goes_on:
-            kept = (await gateway.accounts.read_kept(account)).get(question.conversation_id)
-            if kept is None:  # dropped by another process, while this question waited
-                raise ProxyError("conversation_not_found", param="conversation_id")
-            name, question.parent_id = kept
-        await gateway.insist(account, partial(self._ask, account, question), name)
+        try:
+            await gateway.accounts.access_token(account)  # without one, a built-in list of models would not help
+            model, is_known = choose_model(self._question.model_name, await gateway.models(account))
+            if not is_known:
+                logger.info("model %s is not known, %s is asked", quote_words(self._question.model_name)[:60], model.id)
+            question = replace(self._question, model=model)
+            if question.goes_on:
+                kept = (await gateway.accounts.read_kept(account)).get(question.conversation_id)
+                if kept is None:  # dropped by another process, while this question waited
+                    raise ProxyError("conversation_not_found", param="conversation_id")
+                name, question.parent_id = kept
+            events = await gateway.insist(account, partial(self._ask, account, question), name)
+        except ProxyError as failure:
+            busy_code = self._exchange.protocol.busy_code if self._exchange is not None else ""
+            is_busy = failure.code == busy_code and not is_waited_for and (others > 0 or slots.running > 1)
+            self._leave()
+            if is_busy:
+                slots.note_refused()
+                raise AccountBusy(failure.code, failure.detail) from None
+            raise
         account.cooldown_until = 0.0
+        return events
 
-    async def _ask(self, account: Account, question: Question, protocol: KimiProtocol) -> None:
+    async def _ask(self, account: Account, question: Question, protocol: KimiProtocol) -> list[Event]:
         """Ask by one protocol, until there is something to see. Files go first: a bad one opens no conversation."""
         self.owner, self.references = account.digest, ()
         if question.attachments:
@@ -5424,29 +5371,26 @@ class LiveAnswer:
             file_ids = dict.fromkeys(kimi_id for _, _, kimi_id in self.references)
             question = replace(question, attachments=[], file_ids=tuple(file_ids))
         self._chain = self._start_chain()
-        exchange = await self._start(account, protocol, question)
-        shown: list[Event] = []
-        if exchange.conversation_id:
-            shown = self._chain.feed([Opened(exchange.conversation_id, protocol.hits_inline)])
-        while not shown or isinstance(shown[-1], Opened):
-            shown += await self._advance() or []
-        self._first = shown
+        await self._start(Exchange(account, protocol, question, kept=question.goes_on))
+        events: list[Event] = []
+        if conversation_id := cast(Exchange, self._exchange).conversation_id:
+            events = self._chain.feed([Opened(conversation_id, protocol.hits_inline)])
+        while not events or isinstance(events[-1], Opened):
+            events += await self.read() or []
+        return events
 
-    async def _start(
-        self, account: Account, protocol: KimiProtocol, question: Question, *, keep_former: bool = False
-    ) -> Exchange:
-        """Let go of the exchange before, and have `question` asked by a task that outlives a client who leaves.
+    async def _start(self, exchange: Exchange) -> None:
+        """Let go of the exchange before, and have a task ask that outlives a client who leaves.
 
         The slot stays taken. Raises `ProxyError`.
         """
-        gateway, former = self._gateway, self._exchange
-        conversation_id = question.conversation_id if question.goes_on else ""
-        exchange = self._exchange = Exchange(account, protocol, question, self._question.goes_on, conversation_id)
-        if former is not None:
-            former.kept = former.kept or keep_former
-            gateway.tasks.start(gateway.clean_up(former, None), "clean up")
-            await former.closed.wait()  # Kimi may give the account one answer at a time
-        await gateway.accounts.access_token(account)  # a client who leaves meanwhile opens nothing
+        gateway, question = self._gateway, exchange.question
+        former, self._exchange = self._exchange, exchange
+        if question.goes_on:
+            exchange.conversation_id = question.conversation_id
+        if former is not None:  # Kimi may give the account one answer at a time
+            await asyncio.shield(gateway.tasks.start(gateway.clean_up(former, None), "clean up"))
+        await gateway.accounts.access_token(exchange.account)  # a client who leaves meanwhile opens nothing
         exchange.starting = gateway.tasks.start(gateway.ask(exchange, self._deadline), "ask")
         try:
             await asyncio.shield(exchange.starting)
@@ -5454,29 +5398,9 @@ class LiveAnswer:
             if question.goes_on and failure.upstream_status == 404:
                 raise ProxyError("conversation_not_found", failure.detail, param="conversation_id") from None
             raise
-        return exchange
 
-    async def _advance(self) -> list[Event] | None:
-        """The next events that the filters let through; None when the answer is over."""
-        while not self._over:
-            try:
-                if self._chain.retry_reason:
-                    await self._ask_again()
-                shown = self._chain.feed(await self._read_events())
-            except ProxyError as failure:
-                # Where the second try fails, the first answer may still be of use.
-                shown = self._chain.give_up() if self._is_second_try and failure.status != 422 else []
-                if not shown:
-                    raise
-                logger.warning("! asking once more failed: %s", failure)
-            if shown:
-                if isinstance(shown[-1], Finished):
-                    await self._finish()
-                return shown
-        return None
-
-    async def _read_events(self) -> list[Event]:
-        """The events of one network read; classic's answer that met its length limit is asked to go on."""
+    async def _read_stream(self) -> list[Event]:
+        """The events of one network read; an answer that met its length limit is asked to go on."""
         exchange = cast(Exchange, self._exchange)
         stream = cast(AnswerStream, exchange.stream)
         events = await stream.read()
@@ -5485,42 +5409,40 @@ class LiveAnswer:
         if events is None:  # cannot be: the last event finishes the answer
             raise ProxyError("answer_broken", "Kimi's answer has no end")
         if stream.answer.segment_id and self._continuations_left:
-            return await self._continue(exchange, stream, events)
+            self._continuations_left -= 1
+            await stream.drain(END_SECONDS)
+            exchange.question = replace(exchange.question, segment_id=stream.answer.segment_id)
+            try:
+                await self._gateway.ask(exchange, self._deadline)
+                return events[:-1]  # it did not finish
+            except ProxyError as failure:
+                logger.warning("! the answer is cut short: %s", failure)
         return events
-
-    async def _continue(self, exchange: Exchange, stream: AnswerStream, events: list[Event]) -> list[Event]:
-        """Ask Kimi to go on, and leave out that the answer finished; where it does not, the answer is cut."""
-        self._continuations_left -= 1
-        await stream.drain(END_SECONDS)
-        question = replace(exchange.question, segment_id=stream.answer.segment_id)
-        try:
-            exchange.stream = await exchange.protocol.ask(
-                exchange.account, exchange.conversation_id, question, self._deadline
-            )
-        except ProxyError as failure:
-            logger.warning("! the answer is cut short: %s", failure)
-            return events
-        return events[:-1]
 
     async def _ask_again(self) -> None:
         """The second try, told what was wrong with the first; in the same conversation where that is kept."""
         logger.debug("= the answer cannot be used, asking once more")
         first, chain, stays = cast(Exchange, self._exchange), self._chain, bool(self._question.conversation_id)
         words = describe_failure(chain.retry_reason, "" if stays else chain.previous)
-        question = replace(first.question, text=words if stays else f"{first.question.text}system:{words}")
+        text = words if stays else f"{first.question.text}system:{words}"
+        question = replace(first.question, text=text, segment_id="")
+        second = Exchange(first.account, first.protocol, question, first.kept)
         if stays:
             question.conversation_id = first.conversation_id
             question.parent_id = cast(AnswerStream, first.stream).answer.message_id
+            first.kept = True  # the second has it now
         chain.begin_retry()
         self._is_second_try = True
-        await self._start(first.account, first.protocol, question, keep_former=stays)
+        await self._start(second)
 
     async def _finish(self) -> None:
         """Note that the answer is over, and keep its conversation where the client wants that: before it is told."""
         self._over = True
-        exchange = cast(Exchange, self._exchange)
         if self._question.conversation_id:
-            await asyncio.shield(self._gateway.tasks.start(self._gateway.keep(exchange), "keep"))
+            exchange = cast(Exchange, self._exchange)
+            message_id = cast(AnswerStream, exchange.stream).answer.message_id or exchange.question.parent_id
+            exchange.keeping = self._gateway.tasks.start(self._gateway.keep(exchange, message_id), "keep")
+            await asyncio.shield(exchange.keeping)
 
     def _leave(self) -> None:
         """Let go of exchange and slot; one tracked task does what takes time."""
@@ -5964,7 +5886,7 @@ async def _models(request: web.Request) -> web.StreamResponse:
     """The list of models, each also with search, or one of them; in OpenAI's and Anthropic's forms at once."""
     state, wanted = request.app[STATE], request.match_info.get("id")
     asks_kimi = state.access.holds or bool(read_credential(request))
-    account = Candidates(find_accounts(request)).choose() if asks_kimi else None
+    account = order_accounts(find_accounts(request))[0] if asks_kimi else None
     form = {"object": "model", "created": 1_704_067_200, "owned_by": "kimi"}
     form |= {"type": "model", "created_at": "2024-01-01T00:00:00Z"}
     models = {
@@ -6033,7 +5955,7 @@ async def _files(request: web.Request) -> web.StreamResponse:
     if request.path.endswith("/content"):
         raise ProxyError("invalid_request", "the content of a file: Kimi gives none back, and the proxy keeps none")
     if request.method == "DELETE":
-        uploads.forget(file_id, accounts)
+        uploads.forget(file_id)
         return json_response({"id": file_id, "object": "file", "deleted": True})
     return json_response(file.shown)
 
