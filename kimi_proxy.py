@@ -4999,10 +4999,6 @@ async def _upload(account: Account, protocol: KimiProtocol, opening: AbstractAsy
     return await protocol.register_file(account, stored)
 
 
-class AccountBusy(ProxyError):
-    """Kimi refused an answer, as another one of the account runs here: requests wait in line for it from now on."""
-
-
 @dataclass(slots=True)
 class Exchange:
     """One question to one account, and its answer: a conversation at Kimi and the response that is open in it."""
@@ -5060,10 +5056,9 @@ class Gateway:
         )
 
     async def ask_in_turn(self, accounts: Sequence[Account], ask: Callable[[Account], Awaitable[Result]]) -> Result:
-        """What `ask` gives for the first of `accounts` that is not refused (401, 429).
+        """What `ask` gives for the first of `accounts` that is not refused (401, 429); any other failure is raised.
 
-        One that `ask` found busy is asked again behind the others. Raises any other failure at once; where all were
-        refused, a limit rather than a dead token.
+        Where all were refused, a limit is raised rather than a dead token.
         """
         loop, failures = asyncio.get_running_loop(), list[ProxyError]()
         queue = order_accounts(accounts)
@@ -5071,18 +5066,17 @@ class Gateway:
             # Dead tokens say nothing about the accounts on cooldown.
             if account.cooldown_until > loop.time() and any(failure.status != 401 for failure in failures):
                 continue
-            account.used_at = loop.time()
+            account.used_at, had_line = loop.time(), account.slots.serialized
             try:
                 return await ask(account)
-            except AccountBusy as failure:
-                failures.append(failure)
-                queue.append(account)
             except ProxyError as failure:
                 if failure.status not in (401, 429):
                     raise
                 failures.append(failure)
+                if account.slots.serialized and not had_line:
+                    queue.append(account)  # behind the others, to wait in its line
                 # A full queue is our own, and research has a quota of its own, which Kimi tells without an error.
-                if failure.code != "queue_full" and (failure.code != "quota_used_up" or failure.upstream_status):
+                elif failure.code != "queue_full" and (failure.code != "quota_used_up" or failure.upstream_status):
                     seconds = DEAD_SECONDS if failure.status == 401 else failure.retry_after_seconds
                     account.cooldown_until = loop.time() + seconds
         raise max(reversed(failures), key=lambda failure: failure.status)
@@ -5090,10 +5084,7 @@ class Gateway:
     async def insist(
         self, account: Account, ask: Callable[[KimiProtocol], Awaitable[Result]], protocol_name: str = ""
     ) -> Result:
-        """What `ask` gives: again where the token was stale, and by connect where classic seems retired.
-
-        In `auto`, connect stays in use once it answered in the place of classic.
-        """
+        """What `ask` gives: again where the token was stale, and by connect, from then on, where classic is retired."""
         first = protocol = self.protocol_of(account, protocol_name)
         is_fresh = False
         while True:
@@ -5316,20 +5307,16 @@ class LiveAnswer:
         return events or None
 
     async def _find_owner(self) -> Sequence[Account]:
-        """The account that the conversation or the files of the question belong to; all where it names none.
-
-        Raises `ProxyError`, also for what belongs to two accounts.
-        """
+        """The account that the question's conversation or files belong to, else all. Raises `ProxyError` for two."""
         gateway, question = self._gateway, self._question
         files = [one for one in question.attachments if one.file_id]
         owners = {gateway.uploads.find(one.file_id, self._accounts, one.path).reference[0] for one in files}
         if question.goes_on:
-            for account in self._accounts:
-                if question.conversation_id in await gateway.accounts.read_kept(account):
-                    owners.add(account.digest)
-                    break
-            else:
+            read = gateway.accounts.read_kept
+            keepers = [one.digest for one in self._accounts if question.conversation_id in await read(one)]
+            if not keepers:
                 raise ProxyError("conversation_not_found", param="conversation_id")
+            owners.add(keepers[0])
         if len(owners) > 1:
             raise ProxyError("invalid_request", "its files and its conversation belong to two accounts")
         return [account for account in self._accounts if account.digest in owners] or self._accounts
@@ -5337,7 +5324,7 @@ class LiveAnswer:
     async def _ask_account(self, account: Account) -> list[Event]:
         """The first events that `account` answers, when it has a slot free. Raises `ProxyError`."""
         gateway, slots, name = self._gateway, account.slots, ""
-        others, is_waited_for = slots.running, slots.serialized
+        others = slots.running
         await slots.acquire(gateway.settings.queue_length)
         self._account = account
         try:
@@ -5353,12 +5340,11 @@ class LiveAnswer:
                 name, question.parent_id = kept
             events = await gateway.insist(account, partial(self._ask, account, question), name)
         except ProxyError as failure:
+            # Kimi refuses an answer because another one of the account runs, which it does, or did, here.
             busy_code = self._exchange.protocol.busy_code if self._exchange is not None else ""
-            is_busy = failure.code == busy_code and not is_waited_for and (others > 0 or slots.running > 1)
-            self._leave()
-            if is_busy:
+            if failure.code == busy_code and (others or slots.running > 1):
                 slots.note_refused()
-                raise AccountBusy(failure.code, failure.detail) from None
+            self._leave()
             raise
         account.cooldown_until = 0.0
         return events
@@ -5371,19 +5357,16 @@ class LiveAnswer:
             file_ids = dict.fromkeys(kimi_id for _, _, kimi_id in self.references)
             question = replace(question, attachments=[], file_ids=tuple(file_ids))
         self._chain = self._start_chain()
-        await self._start(Exchange(account, protocol, question, kept=question.goes_on))
-        events: list[Event] = []
-        if conversation_id := cast(Exchange, self._exchange).conversation_id:
-            events = self._chain.feed([Opened(conversation_id, protocol.hits_inline)])
+        exchange = Exchange(account, protocol, question, kept=question.goes_on)
+        await self._start(exchange)
+        opened = [Opened(exchange.conversation_id, protocol.hits_inline)] if exchange.conversation_id else []
+        events = self._chain.feed(list[Event](opened))
         while not events or isinstance(events[-1], Opened):
             events += await self.read() or []
         return events
 
     async def _start(self, exchange: Exchange) -> None:
-        """Let go of the exchange before, and have a task ask that outlives a client who leaves.
-
-        The slot stays taken. Raises `ProxyError`.
-        """
+        """Let go of the exchange before, and have a task ask that outlives a client who leaves. Raises `ProxyError`."""
         gateway, question = self._gateway, exchange.question
         former, self._exchange = self._exchange, exchange
         if question.goes_on:
