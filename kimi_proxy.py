@@ -803,7 +803,7 @@ class Answer:
         self.degraded = ""  # the service's words when a weaker model answers
         self.unknown_fields: set[tuple[str, str]] = set()  # what was ignored, as (where, name)
         self._has_text = False
-        self._halves: dict[type[Text], str] = {}  # high halves of surrogate pairs that wait for the next text [open]
+        self._halves: dict[type[Text], str] = {}  # of surrogate pairs that wait for the next text [open]
         self._hits: set[tuple[str, str]] = set()  # those emitted, as (url, key)
 
     def finish(self) -> list[Event]:
@@ -921,12 +921,12 @@ class ConnectAnswer(Answer):
         return events + self._end(self._ending) if self._ending else events
 
     def _is_of_other(self, value: dict[str, Any]) -> bool:
-        """Whether a frame or block belongs to another message, such as the echo of the user's own."""
+        """Whether a frame or block belongs to another message, such as the user's own."""
         identifier = value.get("messageId") or value.get("message_id")
         return isinstance(identifier, str) and identifier in self._other_messages
 
     def _read_status(self, value: dict[str, Any]) -> None:
-        """Note where the model waits for the user: the answer ends there, the stream does not [1]."""
+        """Note where the model waits for the user: the answer ends there [1]."""
         if "status" in value and dig_word(value, "status").upper().endswith("ASK_USER_QUESTION"):
             self._ending = "stop"
 
@@ -4167,9 +4167,10 @@ CLASSIC_MODELS: Final = (
 CONNECT_MODELS: Final = (KIMI, Model("kimi-thinking", thinking=True))  # when the service lists none
 _FALLBACKS: Final = (("SCENARIO_CHAT", "k2d6-chat"), ("SCENARIO_K2D5", ""))  # what those are asked as, newest first
 _AGENT_ID: Final = re.compile(r"[0-9a-z]{20}")
-# What the suffixes of a model's name switch on; those for the search are read elsewhere.
-_SUFFIXES: Final = {"thinking": "thinking", "k1": "thinking", "math": "use_math", "research": "use_research"}
-_SUFFIXES_OF_SEARCH: Final = ("search", "nosearch", "silent")
+_SUFFIXES: Final = (  # what they switch on; those of the search are read elsewhere
+    {"thinking": "thinking", "k1": "thinking", "math": "use_math", "research": "use_research"}
+    | dict.fromkeys(("search", "nosearch", "silent"), "")
+)
 _EFFORTS: Final = {"none": 0, "minimal": 0, "low": 1, "medium": 2, "high": 3, "enabled": 3, "xhigh": 4, "max": 5}
 
 
@@ -4193,7 +4194,7 @@ def _parse_model(entry: object) -> Model:
     thinking = dig(entry, "thinking") is True
     name = re.sub(r"[^a-z0-9.]+", "-", (dig_word(entry, "displayName") or key or scenario).lower()).strip("-")
     name = name if name.startswith("kimi") else f"kimi-{name}"
-    efforts = [dig_word(option, "effort") for option in dig_list(entry, "reasoningEffortOptions")]
+    efforts = (dig_word(option, "effort") for option in dig_list(entry, "reasoningEffortOptions"))
     return Model(
         id=f"{name}-thinking" if thinking and "thinking" not in name else name,
         scenario=scenario,
@@ -4203,7 +4204,7 @@ def _parse_model(entry: object) -> Model:
         service_id="" if service_id.isdecimal() else service_id,  # a number in older lists, of no use
         key=key,
         efforts=tuple(filter(None, efforts)),
-        default_effort=dig_word(entry, "defaultReasoningEffort") if any(efforts) else "",
+        default_effort=dig_word(entry, "defaultReasoningEffort"),
     )
 
 
@@ -4228,12 +4229,13 @@ def choose_model(name: str, models: Sequence[Model]) -> tuple[Model, bool]:
     """
     known = {"kimi": KIMI} | {name: model for model in models for name in (model.key, model.service_id) if name}
     known |= {model.id: model for model in models}
-    changes: dict[str, Any] = {}
-    while name not in known and (suffix := name.rpartition("-")[2]) in (*_SUFFIXES, *_SUFFIXES_OF_SEARCH):
+    switches: set[str] = set()
+    while name not in known and (suffix := name.rpartition("-")[2]) in _SUFFIXES:
         name = name[: -len(suffix) - 1]
-        changes |= {_SUFFIXES[suffix]: True} if suffix in _SUFFIXES else {}
+        switches.add(_SUFFIXES[suffix])
     if _AGENT_ID.fullmatch(name):
         known[name] = replace(known["kimi"], agent_id=name)
+    changes: dict[str, Any] = dict.fromkeys(filter(None, switches), True)
     return replace(known.get(name, known["kimi"]), **changes), name in known
 
 
@@ -4292,7 +4294,7 @@ _NETWORK_FAILURES: Final[tuple[tuple[type[BaseException], str, str], ...]] = (  
 
 @contextmanager
 def _network_failures(step: str, file: OpenFile | None = None) -> Iterator[None]:
-    """Raise a failure of the network as one of the service, of the storage, or of `file` itself where one is sent."""
+    """Raise a failure of the network as the service's, or as the storage's or `file`'s own where one is sent."""
     try:
         yield
     except _NETWORK_ERRORS as error:
@@ -4326,7 +4328,7 @@ async def _parse_reply(response: aiohttp.ClientResponse, step: str) -> dict[str,
         return value
     seconds = response.headers.get("Retry-After", "")
     retry_after = min(int(seconds), 86_400) if re.fullmatch("[0-9]{1,9}", seconds) else 0
-    words = "" if value is reply else f"a body of type {quote_words(response.content_type)}, no JSON object"
+    words = "" if value is reply else f"{quote_words(response.content_type)}, no JSON object"
     error = error_of_reply(status, value, step, retry_after_seconds=retry_after, words=words)
     if is_page or (status in _RETIRED_STATUSES and not dig_word(value, "code")):  # connect's own 404 has a code
         raise ProtocolRetired(error.code, error.detail, upstream_status=status)
@@ -4538,7 +4540,7 @@ class KimiClient:
     async def _stream(
         self, account: Account, body: bytes, chat: str, answer: ClassicAnswer | ConnectAnswer, deadline: float
     ) -> AnswerStream:
-        is_connect = isinstance(answer, ConnectAnswer)
+        expected = _CONNECT_TYPE if isinstance(answer, ConnectAnswer) else "text/event-stream"
 
         async def once(token: str) -> AnswerStream:
             seconds = self.settings.silence_seconds
@@ -4546,10 +4548,8 @@ class KimiClient:
             with _network_failures("asking"):
                 async with asyncio.timeout_at(until):
                     response = await self._send(account, "asking", body, chat, token)
-                    if response.status == 200 and response.content_type == (
-                        _CONNECT_TYPE if is_connect else "text/event-stream"
-                    ):
-                        parser = EnvelopeParser() if is_connect else SSEParser()
+                    if response.status == 200 and response.content_type == expected:
+                        parser = EnvelopeParser() if expected == _CONNECT_TYPE else SSEParser()
                         return AnswerStream(response, parser, answer, token, seconds, deadline)
                     async with response:
                         await _parse_reply(response, "asking")
@@ -4585,8 +4585,8 @@ def _get_id(value: object, step: str) -> str:
 def _get_tokens(reply: Mapping[str, Any]) -> TokenPair:
     """The tokens in a refresh's reply, in either spelling, bare or inside `data` [open]."""
     data = reply.get("data") or reply
-    access_token = dig_word(data, "accessToken") or dig_word(data, "access_token")
-    refresh_token = dig_word(data, "refreshToken") or dig_word(data, "refresh_token")
+    kinds = ("access", "refresh")
+    access_token, refresh_token = (dig_word(data, f"{kind}Token") or dig_word(data, f"{kind}_token") for kind in kinds)
     if not TOKEN_SHAPE.fullmatch(access_token):
         raise ProxyError("service_failed", "refreshing the token: the reply has no access token")
     return TokenPair(access_token, refresh_token if TOKEN_SHAPE.fullmatch(refresh_token) else "")
@@ -4594,7 +4594,11 @@ def _get_tokens(reply: Mapping[str, Any]) -> TokenPair:
 
 StoredFile = Mapping[str, str]  # a file whose bytes the service has, as the fields that register it
 CLASSIC_URL: Final = "https://kimi.moonshot.cn"
-_K1_AGENT: Final = "crm40ee9e5jvhsn7ptcg"  # classic's thinking model is an agent [2+]
+_K1_AGENT: Final = "crm40ee9e5jvhsn7ptcg"
+
+
+def _agent_of(model: Model) -> str:
+    return model.agent_id or (_K1_AGENT if model.thinking else "")  # classic's thinking model is an agent [2+]
 
 
 class Classic(KimiClient):
@@ -4620,8 +4624,8 @@ class Classic(KimiClient):
             usage = await self._call(account, "asking for the research quota")
             if usage.get("remain") == 0:
                 raise ProxyError("quota_used_up", f"{usage.get('used')} of {usage.get('total')} used")
-        name, agent_id = f"cmpl-{random.getrandbits(128):032x}", model.agent_id or (_K1_AGENT if model.thinking else "")
-        value = _without_empty(name=name, is_example=False, kimiplus_id=agent_id)
+        name = f"cmpl-{random.getrandbits(128):032x}"
+        value = _without_empty(name=name, is_example=False, kimiplus_id=_agent_of(model))
         return _get_id(await self._call(account, "opening a conversation", value), "opening a conversation")
 
     async def ask(self, account: Account, conversation_id: str, question: Question, deadline: float) -> AnswerStream:
@@ -4633,7 +4637,7 @@ class Classic(KimiClient):
             use_search=question.use_search,
             segment_id=segment_id,
             action="continue" if segment_id else "",
-            kimiplus_id=model.agent_id or (_K1_AGENT if model.thinking else ""),
+            kimiplus_id=_agent_of(model),
             use_math=model.use_math or "",
             use_research=model.use_research or "",
         )
@@ -4644,11 +4648,11 @@ class Classic(KimiClient):
         """Nothing: the service stops an answer when its stream is closed."""
 
     async def remove(self, account: Account, conversation_id: str) -> None:
-        """Remove the conversation, so that it does not show in the user's history."""
+        """Remove the conversation from the user's history."""
         await self._call(account, "removing the conversation", chat=conversation_id)
 
     async def store_file(self, account: Account, file: OpenFile) -> StoredFile:
-        """Have a URL signed, and put the bytes there. Pictures are `image` in later versions, `file` before [2+]."""
+        """Have a URL signed, and put the bytes there. Pictures are `image` in later versions [2+]."""
         value = {"action": file.kind, "name": file.name}
         try:
             signed = await self._call(account, "signing an upload", value)
@@ -4662,14 +4666,13 @@ class Classic(KimiClient):
         headers = {"Content-Type": file.content_type}  # the URL is signed: it needs no token and gets none
         async with self._send_file("PUT", url, headers, file) as response:
             if response.status >= 300:
-                detail = f"storing the file: HTTP {response.status}"
-                raise ProxyError("storage_failed", detail, upstream_status=response.status)
+                raise ProxyError("storage_failed", f"storing the file: HTTP {response.status}")
         if file_id:  # a picture has its id from the signing [2+]
             return {"type": "image", "file_id": file_id, "name": file.name}
         return {"type": "file", "name": file.name, "object_name": object_name}
 
     async def register_file(self, account: Account, stored: StoredFile) -> str:
-        """The file's id, once the service has read it. It is registered again while its status says not yet [1]."""
+        """The file's id, once the service has read it; registered again while its status says not yet [1]."""
         for _ in range(60):
             known = await self._call(account, "registering a file", stored)
             if known.get("status", "parsed") in ("initialized", "parsed"):
@@ -4782,11 +4785,11 @@ class Connect(KimiClient):
 
     async def stop(self, account: Account, conversation_id: str, message_id: str) -> None:
         """Stop an answer that is running; `message_id` is the answer's [2+]."""
-        value = {"chat_id": conversation_id, "message_id": message_id}
-        await self._call(account, "stopping the answer", value, conversation_id)
+        ids = {"chat_id": conversation_id, "message_id": message_id}
+        await self._call(account, "stopping the answer", ids, conversation_id)
 
     async def remove(self, account: Account, conversation_id: str) -> None:
-        """Remove the conversation, so that it does not show in the user's history."""
+        """Remove the conversation from the user's history."""
         await self._call(account, "removing the conversation", {"chat_id": conversation_id}, conversation_id)
 
     async def store_file(self, account: Account, file: OpenFile) -> StoredFile:
@@ -4821,10 +4824,9 @@ class Connect(KimiClient):
 
 
 def _render_question(question: Question, model: Model, conversation_id: str) -> dict[str, Any]:
-    blocks = [{"message_id": "", "text": {"content": question.text.removeprefix(question.preface)}}]
-    blocks += [
-        {"message_id": "", "file": {"id": file_id, "status": "PROCESS_STATUS_SUCCESS"}} for file_id in question.file_ids
-    ]
+    blocks: list[Any] = [{"message_id": "", "text": {"content": question.text.removeprefix(question.preface)}}]
+    for file_id in question.file_ids:
+        blocks.append({"message_id": "", "file": {"id": file_id, "status": "PROCESS_STATUS_SUCCESS"}})
     effort = choose_effort(model, question.effort)
     thinking = not effort.endswith("_NONE") if effort else bool(_EFFORTS.get(question.effort, model.thinking))
     return _without_empty(
