@@ -1243,7 +1243,6 @@ class SchemaCheck:
         return value, f"at ${path}: {words}"[:500]
 
     def _fit(self, value: Any, schema: Any) -> tuple[Any, _Mistake]:
-        """The value, mended where that helps, and the first mistake."""
         if not isinstance(schema, dict):
             return value, ("", "nothing is allowed here") if schema is False else None
         self._steps -= 1 + len(_list_at(schema, "enum")) + len(_list_at(schema, "required"))
@@ -1251,8 +1250,9 @@ class SchemaCheck:
             return value, ("", "the value or its schema is too large to be checked")
         parts = [[self._resolve(schema["$ref"])]] if "$ref" in schema else []
         parts += [[part] for part in _list_at(schema, "allOf")]
-        for options in (*parts, _list_at(schema, "anyOf"), _list_at(schema, "oneOf")):
-            value, mistake = self._fit_any(value, options) if options else (value, None)
+        parts += filter(None, (_list_at(schema, "anyOf"), _list_at(schema, "oneOf")))
+        for options in parts:
+            value, mistake = self._fit_any(value, options)
             if mistake:
                 return value, mistake
         if "type" in schema and not _fits(value, "type", schema["type"]):
@@ -1313,11 +1313,12 @@ class Call(NamedTuple):
 
 
 class CallReader:
-    """Reads the calls of `tools` in the text of one answer, in linear time."""
+    """Reads the calls of `tools` in the texts of one question's answers, in linear time."""
 
     def __init__(self, tools: Mapping[str, Tool]) -> None:
         self._tools = tools
         self._check = SchemaCheck()
+        self.names = encode_json([*islice(tools, 20)])[:200]
 
     def find_marked(self, text: str, *, is_cut: bool) -> Iterator[Call]:
         """The calls behind the marks in `text`; marks in JSON strings are none. A cut one is not repaired."""
@@ -1339,27 +1340,22 @@ class CallReader:
             yield self._read(value if is_call else {"name": next(iter(self._tools)), "arguments": value})
 
     def _read(self, value: Any) -> Call:
-        """A call, bare or in a wrapper, from the JSON that a model wrote."""
-        if isinstance(value, dict) and isinstance(value.get("function"), dict):
-            value = value["function"]
-        name = value.get("name") if isinstance(value, dict) else None
+        value = value if isinstance(value, dict) else {}
+        value = function if isinstance(function := value.get("function"), dict) else value
+        name = value.get("name")
         if not isinstance(name, str) or not name:
             return Call(wrong="a call must be a JSON object with a `name` and `arguments`")
         name = re.sub(r"\Afunctions\.|:\d+\Z", "", name.strip())
         arguments = value.get("arguments", value.get("parameters")) or {}
         if isinstance(arguments, str):
             arguments = (find_json(arguments) or [arguments.strip() or {}])[0]
+        where = f"the `arguments` in the call of {encode_json(name[:60])}"
         if not isinstance(arguments, dict):
-            return Call(wrong=f"the `arguments` in the call of {encode_json(name[:60])} must be a JSON object")
+            return Call(wrong=f"{where} must be a JSON object")
         if name not in self._tools:
-            return Call(name, arguments, f"a call must have a `name` that is one of {quote_names(self._tools)}")
+            return Call(name, arguments, f"a call must have a `name` that is one of {self.names}")
         arguments, wrong = self._check.fit(arguments, self._tools[name].parameters)
-        return Call(name, arguments, wrong and f"the `arguments` in the call of {encode_json(name)}: {wrong}")
-
-
-def quote_names(tools: Iterable[str]) -> str:
-    """The names of some tools, as JSON, for the model."""
-    return encode_json([*islice(tools, 20)])[:200]
+        return Call(name, arguments, wrong and f"{where}: {wrong}")
 
 
 _TAG: Final = re.compile(r"<(/?(?:tool_call|tool_response|tools)>|\|tool_call)", re.IGNORECASE)
@@ -1379,7 +1375,7 @@ def render_tool_call(name: str, arguments: str) -> str:
 
 
 def render_tool_response(name: str, content: str) -> str:
-    """The result of a call, for the prompt."""
+    """The result of a call."""
     return f"<tool_response>\n{escape_tags(encode_json({'name': name, 'content': content}))}\n</tool_response>"
 
 
@@ -1458,13 +1454,11 @@ class Filter:
 
     passes = False  # it changes nothing any more
     ended = False  # it has ended the answer: what follows is dropped
-    retry_reason = ""  # the model's mistake, where the answer is over and has to be asked for once more
-    previous = ""  # what the model wrote in that answer, cut
+    retry_reason = ""  # the mistake in an answer that is over and has to be asked for once more
+    previous = ""  # what the model wrote there, cut
     has_fallback = False  # it can show the first answer, should the second fail
-
-    def __init__(self) -> None:
-        self._retried = False
-        self._reset()
+    _held = ""  # the end of the text, which may become something else
+    _retried = False
 
     def feed(self, events: list[Event]) -> list[Event]:
         """What becomes of `events`. `Finished` flows through, after all that was held."""
@@ -1495,7 +1489,11 @@ class Filter:
         return [event]
 
     def _finish(self, event: Finished) -> list[Event]:
-        return [*_texts(self._held), event]
+        return [*self._flush(), event]
+
+    def _flush(self) -> list[Event]:
+        text, self._held = self._held, ""
+        return _texts(text)
 
     def _ask_again(self, code: str, mistake: str, text: str) -> list[Event]:
         """Nothing: another answer is to come. Raises `ProxyError` where this was the second."""
@@ -1520,24 +1518,23 @@ def _split_begun(text: str, marks: Sequence[str]) -> tuple[str, str]:
 class ThinkFilter(Filter):
     """Turns `<think>…</think>` at the start of the text, behind 100 spaces at most, into `Thinking` [1]."""
 
+    _phase: Literal["start", "thinking", "after"] = "start"
+
     def _reset(self) -> None:
-        self._held = ""
-        self._phase: Literal["start", "thinking", "after"] = "start"
-        self.passes = False
+        self._held, self._phase, self.passes = "", "start", False
 
     def _take_text(self, event: Text) -> list[Event]:
         text = self._held + event.text
         thought = self._held = ""
         if self._phase == "start":
-            begin = text.lstrip()
-            if len(text) - len(begin) <= 100 and begin.startswith("<think>"):
-                self._phase, text = "thinking", begin[7:]
-            elif len(text) - len(begin) <= 100 and "<think>".startswith(begin):
+            begin = text.lstrip() if len(text) - len(text.lstrip()) <= 100 else text
+            if begin != "<think>" and "<think>".startswith(begin):
                 self._held = text
                 return []
-            else:
-                self.passes = True
+            self.passes = not begin.startswith("<think>")
+            if self.passes:
                 return _texts(text)
+            self._phase, text = "thinking", begin[7:]
         if self._phase == "thinking":
             thought, end, text = text.partition("</think>")
             if end:
@@ -1548,10 +1545,8 @@ class ThinkFilter(Filter):
         self.passes = bool(text)
         return [*([Thinking(thought)] if thought else []), *_texts(text)]
 
-    def _finish(self, event: Finished) -> list[Event]:
-        return (
-            [Thinking(self._held) if self._phase == "thinking" else Text(self._held), event] if self._held else [event]
-        )
+    def _flush(self) -> list[Event]:
+        return [Thinking(self._held)] if self._held and self._phase == "thinking" else super()._flush()
 
 
 class MarkFilter(Filter):
@@ -1613,9 +1608,9 @@ class CitationFilter(MarkFilter):
     )
 
     def __init__(self) -> None:
-        super().__init__()
         self._hits: dict[str, SearchHit] = {}  # by URL
         self._numbers: dict[str, int] = {}  # of cited URLs
+        self._reset()
 
     def _reset(self) -> None:
         """Let the marks of a second answer name its own hits; its numbers go on."""
@@ -1647,9 +1642,9 @@ class CitationFilter(MarkFilter):
             return []
         return super()._take_text(event)
 
-    def _finish(self, event: Finished) -> list[Event]:
+    def _flush(self) -> list[Event]:
         is_cut_mark = re.match("\ue3a0|<REF>cite|\U0001f6e0\\w+:", self._held)
-        return [event] if is_cut_mark else super()._finish(event)
+        return [] if is_cut_mark else super()._flush()
 
     def _replace(self, mark: re.Match[str]) -> list[Event]:
         ref, keys, number, key = mark.group("ref", "keys", "number", "key")
@@ -1677,8 +1672,7 @@ _TOKEN_WEIGHTS: Final = (  # first bytes of a character in UTF-8, and hundredths
     (b"\n\r", 33),
     (range(0x80), 57),  # ASCII punctuation
     (range(0xE0), 35),  # other alphabets
-    (range(0xE4), 72),  # Indic, Thai, kana, wide punctuation
-    (range(0xEA), 62),  # Chinese
+    (range(0xEA), 62),  # Chinese, and scripts near it
     (range(0x100), 84),  # Hangul, wide forms, emoji
 )
 _WEIGHTS_OF_BYTES: Final = bytes(next(weight for row, weight in _TOKEN_WEIGHTS if byte in row) for byte in range(256))
@@ -1705,12 +1699,11 @@ class LengthFilter(Filter):
     """
 
     def __init__(self, limit_tokens: int) -> None:
-        self._limit_tokens = limit_tokens
-        super().__init__()
+        self._limit = 100 * limit_tokens
+        self._reset()
 
     def _reset(self) -> None:
-        self._held = ""
-        self._room = 100 * self._limit_tokens
+        self._room = self._limit
         self.ended = False
 
     def _take_text(self, event: Text) -> list[Event]:
@@ -1748,12 +1741,13 @@ class ToolCallFilter(Filter):
     """
 
     def __init__(self, tools: Sequence[Tool], choice: ToolChoice, parallel: bool, make_id: Callable[[], str]) -> None:
-        self._tools = {tool.name: tool for tool in tools if choice.mode != "named" or tool.name == choice.name}
+        own = {tool.name: tool for tool in tools if choice.mode != "named" or tool.name == choice.name}
+        self._reader = CallReader(own)
         self._demanded = choice.mode in ("required", "named")
         self._parallel = parallel
         self._make_id = make_id
         self._fallback: list[Event] = []  # what there is to show of the first answer, in a retry
-        super().__init__()
+        self._reset()
 
     def _reset(self) -> None:
         self.has_fallback = bool(self.retry_reason)
@@ -1783,49 +1777,46 @@ class ToolCallFilter(Filter):
         if self._demanded and isinstance(event, Thinking):
             self._thoughts.append(event)
             return []
-        held, self._held = ("", self._held) if self._holds else (self._held, "")
-        self._shown += len(held)
-        return [*_texts(held), event]
+        if self._holds:
+            return [event]
+        self._shown += len(self._held)
+        return [*self._flush(), event]
 
     def _finish(self, event: Finished) -> list[Event]:
         text = "".join(self._written)
         is_cut = event.reason != "stop"
         calls = self._find_calls(text, is_cut)
-        shown = self._render(calls, text)
+        good = [call for call in calls if call.name and not (self._demanded and call.wrong)]
+        shown = self._render(good, text)
         is_bad = all(call.wrong for call in calls) and (calls or self._demanded) and not is_cut
         if is_bad and (self._demanded or not self._retried):
             self._fallback = shown
-            none = f"it must call one of {quote_names(self._tools)}, and calls no tool"
+            none = f"it must call one of {self._reader.names}, and calls no tool"
             return self._ask_again("tool_call_failed", calls[0].wrong if calls else none, text)
-        if self.has_fallback and not any(isinstance(one, ToolCall) for one in shown):
+        if self.has_fallback and not good:
             shown, is_cut = self._fallback, is_cut and self._demanded
         reason: FinishReason = "tool_calls" if any(isinstance(one, ToolCall) for one in shown) else "stop"
         return [*shown, event if is_cut else Finished(reason)]
 
     def _find_calls(self, text: str, is_cut: bool) -> list[Call]:
         """The calls in an answer, quoted ones left out. JSON without marks may be the call that is demanded."""
-        reader = CallReader(self._tools)
-        calls = list(reader.find_marked(text, is_cut=is_cut))
+        calls = list(self._reader.find_marked(text, is_cut=is_cut))
         if not calls and self._demanded and not is_cut:
-            calls = [call for call in reader.find_bare(text) if not call.wrong][:1]
+            calls = [call for call in self._reader.find_bare(text) if not call.wrong][:1]
         return [] if _is_quoted(text) and all(call.wrong for call in calls) else calls
 
     def _render(self, calls: Sequence[Call], text: str) -> list[Event]:
         """The calls, with what comes before them; else what was held, as text."""
-        good = [call for call in calls if call.name and not (self._demanded and call.wrong)]
-        if not good:
+        if not calls:
             held = text[self._shown :]
             return [*self._thoughts, *_texts(held if _is_quoted(text) else CALL_MARKUP.sub(" ", held))]
         if not self._parallel:
-            good = [min(good, key=lambda call: bool(call.wrong))]
+            calls = [min(calls, key=lambda call: bool(call.wrong))]
         begin = cast(re.Match[str], _CALL_BEGIN.search(text))
         is_first = self._demanded and not self.has_fallback and begin["mark"]
         before = _texts(text[: begin.start()]) if is_first else []
-        return [
-            *self._thoughts,
-            *before,
-            *(ToolCall(self._make_id(), one.name, encode_json(one.arguments)) for one in good),
-        ]
+        made = (ToolCall(self._make_id(), call.name, encode_json(call.arguments)) for call in calls)
+        return [*self._thoughts, *before, *made]
 
 
 class StopFilter(Filter):
@@ -1837,17 +1828,12 @@ class StopFilter(Filter):
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
         self._starts = re.compile("|".join(re.escape(stop[0]) for stop in stops))
-        self._held = ""
-        super().__init__()
 
     def _reset(self) -> None:
         self.ended = False  # a second answer's text goes on behind what is held
 
     def _take_other(self, event: Event) -> list[Event]:
-        if isinstance(event, (Thinking, SearchHit)):
-            return [event]
-        held, self._held = self._held, ""
-        return [*_texts(held), event]
+        return [event] if isinstance(event, (Thinking, SearchHit)) else [*self._flush(), event]
 
     def _take_text(self, event: Text) -> list[Event]:
         if not self._held and not self._starts.search(event.text):
@@ -1873,7 +1859,6 @@ class StructureFilter(Filter):
     def __init__(self, format: ResponseFormat) -> None:
         self._schema = {"type": "object"} if format.kind == "json_object" else format.schema
         self._events: list[Event] = []
-        super().__init__()
 
     def _reset(self) -> None:
         """Drop what could not be used; where another filter asks again, the second answer goes on behind it."""
