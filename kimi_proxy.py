@@ -1170,7 +1170,7 @@ def find_json(text: str) -> list[Any]:
     return values
 
 
-MAX_CHECK_STEPS: Final = 100_000
+MAX_CHECK_STEPS: Final = 50_000
 _Mistake = tuple[str, Any] | None  # a path, and the keyword that is broken with its limit, or a sentence
 _JSON_TYPES: Final[Mapping[str, Any]] = {
     "string": str, "number": (int, float), "integer": (int, float), "boolean": bool, "null": type(None),
@@ -1266,7 +1266,7 @@ class SchemaCheck:
         """`value` in one of `types`, where nothing is lost; else as it is."""
         other = value
         if isinstance(value, str):
-            self._steps -= len(value) // 100
+            self._steps -= len(value) // 10
             with suppress(ValueError, RecursionError):
                 other = _read_json({"True": "true", "False": "false"}.get(value, value))
         elif isinstance(value, (int, float)) and abs(value) < 1e40:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -186,20 +186,6 @@ def test_any_split_gives_the_same_text_hits_and_numbers(text: str, data: st.Data
     assert joined(run(text, draw_cuts(data, text), hits)) == joined(run(text, [], hits))
 
 
-@pytest.mark.parametrize(
-    "piece", ["<REF>cite", "<REF>cite:", "<", "[", "[^1^]", "\ue3a0", "\U0001f6e0a", "<REF>cite:</REF>", "</REF"]
-)
-@pytest.mark.parametrize("whole", [False, True])
-def test_reading_citations_takes_linear_time(piece: str, whole: bool) -> None:
-    def seconds(size: int) -> float:
-        one = CitationFilter()
-        feed(one, OPENED, A)
-        text = piece * (size // len(piece))
-        return seconds_to_feed(one, [text] if whole else text)
-
-    assert_linear(seconds, 500_000 if whole else 50_000)
-
-
 # Thinking inside the text.
 
 THOUGHTS: dict[str, tuple[str, str, str]] = {
@@ -243,12 +229,6 @@ def test_any_split_gives_the_same_thinking(text: str, data: st.DataObject) -> No
     assert read(draw_cuts(data, text)) == read([])
 
 
-@pytest.mark.parametrize("piece", ["<think>", " ", "a", "<", "</think"])
-def test_reading_thinking_takes_linear_time(piece: str) -> None:
-    assert_linear(lambda size: seconds_to_feed(ThinkFilter(), "<think>" + piece * (size // len(piece))))
-    assert_linear(lambda size: seconds_to_feed(ThinkFilter(), piece * (size // len(piece))))
-
-
 # Marks of URLs, which the prompt has.
 
 MARK = '<url id="" type="url" status="" title="" wc="">'
@@ -279,18 +259,10 @@ def test_urls_are_freed_of_marks(name: str, data: st.DataObject) -> None:
         one.begin_retry()
 
 
-@given(
-    text=st.lists(st.sampled_from([MARK, "</url>", *'<>url /="\n']), max_size=9).map("".join),
-    data=st.data(),
-)
+@given(text=st.lists(st.sampled_from([MARK, "</url>", *'<>url /="\n']), max_size=9).map("".join), data=st.data())
 def test_any_split_gives_the_same_urls(text: str, data: st.DataObject) -> None:
     events = feed(UrlMarkFilter(), *split(text, draw_cuts(data, text)), END)
     assert joined(events) == joined(feed(UrlMarkFilter(), *split(text, []), END))
-
-
-@pytest.mark.parametrize("piece", [MARK, "<url ", "<", "</url>", ' a="'])
-def test_reading_marks_of_urls_takes_linear_time(piece: str) -> None:
-    assert_linear(lambda size: seconds_to_feed(UrlMarkFilter(), "<url " + piece * (size // len(piece))), 20_000)
 
 
 # What the filters below are fed with, and how their output is read.
@@ -360,14 +332,6 @@ def draw_cuts(data: st.DataObject, text: str) -> list[int]:
     return data.draw(st.one_of(st.lists(st.integers(0, len(text)), max_size=6), st.just([*range(len(text))])))
 
 
-def seconds_to_feed(one: Filter, text: Iterable[str]) -> float:
-    """How long a filter takes for a text that comes in these pieces, or character by character, and for its end."""
-    events: list[Event] = [*map(Text, text), CUT]
-    start = time.process_time()
-    feed(one, *events)
-    return time.process_time() - start
-
-
 # Tokens and length.
 
 
@@ -402,31 +366,6 @@ WRITTEN: dict[str, str] = {
         "检查事件。需要注意的是，memory limit 设置得太小会触发 OOMKilled,而 CPU limit 过低只会让进程变慢"
         "。对于 HTTP 接口，可以在 Ingress 里开启 gzip 与 TLS,并把 timeout 调到 60s。最后别忘了给 Prometheus "
         "暴露 /metrics 路径，这样 Grafana 的 dashboard 才能显示 QPS、latency 以及 error rate。"
-    ),
-    "Markdown": (
-        "# 快速开始\n"
-        "\n"
-        "欢迎使用本项目！下面的步骤会帮助你在 **五分钟** 内跑起来。\n"
-        "\n"
-        "## 安装\n"
-        "\n"
-        "1. 克隆仓库：`git clone https://github.com/example/project.git`\n"
-        "2. 安装依赖：`pip install -r requirements.txt`\n"
-        "3. 复制配置：`cp config.example.toml config.toml`\n"
-        "\n"
-        "## 配置\n"
-        "\n"
-        "| 选项 | 默认值 | 说明 |\n"
-        "|------|--------|------|\n"
-        "| `host` | `127.0.0.1` | 监听地址 |\n"
-        "| `port` | `8000` | 监听端口 |\n"
-        "| `debug` | `false` | 是否输出调试日志 |\n"
-        "\n"
-        "> **注意**:修改配置之后需要重启服务，否则不会生效。\n"
-        "\n"
-        "- [x] 支持流式输出\n"
-        "- [ ] 支持多个账号\n"
-        "- [ ] 提供 Docker 镜像\n"
     ),
     "JSON": (
         '{"id": "order-20931", "created": "2024-11-05T08:13:22Z", "customer": {"name": "Li Wei", "email": '
@@ -467,17 +406,6 @@ WRITTEN: dict[str, str] = {
         "        await asyncio.sleep(0.01 * number)\n"
         "        return sum(1 / (i * i) for i in range(1, number + 1))\n"
     ),
-    "tool call": (
-        "<tool_call>\n"
-        '{"name": "search_documents", "arguments": {"query": "季度财报 净利润 同比", "limit": 10, "filters": '
-        '{"year": 2024, "language": "zh"}, "include_snippets": true}}\n'
-        "</tool_call>\n"
-        "<tool_response>\n"
-        '{"name": "search_documents", "content": "[{\\"title\\": \\"2024年第三季度报告\\", \\"url\\": \\"https://example.com/reports/2024q3.pdf\\",'
-        ' \\"score\\": 0.9132}]"}\n'
-        "</tool_response>\n"
-        "根据检索到的第三季度报告，公司净利润同比增长约 12.5%,主要来自云业务。"
-    ),
 }
 
 
@@ -506,16 +434,6 @@ def test_any_split_counts_the_same(text: str, data: st.DataObject) -> None:
 def test_some_counts() -> None:
     assert [estimate_tokens(text) for text in ("", "a", "the house", "2024", "你好", "!")] == [0, 1, 3, 3, 2, 1]
     assert estimate_tokens("a") + estimate_tokens("b") > estimate_tokens("ab")
-
-
-def test_counting_takes_linear_time() -> None:
-    def seconds(size: int) -> float:
-        start = time.process_time()
-        estimate_tokens("中a, " * (10 * size))
-        return time.process_time() - start
-
-    assert_linear(seconds)
-    assert_linear(lambda size: seconds_to_feed(LengthFilter(size), "a b" * (size // 3)), 60_000)
 
 
 @given(text=CHARACTERS, limit=st.integers(0, 20), data=st.data())
@@ -869,17 +787,6 @@ def test_a_cut_answer_has_no_repair_and_no_second_try(reason: FinishReason) -> N
     assert feed(one, Text("second"), last) == [Text("first"), last]
 
 
-@pytest.mark.parametrize(
-    "piece", ["<tool_call", "<", " ", "{", "<tool_call>{", '<tool_call>{"', "\\", "[", f"{GOOD} ", "</tool_call>", BAD]
-)
-def test_reading_calls_takes_linear_time(piece: str) -> None:
-    def seconds(start: str) -> Callable[[int], float]:
-        return lambda size: seconds_to_feed(tool_filter(), start + piece * (size // len(piece)))
-
-    assert_linear(seconds(""))
-    assert_linear(seconds('<tool_call>{"'))
-
-
 # Stop sequences.
 
 
@@ -948,12 +855,6 @@ def test_what_a_stop_filter_holds_follows_at_the_end() -> None:
 def test_stop_sequences_that_a_pattern_would_mistake() -> None:
     for stop in ("]", "^", "\\", "-", "a-z", "[", ".*", "\n\n"):
         assert feed(StopFilter([stop]), Text(f"x{stop}y")) == [Text("x"), Finished("stop", stop)]
-
-
-@pytest.mark.parametrize("text", ["a", "ab", "x"])
-def test_stopping_takes_linear_time(text: str) -> None:
-    stops = ["a" * 100 + "b", "a" * 50 + "c", "ab" * 50 + "c", "b" * 90 + "a"]
-    assert_linear(lambda size: seconds_to_feed(StopFilter(stops), text * (size // len(text))), 5_000)
 
 
 # Structured output.
@@ -1148,3 +1049,49 @@ def test_a_second_try_has_one_end_only() -> None:
     chain.begin_retry()
     assert chain.feed([OPENED, Text("one two three four"), END]) == [Text("no"), CUT]
     assert chain.feed([Text("five"), END]) == []
+
+
+# Time. Each row: a filter, what the text begins with, pieces that are repeated, and how long the text is.
+
+LINEAR: list[tuple[Callable[[], Filter], str, list[str], int]] = [
+    (CitationFilter, "", ["<REF>cite", "<REF>cite:", "<", "[", "[^1^]", "\ue3a0", "\U0001f6e0a", "</REF"], 50_000),
+    (ThinkFilter, "<think>", ["<think>", " ", "a", "<", "</think"], 50_000),
+    (ThinkFilter, "", [" ", "<"], 50_000),
+    (UrlMarkFilter, "<url ", [MARK, "<url ", "<", "</url>", ' a="'], 20_000),
+    (lambda: LengthFilter(10**9), "", ["a b", "中"], 60_000),
+    (lambda: LengthFilter(1_000), "", ["a b", "中"], 60_000),
+    (tool_filter, "", ["<tool_call", "<", " ", "{", "<tool_call>{", "[", f"{GOOD} ", "</tool_call>", BAD], 50_000),
+    (tool_filter, '<tool_call>{"', ["{", '"', "\\", "<tool_call>", "</tool_call>"], 50_000),
+    (lambda: StopFilter(["a" * 100 + "b", "a" * 50 + "c", "ab" * 50 + "c"]), "", ["a", "ab", "x"], 5_000),
+    (lambda: StructureFilter(PERSON), "", ["{", "[1]", '{"age": "x"}', '"', "```"], 50_000),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "start", "piece", "size"),
+    [(make, start, piece, size) for make, start, pieces, size in LINEAR for piece in pieces],
+)
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_text_twice_as_long_takes_twice_the_time(
+    make: Callable[[], Filter], start: str, piece: str, size: int, whole: bool
+) -> None:
+    def seconds(size: int) -> float:
+        text = start + piece * (size // len(piece))
+        return seconds_to_feed(make(), [A, *map(Text, [text] if whole else text), CUT])
+
+    assert_linear(seconds, size)
+
+
+def test_many_hits_and_citations_take_linear_time() -> None:
+    def seconds(size: int) -> float:
+        hits = [SearchHit("A", f"https://aa.cd/{number}", f"s:1#{number}") for number in range(size)]
+        texts = [Text(f"[^{number % 9999}^]{mark(f's:1#{number}')}") for number in range(size)]
+        return seconds_to_feed(CitationFilter(), [*hits, *texts, END])
+
+    assert_linear(seconds, 4_000)
+
+
+def seconds_to_feed(one: Filter, events: list[Event]) -> float:
+    start = time.process_time()
+    one.feed(events)
+    return time.process_time() - start
