@@ -5564,7 +5564,8 @@ class Access:
         name = _name_of(host)
         if name not in self._names and _read_address(name) is None:
             raise ProxyError("host_denied", f"Host {quote_words(name)[:100] or '(none)'}")
-        if origin is not None and not self.allows_origin(origin):
+        is_own = origin is not None and origin.partition("://")[2] == host  # the page at `/`
+        if origin is not None and not is_own and not self.allows_origin(origin):
             raise ProxyError("origin_denied", f"Origin {quote_words(origin)[:100]}")
 
     def check_key(self, key: str) -> str:
@@ -5594,9 +5595,190 @@ KNOWN_PATHS: Final = (
     "POST /v1/chat/completions, /v1/messages, /v1/responses and /v1/completions, GET /v1/models, POST and GET "
     "/v1/files, GET /health, GET /metrics, GET /ping, GET /"
 )
-PAGE: Final = f"""<!doctype html><meta charset="utf-8"><title>kimi_proxy</title><h1>kimi_proxy {__version__}</h1>
-<p>Base URL: this address with <code>/v1</code>. API key: what its owner gave you, or a Kimi refresh token.</p>"""
 BODY_ERRORS: Final = (web.RequestPayloadError, aiohttp.ClientPayloadError, HttpProcessingError)
+
+_STYLE: Final = """
+:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
+body { max-width: 46rem; margin: 0 auto; padding: 0 1rem 3rem }
+h1 small { font-size: 1rem; font-weight: normal; opacity: .7 }
+section { border-top: 1px solid #8886; margin-top: 1.5rem }
+input, select, textarea, button { font: inherit; padding: .4rem .6rem; max-width: 100%; box-sizing: border-box }
+#key, #question { width: 100% }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #8882; padding: .7rem; margin: .5rem 0 }
+.row { display: flex; flex-wrap: wrap; gap: .6rem; align-items: center; margin: .6rem 0 }
+.bad { color: #c62828 } .good { color: #2e7d32 }
+@media (prefers-color-scheme: dark) { .bad { color: #ff8a80 } .good { color: #a5d6a7 } }
+[hidden] { display: none !important }
+"""
+_SCRIPT: Final = r"""
+const $ = id => document.getElementById(id);
+const base = location.origin;
+const settings = {
+  "OpenAI compatible": `Base URL: ${base}/v1\nAPI key: KEY\nModel: kimi`,
+  "curl": `curl ${base}/v1/chat/completions \\\n` +
+    `  -H "Authorization: Bearer KEY" -H "Content-Type: application/json" \\\n` +
+    `  -d '{"model": "kimi", "messages": [{"role": "user", "content": "Say hello."}]}'`,
+  "Python": `import openai\n\nclient = openai.OpenAI(base_url="${base}/v1", api_key="KEY")\n` +
+    `question = [{"role": "user", "content": "Say hello."}]\n` +
+    `print(client.chat.completions.create(model="kimi", messages=question).choices[0].message.content)`,
+  "Claude Code": `export ANTHROPIC_BASE_URL="${base}"\nexport ANTHROPIC_AUTH_TOKEN="KEY"\n` +
+    `export ANTHROPIC_MODEL="kimi"\nclaude`,
+  "Codex CLI": `# ~/.codex/config.toml; then: export KIMI_KEY="KEY" and codex\nmodel = "kimi"\n` +
+    `model_provider = "kimi_proxy"\n\n[model_providers.kimi_proxy]\nname = "kimi_proxy"\n` +
+    `base_url = "${base}/v1"\nenv_key = "KIMI_KEY"\nwire_api = "responses"`,
+  "Open WebUI": `Admin Settings, Connections, OpenAI API\nURL: ${base}/v1\nKey: KEY\nModel: kimi-search`,
+};
+let running = null;
+
+function add(parent, name, text, href) {
+  const element = parent.appendChild(document.createElement(name));
+  element.textContent = text;
+  if (href && /^https?:/.test(href)) Object.assign(element, {href, target: "_blank", rel: "noopener noreferrer"});
+  return element;
+}
+
+async function call(path, options = {}) {
+  const key = $("key").value.trim();
+  if (/[^ -~]/.test(key)) throw new Error("The key has characters that no key has: copy it once more.");
+  const headers = {...(key && {Authorization: `Bearer ${key}`}), ...options.headers};
+  const response = await fetch(path, {...options, headers});
+  if (response.ok) return response;
+  const text = await response.text();
+  let value = {};
+  try { value = JSON.parse(text); } catch { value = {error: {message: text.slice(0, 200)}}; }
+  if (!value.error) return {json: () => value};
+  throw new Error(value.error.message || `HTTP ${response.status}`);
+}
+
+async function check() {
+  $("accounts").replaceChildren();
+  $("checked").className = "";
+  $("checked").textContent = "Asking Kimi …";
+  try {
+    const state = await (await call("/health?accounts")).json();
+    $("status").textContent = `Version ${state.version}, up for ${state.uptime_seconds} s, answers running: ` +
+      `${state.answers_running}. ` + (state.holds_account ? "This proxy holds an account." : "Bring your own token.");
+    for (const one of state.accounts) {
+      const words = one.live ? "lives" : `does not work: ${one.message}`;
+      add($("accounts"), "li", `Account ${one.account} at ${one.service} (${one.protocol}) ${words}`)
+        .className = one.live ? "good" : "bad";
+    }
+    const models = state.accounts.some(one => one.live) ? await (await call("/v1/models")).json() : {data: []};
+    const names = models.data.map(one => one.id).filter(id => !id.endsWith("-search"));
+    $("model").replaceChildren();
+    for (const name of names.length ? names : ["kimi"]) add($("model"), "option", name);
+    $("checked").textContent = names.length ? `Models: ${names.join(", ")}` : "Enter your token, then Check.";
+    sessionStorage.setItem("key", $("key").value);
+  } catch (error) {
+    $("checked").className = "bad";
+    $("checked").textContent = error.message;
+  }
+}
+
+function readFile(file) {
+  return new Promise((resolve, reject) => {
+    const reader = Object.assign(new FileReader(), {onload: () => resolve(reader.result), onerror: reject});
+    reader.readAsDataURL(file);
+  });
+}
+
+function showSources(annotations) {
+  const cited = new Map(annotations.map(one => [one.url_citation.url, one.url_citation.title]));
+  for (const [url, title] of cited) add(add($("sources"), "li", ""), "a", title || url, url);
+}
+
+async function ask() {
+  running = new AbortController();
+  for (const id of ["thinking", "answer", "failure"]) $(id).textContent = "";
+  $("sources").replaceChildren();
+  $("ask").hidden = $("thought").hidden = true;
+  $("stop").hidden = false;
+  try {
+    const content = [{type: "text", text: $("question").value}];
+    for (const file of $("file").files) {
+      const url = await readFile(file);
+      content.push(file.type.startsWith("image/") ? {type: "image_url", image_url: {url}}
+        : {type: "file", file: {filename: file.name, file_data: url}});
+    }
+    const body = {model: `${$("model").value || "kimi"}-silent`, stream: true, use_search: $("search").checked,
+      messages: [{role: "user", content}]};
+    const response = await call("/v1/chat/completions", {method: "POST", body: JSON.stringify(body),
+      headers: {"Content-Type": "application/json"}, signal: running.signal});
+    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+    for (let rest = "", piece; !(piece = await reader.read()).done;) {
+      const lines = (rest + piece.value).split("\n");
+      rest = lines.pop();
+      for (const line of lines) {
+        if (!line.startsWith("data: {")) continue;
+        const chunk = JSON.parse(line.slice(6));
+        if (chunk.error) throw new Error(chunk.error.message);
+        const delta = chunk.choices[0]?.delta ?? {};
+        $("thinking").append(delta.reasoning_content ?? "");
+        $("thought").hidden = !$("thinking").textContent;
+        $("answer").append(delta.content ?? "");
+        showSources(delta.annotations ?? []);
+      }
+    }
+  } catch (error) {
+    $("failure").textContent = error.name === "AbortError" ? "Stopped." : error.message;
+  }
+  $("ask").hidden = false;
+  $("stop").hidden = true;
+}
+
+async function copy() {
+  const done = navigator.clipboard ? navigator.clipboard.writeText($("setting").textContent) : Promise.reject();
+  await done.catch(() => { getSelection().selectAllChildren($("setting")); document.execCommand("copy"); });
+  $("copied").textContent = "copied";
+}
+
+function choose() {
+  $("setting").textContent = settings[$("program").value];
+  $("copied").textContent = "";
+}
+
+for (const name of Object.keys(settings)) add($("program"), "option", name);
+$("key").value = sessionStorage.getItem("key") || "";
+$("check").onsubmit = event => { event.preventDefault(); check(); };
+$("try").onsubmit = event => { event.preventDefault(); ask(); };
+$("stop").onclick = () => running.abort();
+$("program").onchange = choose;
+$("copy").onclick = copy;
+choose();
+check();
+"""
+_START_PAGE: Final = f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>kimi_proxy</title><style>{_STYLE}</style>
+<h1>kimi_proxy <small id="status"></small></h1>
+<section><h2>Account</h2>
+<form id="check"><label for="key">Key of this proxy, or your Kimi refresh token. It stays in this tab.</label>
+<input id="key" type="password" autocomplete="off"><div class="row"><button>Check</button></div></form>
+<ul id="accounts"></ul><p id="checked"></p></section>
+<section><h2>Try it</h2><form id="try"><textarea id="question" rows="3" required aria-label="Question"></textarea>
+<div class="row"><select id="model" aria-label="Model"></select>
+<label><input id="search" type="checkbox"> search the web</label><input id="file" type="file" aria-label="File"></div>
+<div class="row"><button id="ask">Ask</button><button id="stop" type="button" hidden>Stop</button></div></form>
+<details id="thought" hidden><summary>Thinking</summary><pre id="thinking"></pre></details>
+<pre id="answer"></pre><p id="failure" class="bad"></p><ol id="sources"></ol></section>
+<section><h2>Connect a program</h2><div class="row"><select id="program" aria-label="Program"></select>
+<button id="copy">Copy</button><span id="copied"></span></div><pre id="setting"></pre></section>
+<script>{_SCRIPT}</script></html>
+"""
+
+
+def _hash_inline(text: str) -> str:
+    """The source expression that allows an inline script or style (Content Security Policy, section 2.3.1)."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+_START_PAGE_HEADERS: Final = {
+    "Content-Type": "text/html; charset=utf-8",
+    "Content-Security-Policy": f"default-src 'none'; connect-src 'self'; script-src {_hash_inline(_SCRIPT)}; "
+    f"style-src {_hash_inline(_STYLE)}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -5618,6 +5800,7 @@ class State:
     body_bytes: int = 0
     draining: bool = False  # balancers are told
     closing: bool = False  # every response closes its connection
+    started: float = field(default_factory=time.monotonic)
 
 
 @dataclass(slots=True)
@@ -5950,10 +6133,36 @@ async def _token_check(request: web.Request) -> web.StreamResponse:
 
 
 async def _health(request: web.Request) -> web.StreamResponse:
-    """Whether it lives, and whether it should be sent requests: not while it shuts down."""
-    if not request.app[STATE].draining:
-        return json_response({"live": True, "ready": True})
-    return json_response({"live": True, "ready": False}, 503, FAILURES["shutting_down"].retry_after_seconds)
+    """Whether it lives, and whether it should be sent requests: not while it shuts down.
+
+    With `?accounts` also what the page at `/` shows: each account is asked, and where none of those held lives, the
+    status is 503.
+    """
+    state = request.app[STATE]
+    health: dict[str, Any] = {"live": True, "ready": not state.draining}
+    is_good = not state.draining
+    if "accounts" in request.query:
+        uptime = int(time.monotonic() - state.started)
+        health |= {"version": __version__, "uptime_seconds": uptime, "answers_running": state.answers_running}
+        asks = state.access.holds or bool(read_credential(request))
+        accounts = [await _describe_account(state.gateway, one) for one in find_accounts(request)] if asks else []
+        health |= {"holds_account": state.access.holds, "accounts": accounts}
+        is_good = is_good and (not state.access.holds or any(one["live"] for one in accounts))
+    return (
+        json_response(health) if is_good else json_response(health, 503, FAILURES["shutting_down"].retry_after_seconds)
+    )
+
+
+async def _describe_account(gateway: Gateway, account: Account) -> dict[str, Any]:
+    """Whether an account lives, or why not, and where and by which protocol it is asked."""
+    failure: dict[str, Any] = {}
+    try:
+        await gateway.accounts.access_token(account)
+    except ProxyError as error:
+        failure = {"code": error.code, "message": error.message}
+    protocol = gateway.protocol_of(account)
+    service = URL(protocol.base_url_for(account)).host
+    return {"account": account.label, "service": service, "protocol": protocol.name, "live": not failure, **failure}
 
 
 async def _metrics(request: web.Request) -> web.StreamResponse:
@@ -5968,8 +6177,12 @@ async def _metrics(request: web.Request) -> web.StreamResponse:
     return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
 
-async def _text(text: str, request: web.Request) -> web.StreamResponse:
-    return web.Response(text=text, content_type="text/html" if text.startswith("<") else "text/plain")
+async def _ping(request: web.Request) -> web.StreamResponse:
+    return web.Response(text="pong")
+
+
+async def _page(request: web.Request) -> web.StreamResponse:
+    return web.Response(body=_START_PAGE.encode(), headers=_START_PAGE_HEADERS)
 
 
 def json_response(value: object, status: int = 200, retry_after_seconds: float = 0) -> web.Response:
@@ -6037,7 +6250,11 @@ async def error_middleware(request: web.Request, handler: Handler) -> web.Stream
 
 def _check_access(request: web.Request) -> bool:
     """Whether this is a browser's preflight. Raises `ProxyError` for a web page, or a client, that may not call."""
-    access, headers, is_open = request.app[STATE].access, request.headers, request.path in OPEN_PATHS
+    access, headers, is_open = (
+        request.app[STATE].access,
+        request.headers,
+        request.path in OPEN_PATHS and "accounts" not in request.query,
+    )
     hosts, origin = headers.getall("Host", []), headers.get("Origin")
     access.check_page(hosts[0] if len(hosts) == 1 else "", origin)
     if "://" in request.raw_path.partition("?")[0]:  # an absolute-form target (RFC 9112, section 3.2.2) has a name too
@@ -6150,10 +6367,10 @@ def make_app(settings: Settings, hosts: Sequence[str] = ()) -> web.Application:
             web.delete("/v1/files/{id}", _files),
             web.get("/v1/files/{id}/content", _files),
             web.post("/token/check", _token_check),
-            web.get("/ping", partial(_text, "pong")),
+            web.get("/ping", _ping),
             web.get("/health", _health),
             web.get("/metrics", _metrics),
-            web.get("/", partial(_text, PAGE)),
+            web.get("/", _page),
         ]
     )
     return app

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -323,3 +324,42 @@ def test_a_held_token_that_is_none_is_told_by_its_looks(pasted: str) -> None:
     with pytest.raises(SettingsError) as caught:
         Access(Settings(refresh_token=pasted), {})
     assert "looks like" in str(caught.value) and "Local Storage" in str(caught.value)
+
+
+async def test_the_page_may_call_the_proxy_that_served_it_and_no_other_port(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession
+) -> None:
+    proxy = await start_proxy(refresh_token=simulator.token("hello"), allowed_hosts=("proxy.example",))
+    for host, origin, status in (
+        ("proxy.example:8000", "http://proxy.example:8000", 200),
+        ("proxy.example", "https://proxy.example", 200),
+        ("proxy.example:8000", "http://proxy.example:9000", 403),
+        ("evil.example", "http://evil.example", 403),
+    ):
+        headers = {"Host": host, "Origin": origin}
+        async with http.get(f"{proxy}/health?accounts", headers=headers) as response:
+            assert response.status == status
+
+
+async def test_health_of_the_accounts_needs_a_key_and_says_which_live(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession
+) -> None:
+    living, dead = simulator.token("hello"), simulator.token("hello", "status=refresh:401")
+    for tokens, key, status, lives in (
+        (living, "", 401, None),
+        (f"{living},{dead}", "sesame", 200, [True, False]),
+        (dead, "sesame", 503, [False]),
+    ):
+        proxy = await start_proxy(refresh_token=tokens, api_keys="me:sesame")
+        async with http.get(f"{proxy}/health?accounts", headers=bearer(key) if key else {}) as response:
+            health = await response.json()
+        assert response.status == status
+        assert lives is None or [one["live"] for one in health["accounts"]] == lives
+        assert all(one["live"] or one["code"] == "token_dead" for one in health.get("accounts", ()))
+        assert not any(token in json.dumps(health) for token in (living, dead))
+    proxy = await start_proxy()
+    for headers, lives in (({}, []), (bearer(living), [True]), (bearer(dead), [False])):
+        async with http.get(f"{proxy}/health?accounts", headers=headers) as response:
+            health = await response.json()
+            assert (response.status, health["holds_account"]) == (200, False)
+            assert [one["live"] for one in health["accounts"]] == lives

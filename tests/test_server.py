@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import gzip
+import hashlib
 import io
 import json
 import re
@@ -894,3 +896,18 @@ async def test_more_answers_of_one_account_than_there_may_be_are_a_429(
     assert (status, answer["error"]["code"]) == (429, "queue_full") and "Retry-After" in headers
     assert (await ask(http, proxy, simulator.token("hello")))[0] == 200
     assert (await running)[0] == 200
+
+
+async def test_the_page_runs_its_own_script_and_nothing_else(
+    start_proxy: StartProxy, http: aiohttp.ClientSession
+) -> None:
+    async with http.get(await start_proxy()) as response:
+        page, policy = await response.text(), response.headers["Content-Security-Policy"]
+        assert (response.status, response.content_type) == (200, "text/html")
+    for name in ("script", "style"):
+        (inline,) = re.findall(rf"<{name}>(.*?)</{name}>", page, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
+        assert f"{name}-src 'sha256-{digest}'" in policy
+    assert policy.startswith("default-src 'none'; connect-src 'self'; ") and "unsafe" not in policy
+    assert not re.search(r"""(?:src|href)=["']|innerHTML|\son[a-z]+=["']""", page)
+    assert page.count("\n") <= 200
