@@ -1944,77 +1944,72 @@ class Chain:
 
 # ==== 10. Requests ==========================================================
 #
-# What a client sent, checked and made neutral. All APIs share one reader of messages, parts, calls and tools, which
-# takes every API's spelling, since programs mix them. Unknown fields are ignored; a wrong type in a known one is an
-# error that names the field: `ProxyError` `invalid_request` with its `param`, or `invalid_json` for the whole body.
+# What a client sent, checked and made neutral. All APIs share one reader, which takes every API's spelling, since
+# programs mix them. Unknown fields are ignored; a wrong type in a known one is a `ProxyError` that names it.
 
-MAX_ATTACHMENTS: Final = 20
+# What one request may have, so that it keeps no other client waiting.
+LIMITS: Final[Mapping[str, int]] = {
+    "levels of JSON": 100,
+    "values in all": 500_000,
+    "entries": 10_000,  # of one list or object
+    "digits": 40,
+    "characters of a name or id": 256,
+    "characters of text": 4_000_000,  # more than the service takes
+    "stop sequences": 16,
+    "characters of a stop sequence": 1000,
+    "files and pictures in a message": 20,
+}
 MAX_MARKED_URLS: Final = 100
-MAX_STOPS: Final = 16
-MAX_STOP_LENGTH: Final = 1000
-MAX_DEPTH: Final = 100  # levels of JSON in a body
 NEW_CONVERSATION: Final = "new"
 RESULT_ROLES: Final = ("tool", "function")
 _KINDS: Final[Mapping[type, str]] = {str: "a string", list: "a list", dict: "an object", bool: "true or false"}
-_FUNCTION_NAME: Final = re.compile(r"[^\s\x00-\x1f<>\"{}]{1,128}")
+_FUNCTION_NAME: Final = re.compile(r"[^\s\x00-\x1f<>\"{}]{1,256}")
 _LOADED_TOOL: Final = re.compile(r"^The tool (\S+) can be called now\.$", re.MULTILINE)
 AttachmentKind = Literal["file", "image"]
+Result = TypeVar("Result")
 FindItem = Callable[[str], Mapping[str, Any] | None]  # gives an item of an earlier answer by its id
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Attachment:
-    """A file or picture in a message: at a `url`, uploaded as `file_id`, or the base64 in `data` from `start` on.
+    """A file or picture: at a `url`, uploaded as `file_id`, or the base64 in `data` from `start` on.
 
-    `path` names it in an error. `uploaded` by an earlier answer: the account's digest, the protocol, the service's id.
+    `uploaded` with an earlier answer: the account's digest, the protocol, the service's id.
     """
 
     kind: AttachmentKind
     path: str = field(compare=False)
-    url: str = field(default="", repr=False)
-    data: str = field(default="", repr=False)
-    start: int = field(default=0, repr=False)
-    name: str = field(default="", repr=False)
-    content_type: str = field(default="", repr=False)
-    file_id: str = field(default="", repr=False)
-    uploaded: tuple[bytes, str, str] | None = field(default=None, repr=False)
+    url: str = ""
+    data: str = ""
+    start: int = 0
+    name: str = ""
+    content_type: str = ""
+    file_id: str = ""
+    uploaded: tuple[bytes, str, str] | None = None
 
     @property
     def inline_bytes(self) -> int:
-        """At least how many bytes are inline: base64 has 4 characters for 3, and up to a tenth may be line ends."""
+        """At least how many bytes are inline; up to a tenth of the base64 may be line ends."""
         return (len(self.data) - self.start) * 27 // 40
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Message:
-    """One message of the conversation: its text parts, one a line, what is attached to it, and the calls it makes.
-
-    With a role of `RESULT_ROLES` it is the result of the call `tool_call_id` of `tool_name`, where the client says so.
-    """
+    """One message, or with one of `RESULT_ROLES` the result of the call `tool_call_id` of `tool_name`, if known."""
 
     role: str
-    text: str = field(repr=False)
+    text: str
     attachments: tuple[Attachment, ...] = ()
     calls: tuple[ToolCall, ...] = ()
-    tool_call_id: str = field(default="", repr=False)
-    tool_name: str = field(default="", repr=False)
+    tool_call_id: str = ""
+    tool_name: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class ResponsesOptions:
-    """What the Responses API has beside a chat. `store`: whether the answer may be kept; `echo`: what it repeats."""
-
-    previous_response_id: str
-    store: bool
-    echo: Mapping[str, Any] = field(repr=False)
-    instructions: str = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class ChatRequest:
-    """A chat that a client asks for, by any API. `use_search` is None where neither the request nor its model says.
+    """A chat that a client asks for, by any API. `use_search` is None where it does not say.
 
-    `conversation_id`: `new` opens a conversation that is kept, an id continues one. `left_out`: names of the tools that
+    `conversation_id`: `new` opens a conversation that is kept, an id continues one. `left_out`: names of tools that
     nobody here can run. `effort` of thinking: the client's word, or `none` or `enabled` where it is only switched.
     """
 
@@ -2033,101 +2028,134 @@ class ChatRequest:
     left_out: tuple[str, ...] = ()
     effort: str = ""
     legacy_functions: bool = False
-    responses: ResponsesOptions | None = None
+    instructions: str = ""
+    previous_response_id: str = ""
+    store: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a person asks, not a program."""
+        return not (self.tools or self.left_out or self.response_format)
+
+    @property
+    def continues(self) -> bool:
+        """Whether the conversation exists."""
+        return self.conversation_id not in ("", NEW_CONVERSATION)
+
+    @property
+    def sent_messages(self) -> tuple[Message, ...]:
+        """All messages; in a conversation that exists only the last, or the last results of tools."""
+        first = len(self.messages) - 1 if self.continues else 0
+        while first and self.messages[first].role == self.messages[first - 1].role == "tool":
+            first -= 1
+        return self.messages[first:]
 
     @property
     def attachments(self) -> list[Attachment]:
         """What is attached to the messages that the service is sent."""
         return [attachment for message in self.sent_messages for attachment in message.attachments]
 
-    @property
-    def sent_messages(self) -> tuple[Message, ...]:
-        """All messages; in a conversation that exists the last alone, with the other results of tools before it."""
-        if self.conversation_id in ("", NEW_CONVERSATION):
-            return self.messages
-        first = len(self.messages) - 1
-        while first and self.messages[first].role == self.messages[first - 1].role == "tool":
-            first -= 1
-        return self.messages[first:]
 
-    @property
-    def own_messages(self) -> tuple[Message, ...]:
-        """The messages that a later turn is given again: all but `instructions`, which are for one answer."""
-        return self.messages[1:] if self.responses is not None and self.responses.instructions else self.messages
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, repr=False)
 class Node:
     """A JSON value in a request and the path that names it in an error."""
 
-    value: Any = field(repr=False)
-    path: str
+    value: Any
+    path: str = ""
+
+    def __getitem__(self, key: str | int) -> Node:
+        if isinstance(key, int):
+            return Node(self.value[key], f"{self.path}[{key}]")
+        return Node(self.value.get(key), f"{self.path}.{key}" if self.path else key)
+
+    def __contains__(self, name: str) -> bool:
+        return self.value.get(name) is not None
+
+    def first(self, *names: str) -> Node:
+        """The first of these fields that is there, else the last."""
+        return self[next((name for name in names if name in self), names[-1])]
 
     def invalid_param(self, reason: str) -> ProxyError:
         """The error of a client whose value here is wrong."""
-        return ProxyError("invalid_request", f"{self.path}: {reason}", param=self.path)
+        path = self.path[:200]
+        return ProxyError("invalid_request", f"{path or 'the body'}: {reason}", param=path)
 
-    def __getitem__(self, name: str) -> Node:
-        return Node(self.value.get(name), f"{self.path}.{name}" if self.path else name)
+    def check(self, count: int, unit: str) -> None:
+        """Raise `ProxyError` for more of a unit than `LIMITS` has."""
+        if count > LIMITS[unit]:
+            raise self.invalid_param(f"at most {LIMITS[unit]} {unit}")
 
-    def has(self, name: str) -> bool:
-        """Whether the object has this field, and not as null."""
-        return self.value.get(name) is not None
+    def read(self, kind: type[Result], default: Result) -> Result:
+        """The value, `default` where it is missing or null. Raises `ProxyError` for another type."""
+        if self.value is not None and not isinstance(self.value, kind):
+            raise self.invalid_param(f"must be {_KINDS[kind]}")
+        return default if self.value is None else self.value
 
-    def get_field(self, name: str, kind: type, default: Any = None) -> Any:
-        """The value of a field, or `default` where it is missing or null. Raises `ProxyError` for another type."""
-        found = self.value.get(name)
-        if found is not None and not isinstance(found, kind):
-            raise self[name].invalid_param(f"must be {_KINDS[kind]}")
-        return default if found is None else found
+    @property
+    def text(self) -> str:
+        """The string, empty where it is missing."""
+        return self.read(str, "")
 
-    def get_text(self, name: str) -> str:
-        """The string in a field, an empty one where it is missing."""
-        return str(self.get_field(name, str, ""))
+    @property
+    def word(self) -> str:
+        """The string, which is short: a name or an id."""
+        self.check(len(self.text), "characters of a name or id")
+        return self.text
 
-    def get_object(self, name: str) -> Node:
-        """The object in a field, an empty one where it is missing."""
-        return Node(self.get_field(name, dict, {}), self[name].path)
+    @property
+    def object(self) -> Node:
+        """The object, an empty one where it is missing."""
+        return Node(self.read(dict, {}), self.path)
 
-    def get_items(self, name: str) -> list[Node]:
-        """The objects of the list in a field."""
-        path = self[name].path
-        items = [Node(item, f"{path}[{index}]") for index, item in enumerate(self.get_field(name, list, []))]
+    @property
+    def objects(self) -> list[Node]:
+        """The objects of the list."""
+        items = [Node(one, f"{self.path}[{index}]") for index, one in enumerate(self.read(list, []))]
         if wrong := [item for item in items if not isinstance(item.value, dict)]:
             raise wrong[0].invalid_param("must be an object")
         return items
 
 
 def _parse_body(body: bytes | bytearray) -> Node:
-    """The JSON object in a body; half of a surrogate pair becomes U+FFFD. Raises `ProxyError` `invalid_json`."""
-    data = body[3:] if body.startswith(codecs.BOM_UTF8) else body
+    """The JSON object in a body; half of a surrogate pair becomes U+FFFD."""
+    data = body.removeprefix(codecs.BOM_UTF8)
     try:
         try:
             value = parse_json(data)
-        except WireError:  # for half of a surrogate pair there is a second way
-            value = parse_json(
-                join_surrogates(json.dumps(parse_json(data, surrogates=True), ensure_ascii=False)).encode()
-            )
-    except (WireError, ValueError, RecursionError) as error:
+        except WireError:
+            text = json.dumps(parse_json(data, surrogates=True), ensure_ascii=False)
+            value = parse_json(join_surrogates(text).encode())
+    except (WireError, RecursionError) as error:
         raise ProxyError("invalid_json", f"the body: {error}") from None
-    level: list[Any] = [value]
-    depth = 0
-    while level and depth < MAX_DEPTH:
-        depth += 1
-        if any(isinstance(one, float) and not isfinite(one) for one in level):
-            raise ProxyError("invalid_json", "the body: a number is too large")
-        inner = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
-        level = [child for children in inner for child in children]
-    if level or not isinstance(value, dict):
-        raise ProxyError("invalid_json", f"the body must be a JSON object of at most {MAX_DEPTH} levels")
-    return Node(value, "")
+    if not isinstance(value, dict):
+        raise ProxyError("invalid_json", "the body must be a JSON object")
+    root = Node(value)
+    level, depth, count = [root], 0, 0
+    while level:
+        depth, count = depth + 1, count + sum(len(node.value) for node in level)
+        level[0].check(depth, "levels of JSON")
+        root.check(count, "values in all")
+        level = [inner for node in level for inner in _check_values(node)]
+    return root
+
+
+def _check_values(node: Node) -> Iterator[Node]:
+    """The objects and lists in one whose numbers are within `LIMITS`."""
+    node.check(len(node.value), "entries")
+    for key, value in node.value.items() if isinstance(node.value, dict) else enumerate(node.value):
+        if isinstance(value, dict | list):
+            yield node[key]
+        elif isinstance(value, float) and not isfinite(value):
+            raise node[key].invalid_param("the number is too large")
+        elif isinstance(value, int):
+            node[key].check(len(str(abs(value))), "digits")
 
 
 def parse_chat_request(body: bytes | bytearray) -> ChatRequest:
     """The request in the body of `POST /v1/chat/completions` (OpenAI API reference, "Create chat completion")."""
     root = _parse_body(body)
-    request = _make_request(root, "messages", _parse_items(_get_items(root, "messages")))
-    return replace(request, conversation_id=root.get_text("conversation_id"))
+    request = _make_request(root, "messages", _parse_items(_get_items(root["messages"])))
+    return replace(request, conversation_id=root["conversation_id"].word)
 
 
 def parse_completion_request(body: bytes | bytearray) -> ChatRequest:
@@ -2136,161 +2164,157 @@ def parse_completion_request(body: bytes | bytearray) -> ChatRequest:
     prompt = root.value.get("prompt")
     prompt = prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt
     if not isinstance(prompt, str) or not prompt:
-        raise root["prompt"].invalid_param("must be one text; several, and numbers of tokens, are not known here")
+        raise root["prompt"].invalid_param("must be one text")
     return _make_request(root, "prompt", [Message("user", prompt)])
 
 
 def parse_messages_request(body: bytes | bytearray) -> ChatRequest:
     """The request in the body of `POST /v1/messages` (Anthropic API reference, "Create a Message")."""
     root = _parse_body(body)
-    nodes = _get_items(root, "messages")
-    last = max((index for index, node in enumerate(nodes) if node.get_text("role") in ("", "user", "tool")), default=0)
-    # What the system says after the user's last turn is moved before it: the model answers what it reads last.
-    ordered = [*nodes[:last], *sorted(nodes[last:], key=lambda node: node.get_text("role") != "system")]
-    request = _make_request(root, "messages", _parse_items(ordered))
+    nodes = _get_items(root["messages"])
+    last = max((index for index, node in enumerate(nodes) if node["role"].text in ("", "user", "tool")), default=0)
+    # The model answers what it reads last: what the system says after the user's last turn is moved before it.
+    ordered = [*nodes[:last], *sorted(nodes[last:], key=lambda node: node["role"].text != "system")]
     system = _make_message("system", _parse_content(root["system"], "history"))
-    return replace(request, messages=(system, *request.messages)) if system.text else request
+    return _make_request(root, "messages", _parse_items(ordered), system.text)
 
 
 def parse_responses_request(body: bytes | bytearray, find_item: FindItem = lambda item_id: None) -> ChatRequest:
     """The request in the body of `POST /v1/responses` (OpenAI API reference, "Create a model response")."""
     root = _parse_body(body)
-    if root.has("conversation"):
+    if "conversation" in root:
         raise root["conversation"].invalid_param("is not known here: use previous_response_id, or send all items")
-    items = _get_items(root, "input", find_item)
-    tools = [tool for item in items if item.get_text("type") in _TOOL_KINDS for tool in item.get_items("tools")]
-    request = _make_request(root, "input", _parse_items(items), tools)
-    previous, instructions = root.get_text("previous_response_id"), root.get_text("instructions")
-    echo: dict[str, Any] = {
-        "instructions": instructions or None,
-        "max_output_tokens": request.max_tokens,
-        "parallel_tool_calls": request.parallel_tool_calls,
-        "previous_response_id": previous or None,
-        "tool_choice": "auto",
-        "tools": [],
-    }
-    options = ResponsesOptions(previous, root.get_field("store", bool, True), echo, instructions)
-    before = [Message("system", instructions)] if instructions else []
-    return replace(request, messages=(*before, *request.messages), responses=options)
+    items = _get_items(root["input"], find_item)
+    tools = [tool for item in items if item["type"].text in _TOOL_KINDS for tool in item["tools"].objects]
+    request = _make_request(root, "input", _parse_items(items), root["instructions"].text, tools)
+    return replace(
+        request, previous_response_id=root["previous_response_id"].word, store=root["store"].read(bool, True)
+    )
 
 
-def _make_request(root: Node, param: str, messages: list[Message], more_tools: Sequence[Node] = ()) -> ChatRequest:
+def _make_request(
+    root: Node, param: str, messages: Sequence[Message], instructions: str = "", more_tools: Sequence[Node] = ()
+) -> ChatRequest:
     """A request from the fields of any API. `param` names the one with its messages."""
-    if not messages and not root.has("previous_response_id"):
+    if not messages and "previous_response_id" not in root:
         raise root[param].invalid_param("must be a text, or a list with at least one message")
     if root.value.get("n") not in (None, 1):
         raise root["n"].invalid_param("only 1 answer at a time")
-    model = root.get_text("model").strip() or "kimi"
-    is_legacy = root.has("functions") and not root.has("tools")
+    model = root["model"].word.strip() or "kimi"
+    is_legacy = "functions" in root and "tools" not in root
     loaded = {name for one in messages if one.role in RESULT_ROLES for name in _LOADED_TOOL.findall(one.text)}
-    nodes = [*root.get_items("functions" if is_legacy else "tools"), *more_tools]
-    tools, left_out, searches = _parse_tools(nodes, loaded)
+    tools, foreign = _parse_tools([*root["functions" if is_legacy else "tools"].objects, *more_tools], loaded)
     choice_node = root["function_call" if is_legacy else "tool_choice"]
-    choice, tools = _parse_choice(choice_node, tools, (*left_out, "web_search") if searches else left_out)
-    is_serial = dig(choice_node.value, "disable_parallel_tool_use") is True or is_legacy
-    use_search = root.get_field("use_search", bool)
-    if use_search is None and (searches or "search" in model.split("-")[1:] or "-nosearch" in model):
-        use_search = "-nosearch" not in model
-    options = root.get_object("stream_options")
-    return ChatRequest(
+    choice, tools = _parse_choice(choice_node, tools, foreign)
+    form, options = _parse_format(root), root["stream_options"].object
+    described = [form and form.schema, *([tool.description, tool.parameters] for tool in tools)]
+    root["tools"].check(len(encode_json(described)), "characters of text")
+    is_serial = is_legacy or dig(choice_node.value, "disable_parallel_tool_use") is True
+    words = {*model.split("-")[1:], *(["search"] if _SEARCH in foreign else [])}
+    by_name = "nosearch" not in words if words & {"search", "nosearch"} else None
+    request = ChatRequest(
         model=model,
-        messages=_limit_attachments(messages, param),
-        stream=root.get_field("stream", bool, False),
-        include_usage=options.get_field("include_usage", bool, False) if root.has("stream_options") else None,
-        use_search=use_search,
+        messages=(),
+        stream=root["stream"].read(bool, False),
+        include_usage=options["include_usage"].read(bool, False if "stream_options" in root else None),
+        use_search=root["use_search"].read(bool, by_name),
         tools=tuple(tools),
         tool_choice=choice,
-        parallel_tool_calls=root.get_field("parallel_tool_calls", bool, True) and not is_serial,
-        response_format=_parse_format(root),
-        stop=_parse_stop(root["stop" if root.has("stop") else "stop_sequences"]),
-        max_tokens=_parse_limit(root),
-        left_out=left_out,
-        effort=_parse_effort(root),
+        parallel_tool_calls=root["parallel_tool_calls"].read(bool, True) and not is_serial,
+        response_format=form,
+        stop=_parse_stop(root.first("stop", "stop_sequences")),
+        max_tokens=_parse_limit(root.first("max_completion_tokens", "max_output_tokens", "max_tokens")),
+        left_out=tuple(name for name in foreign if name != _SEARCH),
+        effort=_parse_effort(root.value),
         legacy_functions=is_legacy,
+        instructions=instructions,
     )
+    return add_messages(request, messages, param)
 
 
 def _parse_format(root: Node) -> ResponseFormat | None:
     """The form of the answer, wherever an API has it; chat nests the schema once more."""
-    text, config = root.get_object("text"), root.get_object("output_config")
-    places = (root, "response_format"), (text, "format"), (root, "output_format"), (config, "format")
-    form = next((place.get_object(name) for place, name in places if place.has(name)), Node({}, ""))
-    kind = form.get_text("type") or "text"
+    nested = (root["text"].object["format"], root["output_config"].object["format"])
+    form = next((one for one in nested if one.value), root.first("response_format", "output_format")).object
+    kind = form["type"].text or "text"
     if kind not in ("text", "json_object", "json_schema"):
         raise form["type"].invalid_param("must be text, json_object or json_schema")
     if kind != "json_schema":
         return ResponseFormat("json_object") if kind == "json_object" else None
-    own = form.get_object("json_schema") if form.has("json_schema") else form
-    return ResponseFormat("json_schema", _read_schema(own.value.get("schema")), own.get_text("name"))
+    own = form["json_schema"].object if "json_schema" in form else form
+    return ResponseFormat("json_schema", _read_schema(own["schema"].value), own["name"].word)
 
 
 def _read_schema(value: Any) -> Any:
-    """A JSON Schema; anything else, such as PHP's empty list, means an object of any kind."""
+    """A JSON Schema; anything else, such as PHP's empty list, means any object."""
     return value if isinstance(value, dict | bool) else {"type": "object", "properties": {}}
 
 
 def _parse_stop(node: Node) -> tuple[str, ...]:
-    stops = [node.value] if isinstance(node.value, str) else node.value or []
-    is_list = isinstance(stops, list) and len(stops) <= MAX_STOPS
-    if not is_list or not all(isinstance(stop, str) and len(stop) <= MAX_STOP_LENGTH for stop in stops):
-        raise node.invalid_param(f"must be up to {MAX_STOPS} strings of up to {MAX_STOP_LENGTH} characters")
-    return tuple(stop for stop in dict.fromkeys(stops) if stop)
+    stops = [node.value] if isinstance(node.value, str) else node.read(list, [])
+    if not all(isinstance(stop, str) for stop in stops):
+        raise node.invalid_param("must be a string, or a list of strings")
+    node.check(len(stops), "stop sequences")
+    node.check(max(map(len, stops), default=0), "characters of a stop sequence")
+    return tuple(filter(None, dict.fromkeys(stops)))
 
 
-def _parse_limit(root: Node) -> int | None:
-    """The limit of the answer by its first name that is there; 0 and less, as some clients send it, is none."""
-    name = next(filter(root.has, ("max_completion_tokens", "max_output_tokens", "max_tokens")), "")
-    limit = root.value.get(name, 0)
+def _parse_limit(node: Node) -> int | None:
+    """The limit of the answer; 0 and less, as some clients send it, is none."""
+    limit = 0 if node.value is None else node.value
     if isinstance(limit, bool) or not isinstance(limit, int | float) or limit % 1:
-        raise root[name].invalid_param("must be a whole number")
+        raise node.invalid_param("must be a whole number")
     return int(limit) if limit > 0 else None
 
 
-def _parse_effort(root: Node) -> str:
+def _parse_effort(root: object) -> str:
     """The effort of thinking, wherever an API has it; what is no word means nothing."""
     switches = {"disabled": "none", "enabled": "enabled", "adaptive": "enabled"}
-    switch = switches.get(dig_word(root.value, "thinking", "type"), "")
+    switch = switches.get(dig_word(root, "thinking", "type"), "")
     paths = ("reasoning_effort",), ("reasoning", "effort"), ("output_config", "effort")
-    words = [dig_word(root.value, *path) for path in paths if switch != "none"]
+    words = [dig_word(root, *path) for path in paths if switch != "none"]
     return next(filter(None, words), switch)
 
 
-def _parse_tools(nodes: Sequence[Node], loaded: set[str]) -> tuple[Sequence[Tool], tuple[str, ...], bool]:
-    """The functions among tools, each name once; the names of what is left out; whether a web search is among them.
+_SEARCH: Final = "web_search"
 
-    A deferred function counts once it is `loaded`. `DeferredToolPlaceholder` is Claude Code's own, for the rest.
+
+def _parse_tools(nodes: Iterable[Node], loaded: set[str]) -> tuple[Sequence[Tool], Sequence[str]]:
+    """The functions among tools, each name once, and the names of what is none, `_SEARCH` for a web search.
+
+    A deferred function counts once it is `loaded`; `DeferredToolPlaceholder` is Claude Code's, for the rest.
     """
     tools: dict[str, Tool] = {}
-    left_out: list[str] = []
-    searches = False
+    foreign: list[str] = []
     for node in nodes:
-        kind, name = node.get_text("type") or "function", _read_function_name(node.value)
-        own = node.get_object("function") if node.has("function") else node
+        kind, name = node["type"].text or "function", _read_function_name(node.value)
+        own = node["function"].object if "function" in node else node
         if kind == "namespace":
-            inner = [Node({**tool.value, "namespace": name}, tool.path) for tool in node.get_items("tools")]
-            tools.update((tool.name, tool) for tool in _parse_tools(inner, loaded)[0])
-        elif kind.startswith("web_search") or name == "$web_search":
-            searches = True
-        elif kind != "function" and not (kind == "custom" and node.has("input_schema")):
+            inner, _ = _parse_tools(
+                (Node({**one.value, "namespace": name}, one.path) for one in node["tools"].objects), loaded
+            )
+            tools.update((tool.name, tool) for tool in inner)
+        elif kind.startswith(_SEARCH) or name == "$web_search":
+            foreign.append(_SEARCH)
+        elif kind != "function" and not (kind == "custom" and "input_schema" in node):
             words = (name, dig_word(node.value, "server_label"), kind)
-            left_out.append(next(filter(_FUNCTION_NAME.fullmatch, words), "(other)"))
+            foreign.append(next(filter(_FUNCTION_NAME.fullmatch, words), "(other)"))
         elif not _FUNCTION_NAME.fullmatch(name):
-            raise own["name"].invalid_param("must be a name without whitespace, 128 characters at most")
-        elif name in loaded or not (node.value.get("defer_loading") or name == "DeferredToolPlaceholder"):
-            schema = _read_schema(own.value.get("input_schema", own.value.get("parameters")))
-            tools.setdefault(name, Tool(name, own.get_text("description"), schema, own.get_text("namespace")))
-    return [*tools.values()], tuple(dict.fromkeys(left_out)), searches
+            raise own["name"].invalid_param("must be a name without whitespace, of at most 256 characters")
+        elif name in loaded or not (node["defer_loading"].value or name == "DeferredToolPlaceholder"):
+            schema = _read_schema(own.first("input_schema", "parameters").value)
+            tools.setdefault(name, Tool(name, own["description"].text, schema, own["namespace"].word))
+    return [*tools.values()], [*dict.fromkeys(foreign)]
 
 
 def _read_function_name(value: Any) -> str:
     """The `name` in an object, or in its `function` or `custom`, behind that of its namespace; empty without one."""
     own = dig(value, "function") or dig(value, "custom") or value
-    namespace, name = dig_word(own, "namespace"), dig_word(own, "name")
-    return f"{namespace}.{name}" if namespace and name else name
+    return ".".join(filter(None, [dig_word(own, "namespace"), dig_word(own, "name")]))
 
 
 def _parse_choice(node: Node, tools: Sequence[Tool], foreign: Sequence[str]) -> tuple[ToolChoice, Sequence[Tool]]:
-    """What a choice means in any API's words, and the tools that it allows; `auto` where it wants `foreign` ones."""
+    """The choice, and the tools that it allows; `auto` where it wants `foreign` ones."""
     mode = value = node.value
     name = _read_function_name(value)
     if isinstance(value, dict):
@@ -2300,23 +2324,23 @@ def _parse_choice(node: Node, tools: Sequence[Tool], foreign: Sequence[str]) -> 
         names = {*map(_read_function_name, dig_list(own, "tools"))} - {""}
         allowed = [tool for tool in tools if names & {tool.name, tool.own_name, tool.namespace}]
         mode, tools = (dig(own, "mode"), allowed) if allowed else ("none", tools)
-    named = next((tool.name for tool in tools if name and name in (tool.name, tool.own_name)), "")
+    if mode == "none":
+        return ToolChoice("none"), tools
+    choice = None  # not known
     if mode in ("required", "any"):
-        is_known, choice = bool(tools or foreign), ToolChoice("required") if tools else ToolChoice()
+        choice = ToolChoice("required") if tools else ToolChoice() if foreign else None
     elif mode in ("function", "tool"):
-        is_known, choice = bool(named) or name in foreign, ToolChoice("named", named) if named else ToolChoice()
-    else:  # another kind of tool means auto
-        is_known = mode in (None, "auto", "none") or isinstance(value, dict)
-        choice = ToolChoice("none") if mode == "none" else ToolChoice()
-    if not is_known:
+        named = (tool.name for tool in tools if name and name in (tool.name, tool.own_name))
+        choice = next((ToolChoice("named", one) for one in named), ToolChoice() if name in foreign else None)
+    elif mode in (None, "auto") or isinstance(value, dict):  # another kind of tool means auto
+        choice = ToolChoice()
+    if choice is None:
         raise node.invalid_param("must be auto, none, required, or name one of the functions in tools")
     return choice, tools
 
 
-_DATA_URL: Final = re.compile(  # RFC 2397
-    r"""data:([^;,]*)(?:;(?!\s*base64\s*,)(?:\s*(?:file)?name=("[^"]*"|[^;,"]*)|(?:[^;,"]|"[^"]*")*+))*+;\s*base64\s*,""",
-    re.IGNORECASE,
-)
+_DATA_URL: Final = re.compile(r'data:([^;,]*)((?:;(?:[^;,"]|"[^"]*")*)*?);\s*base64\s*,', re.IGNORECASE)  # RFC 2397
+_DATA_NAME: Final = re.compile(r'name=("[^"]*"|[^;,"]*)', re.IGNORECASE)
 _Piece = str | Attachment | ToolCall | Message  # what one part may be; a Message is the result of a call
 _Place = Literal["last", "history", "inside"]  # said by a person and last, said before, or in a part or a result
 _IMAGE_KINDS: Final = ("image_url", "input_image", "image")
@@ -2325,21 +2349,21 @@ _TOOL_KINDS: Final = ("additional_tools", "tool_search_output")
 _DROPPED_KINDS: Final = ("thinking", "redacted_thinking", "reasoning", *_TOOL_KINDS)  # not for the model, or no words
 
 
-def _get_items(root: Node, name: str, find_item: FindItem = lambda item_id: None) -> list[Node]:
-    """The messages or items of a request. Each item of an earlier answer can be referred to once, to bound the text."""
-    if isinstance(root.value.get(name), str):
-        return [Node({"content": root.value[name]}, name)] if root.value[name] else []
+def _get_items(node: Node, find_item: FindItem = lambda item_id: None) -> list[Node]:
+    """The messages or items; each item of an earlier answer can be referred to once, to bound the text."""
+    if isinstance(node.value, str):
+        return [Node({"content": node.value}, node.path)] if node.value else []
     seen: set[str] = set()
     items: list[Node] = []
-    for item in root.get_items(name):
-        is_reference = item.has("id") and not item.value.keys() & {"type", "role", "content"}
+    for item in node.objects:
         found: Mapping[str, Any] | None = item.value
-        if is_reference or item.value.get("type") == "item_reference":
-            item_id = item.get_text("id")
-            found = find_item(item_id) if item_id not in seen else None
-            seen.add(item_id)
+        is_bare = "id" in item and item.value.keys().isdisjoint(("type", "role", "content"))
+        if is_bare or item["type"].value == "item_reference":
+            name = item["id"].word
+            found = find_item(name) if name not in seen else None
+            seen.add(name)
         if found is None:
-            raise item.invalid_param("is of no kept answer, or referred to a second time: send the item itself")
+            raise item.invalid_param("is of no kept answer, or was referred to before: send it whole")
         items.append(Node(found, item.path))
     return items
 
@@ -2348,7 +2372,7 @@ def _parse_items(nodes: Sequence[Node]) -> list[Message]:
     """The messages in the messages of any API, or in the items of the Responses API."""
     messages: list[Message] = []
     for node in nodes:
-        if node.get_text("type") in ("", "message") or (node.has("role") and node.has("content")):
+        if node["type"].text in ("", "message") or ("role" in node and "content" in node):
             messages += _parse_message(node, "last" if node is nodes[-1] else "history")
         elif pieces := _parse_content(node, "history"):
             messages += _make_messages("assistant", pieces)
@@ -2357,15 +2381,15 @@ def _parse_items(nodes: Sequence[Node]) -> list[Message]:
 
 def _parse_message(node: Node, place: _Place) -> list[Message]:
     """The message in a `{"role", "content"}` of any API, and the results of tools that are among its parts."""
-    role = node.get_text("role") or "user"
+    role = node["role"].text or "user"
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]{0,31}", role):
         raise node["role"].invalid_param("must be a short word such as user")
-    called, name = node.get_text("tool_call_id"), node.get_text("name")
+    called, name = node["tool_call_id"].word, node["name"].word
     is_result = bool(called) or role in RESULT_ROLES
     pieces = _parse_content(node["content"], "inside" if is_result else place if role == "user" else "history")
-    pieces += [node.get_text("refusal"), *map(_parse_call, node.get_items("tool_calls"))]
-    if node.has("function_call"):
-        pieces.append(_parse_call(node.get_object("function_call")))
+    pieces += [node["refusal"].text, *map(_parse_call, node["tool_calls"].objects)]
+    if "function_call" in node:
+        pieces.append(_parse_call(node["function_call"].object))
     if is_result:
         return [replace(_make_message("tool" if called else role, pieces), tool_call_id=called, tool_name=name)]
     return _make_messages(role, pieces, f"{quote_words(name)[:64]}: " if name else "")
@@ -2382,7 +2406,7 @@ def _make_message(role: str, pieces: Sequence[_Piece], prefix: str = "") -> Mess
 
 
 def _make_messages(role: str, pieces: Sequence[_Piece], prefix: str = "") -> list[Message]:
-    """The message that `pieces` are, and the results of tools among them, which were there before a person's words."""
+    """The message that `pieces` are, and the results of tools among them, which come before a person's words."""
     results = [piece for piece in pieces if isinstance(piece, Message)]
     message = _make_message(role, pieces, prefix)
     if results and not (message.text or message.attachments or message.calls):
@@ -2391,116 +2415,107 @@ def _make_messages(role: str, pieces: Sequence[_Piece], prefix: str = "") -> lis
 
 
 def _parse_content(content: Node, place: _Place) -> list[_Piece]:
-    """What a content says, or a part of it, or an item, in any API's spelling; the result of a tool may be any JSON."""
+    """What a content, a part of one or an item says; the result of a tool may be any JSON."""
     value = content.value
     if value is None or isinstance(value, str):
         return [value or ""]
     if isinstance(value, list):
-        parts = (Node(part, f"{content.path}[{index}]") for index, part in enumerate(value))
-        return [piece for part in parts for piece in _parse_content(part, place)]
+        return [piece for index in range(len(value)) for piece in _parse_content(content[index], place)]
     if place == "inside" and not dig_word(value, "type"):
         return [encode_json(value)]
     if not isinstance(value, dict):
         raise content.invalid_param("must be a string, an object, or a list of them")
-    kind = content.get_text("type")
+    kind = content["type"].text
     if kind in ("text", "input_text", "output_text", "refusal"):
-        return [content.get_text(next((name for name in ("refusal", "data") if content.has(name)), "text"))]
+        return [content.first("refusal", "data", "text").text]
     if kind in _IMAGE_KINDS or (kind in _FILE_KINDS and dig(value, "source", "type") not in ("text", "content")):
-        attachment = _parse_attachment("image" if kind in _IMAGE_KINDS else "file", content)
-        return [content.get_text("context"), attachment]
+        return [content["context"].text, _parse_attachment("image" if kind in _IMAGE_KINDS else "file", content)]
     if kind in _DROPPED_KINDS:
         return []
     if kind == "tool_reference":
-        return [f"The tool {content.get_text('tool_name')} can be called now."]
+        return [f"The tool {content['tool_name'].word} can be called now."]
     is_call, is_result = kind.endswith(("_call", "tool_use")), kind.endswith(("_call_output", "tool_result"))
     if place == "inside" or not (is_call or is_result):
         return _tell_part(content, place)
-    result = [_parse_result(content)] if is_result or content.has("output") or content.has("error") else []
+    result = [_parse_result(content)] if is_result or "output" in content or "error" in content else []
     return [*([_parse_call(content)] if is_call else []), *result]
 
 
 def _tell_part(part: Node, place: _Place) -> list[_Piece]:
-    """The texts in a document, in what a search found, or in a part of an unknown kind; else a word in its place."""
+    """The texts in a document, a search result or an unknown part; else a word in its place."""
     told: list[_Piece] = []
-    for name in ("title", "url", "context", "source", "text", "content"):
-        value = part.value.get(name)
-        if isinstance(value, str | list) or dig(value, "type") in ("text", "content"):
-            told += _parse_content(part[name], "inside")
-    kind = quote_words(part.get_text("type"))[:40]
+    for one in map(part.__getitem__, ("title", "url", "context", "source", "text", "content")):
+        if isinstance(one.value, str | list) or dig(one.value, "type") in ("text", "content"):
+            told += _parse_content(one, "inside")
+    kind = quote_words(part["type"].text)[:40]
     if place == "last" and not any(told):
         raise part["type"].invalid_param(f"unknown kind of part: {kind or '(none)'}; text, images and files are known")
     return told if any(told) else [f"[{kind or 'part'} left out]"]
 
 
 def _parse_call(node: Node) -> ToolCall:
-    """A call that the model made earlier: one of `tool_calls`, a part such as `tool_use`, or an item."""
-    own = next((node[kind] for kind in ("function", "custom") if isinstance(node.value.get(kind), dict)), node)
-    value = next((own.value[name] for name in ("arguments", "input", "action", "operation") if own.has(name)), "")
-    name = _read_function_name(node.value) or node.get_text("type").removesuffix("_call")
-    arguments = value if isinstance(value, str) else encode_json(value)
-    return ToolCall(node.get_text("call_id") or node.get_text("id"), name, arguments)
+    """A call that the model made earlier."""
+    own = next((node[kind] for kind in ("function", "custom") if isinstance(node[kind].value, dict)), node)
+    value = own.first("arguments", "input", "action", "operation").value or {}
+    name = _read_function_name(node.value) or node["type"].text.removesuffix("_call")
+    own["name"].check(len(name), "characters of a name or id")
+    return ToolCall(node.first("call_id", "id").word, name, value if isinstance(value, str) else encode_json(value))
 
 
 def _parse_result(node: Node) -> Message:
     """What a tool gave back, with the pictures and files in it."""
-    name = next((name for name in ("output", "content", "error") if node.has(name)), "content")
-    is_error = name == "error" or node.get_field("is_error", bool, False)
-    message = _make_message("tool", _parse_content(node[name], "inside"), "Error: " if is_error else "")
-    call_id = next((node.get_text(name) for name in ("tool_use_id", "call_id", "id") if node.has(name)), "")
-    return replace(message, tool_call_id=call_id)
+    content = node.first("output", "error", "content")
+    is_error = ("error" in node and "output" not in node) or node["is_error"].read(bool, False)
+    message = _make_message("tool", _parse_content(content, "inside"), "Error: " if is_error else "")
+    return replace(message, tool_call_id=node.first("tool_use_id", "call_id", "id").word)
 
 
 def _parse_attachment(kind: AttachmentKind, part: Node) -> Attachment:
-    """The attachment of a part, within `file`, `source` or the part itself: a file's id, a URL, or base64."""
-    own = next((part.get_object(name) for name in ("file", "source") if part.has(name)), part)
-    name = own.get_text("filename") or part.get_text("filename") or part.get_text("title")
-    if file_id := own.get_text("file_id"):
-        return Attachment(kind, own["file_id"].path, file_id=file_id)
-    names = ("image_url", "file_url", "url", "data", "file_data")
-    node = next((own[name] for name in names if own.has(name)), own["url"])
+    """The attachment of a part, in its `file`, its `source` or itself: a file's id, a URL, or base64."""
+    own = part.first("file", "source").object if "file" in part or "source" in part else part
+    name = own["filename"].text or part.first("filename", "title").text
+    if "file_id" in own:
+        return Attachment(kind, own["file_id"].path, file_id=own["file_id"].word)
+    node = own.first("image_url", "file_url", "data", "file_data", "url")
     node = node["url"] if isinstance(node.value, dict) else node
-    data = node.value.strip() if isinstance(node.value, str) else ""
+    data = node.text.strip()
     if not data:
         raise node.invalid_param("must be a URL, or base64; else give file_id")
-    is_url = not {":", "."}.isdisjoint(data[:20])  # which are no letters of base64
-    if is_url and data[:5].lower() != "data:":
-        return Attachment(kind, node.path, url=data, name=name)
-    if not is_url:
-        content_type = own.get_text("media_type") or own.get_text("mimeType")
+    if {":", "."}.isdisjoint(data[:20]):  # which are no letters of base64
+        content_type = own.first("media_type", "mimeType").text
         return Attachment(kind, node.path, data=data, name=name, content_type=content_type.strip().lower())
+    if data[:5].lower() != "data:":
+        return Attachment(kind, node.path, url=data, name=name)
     head = _DATA_URL.match(data[:1024])
     if head is None:
         raise node.invalid_param("a data URL must look like data:TYPE;base64,…")
-    name = name or unquote((head[2] or "").strip('"'))
+    named = _DATA_NAME.search(head[2])
+    name = name or (unquote(named[1].strip('"')) if named else "")
     return Attachment(kind, node.path, "", data, head.end(), name, head[1].strip().lower())
 
 
-def _limit_attachments(messages: Sequence[Message], param: str) -> tuple[Message, ...]:
-    """The messages with the newest attachments; of older ones a word stands in the text. The same one counts once."""
+def add_messages(request: ChatRequest, before: Sequence[Message], param: str) -> ChatRequest:
+    """The request with messages `before` its own. Only the newest attachments are kept; the same one counts once."""
+    messages, node, unit = (*before, *request.messages), Node(None, param), "files and pictures in a message"
+    texts = [text for one in messages for text in (one.text, *(call.arguments for call in one.calls))]
+    node.check(sum(map(len, texts)) + len(request.instructions), "characters of text")
     seen: set[Attachment] = set()
     limited: list[Message] = []
     for message in reversed(messages):
         fresh = [one for one in dict.fromkeys(message.attachments) if one not in seen]
-        left = max(0, len(seen) + len(fresh) - MAX_ATTACHMENTS)
-        if left and not limited:
-            raise Node(None, param).invalid_param(f"at most {MAX_ATTACHMENTS} files and pictures in a message")
+        if not limited:
+            node.check(len(fresh), unit)
+        left = max(0, len(seen) + len(fresh) - LIMITS[unit])
         seen.update(fresh[left:])
         text = "\n".join(filter(None, [message.text, *(f"[{one.kind} left out]" for one in fresh[:left])]))
         limited.append(replace(message, text=text, attachments=tuple(fresh[left:])))
-    return tuple(reversed(limited))
-
-
-def extend_request(request: ChatRequest, before: Sequence[Message]) -> ChatRequest:
-    """The request after the messages of the turns `before` it, which become its own, its instructions still first."""
-    first = len(request.messages) - len(request.own_messages)
-    messages = (*request.messages[:first], *before, *request.messages[first:])
-    return replace(request, messages=_limit_attachments(messages, "input"))
+    return replace(request, messages=tuple(reversed(limited)))
 
 
 def answer_message(response: Mapping[str, Any]) -> Message:
-    """The assistant's message that a response object becomes in the next turn: text and calls, without thinking."""
+    """The assistant's message that a response object becomes in the next turn, without thinking."""
     texts = [part["text"] for item in response["output"] if item["type"] == "message" for part in item["content"]]
-    calls = (_parse_call(Node(item, "output")) for item in response["output"] if item["type"] == "function_call")
+    calls = (_parse_call(Node(item)) for item in response["output"] if item["type"] == "function_call")
     return Message("assistant", "\n".join(filter(None, texts)), calls=tuple(calls))
 
 
@@ -2511,7 +2526,7 @@ _URL_OR_LITERAL: Final = re.compile(
         (?:\n(?![ \t>]*(?P=fence)[`~]*[ \t]*$).*)*+(?:\n.*)?
     | ^(?:[ ]{4}|\t).* | ^[ ]{0,3}\[[^\[\]\n]+\]:.*  # indented code, a link's definition
     | ```.*?``` | ``(?:[^`\n]|`(?!`))*`` | `[^`\n]*`
-    | "[^"\n]*" | “[^“”\n]*” | ‘[^‘’\n]*’ | 「[^「」\n]*」 | 『[^『』\n]*』 | «[^«»\n]*» | (?<!\w)'[^'\n]*'(?!\w)
+    | "[^"\n]*" | [“‘「『«][^“”‘’「」『』«»\n]*[”’」』»] | (?<!\w)'[^'\n]*'(?!\w)
     | <url\s[^<>\n]*>[^<>\n]*</url> | <[^<>\n]*> | \[[^\[\]\n]*\]\([^()\n]*(?:\([^()\n]*\)[^()\n]*)*\)
     | (?P<url>https?://(?:www\.)?[-a-z0-9@:%._+~#=]{2,256}\.[a-z]{2,6}\b[-a-z0-9@:%_+.~#?&/=]*)
     """,
@@ -2519,64 +2534,59 @@ _URL_OR_LITERAL: Final = re.compile(
 )
 
 
-def _mark_urls(text: str, limit: int) -> tuple[str, int]:
-    """The text with up to `limit` bare URLs in the tag that has the service read those pages [ref]; what is left."""
-    pieces: list[str] = []
-    at = 0
-    for found in _URL_OR_LITERAL.finditer(text) if "://" in text else ():
-        if found["url"] and limit:
-            pieces += [text[at : found.start()], f'<url id="" type="url" status="" title="" wc="">{found[0]}</url>']
-            at = found.end()
-            limit -= 1
-    return "".join([*pieces, text[at:]]), limit
+def _marks_urls(request: ChatRequest) -> bool:
+    """Whether URLs in what the user said are put in the tag that has the service read those pages [ref]."""
+    return request.is_plain and request.use_search is not False
 
 
-def _is_plain(request: ChatRequest) -> bool:
-    """Whether a person asks, not a program: only then URLs are marked, in what the user said [2+]."""
-    is_form = request.response_format is not None
-    return not (request.tools or request.left_out or is_form or request.use_search is False)
+def _mark_urls(messages: Sequence[Message]) -> list[Message]:
+    """The messages with the URLs marked in the newest of what the user said."""
+    left = iter(range(MAX_MARKED_URLS))
+
+    def mark(found: re.Match[str]) -> str:
+        is_marked = found["url"] and next(left, None) is not None
+        return f'<url id="" type="url" status="" title="" wc="">{found[0]}</url>' if is_marked else found[0]
+
+    marked = [
+        replace(one, text=_URL_OR_LITERAL.sub(mark, one.text)) if one.role == "user" and "://" in one.text else one
+        for one in reversed(messages)
+    ]
+    return marked[::-1]
 
 
 def render_tools(request: ChatRequest) -> str:
-    """The first line of the prompt, which tells what the model may call; empty where it may call nothing."""
+    """The first line of the prompt, which tells what the model may call, if anything."""
     tools = describe_tools(request.tools, request.tool_choice, parallel=request.parallel_tool_calls)
     return f"system:{tools}\n" if tools else ""
 
 
 def render_prompt(request: ChatRequest) -> str:
-    """The one text that the service is sent: what it may call, each message as `role:text` and a line end [ref], and
-    the form of the answer. In a conversation that exists a message that is alone goes without its role.
-
-    Calls alone stand with the assistant's words before them; a result has the name of the latest call with its id.
+    """The one text that the service is sent: tools, each message as `role:text` and a line end [ref], and the form of
+    the answer. In a conversation that exists a message that is alone goes without its role.
     """
-    tools = render_tools(request)
-    form = describe_format(request.response_format) if request.response_format is not None else ""
-    texts = [message.text for message in request.messages]
-    left = MAX_MARKED_URLS if _is_plain(request) else 0
-    for index in reversed(range(len(texts))):  # the newest first
-        if request.messages[index].role == "user":
-            texts[index], left = _mark_urls(texts[index], left)
     names: dict[str, str] = {}
     lines: list[str] = []
-    role = ""
-    start = len(texts) - len(request.sent_messages)
-    for message, text in zip(request.messages, texts, strict=True):
+    for message in _mark_urls(request.messages) if _marks_urls(request) else request.messages:
         names.update((call.id, call.name) for call in message.calls)
-        words = [text] if text else []
+        words = [message.text] if message.text else []
         if message.role in RESULT_ROLES:
-            words = [render_tool_response(names.get(message.tool_call_id) or message.tool_name, text)]
+            words = [render_tool_response(names.get(message.tool_call_id) or message.tool_name, message.text)]
         words += (render_tool_call(call.name, call.arguments) for call in message.calls)
-        is_continued = message.calls and not text and role == message.role == "assistant" and len(lines) > start
-        role = message.role
-        lines.append("".join(["" if is_continued else f"{role}:", "\n".join(words), "\n"]))
-    if request.conversation_id not in ("", NEW_CONVERSATION) and not tools and not form and len(lines) - start == 1:
-        return lines[-1].partition(":")[2].removesuffix("\n")
-    return "".join([tools, *lines[start:], *([f"system:{form}\n"] if form else [])])
+        lines.append(f"{message.role}:" + "\n".join(words))
+    lines = lines[-len(request.sent_messages) :]
+    if request.instructions and not request.continues:
+        lines.insert(0, f"system:{request.instructions}")
+    tools = render_tools(request)
+    if request.response_format:
+        lines.append(f"system:{describe_format(request.response_format)}")
+    if request.continues and not tools and len(lines) == 1:
+        return lines[0].partition(":")[2]
+    return tools + "".join(f"{line}\n" for line in lines)
 
 
 def make_chain(request: ChatRequest, make_id: Callable[[], str]) -> Chain:
     """The filters that `request` needs, in their order; `make_id` gives the ids of calls."""
-    filters: list[Filter] = [ThinkFilter(), *([UrlMarkFilter()] if _is_plain(request) else []), CitationFilter()]
+    filters: list[Filter] = [ThinkFilter(), *([UrlMarkFilter()] if _marks_urls(request) else []), CitationFilter()]
     if request.max_tokens is not None:
         filters.append(LengthFilter(request.max_tokens))
     if request.tools and request.tool_choice.mode != "none":
@@ -3021,7 +3031,14 @@ class ResponsesEncoder(Encoder):
     def __init__(self, request: ChatRequest, *, response_id: str = "", **fields: Any) -> None:
         super().__init__(request, **fields)
         head = {"id": response_id, "object": "response", "created_at": self._created, "model": request.model}
-        self._head: dict[str, Any] = {**head, **(request.responses.echo if request.responses else {})}
+        self._head: dict[str, Any] = head | {
+            "instructions": request.instructions or None,
+            "max_output_tokens": request.max_tokens,
+            "parallel_tool_calls": request.parallel_tool_calls,
+            "previous_response_id": request.previous_response_id or None,
+            "tool_choice": "auto",
+            "tools": [],
+        }
         self._number = 0
         self._items: list[dict[str, Any]] = []
         self._item: _Item | None = None
@@ -3174,8 +3191,6 @@ APIS: Final[Mapping[str, Api]] = {
 # timer per stream: a chunk only notes when it came, and the timer looks at that note when it fires.
 
 REMOVAL_SECONDS: Final = 10.0  # how long pending removals may take on shutdown
-
-Result = TypeVar("Result")
 
 
 class BackgroundTasks:
@@ -5942,12 +5957,11 @@ async def _read_question(api: Api, request: web.Request) -> tuple[Encoder, LiveA
     body = await read_body(request, settings.max_body_bytes)
     # In one go, without a wait: of many large bodies only one at a time is in memory twice.
     chat = api.parse(body, partial(state.responses.find_item, accounts=accounts))
-    options = chat.responses
-    if options is not None and options.previous_response_id:
-        before = state.responses.find(options.previous_response_id, accounts)
+    if chat.previous_response_id:
+        before = state.responses.find(chat.previous_response_id, accounts)
         if before is None:
             raise ProxyError("previous_response_not_found", param="previous_response_id")
-        chat = extend_request(chat, before.messages)
+        chat = add_messages(chat, before.messages, "input")
         accounts = [account for account in accounts if account.digest == before.owner]
     if chat.left_out:
         logger.info("tools that are not known here are left out: %s", quote_words(", ".join(chat.left_out)))
@@ -5955,13 +5969,13 @@ async def _read_question(api: Api, request: web.Request) -> tuple[Encoder, LiveA
     encoder = api.make_encoder(chat, created=created, sources=settings.sources, prompt=prompt, response_id=response_id)
     start_chain = partial(make_chain, replace(chat, messages=()), lambda: f"{api.call_prefix}_{secrets.token_hex(12)}")
     # Where nobody says, the web is searched for people alone, not with files or for programs.
-    is_plain = not (chat.attachments or chat.tools or chat.left_out or chat.response_format is not None)
+    is_plain = chat.is_plain and not chat.attachments
     use_search = settings.use_search and is_plain if chat.use_search is None else chat.use_search
     question = Question(prompt, use_search, chat.model, effort=chat.effort, has_tools=bool(chat.tools))
-    question.conversation_id, question.attachments = chat.conversation_id, list(chat.attachments)
+    question.conversation_id, question.attachments = chat.conversation_id, chat.attachments
     question.preface = render_tools(chat) if settings.system_prompt else ""
     answer = state.gateway.answer(accounts, question, start_chain)
-    return encoder, answer, chat.own_messages if options is not None and options.store else ()
+    return encoder, answer, chat.messages if chat.store else ()
 
 
 async def _answer(api: Api, request: web.Request) -> web.StreamResponse:

@@ -109,15 +109,15 @@ def test_string_and_blocks_are_read_alike(role: str, name: str) -> None:
 @pytest.mark.parametrize("name", CONTENTS)
 def test_system_is_the_first_message(name: str) -> None:
     content, text = CONTENTS[name]
-    before = (Message("system", text),) if text else ()
-    assert parse(HI, system=content).messages == (*before, Message("user", "hi"))
+    before = f"system:{text}\n" if text else ""
+    assert render_prompt(parse(HI, system=content)) == f"{before}user:hi\n"
 
 
 def test_a_system_message_within_stays_in_its_place_and_is_not_marked() -> None:
     url = "https://example.com/a"
     system, user = {"role": "system", "content": url}, {"role": "user", "content": url}
     request = parse(user, system, {"role": "assistant", "content": url}, HI, system=[{"type": "text", "text": url}])
-    assert merge(request.messages) == (
+    assert render_prompt(request) == (
         f'system:{url}\nuser:<url id="" type="url" status="" title="" wc="">{url}</url>\n'
         f"system:{url}\nassistant:{url}\nuser:hi\n"
     )
@@ -220,7 +220,7 @@ def test_calls_are_told_as_the_model_made_them_and_results_by_their_names() -> N
         },
         tools=[FUNCTION],
     )
-    calls = (ToolCall("t1", "get_weather", '{"q":"P"}'), ToolCall("t2", "other", ""))
+    calls = (ToolCall("t1", "get_weather", '{"q":"P"}'), ToolCall("t2", "other", "{}"))
     assert request.messages == (
         Message("user", "Weather?"),
         Message("assistant", "Let me see.", calls=calls),
@@ -571,9 +571,9 @@ def test_claude_codes_task_is_understood() -> None:
     request = parse_messages_request(json.dumps(make_agents_body()).encode())
     assert (len(request.tools), request.max_tokens, request.stream, request.use_search) == (25, 32000, True, None)
     assert (request.left_out, request.tool_choice, request.response_format) == ((), ToolChoice(), None)
-    assert [message.role for message in request.messages] == ["system", "user", "system", "assistant", "tool", "tool"]
-    assert request.messages[1].text == "<system-reminder>\nToday is …\n</system-reminder>\nRead a.txt"
-    assert request.messages[4].text == "Error: <error>none</error>"
+    assert [message.role for message in request.messages] == ["user", "system", "assistant", "tool", "tool"]
+    assert request.messages[0].text == "<system-reminder>\nToday is …\n</system-reminder>\nRead a.txt"
+    assert request.messages[3].text == "Error: <error>none</error>"
     assert [one.kind for one in request.attachments] == ["image"]
     prompt = render_prompt(request)
     assert "<url" not in prompt and "I read it." not in prompt and "ephemeral" not in prompt

@@ -709,15 +709,3 @@ def test_the_newest_attachments_are_kept_and_the_same_one_counts_once() -> None:
     with pytest.raises(ProxyError) as caught:
         parse(messages=[{"content": [*map(picture, range(21))]}])
     assert caught.value.param == "messages"
-
-
-def test_calls_alone_stand_with_the_words_before_them() -> None:
-    call = {"id": "1", "function": {"name": "f", "arguments": "{}"}}
-    calls = {"role": "assistant", "tool_calls": [call]}
-    told = '<tool_call>\n{"name":"f","arguments":{}}\n</tool_call>\n'
-    words = {"role": "assistant", "content": "a"}
-    assert render_prompt(parse(messages=[words, calls, calls])) == f"assistant:a\n{told}{told}"
-    unknown = {"role": "assistant", "content": [{"type": "x"}]}
-    assert render_prompt(parse(messages=[unknown, calls])) == f"assistant:[x left out]\n{told}"
-    assert render_prompt(parse(messages=[words, {"role": "assistant", "content": None}])) == "assistant:a\nassistant:\n"
-    assert render_prompt(parse(messages=[words, calls], conversation_id="c")) == told.removesuffix("\n")

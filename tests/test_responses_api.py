@@ -36,8 +36,8 @@ from kimi_proxy import (
     Tool,
     ToolCall,
     ToolChoice,
+    add_messages,
     answer_message,
-    extend_request,
     parse_completion_request,
     parse_responses_request,
     render_prompt,
@@ -70,7 +70,7 @@ def test_defaults() -> None:
         (),
     )
     assert (request.response_format, request.max_tokens, request.stop, request.conversation_id) == (None, None, (), "")
-    assert (request.responses.previous_response_id, request.responses.store) == ("", True)
+    assert (request.previous_response_id, request.store) == ("", True)
 
 
 def test_every_field_with_an_effect() -> None:
@@ -84,7 +84,7 @@ def test_every_field_with_an_effect() -> None:
     )
     assert (request.model, request.stream, request.use_search) == ("kimi-search", True, True)
     assert (request.parallel_tool_calls, request.max_tokens) == (False, 7)
-    assert (request.responses.previous_response_id, request.responses.store) == ("resp_1", False)
+    assert (request.previous_response_id, request.store) == ("resp_1", False)
 
 
 def test_fields_that_cannot_be_honoured_are_accepted() -> None:
@@ -94,10 +94,8 @@ def test_fields_that_cannot_be_honoured_are_accepted() -> None:
 
 def test_instructions_are_the_first_message_and_no_own_one() -> None:
     request = parse(instructions="Be brief.")
-    assert request.messages == (Message("system", "Be brief."), Message("user", "hi"))
-    assert request.own_messages == (Message("user", "hi"),)
-    assert parse().own_messages == (Message("user", "hi"),)
-    assert (request.responses.echo["instructions"], parse().responses.echo["instructions"]) == ("Be brief.", None)
+    assert render_prompt(request) == "system:Be brief.\nuser:hi\n"
+    assert request.messages == (Message("user", "hi"),)
 
 
 CONTENTS: dict[str, tuple[Any, str]] = {
@@ -176,7 +174,7 @@ def test_calls_are_told_with_the_words_before_them_and_results_by_their_names() 
     assert messages(say, reasoning, CALL, second, RESULT, {**RESULT, "call_id": "call_2", "output": None}, CALL) == (
         Message("assistant", "Let me see."),
         Message("assistant", "", calls=(CALL_MADE,)),
-        Message("assistant", "", calls=(ToolCall("call_2", "list", ""),)),
+        Message("assistant", "", calls=(ToolCall("call_2", "list", "{}"),)),
         Message("tool", "text of a", tool_call_id="call_1"),
         Message("tool", "", tool_call_id="call_2"),
         Message("assistant", "", calls=(CALL_MADE,)),
@@ -252,9 +250,8 @@ def test_a_conversation_of_openai_is_refused_by_its_name() -> None:
 
 
 def test_many_calls_are_read_in_linear_time() -> None:
-    calls = [{**CALL, "call_id": f"call_{number}"} for number in range(20_000)]
-    prompt = render_prompt(parse(input=calls))
-    assert (prompt.count("<tool_call>"), prompt.count("assistant:")) == (20_000, 1)
+    calls = [{**CALL, "call_id": f"call_{number}"} for number in range(10_000)]
+    assert render_prompt(parse(input=calls)).count("<tool_call>") == 10_000
 
 
 FUNCTION = {
@@ -470,7 +467,6 @@ def test_any_json_is_a_request_or_a_clear_refusal(value: object, tools: object, 
         assert error.status == 400
     else:
         assert render_prompt(request)
-        json.dumps(cast(Any, request.responses).echo, allow_nan=False)
 
 
 def test_reprs_show_no_content() -> None:
@@ -530,12 +526,11 @@ def test_a_request_of_codex() -> None:
     ]
     assert [tool.name for tool in request.tools] == ["exec_command", "view_image", "agents.spawn"]
     assert (request.use_search, request.left_out, request.stream) == (True, (), True)
-    assert (request.responses.store, request.responses.previous_response_id) == (False, "")
+    assert (request.store, request.previous_response_id) == (False, "")
     assert len(request.attachments) == 1
     prompt = render_prompt(request)
     call = render_tool_call("exec_command", '{"path":"a"}')
-    assert f"assistant:I look.\n{call}\ntool:{render_tool_response('exec_command', 'text of a')}\n" in prompt
-    json.dumps(dict(request.responses.echo))
+    assert f"assistant:I look.\nassistant:{call}\ntool:{render_tool_response('exec_command', 'text of a')}\n" in prompt
 
 
 # A next turn
@@ -544,16 +539,10 @@ def test_a_request_of_codex() -> None:
 def test_a_next_turn_stands_behind_the_turns_before_it_and_its_own_instructions() -> None:
     first = parse(instructions="old rules")
     second = parse(instructions="new rules", input="more", previous_response_id="resp_1")
-    request = extend_request(second, [*first.own_messages, Message("assistant", "hello")])
-    assert request.messages == (
-        Message("system", "new rules"),
-        Message("user", "hi"),
-        Message("assistant", "hello"),
-        Message("user", "more"),
-    )
-    assert extend_request(parse(), [Message("user", "a")]).messages == (Message("user", "a"), Message("user", "hi"))
-    assert request.own_messages == request.messages[1:]
-    assert request.model == second.model and extend_request(second, []).messages == second.messages
+    request = add_messages(second, [*first.messages, Message("assistant", "hello")], "input")
+    assert render_prompt(request) == "system:new rules\nuser:hi\nassistant:hello\nuser:more\n"
+    assert len(request.messages) == 3 and request.model == second.model
+    assert add_messages(second, [], "input") == second
 
 
 def test_a_result_gets_the_name_of_a_call_in_the_turn_before() -> None:
@@ -562,9 +551,9 @@ def test_a_result_gets_the_name_of_a_call_in_the_turn_before() -> None:
     request = parse(input=[RESULT], previous_response_id=response["id"])
     answer = answer_message(response)
     assert answer == Message("assistant", "Wait.", calls=(CALL_MADE,))
-    prompt = render_prompt(extend_request(request, [Message("user", "hi"), answer]))
+    prompt = render_prompt(add_messages(request, [Message("user", "hi"), answer], "input"))
     assert prompt.endswith(f"tool:{render_tool_response('read', 'text of a')}\n")
-    nameless = render_prompt(extend_request(request, [Message("user", "hi")]))
+    nameless = render_prompt(add_messages(request, [Message("user", "hi")], "input"))
     assert nameless.endswith(f"tool:{render_tool_response('', 'text of a')}\n")
 
 
@@ -575,13 +564,13 @@ def test_an_answer_is_remembered_without_its_thinking() -> None:
 
 def test_a_previous_answer_can_be_gone_on_from_without_a_word() -> None:
     request = parse(input=[], previous_response_id="resp_1")
-    assert request.messages == () and extend_request(request, [Message("user", "a")]).messages
+    assert request.messages == () and add_messages(request, [Message("user", "a")], "input").messages
 
 
 def test_attachments_of_all_turns_are_counted_and_the_newest_kept() -> None:
     images = tuple(Attachment("image", "input", url=f"https://h/{number}") for number in range(20))
     request = parse(input=[{"content": [{"type": "input_image", "image_url": "https://h/new"}]}])
-    before, last = extend_request(request, [Message("user", "see", images)]).messages
+    before, last = add_messages(request, [Message("user", "see", images)], "input").messages
     assert (before.text, before.attachments, len(last.attachments)) == ("see\n[image left out]", images[1:], 1)
 
 
