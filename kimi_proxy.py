@@ -2363,7 +2363,7 @@ def _get_items(node: Node, find_item: FindItem = lambda item_id: None) -> list[N
             found = find_item(name) if name not in seen else None
             seen.add(name)
         if found is None:
-            raise item.invalid_param("is of no kept answer, or was referred to before: send it whole")
+            raise item.invalid_param("is of no kept answer, or was referred to before: send the item itself")
         items.append(Node(found, item.path))
     return items
 
@@ -3752,35 +3752,34 @@ class Accounts:
 
 # ==== 14. Files =============================================================
 #
-# Streams a file from a request to Kimi without holding it in memory: from its origin, from the request's base64, or
-# from an unlinked temporary file where its size is not known in advance. URLs come from strangers:
-# `AddressGuard.make_socket` is the one place where a connection to an origin begins, and it decides on the very address
-# being connected to, whatever name, spelling or redirect led there. Nothing here knows about Kimi.
+# Streams a file without holding it in memory: from its origin, from base64, or from a temporary file where its size is
+# not known in advance. URLs come from strangers: `AddressGuard.make_socket` begins every connection to an origin, and
+# decides on the very address, whatever name, spelling or redirect led there.
 
 FILE_SECONDS: Final = 60.0  # limit for an origin to send more
 TRANSFER_SECONDS: Final = 120.0  # limit for a whole file
 MAX_REDIRECTS: Final = 5
 PUBLIC: Final = "public"
 
-# The first that fits decides. Python's own `is_global` says yes to a dozen of these ranges (tried with 3.11).
+# The first that fits decides. Python's `is_global` says yes to a dozen of these ranges.
 ADDRESS_RULES: Final = [
     (ipaddress.ip_network(network), verdict)
     for verdict, networks in (
         ("this-network", "0.0.0.0/8"),  # RFC 791
         ("private", "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16"),  # RFC 1918
-        ("shared", "100.64.0.0/10"),  # RFC 6598; some clouds' metadata service is in it
+        ("shared", "100.64.0.0/10"),  # RFC 6598; some clouds' metadata is in it
         ("loopback", "127.0.0.0/8"),  # RFC 1122
-        ("cloud-host", "168.63.129.16/32"),  # Azure's, reachable from its machines alone
-        ("link-local", "169.254.0.0/16"),  # RFC 3927; most clouds' metadata service is in it
+        ("cloud-host", "168.63.129.16/32"),  # Azure's
+        ("link-local", "169.254.0.0/16"),  # RFC 3927; most clouds' metadata is in it
         ("protocol", "192.0.0.0/24 2001::/23"),  # RFC 6890, RFC 2928; Teredo (RFC 4380) is in it
         ("documentation", "192.0.2.0/24 198.51.100.0/24 203.0.113.0/24 2001:db8::/32"),  # RFC 5737, RFC 3849
         ("documentation", "3fff::/20"),  # RFC 9637
         ("relay", "192.88.99.0/24"),  # RFC 7526
         ("benchmark", "198.18.0.0/15"),  # RFC 2544
         ("multicast", "224.0.0.0/4"),  # RFC 5771
-        ("reserved", "240.0.0.0/4"),  # RFC 1112; the broadcast address is in it
+        ("reserved", "240.0.0.0/4"),  # RFC 1112
         ("6to4", "2002::/16"),  # RFC 3056
-        (PUBLIC, "0.0.0.0/0 2000::/3"),  # RFC 4291: all that is given out of global unicast addresses
+        (PUBLIC, "0.0.0.0/0 2000::/3"),  # RFC 4291: global unicast
         ("not-unicast", "::/0"),
     )
     for network in networks.split()
@@ -3789,10 +3788,7 @@ _NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052
 
 
 def classify_address(text: str) -> str:
-    """The verdict on an address: `public`, or why it is denied; `unreadable` for what is no plain IP address.
-
-    An IPv6 address that stands for an IPv4 one (mapped, NAT64) is judged by that.
-    """
+    """The verdict on an address, or on the IPv4 one that it stands for: `public`, or why it is denied."""
     try:
         address = ipaddress.ip_address(text)
     except ValueError:
@@ -3807,7 +3803,7 @@ def classify_address(text: str) -> str:
     return next(verdict for network, verdict in ADDRESS_RULES if address in network)
 
 
-# Ports of other protocols, which a request of ours could speak to (WHATWG Fetch, "port blocking"), and 0.
+# Ports of other protocols (WHATWG Fetch, "port blocking"), and 0.
 # fmt: off
 _BAD_PORTS: Final = frozenset((
     0, 1, 7, 9, 11, 13, 15, 17, 19, 20, 21, 22, 23, 25, 37, 42, 43, 53, 69, 77, 79, 87, 95, 101, 102, 103, 104, 109,
@@ -3819,22 +3815,16 @@ _BAD_PORTS: Final = frozenset((
 
 
 def check_file_url(text: str) -> URL:
-    """The URL in `text`, if it may be fetched as far as its letters tell; its address is judged when connecting."""
+    """The URL in `text`, if it may be fetched as far as its letters tell. Raises `ProxyError`."""
     text = text.strip()
     if not re.match(r"https?://[^/?#]{1,255}(?:[/?#]|\Z)", text, re.IGNORECASE):
         raise ProxyError("file_url_invalid", "the file's URL does not begin with http:// or https:// and a host")
-    if len(text) > 8192 or "\\" in text or not text.isprintable():
-        raise ProxyError("file_url_invalid", "the file's URL is too long, or has characters that no URL has")
-    try:
+    with suppress(ValueError, IndexError):  # IndexError: yarl's, for some brackets
         url = URL(text, encoded=text.isascii() and " " not in text)  # signed ones must stay as they are
-        is_good = bool(url.host) and url.port not in _BAD_PORTS and url.raw_user is None and url.raw_password is None
-    except (ValueError, IndexError):  # IndexError: yarl's, for some brackets
-        is_good = False
-    if not is_good:
-        raise ProxyError(
-            "file_url_invalid", "the file's URL is not valid, or has a user name or another protocol's port"
-        )
-    return url
+        is_clean = len(text) <= 8192 and "\\" not in text and text.isprintable()
+        if is_clean and url.host and url.port not in _BAD_PORTS and url.raw_user is url.raw_password is None:
+            return url
+    raise ProxyError("file_url_invalid", "the file's URL is not valid, or has a user name or another protocol's port")
 
 
 _EXTRA_TYPES: Final = {
@@ -3846,17 +3836,15 @@ _EXTRA_TYPES: Final = {
     ".epub": "application/epub+zip",
     ".wav": "audio/wav",
 }
-_BUILT_IN: Final = mimetypes.MimeTypes().types_map  # Python's own, whatever files the machine has
+_BUILT_IN: Final = mimetypes.MimeTypes().types_map  # Python's own
 _TYPES: Final = _EXTRA_TYPES | _BUILT_IN[False] | _BUILT_IN[True] | _EXTRA_TYPES  # the first extension of a type counts
 _MEANINGLESS_TYPES: Final = ("application/octet-stream", "binary/octet-stream", "application/x-download")
 _EXTENSION: Final = re.compile(r"\.[A-Za-z0-9]{1,8}\Z")
 
 
 def name_file(names: Sequence[str], content_type: str, kind: str) -> tuple[str, str]:
-    """Name and `Content-Type` of a file, from its possible names and the type that was declared, which may be empty.
-
-    The first of `names` with an extension wins, else the first; one without gets the extension of the type. A type that
-    is missing or means nothing is replaced by that of the extension.
+    """Name and `Content-Type` of a file: the first of `names` with an extension, else the first with one added; and
+    `content_type`, or where that means nothing the type of the extension.
     """
     cleaned = [*filter(None, map(_clean_name, names)), kind]
     name = next(filter(_EXTENSION.search, cleaned), cleaned[0])
@@ -3885,10 +3873,7 @@ class AddressGuard:
         self._allow_private = allow_private
 
     def make_socket(self, address_info: tuple[Any, ...]) -> socket.socket:
-        """A socket for `(family, type, proto, name, address)`, one address that is about to be connected to.
-
-        Raises `PermissionError`; the verdict goes to log and metrics, and never to a client.
-        """
+        """A socket for `(family, type, proto, name, address)`. Raises `PermissionError`; only the log tells why."""
         family, kind, protocol, _, address = address_info
         verdict = PUBLIC if self._allow_private else self._judge(family, address)
         if verdict != PUBLIC:
@@ -3902,7 +3887,7 @@ class AddressGuard:
         verdict = classify_address(str(address[0]))
         if verdict != PUBLIC:
             return verdict
-        # Connecting a datagram socket sends nothing, and tells by which own address one would get there.
+        # Connecting a datagram socket sends nothing, and tells the own address.
         with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(address)
             if probe.getsockname()[0] == address[0]:
@@ -3912,10 +3897,9 @@ class AddressGuard:
 
 @dataclass(slots=True)
 class OpenFile:
-    """A file that is ready to be sent: `read` yields exactly `size_bytes` bytes, or raises.
+    """A file that is ready to be sent. `source` returns the next piece, empty at the end.
 
-    `source` returns the next piece, empty at the end; cancelled, it leaves `waiting_for_source` set. `failure` is what
-    `read` raised, since aiohttp raises an error of its own instead.
+    `failure` is what `read` raised, since aiohttp raises an error of its own instead.
     """
 
     kind: str
@@ -3928,7 +3912,7 @@ class OpenFile:
     failure: ProxyError | None = None
 
     async def read(self) -> AsyncIterator[bytes]:
-        """The bytes, once. Raises `ProxyError`: the source's, or `file_broken` where there are more or less of them."""
+        """The `size_bytes` bytes, once. Raises `ProxyError`: the source's, or `file_broken` for more or fewer."""
         try:
             while True:
                 self.waiting_for_source = True
@@ -3946,7 +3930,7 @@ class OpenFile:
 
 
 def open_spool(kind: str, name: str, content_type: str, spool: IO[bytes]) -> OpenFile:
-    """What was written to `spool`, from its beginning."""
+    """The file in `spool`."""
     size_bytes = spool.seek(0, os.SEEK_END)
     spool.seek(0)
     return OpenFile(kind, name, content_type, size_bytes, partial(asyncio.to_thread, spool.read, 65_536))
@@ -3954,7 +3938,7 @@ def open_spool(kind: str, name: str, content_type: str, spool: IO[bytes]) -> Ope
 
 @dataclass(frozen=True, slots=True)
 class ReceivedFile:
-    """A file that a client uploaded, complete, on its way to Kimi."""
+    """A file that a client uploaded."""
 
     name: str = field(repr=False)
     content_type: str
@@ -3992,7 +3976,7 @@ class Files:
             raise ProxyError("file_too_large", f"the file has more than {self._limit_mb} MB")
 
     async def identify(self, attachment: Attachment) -> tuple[bytes, int]:
-        """A digest of `attachment`'s URL, or of its inline bytes, and their number. Raises `ProxyError`."""
+        """A digest of the URL, or of the inline bytes, and their number. Raises `ProxyError`."""
         if attachment.url:
             return hashlib.sha256(attachment.url.encode()).digest(), 0
         self.check_size(attachment.inline_bytes)
@@ -4011,7 +3995,7 @@ class Files:
 
     @asynccontextmanager
     async def open(self, attachment: Attachment, size_bytes: int) -> AsyncIterator[OpenFile]:
-        """The file of `attachment`, with its origin's head read; `size_bytes` as in `identify`. Raises `ProxyError`."""
+        """The file of `attachment`; `size_bytes` as in `identify`. Raises `ProxyError`."""
         kind = attachment.kind
         if not attachment.url:
             read = partial(asyncio.to_thread, next, decode_base64(attachment.data, attachment.start), b"")
@@ -4033,7 +4017,7 @@ class Files:
 
     @contextmanager
     def make_spool(self) -> Iterator[IO[bytes]]:
-        """A temporary file without a name. Raises `ProxyError` `spool_full` where it cannot be made or written."""
+        """A temporary file. Raises `ProxyError` `spool_full` where it cannot be made or written."""
         try:
             with tempfile.TemporaryFile(dir=self._spool_dir or None) as spool:
                 yield spool
@@ -4049,25 +4033,24 @@ class Files:
         await asyncio.to_thread(spool.write, piece)
 
     async def _follow(self, text: str) -> aiohttp.ClientResponse:
-        """The response at a URL after redirects, each of which is checked. The caller closes it."""
+        """The response at a URL after redirects. The caller closes it."""
         for _ in range(MAX_REDIRECTS + 1):
             response = await _ask_origin(self._session.get(check_file_url(text), allow_redirects=False))
             if response.status not in (301, 302, 303, 307, 308):
                 return response
             response.close()
-            try:
+            text = ""
+            with suppress(KeyError, ValueError):
                 text = urljoin(str(response.url), response.headers["Location"])
-            except (KeyError, ValueError):
-                raise ProxyError("file_url_invalid", "a redirect of the file's origin leads nowhere") from None
         raise ProxyError("file_url_invalid", f"more than {MAX_REDIRECTS} redirects")
 
     def _check_head(self, response: aiohttp.ClientResponse) -> int | None:
-        """The size that the response head promises; None where it does not tell the size of the decoded file."""
+        """The size of the file, None where the response's head does not tell it."""
         if response.status != 200:
             raise ProxyError("file_url_invalid", f"the file's origin answers HTTP {response.status}")
         encoding = response.headers.get("Content-Encoding", "identity").lower()
         if encoding not in ("identity", "gzip", "deflate"):
-            raise ProxyError("file_url_invalid", "the file's origin sends an encoding that nobody asked for")
+            raise ProxyError("file_url_invalid", "the file's origin encodes it, which nobody asked for")
         if response.content_length == 0:
             raise ProxyError("file_url_invalid", "the file is empty")
         self.check_size(response.content_length or 0)
@@ -4075,7 +4058,7 @@ class Files:
 
 
 async def _ask_origin(work: Awaitable[Result]) -> Result:
-    """What an origin gives within `FILE_SECONDS`: a response, or the next bytes of one as the network brings them."""
+    """What an origin gives within `FILE_SECONDS`: a response, or the next bytes of one."""
     try:
         async with asyncio.timeout(FILE_SECONDS):
             return await work
@@ -4084,17 +4067,17 @@ async def _ask_origin(work: Awaitable[Result]) -> Result:
     except aiohttp.ClientConnectorCertificateError:
         raise ProxyError("file_url_invalid", "the TLS certificate of the file's origin is not valid") from None
     except (aiohttp.ClientConnectorError, aiohttp.InvalidURL, ValueError):
-        # One answer for a name that does not exist, an address that is denied, and one where nobody listens.
+        # One answer for a name that does not exist, a denied address, and one where nobody listens.
         raise ProxyError("file_url_invalid", "the file's address cannot be reached, or is not public") from None
     except (aiohttp.ClientError, ConnectionError, RuntimeError) as error:  # the last where it was lost before
         raise ProxyError("file_broken", f"the file's origin broke off ({type(error).__name__})") from None
 
 
 def _disposition_name(response: aiohttp.ClientResponse) -> str:
-    """The file name in the origin's `Content-Disposition` (RFC 6266), or empty."""
+    """The file name in `Content-Disposition` (RFC 6266), or empty."""
     try:
         disposition = response.content_disposition
-    except (ValueError, LookupError):  # aiohttp's, for a hostile header
+    except (ValueError, LookupError):  # a hostile header
         return ""
     return (disposition and disposition.filename) or ""
 
