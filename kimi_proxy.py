@@ -2363,7 +2363,7 @@ def _get_items(node: Node, find_item: FindItem = lambda item_id: None) -> list[N
             found = find_item(name) if name not in seen else None
             seen.add(name)
         if found is None:
-            raise item.invalid_param("is of no kept answer, or was referred to before: send the item itself")
+            raise item.invalid_param("is of no kept answer, or referred to a second time: send the item itself")
         items.append(Node(found, item.path))
     return items
 
