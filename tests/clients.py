@@ -8,6 +8,7 @@ clients to run (all, if there are none).
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 import shutil
@@ -24,7 +25,7 @@ from typing import Any
 
 from kimi_simulator import HELLO, Simulator
 
-from kimi_proxy import Settings, run_server
+from kimi_proxy import Settings, logger, run_server
 
 INSTALL_SECONDS = 900
 TASK_SECONDS = 180
@@ -101,6 +102,24 @@ CLIENTS = (
             "CLAUDE_CODE_MAX_RETRIES": "0",
             "DISABLE_AUTOUPDATER": "1",
             "IS_SANDBOX": "1",
+        },
+    ),
+    agent(
+        "ccr",
+        "@musistudio/claude-code-router@2.0.0 @anthropic-ai/claude-code@2.1.332",
+        [
+            [  # `ccr code` alone starts the server too, but out of reach
+                *("sh", "-c"),
+                "ccr start & until ccr status | grep -q 'Status: Running'; do :; done; "
+                f"ccr code -p '{COPY}' --allowedTools Read,Write",
+            ]
+        ],
+        {"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", "DISABLE_AUTOUPDATER": "1", "IS_SANDBOX": "1"},
+        {
+            ".claude-code-router/config.json": """{"PORT": 34561, "NON_INTERACTIVE_MODE": true,
+  "Providers": [{"name": "kimi", "api_base_url": "$url/v1/chat/completions", "api_key": "$key", "models": ["kimi"]}],
+  "Router": {"default": "kimi,kimi"}}
+"""
         },
     ),
     agent(
@@ -229,6 +248,22 @@ models:
         "hello",
         [["sgpt", "--no-interaction", "--no-md", "Say hello."]],
         {"API_BASE_URL": "$url/v1", "OPENAI_API_KEY": "$key", "DEFAULT_MODEL": "kimi-nosearch"},
+        prints=HELLO,
+    ),
+    Client(
+        "gptme",
+        "gptme==0.35.1",
+        "hello",
+        [["gptme", "--non-interactive", "--model", "kimi/kimi-nosearch", "Say hello."]],
+        {},
+        {
+            ".config/gptme/config.toml": """[[providers]]
+name = "kimi"
+base_url = "$url/v1"
+api_key = "$key"
+default_model = "kimi-nosearch"
+"""
+        },
         prints=HELLO,
     ),
     Client(
@@ -435,6 +470,7 @@ async def main(root: Path, names: Sequence[str]) -> int:
     if unknown:
         print(f"no such client: {', '.join(sorted(unknown))}; there are {', '.join(one.name for one in CLIENTS)}")
         return 2
+    logger.setLevel(logging.ERROR)  # the simulator sends much that is new to the proxy
     results: dict[str, list[str]] = {"passed": [], "failed": [], "not run": []}
     for client in CLIENTS:
         if names and client.name not in names:
