@@ -14,8 +14,8 @@ PURE := tests/test_wire.py tests/test_events.py tests/test_answers.py tests/test
 	tests/test_requests.py tests/test_replies.py tests/test_errors.py tests/test_settings.py tests/test_logs.py tests/test_layout.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test test-node test-clients bench bench-cluster soak test-lowest test-units test-cluster check lint install \
-	uninstall toc golden trace clean
+.PHONY: help demo run test test-node test-clients bench bench-cluster soak test-lowest test-units test-systemd test-cluster check lint \
+	install uninstall toc golden trace clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -54,6 +54,9 @@ test-lowest: $(VENV)/test.stamp ## run all tests with the oldest packages that r
 
 test-units: $(VENV)/run.stamp ## install into a temporary directory, and check the units (systemd's tools)
 	@PYTHONPATH=. $(RUN) tests/units.py $(PYTHON)
+
+test-systemd: $(VENV)/run.stamp ## run it under a real systemd in a container (root; 300 MB; debootstrap systemd-container)
+	@PYTHONPATH=.:tests $(RUN) tests/systemd.py
 
 test-cluster: $(VENV)/run.stamp ## put two instances behind HAProxy, then nginx (Debian: haproxy nginx-light)
 	@PYTHONPATH=tests $(RUN) tests/cluster.py

@@ -6526,9 +6526,11 @@ def _read_held_token(settings: Settings) -> str:
 
 def ask_command(argv: Sequence[str]) -> int:
     """`ask "question"`: ask a running proxy, and print the answer as it comes. The exit status: 1 for a failure."""
+    settings = Settings.load(os.environ)
+    own_url = f"http://127.0.0.1:{settings.port}"
     parser = argparse.ArgumentParser(prog="kimi_proxy.py ask", description="Ask a running kimi_proxy in the terminal.")
     parser.add_argument("question", nargs="*", help="the question; text from a pipe is appended to it")
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="address of the proxy (default %(default)s)")
+    parser.add_argument("--url", default=own_url, help="address of the proxy (default %(default)s)")
     parser.add_argument("--model", default="kimi", help="model to ask (default %(default)s)")
     parser.add_argument("--file", action="append", default=[], help="a file or picture, or its URL; may be repeated")
     options = parser.parse_args(list(argv))
@@ -6538,7 +6540,9 @@ def ask_command(argv: Sequence[str]) -> int:
     if not question:
         print("kimi_proxy ask: ask a question", file=sys.stderr)
         return 2
-    token = os.environ.get("PROXY_API_KEY", "") or _read_held_token(Settings.load(os.environ))
+    keys = read_secrets("PROXY_API_KEYS", settings.api_keys, settings.api_keys_file, os.environ)
+    own_key = keys[0].partition(":")[2] or keys[0] if keys else _read_held_token(settings)
+    token = os.environ.get("PROXY_API_KEY", "") or own_key
     url = options.url.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
     try:
         content: Any = [*map(_render_part, options.file), {"type": "text", "text": question}]

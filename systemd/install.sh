@@ -83,7 +83,7 @@ install_all() {
             ;;
     esac
 
-    run mkdir -p "$DESTDIR$PREFIX" "$DESTDIR$UNITDIR" "$DESTDIR${CONFIG%/*}"
+    run mkdir -p "$DESTDIR$PREFIX/bin" "$DESTDIR$UNITDIR" "$DESTDIR${CONFIG%/*}"
     found=$(identify "$VENV/bin/python") || found=
     if [ -z "$found" ] || [ "$found" != "$(identify "$PYTHON")" ]; then
         run "$PYTHON" -m venv --clear "$VENV"
@@ -93,6 +93,7 @@ install_all() {
     # Compiled beforehand, since the service cannot write here: a quicker start, and 20 MB less at its peak.
     run "$VENV/bin/python" -m compileall -q --invalidation-mode checked-hash -s "$DESTDIR/" -p / \
         "$DESTDIR$PREFIX/kimi_proxy.py"
+    sed "s|/opt/kimi-proxy|$PREFIX|g" systemd/kimi-proxy.sh | write 755 "$DESTDIR$PREFIX/bin/kimi-proxy"
     for unit in $UNITS; do
         sed "s|/opt/kimi-proxy|$PREFIX|g" "systemd/$unit" | write 644 "$DESTDIR$UNITDIR/$unit"
     done
@@ -124,8 +125,8 @@ uninstall_all() {
     if [ -e "$VENV/pyvenv.cfg" ]; then # else it is not ours
         run rm -rf "$VENV"
     fi
-    run rm -f "$DESTDIR$PREFIX/kimi_proxy.py" "$DESTDIR$PREFIX"/__pycache__/kimi_proxy.*.pyc
-    for directory in "$DESTDIR$PREFIX/__pycache__" "$DESTDIR$PREFIX"; do
+    run rm -f "$DESTDIR$PREFIX/kimi_proxy.py" "$DESTDIR$PREFIX/bin/kimi-proxy" "$DESTDIR$PREFIX"/__pycache__/kimi_proxy.*.pyc
+    for directory in "$DESTDIR$PREFIX/__pycache__" "$DESTDIR$PREFIX/bin" "$DESTDIR$PREFIX"; do
         [ ! -d "$directory" ] || run rmdir --ignore-fail-on-non-empty "$directory"
     done
     if has_systemd; then

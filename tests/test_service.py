@@ -323,7 +323,13 @@ async def test_ask_sends_the_proxys_key_and_check_uses_the_held_account(
 ) -> None:
     token = simulator.token("hello")
     url = await start_proxy(refresh_token=token, api_keys="me:sesame-open")
-    for environment, expected in (({"PROXY_API_KEY": "sesame-open"}, 0), ({"PROXY_API_KEY": "wrong"}, 1), ({}, 1)):
+    for environment, expected in (
+        ({"PROXY_API_KEY": "sesame-open"}, 0),
+        ({"PROXY_API_KEYS": "me:sesame-open,other", "KIMI_REFRESH_TOKEN": token}, 0),
+        ({"PROXY_API_KEYS": "sesame-open"}, 0),
+        ({"PROXY_API_KEY": "wrong", "PROXY_API_KEYS": "sesame-open"}, 1),
+        ({}, 1),
+    ):
         status, out, err = await run("ask", "hi", "--url", url, **environment)
         assert status == expected, err
         assert (HELLO in out) is (expected == 0)

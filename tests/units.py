@@ -95,6 +95,7 @@ def test_a_first_install_is_complete(place: Place) -> None:
     expected = {
         "opt/kimi-proxy": "drwxr-xr-x",
         "opt/kimi-proxy/kimi_proxy.py": "-rw-r--r--",
+        "opt/kimi-proxy/bin/kimi-proxy": "-rwxr-xr-x",
         **{f"etc/systemd/system/{unit}": "-rw-r--r--" for unit in UNITS},
         "etc/kimi-proxy": "drwx------",
         "etc/kimi-proxy/kimi-proxy.env": "-rw-------",
@@ -152,6 +153,8 @@ def test_another_prefix_stands_in_the_units(place: Place) -> None:
         text = (place.root / units[1:] / unit).read_text()
         claim("/opt/" not in text, f"PREFIX=/srv/kimi: {unit} still names /opt")
         claim(unit.endswith(".socket") or "ExecStart=/srv/kimi/venv/bin/python " in text, f"{unit} names no /srv/kimi")
+    command = (place.root / "srv/kimi/bin/kimi-proxy").read_text()
+    claim("/opt/" not in command and "/srv/kimi/venv/bin/python " in command, "PREFIX=/srv/kimi: its command does not")
     place.make("uninstall", "PREFIX=/srv/kimi", f"UNITDIR={units}")
     claim(not (place.root / "srv/kimi").exists(), "uninstall left /srv/kimi")
     for wrong in ("kimi", "/", "/opt/", "/opt", "/home/me/kimi", "/tmp/kimi", "/opt/../etc", "/opt/a b", "/opt/a|b"):
@@ -240,6 +243,14 @@ def test_the_units_agree_with_each_other_and_the_settings(place: Place, units: P
     default = Settings()
     claim(listen == f"{default.host}:{default.port}", f"the socket is {listen}, the settings say otherwise")
     claim(dict(one)["SocketBindAllow"] == f"tcp:{default.port}", "the service may not bind the default port")
+
+    status, said = run(place.home / "bin/kimi-proxy", "serve")
+    claim(status == 2 and "kimi-proxy check" in said, f"its command does not say how to use it: {said}")
+    command = (place.home / "bin/kimi-proxy").read_text()
+    names = {"DynamicUser", "User", "StateDirectory", "StateDirectoryMode", "UMask", "EnvironmentFile"}
+    names |= {"LoadCredential", "SetCredential"}
+    alone = [f"{name}={value}" for name, value in one if name in names and f"{name}={value}" not in command]
+    claim(not alone, f"its command does not run as the service: {alone}")
 
     environ = dict(value.split("=", 1) for name, value in one if name == "Environment")
     example = (ROOT / "systemd/kimi-proxy.env").read_text()
