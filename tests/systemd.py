@@ -34,10 +34,9 @@ from units import Complaint, claim, step
 
 ROOT: Final = Path(__file__).parent.parent
 TOOLS: Final = {"debootstrap": "debootstrap", "systemd-nspawn": "systemd-container", "nsenter": "util-linux"}
-PACKAGES: Final = (
-    "systemd,systemd-sysv,dbus,python3,python3-venv,make,iproute2,procps,curl,ca-certificates"  # those of a server
-)
+PACKAGES: Final = "systemd,systemd-sysv,dbus,python3,python3-venv,make,iproute2,procps,ca-certificates"
 BPF: Final = "bpf perf_event_open @keyring"  # what a container may not do otherwise, and some directives need
+VENV: Final = "/var/lib/simulator"  # what the simulator runs in
 BOOT_SECONDS: Final = 60.0
 MOST_SECONDS: Final = 180.0  # for each test
 
@@ -47,7 +46,6 @@ STATE: Final = Path("/var/lib/private/kimi-proxy")
 DROP_IN: Final = Path("/run/systemd/system/kimi-proxy.service.d/test.conf")
 QUICK: Final = "[Service]\nWatchdogSec=4\nTimeoutStopSec=5\nRestartSec=100ms\n"
 CLI: Final = HOME / "bin/kimi-proxy"
-URL: Final = "http://127.0.0.1:8000"
 KEY: Final = "a-key-of-anna"
 
 
@@ -115,14 +113,18 @@ class World:
         await systemctl("stop", "kimi-proxy.service")
         await systemctl("start", "kimi-proxy.socket", "kimi-proxy.service")
 
-    async def ask(self, content: object = "Hello?", url: str = URL, key: str = KEY) -> str:
-        """The text of an answer."""
+    async def ask(self, content: object = "Hello?", port: int = 8000, key: str = KEY, status: int = 200) -> str:
+        """What is answered, with that HTTP status."""
         body = {"model": "kimi", "use_search": False, "messages": [{"role": "user", "content": content}]}
-        headers = {"Authorization": f"Bearer {key}"}
-        async with self.http.post(f"{url}/v1/chat/completions", json=body, headers=headers) as response:
+        headers, url = {"Authorization": f"Bearer {key}"}, f"http://127.0.0.1:{port}/v1/chat/completions"
+        async with self.http.post(url, json=body, headers=headers) as response:
             answer = await response.json()
-        claim(response.status == 200, f"HTTP status {response.status}: {answer}")
-        return str(answer["choices"][0]["message"]["content"])
+        claim(response.status == status, f"HTTP status {response.status}: {answer}")
+        return str(answer["choices"][0]["message"]["content"] if status == 200 else answer)
+
+    async def greet(self, port: int = 8000) -> None:
+        """Ask the account with the script `hello`, which answers always the same."""
+        claim(await self.ask(port=port) == HELLO, "it answers something else")
 
 
 async def test_it_is_installed_and_says_when_it_is_ready(world: World) -> None:
@@ -134,8 +136,12 @@ async def test_it_is_installed_and_says_when_it_is_ready(world: World) -> None:
     await follow_readme("systemctl enable --now kimi-proxy.socket")
     states = [await show(name) for name in ("ActiveState", "Type", "UnitFileState", "NRestarts")]
     claim(states == ["active", "notify", "enabled", "0"], f"it is {states}")
-    claim(await world.ask() == HELLO, "it answers something else")
+    await world.greet()
     claim("answers" in await show("StatusText"), "it does not tell systemd how it is")
+    await world.ask(key="another", status=401)
+    log = await journal()
+    claim("anna" in log, "the key's name is not in the log")
+    claim(world.token not in log and KEY not in log, "a secret is in the log")
 
 
 async def test_it_can_write_only_where_it_should(world: World) -> None:
@@ -149,20 +155,10 @@ async def test_it_can_write_only_where_it_should(world: World) -> None:
     claim(len(modes) > 1 and all(mode.endswith("00") for mode in modes.values()), f"state is readable: {modes}")
 
 
-async def test_accounts_and_keys_come_as_credentials(world: World) -> None:
-    await world.start("hello")
-    claim(await world.ask() == HELLO, "it answers something else")
-    async with world.http.post(f"{URL}/v1/chat/completions", json={}) as response:
-        claim(response.status == 401, f"without a key: HTTP status {response.status}")
-    log = await journal()
-    claim("anna" in log, "the key's name is not in the log")
-    claim(world.token not in log and KEY not in log, "a secret is in the log")
-
-
 async def test_rotated_tokens_survive_restarts(world: World) -> None:
     await world.start("hello", "rotate")
     for _ in range(3):
-        claim(await world.ask() == HELLO, "it answers something else")
+        await world.greet()
         await systemctl("restart", "kimi-proxy")
     claim(world.account.count("refresh") == 1, "the tokens were asked for again after a restart")
 
@@ -176,12 +172,12 @@ async def test_a_full_disk_costs_no_account(world: World) -> None:
         await run("dd", "if=/dev/zero", f"of={STATE}/filler", "bs=4k", status=1)
         for is_full in (True, False):
             world.account.fired.clear()  # the next question is refused once, and takes a refresh
-            claim(await world.ask() == HELLO, "it answers something else")
+            await world.greet()
             if is_full:
                 (STATE / "filler").unlink()
         claim("state cannot be kept" in await journal(), "nobody is told of the full disk")
         await systemctl("restart", "kimi-proxy")
-        claim(await world.ask() == HELLO, "it answers something else")
+        await world.greet()
         claim(world.account.count("refresh") == 4, f"{world.account.count('refresh')} refreshes, not 4")
     finally:
         await systemctl("stop", "kimi-proxy.socket", "kimi-proxy.service")
@@ -191,7 +187,7 @@ async def test_a_full_disk_costs_no_account(world: World) -> None:
 async def test_what_hangs_is_started_again(world: World) -> None:
     await world.start("hello")
     os.kill(int(await show("MainPID")), signal.SIGSTOP)
-    claim(await world.ask() == HELLO, "it answers something else")  # by the next process: the question waits for it
+    await world.greet()  # by the next process: the question waits for it
     claim("watchdog" in (await journal()).lower() and await show("NRestarts") == "1", "no watchdog ended it")
 
 
@@ -214,7 +210,7 @@ async def test_a_restart_refuses_nobody(world: World) -> None:
     async def work() -> int:
         number = 0
         while not over.is_set():
-            claim(await world.ask() == HELLO, "it answers something else")
+            await world.greet()
             number += 1
         return number
 
@@ -243,7 +239,7 @@ async def test_instances_share_the_state(world: World) -> None:
     (CONFIG / "8001.env").write_text("PROXY_LOG_FORMAT=json\n")
     await follow_readme("systemctl enable --now kimi-proxy@8001")
     for port in (8001, 8002, 8000):
-        claim(await world.ask(url=f"http://127.0.0.1:{port}") == HELLO, "it answers something else")
+        await world.greet(port)
     claim(world.account.count("refresh") == 1, "an instance does not use the tokens of another")
     has_json = ['{"' in await journal(f"kimi-proxy@{port}") for port in (8001, 8002)]
     claim(has_json == [True, False], "8001.env is not for 8001 alone")
@@ -289,7 +285,7 @@ async def test_another_port_needs_a_drop_in_where_systemd_has_bpf(world: World) 
     DROP_IN.write_text(f"{QUICK}SocketBindAllow=tcp:8123\n")
     await systemctl("daemon-reload")
     await systemctl("restart", "kimi-proxy")
-    claim(await world.ask(url="http://127.0.0.1:8123") == HELLO, "it answers something else")
+    await world.greet(8123)
     print(f"   systemd {'with' if has_bpf else 'without'} BPF")
 
 
@@ -325,20 +321,15 @@ async def look() -> int:
 # ---- Outside of it ----------------------------------------------------------
 
 
-def what_is_missing() -> str:
-    """Why this machine cannot do it; empty where it can."""
-    tools = [package for tool, package in TOOLS.items() if shutil.which(tool) is None]
-    if tools:
-        return f"{' and '.join(tools)}: sudo apt install {' '.join(tools)}"
-    if os.geteuid() != 0:
-        return "root: sudo make test-systemd"
-    return "" if find_cgroups() else "a mounted cgroup2"
-
-
-def find_cgroups() -> Path | None:
-    """Where the second version of control groups is mounted."""
+def find_cgroups() -> Path:
+    """Where control groups are mounted, in their second version. Complains where this machine cannot do it."""
+    missing = [package for tool, package in TOOLS.items() if shutil.which(tool) is None]
+    claim(not missing, f"this needs some packages; on Debian: sudo apt install {' '.join(missing)}")
+    claim(os.geteuid() == 0, "this needs root: sudo make test-systemd")
     mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
-    return next((Path(words[1]) for words in mounts if words[2] == "cgroup2"), None)
+    groups = [Path(words[1]) for words in mounts if words[2] == "cgroup2"]
+    claim(groups, "this needs a mounted cgroup2")
+    return groups[0]
 
 
 def make_debian(base: Path, suite: str) -> None:
@@ -356,25 +347,18 @@ def make_debian(base: Path, suite: str) -> None:
 
 
 @contextmanager
-def boot(base: Path) -> Iterator[list[str]]:
+def boot(base: Path, groups: Path) -> Iterator[list[str]]:
     """A container whose systemd has booted what is in `base`; gives the words that run a command in it."""
-    groups = find_cgroups()
-    assert groups is not None
     name = f"kimi-proxy-{secrets.token_hex(4)}"
     group = groups / name  # else nspawn would ask this machine's systemd for one, which there may not be
     group.mkdir()
-    words = ["systemd-nspawn", "--quiet", "--boot", f"--directory={base}", f"--machine={name}"]
+    words = ["sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh"]
+    words += ["env", "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1", "systemd-nspawn", "--quiet", "--boot", f"--machine={name}"]
     words += ["--private-network", "--resolv-conf=off", "--register=no", "--keep-unit", "--console=pipe"]
-    words += ["--capability=all", f"--system-call-filter={BPF}", f"--bind-ro={ROOT}:/src"]
+    words += ["--capability=all", f"--system-call-filter={BPF}", f"--bind-ro={ROOT}:/src", f"--directory={base}"]
     log = base.parent / "container.log"
     with log.open("wb") as output:
-        container = subprocess.Popen(
-            ["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', group, *words],
-            env={**os.environ, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-        )
+        container = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
     try:
         end = time.monotonic() + BOOT_SECONDS
         while not (enter := find_way_in(container.pid)):
@@ -389,15 +373,14 @@ def boot(base: Path) -> Iterator[list[str]]:
         container.wait()
         for path, _, _ in os.walk(group, topdown=False):
             os.rmdir(path)
-        shutil.rmtree(
-            f"/run/systemd/nspawn/propagate/{name}", ignore_errors=True
-        )  # nspawn leaves it where /run is a disk
+        # Where /run is a disk, nspawn leaves this.
+        shutil.rmtree(f"/run/systemd/nspawn/propagate/{name}", ignore_errors=True)
 
 
 def find_way_in(pid: int) -> list[str]:
     """The words that run a command within nspawn's container, once it has booted; empty before."""
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        enter = ["nsenter", "-t", child, "-a", "env", "-i", "PATH=/usr/sbin:/usr/bin", "HOME=/root", "LANG=C.UTF-8"]
+        enter = ["nsenter", "-t", child, "-a", "env", "-i", "PATH=/usr/sbin:/usr/bin", "HOME=/tmp", "LANG=C.UTF-8"]
         enter += ["PIP_NO_INDEX=1", "PIP_FIND_LINKS=/wheels", "PYTHONPATH=/src:/src/tests", "PYTHONUNBUFFERED=1"]
         if Path(f"/proc/{child}/comm").read_text() == "systemd\n":
             command = [*enter, "systemctl", "is-system-running"]
@@ -407,23 +390,20 @@ def find_way_in(pid: int) -> list[str]:
 
 
 def main() -> int:
-    """The exit status: 0 where nobody complained."""
-    if missing := what_is_missing():
-        print(f"this needs {missing}", file=sys.stderr)
-        return 1
+    """Make it, boot it and have this file run in it; the exit status."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all is removed
-    suite, kept = os.environ.get("SUITE", "bookworm"), os.environ.get("BASE")
+    kept = os.environ.get("BASE")
     with tempfile.TemporaryDirectory(prefix="kimi-proxy-systemd-") as folder:
         base = Path(folder, "debian")
         try:
-            make_debian(Path(kept or base).resolve(), suite)
+            groups = find_cgroups()
+            make_debian(Path(kept or base).resolve(), os.environ.get("SUITE", "bookworm"))
             if kept:
                 subprocess.run(["cp", "-a", "--reflink=auto", kept, base], check=True)
             step("booting")
-            with boot(base) as enter:
-                venv = "python3 -m venv /root/venv && /root/venv/bin/pip install -q -r /src/requirements.txt"
-                inside = f"{venv} && exec /root/venv/bin/python /src/tests/systemd.py inside"
-                subprocess.run([*enter, "systemctl", "--version"], check=True)
+            with boot(base, groups) as enter:
+                venv = f"python3 -m venv {VENV} && {VENV}/bin/pip install -q -r /src/requirements.txt"
+                inside = f"systemctl --version && {venv} && exec {VENV}/bin/python /src/tests/systemd.py inside"
                 return subprocess.run([*enter, "sh", "-c", inside], check=False).returncode
         except (Complaint, subprocess.CalledProcessError) as error:
             print(f"FAIL: {error}", file=sys.stderr)

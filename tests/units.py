@@ -154,7 +154,10 @@ def test_another_prefix_stands_in_the_units(place: Place) -> None:
         claim("/opt/" not in text, f"PREFIX=/srv/kimi: {unit} still names /opt")
         claim(unit.endswith(".socket") or "ExecStart=/srv/kimi/venv/bin/python " in text, f"{unit} names no /srv/kimi")
     command = (place.root / "srv/kimi/bin/kimi-proxy").read_text()
-    claim("/opt/" not in command and "/srv/kimi/venv/bin/python " in command, "PREFIX=/srv/kimi: its command does not")
+    claim(
+        "/opt/" not in command and "/srv/kimi/venv/bin/python " in command,
+        "PREFIX=/srv/kimi: its command is for another",
+    )
     place.make("uninstall", "PREFIX=/srv/kimi", f"UNITDIR={units}")
     claim(not (place.root / "srv/kimi").exists(), "uninstall left /srv/kimi")
     for wrong in ("kimi", "/", "/opt/", "/opt", "/home/me/kimi", "/tmp/kimi", "/opt/../etc", "/opt/a b", "/opt/a|b"):
