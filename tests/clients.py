@@ -50,9 +50,7 @@ class Client:
     name: str
     packages: str  # of PyPI ("llm==0.36") or npm ("cline@3.0.65"); the first one's version is the client's
     script: str  # what the simulator answers
-    commands: Sequence[
-        Sequence[str]
-    ]  # run in order; each begins with a program's name; what the last one prints is checked
+    commands: Sequence[Sequence[str]]  # run in order; what the last one prints is checked
     environment: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     prints: str = WORD
@@ -226,7 +224,7 @@ models:
         "llm==0.36",
         "tool",
         [["llm", "-m", "kimi", "--functions", "$home/weather.py", "What is the weather in Paris?"]],
-        {"LLM_USER_PATH": "$home", "LLM_KIMI_KEY": "$key"},
+        {"LLM_USER_PATH": "$home"},
         {
             "extra-openai-models.yaml": """- model_id: kimi
   model_name: kimi
