@@ -1175,23 +1175,19 @@ def find_json(text: str) -> list[Any]:
 
 MAX_CHECK_STEPS: Final = 50_000
 _Mistake = tuple[str, Any] | None  # a path, and the keyword that is broken with its limit, or a sentence
-_JSON_TYPES: Final[Mapping[str, Any]] = {
-    "string": str, "number": (int, float), "integer": (int, float), "boolean": bool, "null": type(None),
-    "array": list, "object": dict,
+_JSON_TYPES: Final[Mapping[str, set[type]]] = {
+    "string": {str}, "number": {int, float}, "integer": {int}, "boolean": {bool}, "null": {type(None)},
+    "array": {list}, "object": {dict},
 }  # fmt: skip
 
 
 def _has_type(value: Any, names: Any) -> bool:
     """Whether the value is of one of these types; true is no number, 1.0 is an integer."""
-    return any(
-        isinstance(value, _JSON_TYPES[name])
-        and (name == "boolean" or not isinstance(value, bool))
-        and (name != "integer" or value == value // 1)
-        for name in (names if isinstance(names, list) else [names])
-    )
+    kind = int if isinstance(value, float) and value.is_integer() else type(value)
+    return any(kind in _JSON_TYPES[name] for name in (names if isinstance(names, list) else [names]))
 
 
-_CHECKS: Final[Mapping[str, tuple[Any, Callable[[Any, Any], bool]]]] = {  # by keyword: of what, and what is true then
+_CHECKS: Final[Mapping[str, tuple[Any, Callable[[Any, Any], bool]]]] = {  # of what, and what holds
     "type": (object, _has_type),
     "enum": (object, lambda value, options: value in options),
     "const": (object, lambda value, other: bool(value == other)),
@@ -1436,11 +1432,8 @@ def describe_format(format: ResponseFormat) -> str:
 def describe_failure(error: str, previous: str) -> str:
     """The part of a second prompt that tells the model what was wrong with its answer `previous`, and what to do."""
     quoted = f"\n\nYour answer was:\n{previous}" if previous else ""
-    return (
-        f"Your last answer could not be used: {escape_tags(error)}.{quoted}\n\n"
-        "Answer again, in the form that was asked for and without this mistake. Write nothing else: no apology, no "
-        "explanation.\n"
-    )
+    again = "Answer again, in the form that was asked for and without this mistake. Write nothing else: no apology."
+    return f"Your last answer could not be used: {escape_tags(error)}.{quoted}\n\n{again}\n"
 
 
 # ==== 9. Filters ============================================================
@@ -1458,7 +1451,7 @@ class Filter:
     passes = False  # it changes nothing any more
     ended = False  # it has ended the answer: what follows is dropped
     retry_reason = ""  # the mistake in an answer that is over and has to be asked for once more
-    previous = ""  # what the model wrote there, cut
+    previous = ""  # what the model wrote there
     has_fallback = False  # it can show the first answer, should the second fail
     _held = ""  # the end of the text, which may become something else
     _retried = False
@@ -1736,11 +1729,11 @@ def _is_quoted(text: str) -> bool:
 class ToolCallFilter(Filter):
     """Turns the calls in an answer's text into `ToolCall` events with new ids of `make_id`, once the answer is over.
 
-    From the first mark of a call on all text is held, and everything where `choice` demands a call. With a valid call,
-    every call that has a name and arguments is passed on. Without one, where a call is demanded or tried,
-    `retry_reason` tells the mistake; of the second answer only the calls are used, imperfect ones too, since the
-    client's error tells the model more than silence. Without any the first answer's text follows, freed of marks; but
-    a demanded call has to be valid, else `tool_call_failed` is raised. A cut answer is neither repaired nor retried.
+    From the first mark of a call on all text is held, and everything where `choice` demands a call. One valid call
+    passes on all that have a name and arguments. Without one, where a call is demanded or tried, the model is asked
+    again; of that answer only the calls are used, imperfect ones too: the client's error tells the model more than
+    silence. Without any the first answer's text follows, freed of marks; but a demanded call that is not valid raises
+    `tool_call_failed`. A cut answer is neither repaired nor retried.
     """
 
     def __init__(self, tools: Sequence[Tool], choice: ToolChoice, parallel: bool, make_id: Callable[[], str]) -> None:
@@ -1768,7 +1761,7 @@ class ToolCallFilter(Filter):
         if not (self._held or "<" in text or "`" in text or text[-1].isspace()):
             self._shown += len(text)
             return [event]
-        found = cast(re.Match[str], _CALL_BEGIN.search(text))  # at the end of the text at least
+        found = cast(re.Match[str], _CALL_BEGIN.search(text))  # matches at the end at least
         self._holds = bool(found["mark"])
         self._held = text[found.start() :]
         self._shown += found.start()
@@ -1854,9 +1847,8 @@ class StopFilter(Filter):
 class StructureFilter(Filter):
     """Holds text and thinking to the end, and passes the text on as one piece: the JSON that `format` asks for.
 
-    JSON is found amid words, mended, and made compact. Where none fits, `retry_reason` tells the mistake, and no
-    `Finished` comes; a second failure raises `structured_output_failed`. An answer that calls tools, or was cut by
-    length, moderation or a stop sequence, is passed on as it is. Citations are dropped: they have no place in JSON.
+    JSON is found amid words, mended, and made compact. Where none fits, the model is asked again; a second failure
+    raises `structured_output_failed`. An answer that calls tools, or was cut, passes as it is. Citations are dropped.
     """
 
     def __init__(self, format: ResponseFormat) -> None:
