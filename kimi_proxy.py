@@ -391,7 +391,7 @@ def _trace(error: BaseException | None) -> list[str]:
 
 
 class QuietFilter(logging.Filter):
-    """Makes less of a client's fault, and of what asyncio says at each try to accept while it cannot."""
+    """Makes less of a client's fault, and of what asyncio says of each try to accept while it cannot."""
 
     _accept_failed = 0.0
 
@@ -400,7 +400,7 @@ class QuietFilter(logging.Filter):
         error = record.exc_info[1] if record.exc_info else None
         if record.name == "aiohttp.server" and isinstance(error, HttpProcessingError):
             record.exc_info, record.levelname = None, "INFO"
-        if record.name == "asyncio" and "socket.accept()" in str(record.msg):
+        if record.name == "asyncio" and re.search(r"socket\.accept\(\)|\._start_serving\(", str(record.msg)):
             before, self._accept_failed = self._accept_failed, record.created
             return record.created > before + 2
         if record.name == "asyncio" and "._start_serving(" in str(record.msg):
@@ -3188,6 +3188,11 @@ APIS: Final[Mapping[str, Api]] = {
 REMOVAL_SECONDS: Final = 10.0  # how long pending removals may take on shutdown
 
 
+def loop_time() -> float:
+    """The event loop's clock, in seconds."""
+    return asyncio.get_running_loop().time()
+
+
 class BackgroundTasks:
     """Tasks that belong to the application, not to a request."""
 
@@ -3251,24 +3256,23 @@ class Watchdog:
 
 # ==== 13. Accounts ==========================================================
 #
-# One account is one refresh token as the client sends it. Its access token is fetched when needed, by one task of the
-# application under the account's lock, however many requests wait: no waiter that goes away can cancel it, and a
-# rotated token cannot get lost. What has to outlive the process is in the state directory: for each account a file with
-# its newest tokens and the conversations that its client keeps, for each process a list of those that are open.
+# One account is one refresh token as the client sends it. One tracked task fetches its access token, however many
+# requests wait: none of them can cancel it, and no rotated token gets lost. The state directory has a file for each
+# account (its newest tokens, the conversations that its client keeps) and for each process (what it has open).
 
-TOKEN_SECONDS: Final = 300.0  # the life of an access token that does not tell it [ref]
-MAX_ACCOUNTS: Final = 1000  # in memory; the one that is unused for longest is forgotten first
+TOKEN_SECONDS: Final = 300.0  # life of an access token that does not tell it [ref]
+MAX_ACCOUNTS: Final = 1000  # in memory; the longest unused is forgotten first
 MAX_ACCOUNT_REQUESTS: Final = 64  # answers of one account at once
-QUEUE_SECONDS: Final = 60.0  # how long a request waits for its turn
-SERIALIZED_SECONDS: Final = 600.0  # how long an account answers one request at a time once Kimi asked for that
-LOCK_SECONDS: Final = 30.0  # how long one process waits for another that holds an account's state
+QUEUE_SECONDS: Final = 60.0  # limit of a request's wait for its turn
+SERIALIZED_SECONDS: Final = 600.0  # how long answers run one by one once Kimi asked for that
+LOCK_SECONDS: Final = 30.0  # limit of the wait for another process
 REFUSAL_SECONDS: Final = 10.0  # programs repeat a 401 many times; Kimi is asked once in this time
 _DAY_SECONDS: Final = 86_400
 
 
 @dataclass(frozen=True, slots=True)
 class TokenPair:
-    """What a refresh gives: an access token, and the refresh token to use from now on (empty: the same)."""
+    """What a refresh gives: an access token, and the next refresh token (empty: the same)."""
 
     access_token: str = field(repr=False)
     refresh_token: str = field(repr=False)
@@ -3278,7 +3282,7 @@ class TokenPair:
 
     @property
     def is_live(self) -> bool:
-        """Whether the access token can be used."""
+        """Whether the access token is still valid."""
         return 0 <= time.time() - self.received < self.life_seconds
 
 
@@ -3321,12 +3325,12 @@ def _read_time(claims: Mapping[str, Any], name: str) -> float:
 
 
 def is_access_token(claims: Mapping[str, Any]) -> bool:
-    """Whether these are the claims of Kimi's own access token, which can be used as it is [2+]."""
+    """Whether these are an access token's, which is used as it is [2+]."""
     return claims.get("app_id") == "kimi" and claims.get("typ") == "access"
 
 
 def region_of(claims: Mapping[str, Any]) -> str:
-    """Which twin a token is for: `cn` is kimi.com, `global` is kimi.ai; empty where its claims do not tell [2+]."""
+    """Which twin a token is for: `cn` (kimi.com), `global` (kimi.ai) or, where its claims do not tell, none [2+]."""
     audience = claims.get("aud")
     told = {*map(str, audience if isinstance(audience, list) else [audience]), str(claims.get("region"))}
     if told & {"kimi.ai", "www.kimi.ai", "overseas", "global"}:
@@ -3335,28 +3339,27 @@ def region_of(claims: Mapping[str, Any]) -> str:
 
 
 class AnswerSlots:
-    """The answers of one account that run here, and the requests that wait for their turn, in their order.
+    """The answers of one account that run, and the requests that wait for their turn.
 
-    A slot is held until the response of its answer is closed. Where Kimi refused an answer because another one ran,
-    they run one by one for ten minutes.
+    Once Kimi refused one because another ran, they run one by one for ten minutes.
     """
 
     def __init__(self) -> None:
         self.running = self.waiting = 0
         self._serialized_until = 0.0
-        self._turn = asyncio.Lock()  # of the request that is next; the others wait for it in their order
+        self._turn = asyncio.Lock()  # of the next request; the others wait here in their order
         self._changed = asyncio.Event()
 
     @property
     def serialized(self) -> bool:
         """Whether the answers run one by one."""
-        return asyncio.get_running_loop().time() < self._serialized_until
+        return loop_time() < self._serialized_until
 
     def _is_full(self) -> bool:
         return self.running >= (1 if self.serialized else MAX_ACCOUNT_REQUESTS)
 
     async def acquire(self, queue_length: int) -> None:
-        """Take a slot when it is one's turn; `release` gives it back. Raises `ProxyError` `queue_full`."""
+        """Wait for a slot, which `release` gives back. Raises `queue_full`."""
         if self._is_full() and (not self.serialized or self.waiting >= queue_length):
             raise ProxyError("queue_full", f"{self.running} answers run, {self.waiting} wait; see PROXY_QUEUE_LENGTH")
         self.waiting += 1
@@ -3373,39 +3376,34 @@ class AnswerSlots:
             self.waiting -= 1
 
     def release(self) -> None:
-        """Give a slot back."""
+        """Give a slot back, once the response of its answer is closed."""
         self.running -= 1
         self._changed.set()
 
     def note_refused(self) -> None:
-        """Note that Kimi refused an answer because another one runs."""
-        self._serialized_until = asyncio.get_running_loop().time() + SERIALIZED_SECONDS
+        """Kimi refused an answer because another one runs."""
+        self._serialized_until = loop_time() + SERIALIZED_SECONDS
 
 
 @dataclass(slots=True, eq=False, repr=False, weakref_slot=True)
 class Account:
-    """One account: the `token` that the client sends, and what came of it. Times are the event loop's."""
+    """The `token` that a client sends, and what came of it. Times are the event loop's."""
 
     token: str
-    digest: bytes  # the SHA-256 of that token, which names the account in what is kept
+    digest: bytes  # SHA-256 of that token
     label: str  # its name in the log
     refresh_token: str  # the one used last
     tokens: TokenPair  # the newest
-    is_access_token: bool  # the client gave an access token, which cannot be renewed
+    is_access_token: bool  # the client's token is one, which cannot be renewed
     kept: dict[str, tuple[str, str]] = field(default_factory=dict)  # see `Accounts.read_kept`
-    is_saved: bool = True  # unless `tokens` or `kept` could not be written yet
-    twin: str = ""  # where its refresh token was taken, when it does not tell itself: see `TWINS`
+    is_saved: bool = True  # whether `tokens` and `kept` are on disk
+    twin: str = ""  # where its refresh token was taken, if it does not tell: see `TWINS`
     refused_until: float = 0.0  # Kimi is not asked for a token before
-    cooldown_until: float = 0.0  # of several accounts, others are asked before
+    cooldown_until: float = 0.0  # others are asked before
     used_at: float = 0.0
     slots: AnswerSlots = field(default_factory=AnswerSlots)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     refreshing: asyncio.Task[str] | None = None
-
-    @property
-    def claims(self) -> Mapping[str, Any]:
-        """The claims of its access token; empty before there is one."""
-        return read_claims(self.tokens.access_token)
 
 
 def find_state_dir(setting: str, environ: Mapping[str, str]) -> Path | None:
@@ -3417,10 +3415,7 @@ def find_state_dir(setting: str, environ: Mapping[str, str]) -> Path | None:
 
 
 class StateFiles:
-    """JSON objects in files of the state directory, for their owner alone; several processes may share them.
-
-    They belong to the service at `base_url`: another's are not read. There are no locks on Windows.
-    """
+    """JSON files of the service at `base_url` in the state directory, which processes may share (not on Windows)."""
 
     def __init__(self, directory: Path | None, metrics: Metrics, base_url: str = "") -> None:
         host = URL(base_url).host or "kimi"
@@ -3431,12 +3426,10 @@ class StateFiles:
         self.metrics = metrics
 
     def read(self, name: str, parse: Callable[[dict[str, Any]], Result]) -> Result | None:
-        """What `parse` makes of a file; None where there is none of use. One that is broken is set aside."""
-        if not self._is_kept:
-            return None
+        """What `parse` makes of a file; None where there is none of use. A broken one is set aside."""
         path = self.directory / f"{name}.json"
         try:
-            value: Any = parse_json(path.read_bytes())
+            value: Any = parse_json(path.read_bytes()) if self._is_kept else {"service": ""}
             return parse(value) if value.pop("service", self.service) == self.service else None
         except FileNotFoundError:
             pass
@@ -3452,15 +3445,14 @@ class StateFiles:
         """Replace a file as a whole, so that it survives a crash of the machine too; whether that went well."""
         if not self._is_kept:
             return True
-        path = self.directory / f"{name}.json"
-        temporary = path.with_suffix(".new")
+        temporary = self.directory / f"{name}.new"
         try:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            temporary.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with open(temporary, "wb", opener=partial(os.open, mode=0o600)) as file:
                 file.write(encode_json({"service": self.service, **value}).encode())
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(path)
+            temporary.replace(temporary.with_suffix(".json"))
         except OSError as error:
             self.note_failure(error)
             with suppress(OSError):
@@ -3469,13 +3461,15 @@ class StateFiles:
         return True
 
     def take_lock(self, path: Path) -> IO[bytes]:
-        """The file, locked until it is closed. Raises `OSError`: `BlockingIOError` where another process has it."""
+        """The file, locked until it is closed. Raises `OSError`, `BlockingIOError` where another process has it."""
         import fcntl  # noqa: PLC0415  # POSIX only
 
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab", buffering=0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(file.fileno()).st_nlink:
+                raise BlockingIOError  # whoever held it has just removed it
         except OSError:
             file.close()
             raise
@@ -3483,11 +3477,11 @@ class StateFiles:
 
     @asynccontextmanager
     async def lock(self, name: str) -> AsyncIterator[None]:
-        """Hold `name` against other processes, where that can be. Raises `state_locked` after LOCK_SECONDS."""
-        deadline, held = time.monotonic() + LOCK_SECONDS, None
+        """Hold `name`, where there are locks, once it is free. Raises `state_locked` after LOCK_SECONDS."""
+        path, deadline, held = self.directory / f"{name}.lock", time.monotonic() + LOCK_SECONDS, None
         while self.has_locks and held is None:
             try:
-                held = self.take_lock(self.directory / f"{name}.lock")
+                held = self.take_lock(path)
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     raise ProxyError("state_locked") from None
@@ -3495,8 +3489,12 @@ class StateFiles:
             except OSError as error:
                 self.note_failure(error)
                 break
-        with held or nullcontext():  # nothing is awaited between taking it and this: no cancellation can lose it
+        try:  # nothing is awaited between taking it and this: no cancellation can lose it
             yield
+        finally:
+            if held is not None:
+                with held, suppress(OSError):
+                    path.unlink()
 
     def note_failure(self, error: OSError) -> None:
         """Count a failure to keep something, and log the first."""
@@ -3506,14 +3504,14 @@ class StateFiles:
 
 
 class OpenConversations:
-    """The conversations that are open at Kimi, so that the next process can remove them should this one die.
+    """The conversations that are open at Kimi, for the next process to remove should this one die.
 
     Each process appends to a journal of its own, and locks it: that tells the living from the dead. A line is
     `[id, protocol, account, since]` for one that was opened, `[id]` once it is removed. Without locks, none is noted.
     """
 
     def __init__(self, state: StateFiles) -> None:
-        self.orphans: dict[bytes, dict[str, str]] = {}  # by account: ids and protocols of what is to be removed
+        self.orphans: dict[bytes, dict[str, str]] = {}  # to be removed: by account, ids and protocols
         self._state = state
         self._path = state.directory / f"conversations-{state.service}" / f"{os.getpid()}-{secrets.token_hex(8)}"
         self._open: dict[str, tuple[str, str, int]] = {}  # by id: protocol, digest of the account, since (Unix seconds)
@@ -3524,24 +3522,24 @@ class OpenConversations:
                 self._journal = state.take_lock(self._path)
 
     def add(self, account: bytes, protocol: str, conversation_id: str) -> None:
-        """Note a conversation that was opened for the account with that digest."""
+        """Note a conversation of the account with that digest."""
         if self._journal is not None:
             self._open[conversation_id] = (protocol, account.hex(), int(time.time()))
             self._append(conversation_id)
 
     def discard(self, conversation_id: str) -> None:
-        """Note that it is removed, or its client's to keep; another's is passed over."""
+        """It is removed, or its client's to keep."""
         if self._open.pop(conversation_id, None) is not None:
             self._append(conversation_id)
 
     def postpone(self, conversation_id: str) -> None:
-        """Note that it could not be removed: it is tried again when its account calls."""
+        """It could not be removed: that is tried again when its account calls."""
         if conversation_id in self._open:
             protocol, account, _ = self._open[conversation_id]
             self.orphans.setdefault(bytes.fromhex(account), {})[conversation_id] = protocol
 
     def recover(self) -> int:
-        """Take over what processes that died left open; how many conversations that are."""
+        """Take over what dead processes left open; its number."""
         for path in self._path.parent.iterdir() if self._journal is not None else ():
             with suppress(OSError), self._state.take_lock(path):  # a living process's is passed over
                 self._open |= _parse_journal(path.read_bytes())
@@ -3560,7 +3558,7 @@ class OpenConversations:
 
     def _append(self, conversation_id: str) -> None:
         if self._lines < 2 * len(self._open) + 1000:
-            self._write(self._render(conversation_id))
+            self._write([conversation_id])
         else:
             self._compact()
 
@@ -3572,23 +3570,21 @@ class OpenConversations:
             self._state.metrics.count("kimi_proxy_orphans_dropped_total", dropped)
             logger.warning("! %d conversations could not be removed for 7 days, and may be left at Kimi", dropped)
             self._open = dict(rest)
-        return self._write("".join(map(self._render, self._open)), anew=True)
+        return self._write([*self._open], anew=True)
 
-    def _render(self, conversation_id: str) -> str:
-        # The line end comes first: it ends a line that a full disk cut.
-        return "\n" + encode_json([conversation_id, *self._open.get(conversation_id, ())])
-
-    def _write(self, lines: str, *, anew: bool = False) -> bool:
+    def _write(self, ids: Sequence[str], *, anew: bool = False) -> bool:
+        # Each line end comes first: it ends a line that a full disk cut.
+        data = "".join("\n" + encode_json([one, *self._open.get(one, ())]) for one in ids).encode()
         journal = cast(IO[bytes], self._journal)
         try:
             if anew:
                 journal.truncate(0)
                 self._lines = 0
-            is_whole = journal.write(lines.encode()) == len(lines.encode())
+            is_whole = journal.write(data) == len(data)
         except OSError as error:
             self._state.note_failure(error)
             return False
-        self._lines += lines.count("\n")
+        self._lines += len(ids)
         return is_whole
 
 
@@ -3615,7 +3611,7 @@ def _parse_account(value: dict[str, Any]) -> tuple[TokenPair, dict[str, tuple[st
 
 @dataclass(slots=True)
 class Accounts:
-    """The token cache. `refresh` asks Kimi for a new pair, by an account's `refresh_token`, or raises `ProxyError`."""
+    """The token cache. `refresh` asks Kimi for a new pair by an account's `refresh_token`."""
 
     refresh: Callable[[Account], Awaitable[TokenPair]]
     tasks: BackgroundTasks
@@ -3632,15 +3628,15 @@ class Accounts:
         return account
 
     async def recall(self, digest: bytes) -> Account | None:
-        """The account with that digest, in memory or by what is kept of it; None where there is neither."""
+        """The account with that digest, in memory or from its file."""
         if (account := self._in_use.get(digest)) is not None:
             return account
         found = await self._read(digest)
         return None if found is None else self._find(found[0].refresh_token, digest)  # its client may have come first
 
     async def access_token(self, account: Account) -> str:
-        """A live access token. Raises `ProxyError`: `token_dead` or `token_expired` where Kimi gives none."""
-        is_refused = asyncio.get_running_loop().time() < account.refused_until
+        """A live access token. Raises `token_dead`, `token_expired` or what else keeps Kimi from giving one."""
+        is_refused = loop_time() < account.refused_until
         if account.tokens.is_live and not is_refused:
             return account.tokens.access_token
         if is_refused or account.is_access_token:
@@ -3650,26 +3646,26 @@ class Accounts:
         return await asyncio.shield(account.refreshing)
 
     def drop(self, account: Account, access_token: str) -> None:
-        """Use `access_token` no more, as Kimi refused it; another one stays."""
+        """Use `access_token` no more, as Kimi refused it; a newer one stays."""
         if account.is_access_token:
-            account.refused_until = asyncio.get_running_loop().time() + REFUSAL_SECONDS
+            account.refused_until = loop_time() + REFUSAL_SECONDS
         elif account.tokens.access_token == access_token:
             account.tokens = replace(account.tokens, life_seconds=0.0)
 
     async def read_kept(self, account: Account) -> Mapping[str, tuple[str, str]]:
-        """The conversations that the client asked to keep: of each its protocol and its last answer's id."""
+        """The conversations that the client keeps: by id, protocol and last answer's id."""
         await self._load(account)
         return account.kept
 
     async def keep(self, account: Account, conversation_id: str, protocol: str, message_id: str) -> None:
-        """Keep the conversation as the one used last, of at most 100."""
+        """Keep the conversation, as the last of at most 100."""
         async with self._hold(account):
             others = [known for known in account.kept.items() if known[0] != conversation_id]
             account.kept = dict([*others, (conversation_id, (protocol, message_id))][-100:])
             account.is_saved = False
 
     async def save(self) -> None:
-        """Try once more, on shutdown, to write what could not be written."""
+        """Try once more to write what could not be written."""
         for account in [one for one in self.known.values() if not one.is_saved]:
             with suppress(ProxyError):
                 async with self._hold(account):
@@ -3677,7 +3673,7 @@ class Accounts:
 
     @asynccontextmanager
     async def _hold(self, account: Account) -> AsyncIterator[None]:
-        """Hold what is kept of `account`, read anew; what changes is written at the end."""
+        """Hold an account, read anew; it is written at the end, if it has changed."""
         name = f"tokens/{account.digest.hex()}"
         async with account.lock, self.state.lock(name):
             await self._load(account)
@@ -3692,13 +3688,12 @@ class Accounts:
         return await asyncio.to_thread(self.state.read, f"tokens/{digest.hex()}", _parse_account)
 
     async def _load(self, account: Account) -> None:
-        """Bring what is kept, perhaps by another process, together with what is in memory: the newest tokens win."""
+        """Merge what another process may have written into `account`: the newest tokens win."""
         if (found := await self._read(account.digest)) is not None:
             account.tokens = max(account.tokens, found[0], key=lambda tokens: tokens.received)
             account.kept = found[1] if account.is_saved else found[1] | account.kept
 
     async def _renew(self, account: Account) -> str:
-        """An access token that another process fetched, else a new one."""
         async with self._hold(account):
             if not account.tokens.is_live:
                 account.tokens = await self._fetch(account)
@@ -3706,7 +3701,7 @@ class Accounts:
         return account.tokens.access_token
 
     async def _fetch(self, account: Account) -> TokenPair:
-        """A new pair, by the newest refresh token; where that is refused, each older one is tried once [open]."""
+        """A new pair, by the newest refresh token that Kimi takes: each older one is tried once [open]."""
         old = account.tokens
         for used in dict.fromkeys((old.refresh_token, old.previous_refresh_token, account.token)):
             account.refresh_token = used
@@ -3718,7 +3713,7 @@ class Accounts:
                     raise
                 refusal = error
         else:
-            account.refused_until = asyncio.get_running_loop().time() + REFUSAL_SECONDS
+            account.refused_until = loop_time() + REFUSAL_SECONDS
             raise refusal
         claims = read_claims(new.access_token)
         life = _read_time(claims, "exp") - _read_time(claims, "iat")  # a difference: the clock here may be wrong
@@ -4701,7 +4696,7 @@ class Connect(KimiClient):
 
     @staticmethod
     def _twin_of(account: Account) -> str:
-        return region_of(account.claims or read_claims(account.refresh_token)) or account.twin
+        return region_of(read_claims(account.tokens.access_token) or read_claims(account.refresh_token)) or account.twin
 
     async def refresh(self, account: Account) -> TokenPair:
         """A new pair of tokens by the new call, else by the old one; of kimi.ai too, where nothing tells the twin [2+].
@@ -4725,8 +4720,9 @@ class Connect(KimiClient):
         raise verdict
 
     def _render_headers(self, account: Account, step: str, token: str, chat: str = "") -> dict[str, str]:
-        headers, claims = super()._render_headers(account, step, token, chat) | _PAGE_HEADERS, account.claims
+        headers = super()._render_headers(account, step, token, chat) | _PAGE_HEADERS
         headers["x-msh-version"] = self.settings.web_version
+        claims = read_claims(account.tokens.access_token)
         for header, claim in _ID_HEADERS.items():  # the ids in the token [2+], or one of our own
             value = dig_word(claims, claim)
             headers[header] = value if re.fullmatch("[!-~]{1,256}", value) else account.label

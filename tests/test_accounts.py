@@ -319,6 +319,16 @@ async def test_a_state_file_of_no_use_is_set_aside_with_one_log_line_and_never_u
     assert path.with_suffix(".bad").read_bytes() == content
 
 
+async def test_no_lock_file_stays_and_a_token_that_kimi_never_took_leaves_no_file(tmp_path: Path) -> None:
+    accounts = make_accounts(Rotating(), directory=tmp_path)
+    for token, suffixes in (("unknown", []), ("dead", []), ("r", [".json"])):
+        account = accounts.get(token)
+        with suppress(ProxyError):
+            await accounts.access_token(account)
+        assert not await accounts.read_kept(account)
+        assert [path.suffix for path in files_below(tmp_path)] == suffixes
+
+
 async def test_a_directory_that_cannot_be_written_is_told_once(tmp_path: Path, log_lines: LogRecorder) -> None:
     (tmp_path / "tokens").write_text("a file in the way")
     accounts = make_accounts(Rotating(), directory=tmp_path)
@@ -767,6 +777,10 @@ def leave_behind(directory: Path, *ids: str, account: bytes = A) -> None:
     for one in ids:
         died.add(account, "classic", one)
     died.close()
+
+
+def files_below(directory: Path) -> list[Path]:
+    return [path for path in directory.rglob("*") if path.is_file()]
 
 
 def files_in(directory: Path) -> list[Path]:
