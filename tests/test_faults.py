@@ -585,9 +585,9 @@ async def test_nothing_follows_the_end_of_an_answer_that_shutdown_finds_unread(
     monkeypatch.setattr(web.StreamResponse, "prepare", take_all)
     monkeypatch.setattr(kimi_proxy.ChatEncoder, "finish", wait_for_the_client)
     proxy, loop = await start_proxy(), asyncio.get_running_loop()
-    account = simulator.account(token := simulator.token("hello"))
+    account = simulator.account(token := simulator.token("long", "chunks=2000"))
     with small_window(proxy, 4096) as raw:
-        await loop.sock_sendall(raw, chat_bytes(token, True, model="k" * 100_000))  # each chunk repeats it
+        await loop.sock_sendall(raw, chat_bytes(token, True, model="k" * 256))  # each chunk repeats it
         await simulator.wait_until(lambda: account.count("remove") == 1)
         assert f"POST {CHAT} " not in log_lines.text
         stopping = asyncio.create_task(start_proxy.close())
