@@ -303,7 +303,7 @@ FAILURES: Final[Mapping[str, Failure]] = {
 }
 
 _SECRETS = re.compile(
-    r"eyJ[\w-]{6,}\.[\w-]+(?:\.[\w-]*)?"  # a JSON Web Token (RFC 7519)
+    r"eyJ[\w-]{6,}(?:\.[\w-]*){0,2}|sk-[\w-]{16,}"  # a JSON Web Token (RFC 7519), also a cut one; a key
     r"|(?i:bearer\s+)\S+|[A-Za-z0-9_~+-]{40,}"
     r"|(?<=[?])[^\s\"'<>]+=[^\s\"'<>]*"  # a query, signed ones among them
 )
@@ -317,6 +317,12 @@ def redact(text: str) -> str:
 def quote_words(text: str) -> str:
     """Words of Kimi or of an origin, fit for an error: redacted, on one line, at most 300 characters."""
     return " ".join(redact(text[:2000]).split())[:300]
+
+
+def quote_name(text: str) -> str:
+    """A client's name for something (a path, a model), fit for a log line: redacted, at most 24 characters."""
+    name = quote_words(text)
+    return name if len(name) <= 24 else f"{name[:24]}…"
 
 
 class ProxyError(Exception):
@@ -367,16 +373,17 @@ class RedactingFormatter(logging.Formatter):
         self._form = form
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line for the record; as text, one more for each frame of its traceback."""
-        text = record.getMessage()
+        """One line for the record, without control characters; as text, one more for each frame of its traceback."""
+        text = redact(record.getMessage())
         if record.name != logger.name:
             constant = ": ".join(str(record.msg).partition("%")[0].partition("\n")[0].split(": ")[:2])
             text = f"{record.name}: {constant[:160]}".strip()
+        text = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
         time, level = self.formatTime(record, "%Y-%m-%dT%H:%M:%S"), record.levelname.lower()
         places = _trace(record.exc_info[1] if record.exc_info else None)
         if self._form == "text":
-            return "\n    ".join([f"{time} {level} [{request_id.get()}] {redact(text)}", *places])
-        value = {"time": time, "level": level, "request_id": request_id.get(), "message": redact(text)}
+            return "\n    ".join([f"{time} {level} [{request_id.get()}] {text}", *places])
+        value = {"time": time, "level": level, "request_id": request_id.get(), "message": text}
         return json.dumps(value | ({"traceback": places} if places else {}), ensure_ascii=False)
 
 
@@ -5307,7 +5314,7 @@ class LiveAnswer:
             await gateway.accounts.access_token(account)  # without one, a built-in list of models would not help
             model, is_known = choose_model(self._question.model_name, await gateway.models(account))
             if not is_known:
-                logger.info("model %s is not known, %s is asked", quote_words(self._question.model_name)[:60], model.id)
+                logger.info("model %s is not known, %s is asked", quote_name(self._question.model_name), model.id)
             question = replace(self._question, model=model)
             if question.goes_on:
                 kept = (await gateway.accounts.read_kept(account)).get(question.conversation_id)
@@ -5938,7 +5945,7 @@ async def _read_question(api: Api, request: web.Request) -> tuple[Encoder, LiveA
         chat = add_messages(chat, before.messages, "input")
         accounts = [account for account in accounts if account.digest == before.owner]
     if chat.left_out:
-        logger.info("tools that are not known here are left out: %s", quote_words(", ".join(chat.left_out)))
+        logger.info("tools that are not known here are left out: %s", ", ".join(map(quote_name, chat.left_out)))
     prompt, created, response_id = render_prompt(chat), int(time.time()), f"resp_{secrets.token_hex(24)}"
     encoder = api.make_encoder(chat, created=created, sources=settings.sources, prompt=prompt, response_id=response_id)
     start_chain = partial(make_chain, replace(chat, messages=()), lambda: f"{api.call_prefix}_{secrets.token_hex(12)}")
@@ -6207,7 +6214,7 @@ def _log_request(request: web.Request, status: int, seconds: float) -> None:
     route = resource.canonical if resource is not None else "other"
     metrics.count("kimi_proxy_requests_total", route=route, status=str(status))
     metrics.count("kimi_proxy_chunks_total", outcome.chunks)
-    path = route if request.path == route else quote_words(request.path)[:100]
+    path = route if request.path == route else quote_name(request.path)
     words = [f"chunks={outcome.chunks}", f"upstream={outcome.upstream_status or '-'}"]
     words += [f"key={outcome.key}"] * bool(outcome.key) + [outcome.failure] * bool(outcome.failure)
     level = logging.DEBUG if (route, status) == ("/health", 200) else logging.INFO  # a balancer looks all the time

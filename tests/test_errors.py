@@ -53,6 +53,7 @@ def test_statuses_and_numbers_that_clients_rely_on(code: str, status: int, numbe
     [
         (JWT, "…"),
         (f"Authorization: Bearer {JWT}x", "Authorization: …"),
+        (f"cut {JWT[:20]} short", "cut … short"),
         ("Bearer short", "…"),
         ("bearer  short more", "… more"),
         ("https://storage.example/a/b?Signature=abc&Expires=1 end", "https://storage.example/a/b?… end"),

@@ -23,6 +23,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import quote
 
 import aiohttp
 import pytest
@@ -1032,6 +1033,29 @@ async def test_a_state_directory_of_no_use_is_told_and_the_proxy_works(
     status, log = await running.stop()
     assert status == 0 and log.count("state cannot be kept in") == 1, log
     assert "Traceback" not in log and " at " not in log and token not in log, log
+
+
+@one_protocol
+async def test_words_from_outside_are_harmless_and_short_in_the_log(
+    simulator: Simulator, start_alone: StartAlone
+) -> None:
+    evil = "a\x1b[2J\x07\x9b1m\u202eb\u2066\u2028c\x7f"
+    cut = "eyJhbGciOiJIUzI1NiJ9"
+    for form in ("text", "json"):
+        running = await start_alone(PROXY_LOG_FORMAT=form)
+        token = simulator.token("hello")
+        async with aiohttp.ClientSession(headers=bearer(token)) as http:
+            for name in (evil, cut, f"{cut}.e30.c2ln", "sk-" + "k" * 20, "long " * 20):
+                async with http.get(f"{running.url}/{quote(name)}") as response:
+                    assert response.status == 404
+                body = chat_body(model=name, tools=[{"type": name}])
+                async with http.post(running.url + CHAT, json=body) as response:
+                    assert response.status == 200
+        await simulator.settle(token)
+        status, log = await running.stop()
+        assert status == 0 and log.count("is not known, ") == 5, log
+        assert all(one.isprintable() or one == "\n" for one in log)
+        assert not any(word in log for word in (cut, "kkkk", "long " * 5)) and "long " * 4 in log
 
 
 def spoil_files(directory: Path, garbage: bytes) -> int:
