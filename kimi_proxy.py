@@ -76,8 +76,8 @@ __version__: Final = "2.0.0"
 
 # ==== 2. Settings ===========================================================
 #
-# One row per setting: default and help. The variable follows from its name, the check from the type of its default, the
-# unit from the end of its name. A flag wins over the variable. Secrets have no flag: `ps` shows flags.
+# One row per setting. Its variable and unit follow from its name, its check from the type of its default. A flag wins
+# over the variable. Secrets have no flag: `ps` shows flags.
 
 MEGABYTE: Final = 1_048_576
 TOKEN_SHAPE: Final = re.compile(r"[!-+\--~]{1,8192}")  # of a token or a key: no whitespace, no comma
@@ -85,7 +85,7 @@ _BOOLEANS: Final = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromke
 
 
 class SettingsError(ValueError):
-    """A setting is not usable. The text is one line for the person who starts the program."""
+    """A setting is not usable; the text is one line for whoever starts the program."""
 
 
 def _kimi(default: Any, text: str, prefix: str = "KIMI_", *, secret: bool = False, **checks: object) -> Any:
@@ -97,57 +97,55 @@ _proxy: Final = partial(_kimi, prefix="PROXY_")
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Settings:
-    """Everything that can be set, with its default."""
+    """Everything that can be set."""
 
     host: str = _proxy("127.0.0.1", "address to listen on")
     port: int = _proxy(8000, "port to listen on; 0 takes a free one", low=0, high=65_535)
-    base_url: str = _kimi("", "base URL of Kimi; empty: https://kimi.moonshot.cn, or www.kimi.com for connect")
+    base_url: str = _kimi("", "Kimi's base URL; empty: https://kimi.moonshot.cn, or www.kimi.com for connect")
     auth_url: str = _kimi("https://auth.kimi.com", "base URL of the newer token refresh")
-    web_version: str = _kimi("2.2.0", "version of the web page that connect is told (x-msh-version)")
-    protocol: str = _kimi("auto", "auto moves on from classic once that is retired", choices="auto classic connect")
-    system_prompt: bool = _kimi(False, "tell kimi.com what tools there are in a system prompt, not in the text")
-    use_search: bool = _kimi(True, "search the web where neither request nor model says")
-    sources: str = _kimi("text", "how to show search hits; text: also in the answer", choices="text annotations none")
-    refresh_token: str = _kimi("", "comma-separated refresh tokens of accounts that the proxy holds", secret=True)
-    refresh_token_file: str = _kimi("", "a file with them; a relative name: in $CREDENTIALS_DIRECTORY first")
-    api_keys: str = _proxy("", "comma-separated keys (key or name:key), one of which clients must send", secret=True)
+    web_version: str = _kimi("2.2.0", "web page's version that connect sends (x-msh-version)")
+    protocol: str = _kimi("auto", "auto: classic until that is retired", choices="auto classic connect")
+    system_prompt: bool = _kimi(False, "describe tools to kimi.com in a system prompt, not in the text")
+    use_search: bool = _kimi(True, "search the web where neither request nor model says so")
+    sources: str = _kimi("text", "how to show search hits; text: in the answer too", choices="text annotations none")
+    refresh_token: str = _kimi("", "comma-separated refresh tokens of the accounts to hold", secret=True)
+    refresh_token_file: str = _kimi("", "a file with them; relative to $CREDENTIALS_DIRECTORY first")
+    api_keys: str = _proxy("", "comma-separated keys (key or name:key) that clients must send", secret=True)
     api_keys_file: str = _proxy("", "a file with them, comma-separated or one per line")
-    allowed_hosts: tuple[str, ...] = _proxy((), "comma-separated names of a proxy that holds an account")
+    allowed_hosts: tuple[str, ...] = _proxy((), "comma-separated host names of a proxy that holds an account")
     proxy_url: str = _kimi("", "HTTP proxy for all but file URLs, http://user:password@host:port", secret=True)
     queue_length: int = _proxy(16, "requests that may wait for an account that answers one at a time", low=0)
     state_dir: str = _proxy(
         "default",
-        "where tokens and open conversations are kept; default: $STATE_DIRECTORY or the user's; empty: nowhere",
+        "where tokens are kept; default: $STATE_DIRECTORY or the user's; empty: nowhere",
     )
-    cors_origins: tuple[str, ...] = _proxy(("*",), "comma-separated web origins whose pages may call; * is any")
+    cors_origins: tuple[str, ...] = _proxy(("*",), "comma-separated origins whose web pages may call; * is any")
     log_level: str = _proxy("info", "debug tells of each upstream event", choices="debug info warning error")
     log_format: str = _proxy("text", "json is one JSON object per line", choices="text json")
     call_seconds: float = _kimi(15.0, "limit of one ordinary call to Kimi")
-    silence_seconds: float = _kimi(120.0, "an answer that is silent for this long has failed")
+    silence_seconds: float = _kimi(120.0, "limit of silence in an answer")
     answer_seconds: float = _kimi(1800.0, "limit of one whole answer")
-    drain_delay_seconds: float = _proxy(0.0, "on shutdown, first only /health says 503; 2 behind a balancer", low=0)
-    drain_seconds: float = _proxy(30.0, "on shutdown, running requests may finish for this long", low=0)
+    drain_delay_seconds: float = _proxy(0.0, "on shutdown, only /health says 503 at first; 2 behind a balancer", low=0)
+    drain_seconds: float = _proxy(30.0, "on shutdown, time for running requests to finish", low=0)
     max_file_mb: int = _proxy(100, "largest file of a request (1 MB is 1,048,576 bytes)")
-    max_inline_mb: int = _proxy(32, "files inside a request, decoded, together; a body may have 4/3 of it and 1 MB")
+    max_inline_mb: int = _proxy(32, "files inside a request, decoded, together")
     spool_dir: str = _proxy("", "where a file of unknown length waits; empty: the system's temporary files")
-    allow_private_urls: bool = _proxy(False, "file URLs may lead into private networks and to this machine")
+    allow_private_urls: bool = _proxy(False, "let file URLs lead into private networks")
     max_requests: int = _proxy(256, "requests at once; beyond it a 503 with Retry-After")
 
     @property
     def max_body_bytes(self) -> int:
-        """The largest body of a request: base64 makes 4 characters of 3 bytes."""
+        """The largest body of a request: base64 takes 4 bytes for 3."""
         return self.max_inline_mb * MEGABYTE * 4 // 3 + MEGABYTE
 
     @classmethod
     def load(cls, environ: Mapping[str, str], argv: Sequence[str] = ()) -> Settings:
-        """The settings that `environ` and the flags in `argv` ask for. Raises `SettingsError`."""
-        flags: dict[str, str | None] = vars(make_option_parser().parse_args(list(argv))) if argv else {}
+        """The settings in `environ` and the flags in `argv`. Raises `SettingsError`."""
+        flags: dict[str, str | None] = vars(make_option_parser().parse_args(argv)) if argv else {}
         chosen: dict[str, Any] = {}
         for option in fields(cls):
             source, text = option_flag(option), flags.get(option.name)
-            if text is None:
-                source, text = option_variable(option), environ.get(option_variable(option))
-            if text is None:
+            if text is None and (text := environ.get(source := option_variable(option))) is None:
                 continue
             try:
                 chosen[option.name] = _parse_setting(option, text.strip())
@@ -158,7 +156,7 @@ class Settings:
 
 
 def _parse_setting(option: Field[Any], text: str) -> Any:
-    """The value of `text`; raises `ValueError`, which says what it must be and quotes none of it."""
+    """The value of `text`. Raises `ValueError`, which quotes none of it."""
     checks: Mapping[str, Any] = option.metadata
     kind = type(cast(Any, option.default))
     if kind in (int, float):
@@ -191,23 +189,23 @@ def _check_url(text: str) -> str:
 
 
 def option_variable(option: Field[Any]) -> str:
-    """The environment variable of a setting: `PROXY_LOG_LEVEL`, `KIMI_PROTOCOL`."""
+    """`PROXY_LOG_LEVEL`, `KIMI_PROTOCOL`."""
     return f"{option.metadata['prefix']}{option.name.upper()}"
 
 
 def option_flag(option: Field[Any]) -> str:
-    """The flag of a setting: `--log-level` of `PROXY_LOG_LEVEL`, `--kimi-protocol` of `KIMI_PROTOCOL`."""
+    """`--log-level`, `--kimi-protocol`."""
     return "--" + option_variable(option).removeprefix("PROXY_").lower().replace("_", "-")
 
 
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:
-    """Variables in `environ` that look like settings and are none, such as those that no longer exist."""
+    """Variables that look like settings and are none, perhaps no longer."""
     known = set(map(option_variable, fields(Settings)))
     return sorted(name for name in environ if name.startswith(("KIMI_", "PROXY_")) and name not in known)
 
 
 def describe_option(option: Field[Any]) -> tuple[str, str]:
-    """Default and help of a setting, as `--help` and the README show them: `15` s, and what it is for."""
+    """Default and help of a setting, as `--help` and README show them."""
     unit = {"seconds": " s", "mb": " MB"}.get(option.name.rpartition("_")[2], "")
     value = ",".join(option.default) if isinstance(option.default, tuple) else option.default
     text = str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
@@ -216,9 +214,9 @@ def describe_option(option: Field[Any]) -> tuple[str, str]:
 
 
 def make_option_parser() -> argparse.ArgumentParser:
-    """A parser of all flags; one not given is None. None can be abbreviated: it might be a secret's, which has none."""
+    """All flags but secrets'; one not given is None. None can be abbreviated: it might be meant for a secret."""
     about = "An OpenAI-compatible gateway in front of the Kimi web service."
-    more = '`kimi_proxy.py ask "question"` asks a running proxy, `kimi_proxy.py check` tries every step of Kimi.'
+    more = '`kimi_proxy.py ask "question"` asks a running proxy, `kimi_proxy.py check` tries each step of Kimi.'
     parser = argparse.ArgumentParser("kimi_proxy.py", description=about, epilog=more, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"kimi_proxy {__version__}")
     for option in fields(Settings):
@@ -231,13 +229,13 @@ def make_option_parser() -> argparse.ArgumentParser:
 
 # ==== 3. Errors =============================================================
 #
-# Every failure has one code: the same word here, in the log line, in the client's answer and in the README's table.
-# A row of `FAILURES` is its HTTP status, the number by which clients of the reference know it [ref], what it means or
-# what to do, and `Retry-After` in seconds. A message quotes Kimi where that helps, redacted, never the client's text.
+# Every failure has one code: the same word here, in the log, in the client's answer and in the README's table. Its row
+# is HTTP status, the reference's number [ref], what happened or what to do, and `Retry-After` in seconds. A message
+# quotes Kimi where that helps, redacted, never the client's text.
 
 
 class Failure(NamedTuple):
-    """What one kind of failure looks like to a client."""
+    """One kind of failure."""
 
     status: int
     number: int
@@ -251,55 +249,55 @@ class Failure(NamedTuple):
         return {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(self.status, kind)
 
 
-# The words with which a message begins, of the numbers -2000, -2001, … [ref].
+# With what a message begins, for the numbers -2000, -2001, … [ref].
 _PREFIXES: Final = ("请求参数非法", "请求kimi失败", "Token已失效", "远程文件URL非法", "远程文件超出大小")
-_STORAGE: Final = "the Kimi web page: browser developer tools, Application, Local Storage, refresh_token"
+_STORAGE: Final = "the Kimi page: developer tools, Application, Local Storage, refresh_token"
 FAILURES: Final[Mapping[str, Failure]] = {
-    "invalid_json": Failure(400, -2000, "the body is not the JSON it should be"),
+    "invalid_json": Failure(400, -2000, "the body is not valid JSON"),
     "invalid_request": Failure(400, -2000, "the request is not valid"),
     "body_broken": Failure(400, -2000, "the encoding of the body is broken"),
-    "file_url_invalid": Failure(400, -2003, "give a public address without log-in, or set PROXY_ALLOW_PRIVATE_URLS"),
+    "file_url_invalid": Failure(400, -2003, "use a public address without log-in, or set PROXY_ALLOW_PRIVATE_URLS"),
     "file_unreadable": Failure(400, -2000, "Kimi cannot read this file; try another format"),
-    "previous_response_not_found": Failure(400, -2000, "no such response of this account; send the whole input"),
+    "previous_response_not_found": Failure(400, -2000, "this account has no such response; send the whole input"),
     "token_missing": Failure(401, -2002, "send `Authorization: Bearer <refresh token>`"),
     "token_malformed": Failure(401, -2002, f"copy one at {_STORAGE}"),
     "token_dead": Failure(401, -2002, f"Kimi refused this refresh token; log in and copy a new one at {_STORAGE}"),
-    "token_expired": Failure(401, -2002, "this access token has expired; send a refresh token, which renews itself"),
-    "key_refused": Failure(401, -2002, "send one of the proxy's own API keys as Bearer token"),
-    "host_denied": Failure(403, -2000, "the proxy holds an account, and PROXY_ALLOWED_HOSTS does not have this name"),
-    "origin_denied": Failure(403, -2000, "the proxy holds an account, and PROXY_CORS_ORIGINS does not name this page"),
-    "file_not_found": Failure(404, -2000, "not here (files are forgotten when the proxy restarts); upload again"),
-    "response_not_found": Failure(404, -2000, "no such response of this account"),
+    "token_expired": Failure(401, -2002, "this access token has expired; send a refresh token instead"),
+    "key_refused": Failure(401, -2002, "send one of the proxy's API keys as Bearer token"),
+    "host_denied": Failure(403, -2000, "PROXY_ALLOWED_HOSTS must have this name, as the proxy holds an account"),
+    "origin_denied": Failure(403, -2000, "PROXY_CORS_ORIGINS must name this page, as the proxy holds an account"),
+    "file_not_found": Failure(404, -2000, "upload it again; files are forgotten when the proxy restarts"),
+    "response_not_found": Failure(404, -2000, "this account has no such response"),
     "not_found": Failure(404, -2000, "there is nothing at this path"),
     "model_not_found": Failure(404, -2000, "GET /v1/models lists the models"),
     "conversation_not_found": Failure(404, -2000, 'not of this account; `"conversation_id": "new"` opens one'),
     "method_not_allowed": Failure(405, -2000, "this path does not take that method"),
-    "body_timeout": Failure(408, -2000, "the body of the request did not arrive in time"),
-    "body_too_large": Failure(413, -2000, "the body of the request is too large"),
+    "body_timeout": Failure(408, -2000, "the request's body did not arrive in time"),
+    "body_too_large": Failure(413, -2000, "the request's body is too large"),
     "file_too_large": Failure(413, -2004, "see PROXY_MAX_FILE_MB and PROXY_MAX_INLINE_MB"),
-    "tool_call_failed": Failure(422, -2001, "twice no valid tool call; simplify its schema, or ask again"),
-    "structured_output_failed": Failure(422, -2001, "the answer did not fit response_format, twice; simplify it"),
-    "answer_running": Failure(429, -2001, "Kimi is still answering another question of this account", 5),
-    "queue_full": Failure(429, -2001, "Kimi answers one question of this account at a time, and too many wait", 5),
+    "tool_call_failed": Failure(422, -2001, "twice no valid tool call; simplify the tool's schema"),
+    "structured_output_failed": Failure(422, -2001, "twice no answer that fits response_format; simplify it"),
+    "answer_running": Failure(429, -2001, "Kimi still answers another question of this account", 5),
+    "queue_full": Failure(429, -2001, "too many requests of this account wait for their turn", 5),
     "rate_limited": Failure(429, -2001, "Kimi limits this account for now", 60),
-    "service_busy": Failure(429, -2001, "Kimi is at its limit and serves paying users first; try again", 30),
-    "quota_used_up": Failure(429, -2001, "this account's quota is used up for now", 3600),
+    "service_busy": Failure(429, -2001, "Kimi serves paying users first for now; try again", 30),
+    "quota_used_up": Failure(429, -2001, "this account's quota is used up", 3600),
     "internal_error": Failure(500, -2001, "the proxy itself failed; its log has the traceback"),
     "service_refused": Failure(502, -2000, "Kimi did not accept a call"),
     "service_failed": Failure(502, -2001, "Kimi failed"),
     "service_unreachable": Failure(502, -2001, "Kimi cannot be reached; check the network and KIMI_BASE_URL"),
     "answer_broken": Failure(502, -2001, "Kimi's answer broke off or cannot be read"),
-    "answer_empty": Failure(502, -2001, "Kimi ended its answer without any text; try again"),
-    "file_broken": Failure(502, -2003, "the file broke off on its way from its origin; try again"),
+    "answer_empty": Failure(502, -2001, "Kimi's answer has no text; try again"),
+    "file_broken": Failure(502, -2003, "the file's origin broke off; try again"),
     "storage_failed": Failure(502, -2001, "Kimi's storage did not take the file; try again"),
-    "state_locked": Failure(503, -2001, "another process holds this account's state for too long", 5),
-    "too_busy": Failure(503, -2001, "the proxy has as many requests as it may; try again shortly", 5),
-    "shutting_down": Failure(503, -2001, "the proxy is shutting down; try again shortly", 5),
+    "state_locked": Failure(503, -2001, "another process locks this account's state", 5),
+    "too_busy": Failure(503, -2001, "the proxy is at PROXY_MAX_REQUESTS; try again shortly", 5),
+    "shutting_down": Failure(503, -2001, "the proxy shuts down; try again shortly", 5),
     "service_silent": Failure(504, -2001, "Kimi sent nothing for too long; try again"),
-    "answer_too_long": Failure(504, -2001, "Kimi's answer did not end in time; see KIMI_ANSWER_SECONDS"),
-    "file_silent": Failure(504, -2003, "the file's origin sent too little in time; try again"),
-    "storage_silent": Failure(504, -2001, "Kimi's storage took too little in time; try again"),
-    "spool_full": Failure(507, -2001, "the proxy has no room for this file; see PROXY_SPOOL_DIR"),
+    "answer_too_long": Failure(504, -2001, "the answer did not end within KIMI_ANSWER_SECONDS"),
+    "file_silent": Failure(504, -2003, "the file's origin is too slow; try again"),
+    "storage_silent": Failure(504, -2001, "Kimi's storage is too slow; try again"),
+    "spool_full": Failure(507, -2001, "no room for this file in PROXY_SPOOL_DIR"),
 }
 
 _SECRETS = re.compile(
@@ -326,7 +324,7 @@ def quote_name(text: str) -> str:
 
 
 class ProxyError(Exception):
-    """A failure that a client is told about: which part and why, the field at fault, and Kimi's HTTP status or 0."""
+    """A failure that a client is told about: what failed, the field at fault, Kimi's HTTP status or 0."""
 
     access_token = ""  # the one that Kimi called dead, where the caller has to ask again with a new one
 
@@ -366,14 +364,14 @@ request_id: Final[ContextVar[str]] = ContextVar("request_id", default="-")
 
 
 class RedactingFormatter(logging.Formatter):
-    """Log lines with the request's id, redacted, tracebacks without messages; as text, or as JSON objects."""
+    """Redacted lines with the request's id, tracebacks without messages; as text, or as JSON objects."""
 
     def __init__(self, form: str = "text") -> None:
         super().__init__()
         self._form = form
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line for the record, without control characters; as text, one more for each frame of its traceback."""
+        """One line, without control characters; as text, one more for each frame of a traceback."""
         text = redact(record.getMessage())
         if record.name != logger.name:
             constant = ": ".join(str(record.msg).partition("%")[0].partition("\n")[0].split(": ")[:2])
@@ -388,7 +386,7 @@ class RedactingFormatter(logging.Formatter):
 
 
 def _trace(error: BaseException | None) -> list[str]:
-    """Where `error` and its causes came from: class and frames of each, without any value."""
+    """Class and frames of `error` and its causes, without any value."""
     if error is None:
         return []
     frames = traceback.extract_tb(error.__traceback__)
@@ -416,7 +414,7 @@ class QuietFilter(logging.Filter):
 
 
 def configure_logging(level: str, form: str = "text") -> None:
-    """Send all logging of the process to standard error, at `level`, through `RedactingFormatter`."""
+    """Send all logging to standard error, through `RedactingFormatter`."""
     handler = logging.StreamHandler()
     handler.setFormatter(RedactingFormatter(form))
     handler.addFilter(QuietFilter())
@@ -427,28 +425,28 @@ def configure_logging(level: str, form: str = "text") -> None:
 
 # Every metric that there is: its type and what it counts (Prometheus text format, version 0.0.4).
 METRICS: Final[Mapping[str, tuple[str, str]]] = {
-    "kimi_proxy_requests_total": ("labelled counter", "Requests that were answered, by route and status."),
-    "kimi_proxy_requests_running": ("gauge", "Requests that are being answered."),
-    "kimi_proxy_answers_running": ("gauge", "Answers of Kimi that are on their way to a client."),
+    "kimi_proxy_requests_total": ("labelled counter", "Requests answered, by route and status."),
+    "kimi_proxy_requests_running": ("gauge", "Requests in progress."),
+    "kimi_proxy_answers_running": ("gauge", "Answers of Kimi in progress."),
     "kimi_proxy_accounts": ("gauge", "Accounts in memory."),
     "kimi_proxy_chunks_total": ("counter", "Pieces of answers sent to clients."),
     "kimi_proxy_failures_total": ("labelled counter", "Failures that a client was told of, by code."),
     "kimi_proxy_tokens_refreshed_total": ("counter", "Access tokens fetched."),
     "kimi_proxy_upstream_seconds": ("histogram", "Time until Kimi answered a call."),
-    "kimi_proxy_first_text_seconds": ("histogram", "Time from a request to the first piece of its answer."),
+    "kimi_proxy_first_text_seconds": ("histogram", "Time to the first piece of an answer."),
     "kimi_proxy_removals_failed_total": ("counter", "Conversations that may be left at Kimi."),
-    "kimi_proxy_orphans": ("gauge", "Conversations still to be removed: of processes that ended, or after a failure."),
-    "kimi_proxy_orphans_dropped_total": ("counter", "Conversations that were given up after 7 days."),
+    "kimi_proxy_orphans": ("gauge", "Conversations still to be removed."),
+    "kimi_proxy_orphans_dropped_total": ("counter", "Conversations given up after 7 days."),
     "kimi_proxy_denied_addresses_total": ("labelled counter", "Denied connections to file addresses, by verdict."),
-    "kimi_proxy_state_failures_total": ("counter", "Writes of the state directory that failed."),
+    "kimi_proxy_state_failures_total": ("counter", "Failed uses of the state directory."),
     "kimi_proxy_degraded_answers_total": ("counter", "Answers that Kimi gave with a weaker model."),
-    "kimi_proxy_unknown_total": ("labelled counter", "What Kimi sent that is not known, by what it is."),
+    "kimi_proxy_unknown_total": ("labelled counter", "Unknown things that Kimi sent, by kind."),
 }
 _BUCKETS: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, inf)
 
 
 class Metrics:
-    """Counts of what happened, by name and labels, and how long it took. One instance belongs to the application."""
+    """Counts of what happened, by name and labels, and how long it took."""
 
     def __init__(self) -> None:
         self.counts: dict[str, float] = {name: 0 for name, (kind, _) in METRICS.items() if kind in ("counter", "gauge")}
@@ -457,7 +455,7 @@ class Metrics:
         self._warned: set[tuple[str, str]] = set()
 
     def count(self, name: str, amount: float = 1, **labels: str) -> float:
-        """Add `amount` to the counter `name`; what it stands at then."""
+        """Add to the counter `name`; its value then."""
         shown = ",".join(f"{label}={json.dumps(value)}" for label, value in labels.items())
         key = f"{name}{{{shown}}}" if shown else name
         self.counts[key] = self.counts.get(key, 0) + amount
@@ -470,7 +468,7 @@ class Metrics:
         times[-1] += seconds
 
     def warn_once(self, what: str, name: str) -> None:
-        """Count something unknown from Kimi, and log it the first time that this `name` is seen (1,000 at most)."""
+        """Count something unknown from Kimi, and log each `name` once (1,000 at most)."""
         self.count("kimi_proxy_unknown_total", what=what)
         seen = what, quote_words(name)[:60]
         if seen not in self._warned and len(self._warned) < 1000:
@@ -478,18 +476,15 @@ class Metrics:
             logger.warning("! unknown %s from Kimi, ignored: %s", *seen)
 
     def render(self, gauges: Mapping[str, float]) -> str:
-        """All metrics in Prometheus' text format; those without labels from 0 on, `gauges` by name."""
+        """All metrics, `gauges` too, in Prometheus' text format; those without labels from 0 on."""
         lines: list[str] = []
         for name, (kind, text) in METRICS.items():
             lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind.removeprefix('labelled ')}"]
             if kind == "histogram":
                 *numbers, seconds = self._times[name]
-                sums = list(accumulate(numbers))
-                lines += [
-                    f'{name}_bucket{{le="{bound}"}} {n:.0f}'.replace('"inf"', '"+Inf"')
-                    for bound, n in zip(_BUCKETS, sums, strict=True)
-                ]
-                lines += [f"{name}_count {sums[-1]:.0f}", f"{name}_sum {seconds}"]
+                for bound, total in zip(_BUCKETS, accumulate(numbers), strict=True):
+                    lines.append(f'{name}_bucket{{le="{"+Inf" if bound == inf else bound}"}} {total:.0f}')
+                lines += [f"{name}_count {sum(numbers):.0f}", f"{name}_sum {seconds}"]
             values = {**self.counts, **gauges}.items()
             lines += [f"{key} {value}" for key, value in values if key.partition("{")[0] == name]
         return "\n".join(lines) + "\n"
