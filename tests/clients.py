@@ -105,13 +105,7 @@ CLIENTS = (
     agent(
         "ccr",
         "@musistudio/claude-code-router@2.0.0 @anthropic-ai/claude-code@2.1.332",
-        [
-            [  # `ccr code` alone starts the server too, but out of reach
-                *("sh", "-c"),
-                "ccr start & until ccr status | grep -q 'Status: Running'; do :; done; "
-                f"ccr code -p '{COPY}' --allowedTools Read,Write",
-            ]
-        ],
+        [["ccr", "code", "-p", COPY, "--allowedTools", "Read,Write"]],
         {"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", "DISABLE_AUTOUPDATER": "1", "IS_SANDBOX": "1"},
         {
             ".claude-code-router/config.json": """{"PORT": 34561, "NON_INTERACTIVE_MODE": true,
@@ -417,6 +411,14 @@ def make_home(client: Client, place: str, values: Mapping[str, str]) -> Path:
     return home
 
 
+def end_processes(home: Path) -> None:
+    """End what a client left running in the background, known by its home (Linux)."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended, or is another user's
+            if f"HOME={home}\0".encode() in (process / "environ").read_bytes():
+                os.kill(int(process.name), signal.SIGKILL)
+
+
 def find_faults(client: Client, home: Path, printed: str, questions: Sequence[Mapping[str, Any]]) -> str:
     """What is wrong with what the client did; empty if nothing is."""
     faults = [] if client.prints in printed else [f"it did not print {client.prints!r}"]
@@ -443,6 +445,7 @@ async def run_client(client: Client, programs: Path, protocol: str) -> str:
         place = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
         values = {"url": url, "key": token, "home": place}
         home = make_home(client, place, values)
+        stack.callback(end_processes, home)
         environment = {
             **{name: os.environ[name] for name in ("LANG", "TERM") if name in os.environ},
             **FENCE,
