@@ -14,8 +14,8 @@ PURE := tests/test_wire.py tests/test_events.py tests/test_answers.py tests/test
 	tests/test_requests.py tests/test_replies.py tests/test_errors.py tests/test_settings.py tests/test_logs.py tests/test_layout.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test test-node test-clients bench bench-cluster soak test-lowest test-units test-systemd test-cluster check lint \
-	install uninstall toc golden trace clean
+.PHONY: help demo run test test-node test-clients bench bench-cluster soak test-lowest test-units test-systemd test-cluster \
+	test-page check lint install uninstall toc golden trace clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -60,6 +60,9 @@ test-systemd: $(VENV)/run.stamp ## run it under a real systemd in a container (r
 
 test-cluster: $(VENV)/run.stamp ## put two instances behind HAProxy, then nginx (Debian: haproxy nginx-light)
 	@PYTHONPATH=tests $(RUN) tests/cluster.py
+
+test-page: $(VENV)/run.stamp ## use the page at / in a browser (Debian: chromium); PICTURE=tests/page.png: take a picture
+	@PYTHONPATH=tests $(RUN) tests/page.py $(PICTURE)
 
 install: ## put module, environment and systemd units in place, as root; PREFIX=/opt/kimi-proxy DESTDIR= DRY_RUN=1
 	@$(INSTALL) install

@@ -5591,11 +5591,15 @@ BODY_ERRORS: Final = (web.RequestPayloadError, aiohttp.ClientPayloadError, HttpP
 _STYLE: Final = """
 :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
 body { max-width: 46rem; margin: 0 auto; padding: 0 1rem 3rem }
-h1 small { font-size: 1rem; font-weight: normal; opacity: .7 }
+h1 { margin-bottom: 0 }
 section { border-top: 1px solid #8886; margin-top: 1.5rem }
 input, select, textarea, button { font: inherit; padding: .4rem .6rem; max-width: 100%; box-sizing: border-box }
 #key, #question { width: 100% }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #8882; padding: .7rem; margin: .5rem 0 }
+li, p { overflow-wrap: anywhere }
+#answer, #thinking { font: inherit }
+#answer:empty:not([aria-busy=true]) { display: none }
+#answer[aria-busy=true]::after { content: " …" }
 .row { display: flex; flex-wrap: wrap; gap: .6rem; align-items: center; margin: .6rem 0 }
 .bad { color: #c62828 } .good { color: #2e7d32 }
 @media (prefers-color-scheme: dark) { .bad { color: #ff8a80 } .good { color: #a5d6a7 } }
@@ -5619,7 +5623,7 @@ const settings = {
     `base_url = "${base}/v1"\nenv_key = "KIMI_KEY"\nwire_api = "responses"`,
   "Open WebUI": `Admin Settings, Connections, OpenAI API\nURL: ${base}/v1\nKey: KEY\nModel: kimi-search`,
 };
-let running = null;
+let running = null, checking = null;
 
 function add(parent, name, text, href) {
   const element = parent.appendChild(document.createElement(name));
@@ -5632,7 +5636,9 @@ async function call(path, options = {}) {
   const key = $("key").value.trim();
   if (/[^ -~]/.test(key)) throw new Error("The key has characters that no key has: copy it once more.");
   const headers = {...(key && {Authorization: `Bearer ${key}`}), ...options.headers};
-  const response = await fetch(path, {...options, headers});
+  const response = await fetch(path, {...options, headers}).catch(error => {
+    throw error.name === "AbortError" ? error : new Error(`Nothing answers at ${base}. Does the proxy still run?`);
+  });
   if (response.ok) return response;
   const text = await response.text();
   let value = {};
@@ -5642,25 +5648,30 @@ async function call(path, options = {}) {
 }
 
 async function check() {
+  checking?.abort();
+  const {signal} = checking = new AbortController();
   $("accounts").replaceChildren();
   $("checked").className = "";
   $("checked").textContent = "Asking Kimi …";
   try {
-    const state = await (await call("/health?accounts")).json();
-    $("status").textContent = `Version ${state.version}, up for ${state.uptime_seconds} s, answers running: ` +
+    const state = await (await call("/health?accounts", {signal})).json();
+    const started = new Date(Date.now() - state.uptime_seconds * 1000).toLocaleString();
+    $("status").textContent = `Version ${state.version}, running since ${started}. Answers in progress: ` +
       `${state.answers_running}. ` + (state.holds_account ? "This proxy holds an account." : "Bring your own token.");
     for (const one of state.accounts) {
-      const words = one.live ? "lives" : `does not work: ${one.message}`;
+      const words = one.live ? "works" : `does not work: ${one.message}`;
       add($("accounts"), "li", `Account ${one.account} at ${one.service} (${one.protocol}) ${words}`)
         .className = one.live ? "good" : "bad";
     }
-    const models = state.accounts.some(one => one.live) ? await (await call("/v1/models")).json() : {data: []};
-    const names = models.data.map(one => one.id).filter(id => !id.endsWith("-search"));
+    const lives = state.accounts.some(one => one.live);
+    const models = lives ? (await (await call("/v1/models", {signal})).json()).data : [];
+    const names = models.map(one => one.id).filter(id => !id.endsWith("-search"));
     $("model").replaceChildren();
     for (const name of names.length ? names : ["kimi"]) add($("model"), "option", name);
     $("checked").textContent = names.length ? `Models: ${names.join(", ")}` : "Enter your token, then Check.";
     sessionStorage.setItem("key", $("key").value);
   } catch (error) {
+    if (signal.aborted) return;
     $("checked").className = "bad";
     $("checked").textContent = error.message;
   }
@@ -5668,7 +5679,8 @@ async function check() {
 
 function readFile(file) {
   return new Promise((resolve, reject) => {
-    const reader = Object.assign(new FileReader(), {onload: () => resolve(reader.result), onerror: reject});
+    const fail = () => reject(new Error(`${file.name} cannot be read any more: choose it once more.`));
+    const reader = Object.assign(new FileReader(), {onload: () => resolve(reader.result), onerror: fail});
     reader.readAsDataURL(file);
   });
 }
@@ -5682,8 +5694,10 @@ async function ask() {
   running = new AbortController();
   for (const id of ["thinking", "answer", "failure"]) $(id).textContent = "";
   $("sources").replaceChildren();
-  $("ask").hidden = $("thought").hidden = true;
+  $("answer").ariaBusy = "true";
   $("stop").hidden = false;
+  $("stop").focus();
+  $("ask").hidden = $("thought").hidden = true;
   try {
     const content = [{type: "text", text: $("question").value}];
     for (const file of $("file").files) {
@@ -5705,7 +5719,7 @@ async function ask() {
         if (chunk.error) throw new Error(chunk.error.message);
         const delta = chunk.choices[0]?.delta ?? {};
         $("thinking").append(delta.reasoning_content ?? "");
-        $("thought").hidden = !$("thinking").textContent;
+        if (delta.reasoning_content) $("thought").hidden = false;
         $("answer").append(delta.content ?? "");
         showSources(delta.annotations ?? []);
       }
@@ -5713,7 +5727,9 @@ async function ask() {
   } catch (error) {
     $("failure").textContent = error.name === "AbortError" ? "Stopped." : error.message;
   }
+  $("answer").ariaBusy = "false";
   $("ask").hidden = false;
+  if (document.activeElement === $("stop")) $("ask").focus();
   $("stop").hidden = true;
 }
 
@@ -5741,19 +5757,20 @@ check();
 _START_PAGE: Final = f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>kimi_proxy</title><style>{_STYLE}</style>
-<h1>kimi_proxy <small id="status"></small></h1>
+<main><h1>kimi_proxy</h1><p id="status"></p>
 <section><h2>Account</h2>
 <form id="check"><label for="key">Key of this proxy, or your Kimi refresh token. It stays in this tab.</label>
 <input id="key" type="password" autocomplete="off"><div class="row"><button>Check</button></div></form>
-<ul id="accounts"></ul><p id="checked"></p></section>
+<ul id="accounts"></ul><p id="checked" role="status"></p></section>
 <section><h2>Try it</h2><form id="try"><textarea id="question" rows="3" required aria-label="Question"></textarea>
 <div class="row"><select id="model" aria-label="Model"></select>
 <label><input id="search" type="checkbox"> search the web</label><input id="file" type="file" aria-label="File"></div>
 <div class="row"><button id="ask">Ask</button><button id="stop" type="button" hidden>Stop</button></div></form>
 <details id="thought" hidden><summary>Thinking</summary><pre id="thinking"></pre></details>
-<pre id="answer"></pre><p id="failure" class="bad"></p><ol id="sources"></ol></section>
-<section><h2>Connect a program</h2><div class="row"><select id="program" aria-label="Program"></select>
-<button id="copy">Copy</button><span id="copied"></span></div><pre id="setting"></pre></section>
+<pre id="answer" aria-live="polite"></pre><p id="failure" class="bad" role="alert"></p><ol id="sources"></ol></section>
+<section><h2>Connect a program</h2><p>Write your key or token where KEY stands.</p>
+<div class="row"><select id="program" aria-label="Program"></select>
+<button id="copy">Copy</button><span id="copied" role="status"></span></div><pre id="setting"></pre></section></main>
 <script>{_SCRIPT}</script></html>
 """
 
