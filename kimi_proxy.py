@@ -620,6 +620,7 @@ def _refuse_constant(name: str) -> NoReturn:
     raise WireError(f"{name} is not JSON")
 
 
+MAX_MARKS: Final = 1_000_000  # commas, colons and brackets, of which a value takes at least one
 _DECODER: Final = json.JSONDecoder(parse_constant=_refuse_constant)
 _ENCODER: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
@@ -631,6 +632,8 @@ def parse_json(data: str | bytes | bytearray, *, surrogates: bool = False) -> An
     """
     try:
         text = data if isinstance(data, str) else data.decode()
+        if len(text) > MAX_MARKS < sum(map(text.count, ",:[{")):
+            raise WireError(f"more than {MAX_MARKS} commas, colons and brackets")
         value = _DECODER.decode(text)
         if not surrogates and ("\\ud" in text or "\\uD" in text):
             _ENCODER.encode(value).encode()
@@ -2120,6 +2123,8 @@ def _parse_body(body: bytes | bytearray) -> Node:
         try:
             value = parse_json(data)
         except WireError:
+            if data.lower().count(b"\\ud") > LIMITS["values in all"]:
+                raise WireError("too many halves of surrogate pairs") from None
             text = json.dumps(parse_json(data, surrogates=True), ensure_ascii=False)
             value = parse_json(join_surrogates(text).encode())
     except (WireError, RecursionError) as error:
@@ -4085,6 +4090,8 @@ _PARSING: Final = "having a file read"
 _REFRESH: Final = "refreshing the token"
 END_SECONDS: Final = 1.0  # how long the end of the stream is awaited once the text is over
 MAX_REPLY_BYTES: Final = 1_048_576
+MAX_MODELS: Final = 200  # of a list
+READ_BYTES: Final = 16_384  # of an answer at once, which are parsed without a wait
 
 # All of one browser version: the service may compare them.
 _BROWSER_HEADERS: Final = {
@@ -4151,7 +4158,8 @@ _EFFORTS: Final = {"none": 0, "minimal": 0, "low": 1, "medium": 2, "high": 3, "e
 
 def parse_models(value: object) -> tuple[Model, ...]:
     """The models in a reply of GetAvailableModels, the default one as `kimi` first [2+]; empty when it lists none."""
-    models = [_parse_model(entry) for entry in dig_list(value, "availableModels") if dig_word(entry, "scenario")]
+    entries = dig_list(value, "availableModels")[:MAX_MODELS]
+    models = [_parse_model(entry) for entry in entries if _get_name(entry, "scenario")]
     if not models:
         return ()
     service_id, scenario = (dig_word(value, "defaultScenario", key) for key in ("model", "scenario"))
@@ -4164,22 +4172,28 @@ def parse_models(value: object) -> tuple[Model, ...]:
     return tuple(found.values())
 
 
+def _get_name(entry: object, key: str) -> str:
+    """A name of the service that can be shown as it is; empty for anything else."""
+    name = dig_word(entry, key)
+    return name if re.fullmatch("[!-~]{1,64}", name) else ""
+
+
 def _parse_model(entry: object) -> Model:
-    scenario, key, service_id = (dig_word(entry, name) for name in ("scenario", "key", "id"))
+    scenario, key, service_id = (_get_name(entry, name) for name in ("scenario", "key", "id"))
     thinking = dig(entry, "thinking") is True
-    name = re.sub(r"[^a-z0-9.]+", "-", (dig_word(entry, "displayName") or key or scenario).lower()).strip("-")
+    name = re.sub(r"[^a-z0-9.]+", "-", (dig_word(entry, "displayName")[:64] or key or scenario).lower()).strip("-")
     name = name if name.startswith("kimi") else f"kimi-{name}"
-    efforts = (dig_word(option, "effort") for option in dig_list(entry, "reasoningEffortOptions"))
+    efforts = (_get_name(option, "effort") for option in dig_list(entry, "reasoningEffortOptions")[:MAX_MODELS])
     return Model(
         id=f"{name}-thinking" if thinking and "thinking" not in name else name,
         scenario=scenario,
         thinking=thinking,
-        agent_id=dig_word(entry, "kimiPlusId"),
-        agent_mode=dig_word(entry, "agentMode"),
+        agent_id=_get_name(entry, "kimiPlusId"),
+        agent_mode=_get_name(entry, "agentMode"),
         service_id="" if service_id.isdecimal() else service_id,  # a number in older lists, of no use
         key=key,
         efforts=tuple(filter(None, efforts)),
-        default_effort=dig_word(entry, "defaultReasoningEffort"),
+        default_effort=_get_name(entry, "defaultReasoningEffort"),
     )
 
 
@@ -4350,7 +4364,9 @@ class AnswerStream:
             self._progress, self._silent_since = self.answer.progress, self._loop.time()
         self._waits = True
         try:
-            piece = await (self._read_end() if self.answer.done else self.response.content.readany())
+            piece = await (self._read_end() if self.answer.done else self.response.content.read(READ_BYTES))
+            if len(piece) == READ_BYTES:  # more is there already, so that no read would wait
+                await asyncio.sleep(0)
         except (aiohttp.ClientError, ConnectionError, RuntimeError) as error:  # the last: it was lost before
             self._watchdog.stop()
             broken = ProxyError("answer_broken", f"the connection broke ({type(error).__name__})")
@@ -4373,7 +4389,7 @@ class AnswerStream:
         """Read what is left, so that the connection can be used again; close it where that takes longer."""
         with suppress(*_NETWORK_ERRORS, RuntimeError):
             async with asyncio.timeout(seconds):
-                while await self.response.content.readany():
+                while await self.response.content.read(READ_BYTES):
                     pass
         self.close()  # has no effect on a connection that went back to the pool
 
@@ -4386,7 +4402,7 @@ class AnswerStream:
         """What follows the text: the end or an error [2+]; nothing where neither comes."""
         with suppress(TimeoutError):
             async with asyncio.timeout(END_SECONDS):
-                return await self.response.content.readany()
+                return await self.response.content.read(READ_BYTES)
         return b""
 
     def _feed(self, piece: bytes) -> list[Event]:
@@ -4457,6 +4473,7 @@ class KimiClient:
             "Referer": f"{base_url}/chat/{chat}" if chat else base_url,
             "Content-Type": "application/json",
             **({"Authorization": f"Bearer {token}"} if token else {}),
+            **({"Accept-Encoding": "identity"} if step == "asking" else {}),
         }
 
     async def _send(self, account: Account, step: str, body: bytes, chat: str, token: str) -> aiohttp.ClientResponse:
@@ -4524,6 +4541,9 @@ class KimiClient:
                 async with asyncio.timeout_at(until):
                     response = await self._send(account, "asking", body, chat, token)
                     if response.status == 200 and response.content_type == expected:
+                        if response.headers.get("Content-Encoding", "identity") != "identity":
+                            response.close()
+                            raise ProxyError("answer_broken", "asking: a compressed answer, which nobody asked for")
                         parser = EnvelopeParser() if expected == _CONNECT_TYPE else SSEParser()
                         return AnswerStream(response, parser, answer, token, seconds, deadline)
                     async with response:
@@ -5018,7 +5038,9 @@ class Gateway:
     classic: Classic
     connect: Connect
     current: KimiProtocol  # until another one answers
-    _listed: dict[bytes, tuple[float, tuple[Model, ...]]] = field(default_factory=dict)
+    _listed: weakref.WeakKeyDictionary[Account, tuple[float, tuple[Model, ...]]] = field(
+        default_factory=weakref.WeakKeyDictionary
+    )
 
     def answer(self, accounts: Sequence[Account], question: Question, start_chain: Callable[[], Chain]) -> LiveAnswer:
         """The answer of one of `accounts`, for `async with`; `start_chain` makes the filters of each try."""
@@ -5103,7 +5125,7 @@ class Gateway:
         protocol = self.current if account is None else self.protocol_of(account)
         if account is None or protocol is self.classic:
             return CLASSIC_MODELS if protocol is self.classic else CONNECT_MODELS
-        until, models = self._listed.get(account.digest, (0.0, ()))
+        until, models = self._listed.get(account, (0.0, ()))
         if (now := time.monotonic()) >= until:
             seconds = MODELS_SECONDS
             try:
@@ -5111,8 +5133,7 @@ class Gateway:
             except ProxyError as error:
                 logger.warning("! %s; a built-in list is used", error)
                 models, seconds = CONNECT_MODELS, NO_MODELS_SECONDS
-            self._listed = {digest: kept for digest, kept in self._listed.items() if now < kept[0]}
-            self._listed[account.digest] = (now + seconds, models)
+            self._listed[account] = (now + seconds, models)
         return models
 
     def protocol_of(self, account: Account, name: str = "") -> KimiProtocol:

@@ -317,6 +317,14 @@ def test_odd_lists_of_models_are_empty(value: dict[str, Any]) -> None:
     assert parse_models(value) == ()
 
 
+def test_of_a_hostile_list_of_models_only_names_are_taken_and_not_too_many() -> None:
+    bad = {"key": 'a"\x1b[31m', "id": "a\u202eb", "kimiPlusId": "../ x", "defaultReasoningEffort": "E" * 65}
+    entry = {"scenario": "S", "displayName": "\x1b]0;K3\x07/'" + "x" * 9999, **bad}
+    entries = [{"scenario": "\x07"}, entry, *({"scenario": "S", "displayName": f"m{at}"} for at in range(9999))]
+    (first, second, *_) = models = parse_models({"availableModels": entries})
+    assert len(models) == 200 and (first.id, second) == ("kimi", Model("kimi-0-k3-" + "x" * 55, "S"))
+
+
 CHOICES: dict[str, tuple[Model, bool]] = {
     "kimi": (DEFAULT, True),
     "kimi-search": (DEFAULT, True),
@@ -806,7 +814,7 @@ class Body:
         self._pieces = pieces
         self._silent = silent
 
-    async def readany(self) -> bytes:
+    async def read(self, _most: int) -> bytes:
         if not self._pieces and self._silent:
             await self.closed.wait()
             raise aiohttp.ClientConnectionError("Connection closed")
@@ -870,7 +878,7 @@ async def test_a_client_that_reads_slowly_is_no_silence_of_the_service() -> None
 async def test_nothing_that_happens_while_draining_is_raised() -> None:
     for error in (aiohttp.ClientPayloadError("cut"), RuntimeError("Connection closed."), ConnectionResetError()):
         body = Body([])
-        body.readany = AsyncMock(side_effect=error)  # type: ignore[method-assign]
+        body.read = AsyncMock(side_effect=error)  # type: ignore[method-assign]
         await make_stream(body).drain(1.0)
         assert body.closed.is_set()
     body = Body([b"x"], silent=True)

@@ -35,7 +35,7 @@ TITLES = {
 }
 PURE = range(5, 12)
 IMPURE_NAMES = {"asyncio", "time", "aiohttp", "web", "logger", "logging", "os", "secrets", "socket", "signal", "sys"}
-ACROSS = {"clients", "faults", "fuzz", "readme", "layout", "simulator", "messages_api", "responses_api"}
+ACROSS = {"clients", "faults", "fuzz", "hostile", "readme", "layout", "simulator", "messages_api", "responses_api"}
 
 
 def check_order(source: str) -> list[str]:
