@@ -5186,7 +5186,7 @@ class Gateway:
             if not exchange.kept:
                 removal = self._remove(exchange.account, exchange.protocol, exchange.conversation_id)
                 self.tasks.start(removal, "remove")
-        elif not stream.answer.ended if stream is not None else starting is not None and starting.cancelled():
+        elif not stream.answer.ended if stream is not None else starting is not None and _is_unanswered(starting):
             self.metrics.count("kimi_proxy_removals_failed_total")
             logger.warning("! a conversation of account %s may be left: its id was not read", exchange.account.label)
 
@@ -5251,6 +5251,14 @@ class Gateway:
                 else:
                     failed += 1
             logger.info("removed %d of %d conversations of account %s left open", removed, len(orphans), account.label)
+
+
+def _is_unanswered(asking: asyncio.Task[None]) -> bool:
+    """Whether `asking`, which is over, may have opened a conversation without a reply that tells its id."""
+    failure = None if asking.cancelled() else asking.exception()
+    if not isinstance(failure, ProxyError):
+        return asking.cancelled()
+    return failure.code in ("service_silent", "service_failed", "answer_broken") and not failure.upstream_status
 
 
 @dataclass(slots=True)

@@ -268,6 +268,31 @@ async def test_a_failure_before_the_first_chunk_has_its_status(
     assert token not in seen.text
 
 
+@pytest.mark.parametrize(
+    ("protocol", "fault", "may_be_left"),
+    [
+        ("classic", "close=open", True),
+        ("classic", "silent=open", True),
+        ("classic", "no-id", True),
+        ("classic", "status=open:500", False),
+        ("classic", "close=ask", False),
+        ("connect", "close=ask", True),
+        ("connect", "silent=ask", True),
+        ("connect", "wrong-type=ask", False),
+        ("connect", "status=ask:429", False),
+        ("connect", "cut=0", True),
+        ("connect", "cut=2", False),
+    ],
+)
+async def test_a_conversation_whose_id_is_lost_with_the_connection_is_counted_and_logged(
+    simulator: Simulator, quick_proxy: str, log_lines: LogRecorder, fault: str, may_be_left: bool
+) -> None:
+    await send(quick_proxy, simulator.token("hello", fault), False)
+    await works_again(simulator, quick_proxy)
+    assert ("may be left: its id was not read" in log_lines.text) is may_be_left
+    assert f"kimi_proxy_removals_failed_total {may_be_left:d}\n" in await read_metrics(quick_proxy)
+
+
 @pytest.mark.parametrize("script", ["empty", "hits-only", "length-empty"])
 async def test_an_answer_without_text_is_no_success(
     simulator: Simulator, quick_proxy: str, stream: bool, protocol: str, script: str
