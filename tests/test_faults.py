@@ -966,7 +966,7 @@ async def test_a_full_disk_is_a_507(simulator: Simulator, start_alone: StartAlon
 
 
 async def test_at_a_signal_50_answers_end_in_good_order(simulator: Simulator, start_alone: StartAlone) -> None:
-    running = await start_alone(PROXY_DRAIN_SECONDS="1.5")
+    running = await start_alone(PROXY_DRAIN_SECONDS="4")
     finishing = [simulator.token("long", "pace=0.05", "chunks=30") for _ in range(20)]
     stalling = [simulator.token("long", "stall=6") for _ in range(30)]
     tokens = [*finishing, *stalling]

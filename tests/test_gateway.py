@@ -359,7 +359,7 @@ async def test_a_file_belongs_to_the_account_that_uploaded_it(simulator: Simulat
         stranger.files.delete(file.id),
         stranger.chat.completions.create(model="kimi", messages=[{"role": "user", "content": parts}]),
     ):
-        with pytest.raises(openai.NotFoundError, match="upload again"):
+        with pytest.raises(openai.NotFoundError, match="upload it again"):
             await action
     assert [one async for one in stranger.files.list()] == []
     with pytest.raises(openai.BadRequestError, match="Kimi gives none back"):
