@@ -34,7 +34,6 @@ import codecs
 import ctypes
 import gc
 import hashlib
-import hmac
 import io
 import ipaddress
 import json
@@ -5492,10 +5491,8 @@ class KeptResponses:
 # ==== 17. Access ============================================================
 #
 # Who may call, and for which accounts. Without a held account each client brings its own token, and nothing is checked.
-# While the proxy holds one, its own keys are asked for where there are any, and web pages are kept out: a page that a
-# user visits can make a browser call any address, or have its own name resolve to it (DNS rebinding).
-
-_LOCAL_NAMES: Final = ("localhost", "localhost.localdomain")
+# While one is held, web pages are kept out: a page that a user visits can make a browser call any address, or have its
+# own name resolve to it (DNS rebinding).
 
 
 def read_secrets(name: str, text: str, file_name: str, environ: Mapping[str, str]) -> tuple[str, ...]:
@@ -5509,9 +5506,8 @@ def read_secrets(name: str, text: str, file_name: str, environ: Mapping[str, str
         is_key = name == "PROXY_API_KEYS"
         words = tuple(dict.fromkeys(re.findall(r"[^,\s]+", text))) if is_key else read_pasted_tokens(text, r",\s")
     except (OSError, ValueError) as error:
-        raise SettingsError(
-            f"{name}_FILE: cannot be read ({getattr(error, 'strerror', '') or 'not a text file'})"
-        ) from None
+        reason = getattr(error, "strerror", "") or "not a text file"
+        raise SettingsError(f"{name}_FILE: cannot be read ({reason})") from None
     except ProxyError as error:
         raise SettingsError(f"{name}: {error.detail}; {error.failure.text}") from None
     if file_name and not words:
@@ -5522,12 +5518,16 @@ def read_secrets(name: str, text: str, file_name: str, environ: Mapping[str, str
     return words
 
 
-def _split_key(number: int, word: str) -> tuple[str, bytes]:
-    """Name and digest of the `number`th key, `word`, which is `key` or `name:key`. Raises `SettingsError`."""
+def _hash(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def _split_key(number: int, word: str) -> tuple[bytes, str]:
+    """Digest and name of the `number`th key, `word`, which is `key` or `name:key`. Raises `SettingsError`."""
     name, key = word.split(":", 1) if ":" in word else (f"#{number}", word)
     if not key or not re.fullmatch(r"[#A-Za-z0-9_.-]{1,32}", name):
         raise SettingsError(f"PROXY_API_KEYS: word {number} must be a key or name:key; names: letters, digits, _ . -")
-    return name, hashlib.sha256(key.encode()).digest()
+    return _hash(key), name
 
 
 def _name_of(host: str) -> str:
@@ -5545,7 +5545,7 @@ def _read_address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | 
 def is_loopback(host: str) -> bool:
     """Whether what listens on `host` can be reached from this machine alone."""
     address = _read_address(host)
-    return host in _LOCAL_NAMES or (address is not None and address.is_loopback)
+    return host == "localhost" if address is None else address.is_loopback
 
 
 class Access:
@@ -5554,10 +5554,10 @@ class Access:
     def __init__(self, settings: Settings, environ: Mapping[str, str], hosts: Sequence[str] = ()) -> None:
         self._token_source = (settings.refresh_token, settings.refresh_token_file, environ)
         self.tokens = read_secrets("KIMI_REFRESH_TOKEN", *self._token_source)
+        self.holds = bool(self.tokens)
         keys = read_secrets("PROXY_API_KEYS", settings.api_keys, settings.api_keys_file, environ)
-        self._keys = [_split_key(number, word) for number, word in enumerate(keys, 1)]
-        self.holds, self.has_keys = bool(self.tokens), bool(keys)
-        self._names = {*_LOCAL_NAMES, *map(_name_of, (settings.host, *settings.allowed_hosts))} - {""}
+        self.keys = dict(_split_key(number, word) for number, word in enumerate(keys, 1))  # names by digest
+        self._names = {"localhost", *map(_name_of, (settings.host, *settings.allowed_hosts))} - {""}
         self._origins = frozenset(settings.cors_origins) - ({"*"} if self.holds else set())
         self.allows_all_origins = "*" in self._origins
         if keys and not self.holds:
@@ -5567,7 +5567,7 @@ class Access:
             raise SettingsError(f"PROXY_HOST={exposed[0]}: anyone there could use the held account; set PROXY_API_KEYS")
 
     def reload_tokens(self) -> None:
-        """Read the token file again, after a held token was refused; it may have another one now."""
+        """Read the token file again, after a held token was refused."""
         try:
             self.tokens = read_secrets("KIMI_REFRESH_TOKEN", *self._token_source)
         except SettingsError as error:
@@ -5589,32 +5589,25 @@ class Access:
             raise ProxyError("origin_denied", f"Origin {quote_words(origin)[:100]}")
 
     def check_key(self, key: str) -> str:
-        """The name of the client's key. Raises `ProxyError` `key_refused`; takes the same time for every key."""
-        digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
-        names = [name for name, own in self._keys if hmac.compare_digest(own, digest)]
-        if not names:
+        """The name of the client's key. Raises `ProxyError` `key_refused`."""
+        name = self.keys.get(_hash(key))  # the time that a search by digest takes tells nothing of a key
+        if name is None:
             raise ProxyError("key_refused")
-        return names[-1]
+        return name
 
 
 # ==== 18. Server ============================================================
 #
-# The aiohttp application: state under typed keys, two middlewares (the request's id and log line; its errors in JSON),
-# and the handlers, one for all APIs that answer. A `ResponseWriter` is one reply on its way: its head goes out with the
-# first bytes, so that a failure before them still has its HTTP status.
+# The aiohttp application: its state, one middleware around every request, and the handlers, one for all APIs that
+# answer. A `ResponseWriter` sends the head with the first bytes: a failure before them still has its HTTP status.
 
-FIRST_KEEP_ALIVE_SECONDS: Final = 20.0  # a stream silent for this long gets a comment line
-KEEP_ALIVE_SECONDS: Final = 15.0  # and then one at this interval
+KEEP_ALIVE_SECONDS: Final = 20.0  # a stream silent for this long gets a comment line
 SEND_SECONDS: Final = 60.0  # drop a client that reads nothing for this long
 BODY_SECONDS: Final = 60.0  # limit for the body of a request to arrive
 MAX_BODIES_MB: Final = 256  # bodies of all running requests together, but always room for one
 GRACE_SECONDS: Final = 3.0  # on shutdown, a connection that waits for a request may still send one
 CLIENT_CLOSED: Final = 499  # as nginx logs a client that went away
 OPEN_PATHS: Final = frozenset({"/", "/ping", "/health"})
-KNOWN_PATHS: Final = (
-    "POST /v1/chat/completions, /v1/messages, /v1/responses and /v1/completions, GET /v1/models, POST and GET "
-    "/v1/files, GET /health, GET /metrics, GET /ping, GET /"
-)
 BODY_ERRORS: Final = (web.RequestPayloadError, aiohttp.ClientPayloadError, HttpProcessingError)
 
 _STYLE: Final = """
@@ -5820,35 +5813,30 @@ _START_PAGE_HEADERS: Final = {
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-class ClientGone(Exception):
-    """The client closed its connection: there is nobody to answer."""
-
-
-@dataclass(slots=True)
-class State:
-    """What the application owns, and what runs: the tasks of all requests, and how many of them bring an answer."""
-
-    gateway: Gateway
-    files: Files
-    access: Access
-    responses: KeptResponses = field(default_factory=KeptResponses)
-    running: set[asyncio.Task[Any]] = field(default_factory=set)
-    answers_running: int = 0
-    body_bytes: int = 0
-    draining: bool = False  # balancers are told
-    closing: bool = False  # every response closes its connection
-    started: float = field(default_factory=time.monotonic)
-
-
 @dataclass(slots=True)
 class Outcome:
-    """What the log line of one request tells: filled on the way. `body_bytes` of its body are in memory."""
+    """What is told of one request in the end, filled on the way; `body_bytes` of its body are in memory."""
 
     chunks: int = 0
     failure: str = ""
     upstream_status: int | None = None
     key: str = ""
     body_bytes: int = 0
+
+
+@dataclass(slots=True)
+class State:
+    """What the application owns, and the requests that run."""
+
+    gateway: Gateway
+    files: Files
+    access: Access
+    responses: KeptResponses = field(default_factory=KeptResponses)
+    running: dict[asyncio.Task[Any], Outcome] = field(default_factory=dict)
+    answers_running: int = 0
+    draining: bool = False  # balancers are told
+    closing: bool = False  # every response closes its connection
+    started: float = field(default_factory=time.monotonic)
 
 
 STATE: Final = web.AppKey("state", State)
@@ -5858,16 +5846,15 @@ OUTCOME: Final = web.RequestKey("outcome", Outcome)
 class ResponseWriter:
     """One reply on its way to the client. Its watchdog fills silence, and drops a client that reads nothing."""
 
-    def __init__(self, request: web.Request, encoder: Encoder, tasks: BackgroundTasks) -> None:
-        self.response: web.StreamResponse | None = None  # once the head went out: a failure is part of the stream then
+    def __init__(self, request: web.Request, encoder: Encoder) -> None:
+        self.response: web.StreamResponse | None = None  # once the head went out
         self._request = request
         self._encoder = encoder
-        self._tasks = tasks
         self._loop = asyncio.get_running_loop()
         self._ended = False
-        self._silent_at = self._loop.time() + FIRST_KEEP_ALIVE_SECONDS
+        self._silent_at = self._loop.time() + KEEP_ALIVE_SECONDS
         self._unsent = (0, 0.0)  # bytes, and since when there are so many
-        self._watchdog = Watchdog(self._check, min(FIRST_KEEP_ALIVE_SECONDS, SEND_SECONDS))
+        self._watchdog = Watchdog(self._check, min(KEEP_ALIVE_SECONDS, SEND_SECONDS))
 
     def close(self) -> None:
         """Stop watching."""
@@ -5875,18 +5862,21 @@ class ResponseWriter:
         self._watchdog.stop()
 
     async def write(self, data: bytes, *, is_last: bool = False) -> web.StreamResponse:
-        """Write `data` as fast as the client takes it; the head goes before it. Raises `ClientGone`."""
+        """Write `data` as fast as the client takes it; the head goes before it.
+
+        Raises `CancelledError` where the client is gone, as aiohttp does in any other wait of a handler.
+        """
         self._ended = is_last
         try:
             response = self.response or await self._begin(len(data))
             await (response.write_eof(data) if is_last else response.write(data))
         except ConnectionError:
-            raise ClientGone from None
+            raise asyncio.CancelledError from None
         except asyncio.CancelledError:
             if not is_last or self._request.transport is None:
                 raise
             self._request.transport.close()  # once all is sent: nothing may follow the end of an answer
-        self._silent_at = self._loop.time() + FIRST_KEEP_ALIVE_SECONDS
+        self._silent_at = self._loop.time() + KEEP_ALIVE_SECONDS
         return response
 
     async def _begin(self, size_bytes: int) -> web.StreamResponse:
@@ -5918,7 +5908,7 @@ class ResponseWriter:
         if now >= self._silent_at:
             self._silent_at = now + KEEP_ALIVE_SECONDS
             if self._encoder.keep_alive:
-                self._tasks.start(self._keep_alive(), "keep-alive")
+                self._request.app[STATE].gateway.tasks.start(self._keep_alive(), "keep-alive")
         return min(self._silent_at, now + SEND_SECONDS)
 
     async def _keep_alive(self) -> None:
@@ -5931,30 +5921,21 @@ class ResponseWriter:
 async def read_body(request: web.Request, limit_bytes: int) -> bytearray:
     """The request's body, of which there is no other copy. Raises `ProxyError`: `body_…`, `too_busy`."""
     state, outcome, body = request.app[STATE], request[OUTCOME], bytearray()
-    too_large = ProxyError("body_too_large", f"at most {limit_bytes} bytes; see PROXY_MAX_INLINE_MB")
-    if (request.content_length or 0) > limit_bytes:
-        raise too_large
+    expected_bytes = request.content_length or 0
     try:
         async with asyncio.timeout(BODY_SECONDS):
-            while piece := await request.content.readany():
+            while expected_bytes <= limit_bytes and (piece := await request.content.readany()):
                 body += piece
-                outcome.body_bytes += len(piece)
-                state.body_bytes += len(piece)
-                if len(body) > limit_bytes:
-                    raise too_large
-                if state.body_bytes > max(MAX_BODIES_MB * MEGABYTE, limit_bytes):
+                outcome.body_bytes = expected_bytes = len(body)
+                if sum(one.body_bytes for one in state.running.values()) > max(MAX_BODIES_MB * MEGABYTE, limit_bytes):
                     raise ProxyError("too_busy", "no room for this body beside those of other requests")
     except TimeoutError:
         raise ProxyError("body_timeout", f"not within {BODY_SECONDS:g} s") from None
     except BODY_ERRORS:
         raise ProxyError("body_broken") from None
+    if expected_bytes > limit_bytes:
+        raise ProxyError("body_too_large", f"at most {limit_bytes} bytes; see PROXY_MAX_INLINE_MB")
     return body
-
-
-def release_body(request: web.Request) -> None:
-    """Count the request's body no longer: it is not in memory any more."""
-    request.app[STATE].body_bytes -= request[OUTCOME].body_bytes
-    request[OUTCOME].body_bytes = 0
 
 
 def read_credential(request: web.Request) -> str:
@@ -5976,8 +5957,8 @@ async def _read_question(api: Api, request: web.Request) -> tuple[Encoder, LiveA
     """How a request is answered, the answer, and the messages to keep with it, if any."""
     state, accounts = request.app[STATE], find_accounts(request)
     settings = state.gateway.settings
+    # Parsed in one go, without a wait: of many large bodies only one at a time is in memory twice.
     body = await read_body(request, settings.max_body_bytes)
-    # In one go, without a wait: of many large bodies only one at a time is in memory twice.
     chat = api.parse(body, partial(state.responses.find_item, accounts=accounts))
     if chat.previous_response_id:
         before = state.responses.find(chat.previous_response_id, accounts)
@@ -6002,19 +5983,19 @@ async def _read_question(api: Api, request: web.Request) -> tuple[Encoder, LiveA
 
 async def _answer(api: Api, request: web.Request) -> web.StreamResponse:
     """Ask, and send the answer to the client, whatever becomes of it. Failures before the head are raised."""
-    state, started = request.app[STATE], time.monotonic()
+    state, outcome, started = request.app[STATE], request[OUTCOME], time.monotonic()
     encoder, answer, messages = await _read_question(api, request)
-    writer = ResponseWriter(request, encoder, state.gateway.tasks)
+    writer = ResponseWriter(request, encoder)
     state.answers_running += 1
     try:
         async with answer:
             state.gateway.metrics.observe("kimi_proxy_first_text_seconds", time.monotonic() - started)
             messages = keep_messages(messages, answer.references) if messages else ()  # without inline files
-            release_body(request)
+            outcome.body_bytes = 0
             while (events := await answer.read()) is not None:
                 if data := encoder.feed(events):
                     await writer.write(data)
-        request[OUTCOME].upstream_status = 200
+        outcome.upstream_status = 200
         if messages and encoder.response is not None:
             said = (*messages, answer_message(encoder.response))
             size = len(encode_json(encoder.response)) + sum(len(message.text) + 200 for message in said)
@@ -6027,7 +6008,7 @@ async def _answer(api: Api, request: web.Request) -> web.StreamResponse:
     finally:
         writer.close()
         state.answers_running -= 1
-        request[OUTCOME].chunks = encoder.chunks
+        outcome.chunks = encoder.chunks
 
 
 def _note_failure(request: web.Request, failure: BaseException) -> ProxyError:
@@ -6038,10 +6019,10 @@ def _note_failure(request: web.Request, failure: BaseException) -> ProxyError:
     elif isinstance(failure, web.HTTPNotFound | web.HTTPMethodNotAllowed):
         hint = "; your base URL has /v1 twice" if "/v1/v1" in request.path else ""
         code = "not_found" if failure.status == 404 else "method_not_allowed"
-        error = ProxyError(code, f"here it is {KNOWN_PATHS}{hint}")
+        error = ProxyError(code, f"here it is {', '.join(ROUTES)}{hint}")
     elif isinstance(failure, asyncio.CancelledError) and state.draining and request.transport is not None:
         error = ProxyError("shutting_down")  # cancelled by us; else the client is gone
-    elif isinstance(failure, ClientGone) or not isinstance(failure, Exception):
+    elif not isinstance(failure, Exception):
         raise failure
     else:
         logger.error("! the proxy itself failed", exc_info=failure)
@@ -6071,15 +6052,19 @@ async def _response(request: web.Request) -> web.StreamResponse:
     return json_response(kept.response)
 
 
+_MODEL_FORM: Final = {
+    **{"object": "model", "created": 1_704_067_200, "owned_by": "kimi"},
+    **{"type": "model", "created_at": "2024-01-01T00:00:00Z"},
+}
+
+
 async def _models(request: web.Request) -> web.StreamResponse:
     """The list of models, each also with search, or one of them; in OpenAI's and Anthropic's forms at once."""
     state, wanted = request.app[STATE], request.match_info.get("id")
     asks_kimi = state.access.holds or bool(read_credential(request))
     account = order_accounts(find_accounts(request))[0] if asks_kimi else None
-    form = {"object": "model", "created": 1_704_067_200, "owned_by": "kimi"}
-    form |= {"type": "model", "created_at": "2024-01-01T00:00:00Z"}
     models = {
-        name: {"id": name, "display_name": name, **form, **model.describe()}
+        name: {"id": name, "display_name": name, **_MODEL_FORM, **model.describe()}
         for model in await state.gateway.models(account)
         for name in (model.id, f"{model.id}-search")
     }
@@ -6092,51 +6077,38 @@ async def _models(request: web.Request) -> web.StreamResponse:
 
 
 async def _create_file(request: web.Request) -> web.StreamResponse:
-    """OpenAI's "Upload file": a form with `file` and `purpose`."""
+    """OpenAI's "Upload file": a form with `file` and `purpose`; `request.post()` would hold a field of any size."""
     state, accounts = request.app[STATE], find_accounts(request)
     if request.content_type != "multipart/form-data":
         raise ProxyError("invalid_request", "the body must be a form (multipart/form-data) with the field `file`")
     state.files.check_size((request.content_length or 0) - MEGABYTE)  # the form around it takes less
+    name, content_type, purpose = None, "", "assistants"
     with state.files.make_spool() as spool:
         try:
             async with asyncio.timeout(TRANSFER_SECONDS):
-                received = await _receive_file(request, spool)
+                async for part in await request.multipart():
+                    if not isinstance(part, aiohttp.BodyPartReader):
+                        raise ValueError("a form within a form")
+                    if part.name == "file" and name is None:
+                        name, content_type = part.filename or "", part.headers.get("Content-Type", "")
+                        while piece := await part.read_chunk(65_536):
+                            await state.files.write_spool(spool, piece)
+                    elif part.name == "purpose":
+                        purpose = (await part.read_chunk()).decode("utf-8", "replace")[:64]
         except TimeoutError:
             raise ProxyError("body_timeout", f"not within {TRANSFER_SECONDS:g} s") from None
-        except (
-            ValueError,
-            AssertionError,
-            RuntimeError,
-            *BODY_ERRORS,
-        ):  # aiohttp raises RuntimeError for some charsets
+        except (ValueError, AssertionError, RuntimeError, *BODY_ERRORS):  # RuntimeError: of some charsets
             raise ProxyError("body_broken", "the form cannot be read") from None
+        if not spool.tell():
+            raise ProxyError("invalid_request", "file: is missing" if name is None else "file: is empty", param="file")
+        received = ReceivedFile(name or "", content_type, purpose, spool)
         return json_response(await state.gateway.upload(accounts, received))
-
-
-async def _receive_file(request: web.Request, spool: IO[bytes]) -> ReceivedFile:
-    """The file of a form, written to `spool`. `request.post()` would read a text field of any size into memory."""
-    files, name, content_type, purpose = request.app[STATE].files, None, "", "assistants"
-    async for part in await request.multipart():
-        if not isinstance(part, aiohttp.BodyPartReader):
-            raise ValueError("a form within a form")
-        if part.name == "file" and name is None:
-            name, content_type = part.filename or "", part.headers.get("Content-Type", "")
-            while piece := await part.read_chunk(65_536):
-                await files.write_spool(spool, piece)
-        elif part.name == "purpose":
-            purpose = (await part.read_chunk()).decode("utf-8", "replace")[:64]
-    if not spool.tell():
-        raise ProxyError("invalid_request", "file: is missing" if name is None else "file: is empty", param="file")
-    return ReceivedFile(name or "", content_type, purpose, spool)
 
 
 async def _files(request: web.Request) -> web.StreamResponse:
     """GET of the list of files that a client uploaded, GET and DELETE of one; their content is at Kimi."""
-    uploads, accounts, file_id = (
-        request.app[STATE].gateway.uploads,
-        find_accounts(request),
-        request.match_info.get("id"),
-    )
+    uploads, accounts = request.app[STATE].gateway.uploads, find_accounts(request)
+    file_id = request.match_info.get("id")
     if file_id is None:
         data = [file.shown for file in uploads.list_uploaded(accounts)]
         return json_response({"object": "list", "data": data, "has_more": False})
@@ -6223,31 +6195,44 @@ async def _page(request: web.Request) -> web.StreamResponse:
 
 def json_response(value: object, status: int = 200, retry_after_seconds: float = 0) -> web.Response:
     """A response with `value` as JSON."""
-    headers = {"Content-Type": "application/json; charset=utf-8"}
-    if retry_after_seconds:
-        headers["Retry-After"] = str(retry_after_seconds)
-    return web.Response(body=encode_json(value).encode(), status=status, headers=headers)
+    headers = {"Retry-After": str(retry_after_seconds)} if retry_after_seconds else {}
+    return web.json_response(value, status=status, headers=headers, dumps=encode_json)
 
 
 @web.middleware
 async def request_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Around every request: its id and its log line."""
+    """Around every request: its id, who may call, and how many, failures in the client's form, and its log line."""
     state, started, status = request.app[STATE], time.monotonic(), CLIENT_CLOSED
     task = cast(asyncio.Task[Any], asyncio.current_task())
     given = request.headers.get("X-Request-Id", "")
     request_id.set(given if re.fullmatch(r"[A-Za-z0-9._:/+=-]{1,128}", given) else secrets.token_hex(6))
-    request[OUTCOME] = Outcome()
-    state.running.add(task)
+    state.running[task] = request[OUTCOME] = Outcome()
     try:
-        response = await handler(request)
+        is_preflight = _check_access(request)
+        limit = state.gateway.settings.max_requests
+        if len(state.running) > limit and request.path not in (*OPEN_PATHS, "/metrics"):
+            raise ProxyError("too_busy")
+        response = web.Response(status=204) if is_preflight else await handler(request)
         status = response.status
-        return response
-    except ClientGone:
-        return web.Response(status=CLIENT_CLOSED)  # nobody reads this; aiohttp wants an object all the same
+    except BaseException as failure:
+        response = _render_failure(request, failure)
+        status = response.status
     finally:
-        state.running.discard(task)
-        release_body(request)
+        del state.running[task]
         _log_request(request, status, time.monotonic() - started)
+    return response
+
+
+def _render_failure(request: web.Request, failure: BaseException) -> web.StreamResponse:
+    error = _note_failure(request, failure)
+    is_anthropic = "/v1/messages" in request.path or "anthropic-version" in request.headers
+    body = render_messages_error(error) if is_anthropic else render_error(error)
+    response = json_response(body, error.status, error.retry_after_seconds)
+    if isinstance(failure, web.HTTPMethodNotAllowed):
+        response.headers["Allow"] = failure.headers["Allow"]
+    if error.code.startswith("body_"):  # what is left of the body is not worth reading
+        response.force_close()
+    return response
 
 
 def _log_request(request: web.Request, status: int, seconds: float) -> None:
@@ -6256,49 +6241,25 @@ def _log_request(request: web.Request, status: int, seconds: float) -> None:
     metrics.count("kimi_proxy_requests_total", route=route, status=str(status))
     metrics.count("kimi_proxy_chunks_total", outcome.chunks)
     path = route if request.path == route else quote_name(request.path)
-    words = [f"chunks={outcome.chunks}", f"upstream={outcome.upstream_status or '-'}"]
-    words += [f"key={outcome.key}"] * bool(outcome.key) + [outcome.failure] * bool(outcome.failure)
+    told = f"chunks={outcome.chunks} upstream={outcome.upstream_status or '-'}"
+    told += f" key={outcome.key}" * bool(outcome.key) + f" {outcome.failure}" * bool(outcome.failure)
     level = logging.DEBUG if (route, status) == ("/health", 200) else logging.INFO  # a balancer looks all the time
-    logger.log(level, "%s %s %d %.3fs %s", request.method, path, status, seconds, " ".join(words))
-
-
-@web.middleware
-async def error_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Around every handler: who may call, how many, and failures in the client's form."""
-    state = request.app[STATE]
-    try:
-        is_preflight = _check_access(request)
-        if len(state.running) > state.gateway.settings.max_requests and request.path not in (*OPEN_PATHS, "/metrics"):
-            raise ProxyError("too_busy")
-        return web.Response(status=204) if is_preflight else await handler(request)
-    except BaseException as failure:
-        error = _note_failure(request, failure)
-        allowed = failure.headers["Allow"] if isinstance(failure, web.HTTPMethodNotAllowed) else ""
-    is_anthropic = "/v1/messages" in request.path or "anthropic-version" in request.headers
-    body = render_messages_error(error) if is_anthropic else render_error(error)
-    response = json_response(body, error.status, error.retry_after_seconds)
-    if allowed:
-        response.headers["Allow"] = allowed
-    if error.code.startswith("body_"):  # what is left of the body is not worth reading
-        response.force_close()
-    return response
+    logger.log(level, "%s %s %d %.3fs %s", request.method, path, status, seconds, told)
 
 
 def _check_access(request: web.Request) -> bool:
     """Whether this is a browser's preflight. Raises `ProxyError` for a web page, or a client, that may not call."""
-    access, headers, is_open = (
-        request.app[STATE].access,
-        request.headers,
-        request.path in OPEN_PATHS and "accounts" not in request.query,
-    )
-    hosts, origin = headers.getall("Host", []), headers.get("Origin")
-    access.check_page(hosts[0] if len(hosts) == 1 else "", origin)
+    access, headers = request.app[STATE].access, request.headers
+    is_open = request.path in OPEN_PATHS and "accounts" not in request.query
+    hosts, origin = headers.getall("Host", [""]), headers.get("Origin")
     if "://" in request.raw_path.partition("?")[0]:  # an absolute-form target (RFC 9112, section 3.2.2) has a name too
-        access.check_page(request.raw_path.partition("://")[2].partition("/")[0], origin)
+        hosts.append(request.raw_path.partition("://")[2].partition("/")[0])
     if origin is None and headers.get("Sec-Fetch-Site") == "cross-site" and not is_open:
-        access.check_page("localhost", "null")  # a browser's request for another page, in a form without an Origin
+        origin = "null"  # of a page that shows ours as an image or the like
+    for host in hosts:
+        access.check_page(host, origin)
     is_preflight = request.method == "OPTIONS" and "Access-Control-Request-Method" in headers
-    if access.has_keys and not is_open and not is_preflight:
+    if access.keys and not is_open and not is_preflight:
         request[OUTCOME].key = access.check_key(read_credential(request))
     return is_preflight
 
@@ -6320,6 +6281,27 @@ async def _add_headers(request: web.Request, response: web.StreamResponse) -> No
         headers["Access-Control-Allow-Headers"] = request.headers.get("Access-Control-Request-Headers", "Authorization")
         headers["Access-Control-Allow-Methods"] = "GET, POST, DELETE, OPTIONS"
         headers["Access-Control-Max-Age"] = "86400"
+
+
+ROUTES: Final[Mapping[str, Handler]] = {
+    **{f"POST {path}": partial(_answer, api) for path, api in APIS.items()},
+    "POST /chat/completions": partial(_answer, APIS["/v1/chat/completions"]),
+    "POST /v1/messages/count_tokens": _count_tokens,
+    "GET /v1/responses/{id}": _response,
+    "DELETE /v1/responses/{id}": _response,
+    "GET /v1/models": _models,
+    "GET /v1/models/{id}": _models,
+    "POST /v1/files": _create_file,
+    "GET /v1/files": _files,
+    "GET /v1/files/{id}": _files,
+    "DELETE /v1/files/{id}": _files,
+    "GET /v1/files/{id}/content": _files,
+    "POST /token/check": _token_check,
+    "GET /ping": _ping,
+    "GET /health": _health,
+    "GET /metrics": _metrics,
+    "GET /": _page,
+}
 
 
 async def _own_state(settings: Settings, access: Access, app: web.Application) -> AsyncIterator[None]:
@@ -6349,31 +6331,21 @@ async def _own_state(settings: Settings, access: Access, app: web.Application) -
         await files.close()
 
 
-async def end_connections(runner: web.AppRunner) -> None:
-    """Say that the end is near: to balancers first, then on every response head, while no connection is accepted any
-    more. Each that waits for a request is closed by its answer, or after the grace.
-    """
-    state, loop = runner.app[STATE], asyncio.get_running_loop()
-    state.draining = True
-    await asyncio.sleep(state.gateway.settings.drain_delay_seconds)
-    state.closing = True
-    for site in runner.sites:
-        await site.stop()
-    deadline = loop.time() + GRACE_SECONDS
-    while loop.time() < deadline:
-        await asyncio.sleep(0.05)  # first, as a connection that was just accepted takes a moment to be counted
-        if runner.server is None or len(runner.server.connections) <= len(state.running):
-            break
-
-
 async def end_requests(runner: web.AppRunner) -> None:
-    """Let what runs finish for the drain's time, then end it with `shutting_down`. To be called before aiohttp closes:
-    then it drops what comes of a request's body.
+    """Accept no connection, and close those that wait for a request with its answer, or after the grace, which is for
+    an end that was announced (`draining`). What runs may finish for the drain's time, else it gets `shutting_down`.
+
+    To be called before aiohttp closes, which drops what comes of a request's body.
     """
     state, loop = runner.app[STATE], asyncio.get_running_loop()
+    deadline = loop.time() + GRACE_SECONDS * state.draining
     state.draining = state.closing = True
     for site in runner.sites:
         await site.stop()
+    while loop.time() < deadline:
+        await asyncio.sleep(0.05)  # at first, too: it takes a moment until a connection is counted
+        if runner.server is None or len(runner.server.connections) <= len(state.running):
+            break
     deadline = loop.time() + state.gateway.settings.drain_seconds
     while state.running and (left := deadline - loop.time()) > 0:
         await asyncio.wait(set(state.running), timeout=left)
@@ -6385,30 +6357,13 @@ async def end_requests(runner: web.AppRunner) -> None:
 
 def make_app(settings: Settings, hosts: Sequence[str] = ()) -> web.Application:
     """The application; `hosts` as `Access` takes them. Raises `SettingsError` for secrets of no use."""
-    app = web.Application(middlewares=[request_middleware, error_middleware], client_max_size=settings.max_body_bytes)
+    app = web.Application(middlewares=[request_middleware], client_max_size=settings.max_body_bytes)
     app.cleanup_ctx.append(partial(_own_state, settings, Access(settings, os.environ, hosts)))
     app.on_response_prepare.append(_add_headers)
-    app.add_routes(
-        [
-            *(web.post(path, partial(_answer, api)) for path, api in APIS.items()),
-            web.post("/chat/completions", partial(_answer, APIS["/v1/chat/completions"])),
-            web.post("/v1/messages/count_tokens", _count_tokens),
-            web.get("/v1/responses/{id}", _response),
-            web.delete("/v1/responses/{id}", _response),
-            web.get("/v1/models", _models),
-            web.get("/v1/models/{id}", _models),
-            web.post("/v1/files", _create_file),
-            web.get("/v1/files", _files),
-            web.get("/v1/files/{id}", _files),
-            web.delete("/v1/files/{id}", _files),
-            web.get("/v1/files/{id}/content", _files),
-            web.post("/token/check", _token_check),
-            web.get("/ping", _ping),
-            web.get("/health", _health),
-            web.get("/metrics", _metrics),
-            web.get("/", _page),
-        ]
-    )
+    make = {"GET": web.get, "POST": web.post, "DELETE": web.delete}
+    for route, handler in ROUTES.items():
+        method, path = route.split()
+        app.add_routes([make[method](path, handler)])
     return app
 
 
@@ -6422,18 +6377,13 @@ _FIRST_DESCRIPTOR: Final = 3
 
 
 @asynccontextmanager
-async def run_server(settings: Settings) -> AsyncIterator[str]:
-    """A running proxy; gives the address that it listens on, as `http://host:port`.
+async def run_server(
+    settings: Settings, sockets: Sequence[socket.socket] = ()
+) -> AsyncIterator[tuple[str, web.AppRunner]]:
+    """A running proxy, on `sockets` or where the settings say: its (first) `http://host:port`, and what runs it.
 
     Raises `SettingsError` where it cannot listen, or holds secrets of no use.
     """
-    async with _run_app(settings, ()) as (address, _):
-        yield address
-
-
-@asynccontextmanager
-async def _run_app(settings: Settings, sockets: Sequence[socket.socket]) -> AsyncIterator[tuple[str, web.AppRunner]]:
-    """A running application, on `sockets` or where the settings say: its first address, and what runs it."""
     runner = web.AppRunner(
         make_app(settings, [str(one.getsockname()[0]) for one in sockets]),
         handler_cancellation=True,
@@ -6459,38 +6409,25 @@ async def _run_app(settings: Settings, sockets: Sequence[socket.socket]) -> Asyn
         await runner.cleanup()
 
 
-class Notifier:
-    """Tells systemd how it goes (sd_notify(3)); does nothing where nobody listens. A full queue drops what is said."""
+def notify(**fields: str) -> None:
+    """Tell systemd `fields`, such as READY="1", where it listens (sd_notify(3)); a full queue drops them."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address.startswith(("/", "@")):
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.setblocking(False)
+            message = "\n".join(map("=".join, fields.items()))
+            sender.sendto(message.encode(), address if address.startswith("/") else f"\0{address[1:]}")
 
-    def __init__(self, environ: Mapping[str, str]) -> None:
-        address = environ.get("NOTIFY_SOCKET", "")
-        self._address = "\0" + address[1:] if address.startswith("@") else address
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if address[:1] in ("/", "@") else None
-        if self._socket is not None:
-            self._socket.setblocking(False)
-        is_ours = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        microseconds = int(environ.get("WATCHDOG_USEC", "0")) if is_ours else 0
-        self._beat_seconds = min(microseconds / 2e6 or 10.0, 10.0)
 
-    def tell(self, **fields: str) -> None:
-        """Send `fields`, such as READY="1" or STATUS="…"."""
-        if self._socket is not None:
-            with suppress(OSError):
-                lines = [f"{name}={value}" for name, value in fields.items()]
-                self._socket.sendto("\n".join(lines).encode(), self._address)
-
-    async def beat(self, app: web.Application) -> None:
-        """Tell regularly that the loop runs, and what runs in it, until cancelled."""
-        state, accounts = app[STATE], app[STATE].gateway.accounts
-        while True:
-            status = f"{state.answers_running} answers, {len(state.running)} requests, {len(accounts.known)} accounts"
-            self.tell(WATCHDOG="1", STATUS=status)
-            await asyncio.sleep(self._beat_seconds)
-
-    def close(self) -> None:
-        """Close the socket."""
-        if self._socket is not None:
-            self._socket.close()
+async def _beat(state: State) -> None:
+    """Tell systemd regularly that the loop runs, and what runs in it, until cancelled."""
+    is_ours = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+    microseconds = int(os.environ.get("WATCHDOG_USEC", "0")) if is_ours else 0
+    while True:
+        accounts = len(state.gateway.accounts.known)
+        status = f"{state.answers_running} answers, {len(state.running)} requests, {accounts} accounts"
+        notify(WATCHDOG="1", STATUS=status)
+        await asyncio.sleep(min(microseconds / 2e6 or 10.0, 10.0))
 
 
 def _take_sockets(environ: Mapping[str, str]) -> list[socket.socket]:
@@ -6520,32 +6457,29 @@ def _listen_for_signals() -> asyncio.Event:
 
 
 async def _serve(settings: Settings) -> None:
-    """Serve until a signal asks to stop; then drop clients and balancers in good order."""
-    notifier = Notifier(os.environ)
+    """Serve until a signal asks to stop; then tell balancers, and leave in good order."""
     stop = _listen_for_signals()
-    async with _run_app(settings, _take_sockets(os.environ)) as (address, runner):
+    async with run_server(settings, _take_sockets(os.environ)) as (address, runner):
         with suppress(OSError, AttributeError):  # glibc's; elsewhere there is no such function
             ctypes.CDLL(None).malloc_trim(0)  # gives back what compiling this module took, a quarter of all memory
         gc.freeze()  # what is loaded stays: else each full collection stops all streams for long enough to look at it
         print(f"kimi_proxy {__version__} is ready. Base URL for your program: {address}/v1", flush=True)
-        notifier.tell(READY="1")
-        beating = asyncio.create_task(notifier.beat(runner.app))
+        notify(READY="1")
+        beating = asyncio.create_task(_beat(runner.app[STATE]))
         await stop.wait()
         logger.info("shutting down")
         seconds = settings.drain_delay_seconds + settings.drain_seconds + REMOVAL_SECONDS + 10
-        notifier.tell(STOPPING="1", EXTEND_TIMEOUT_USEC=str(int(seconds * 1e6)))
-        await end_connections(runner)
+        notify(STOPPING="1", EXTEND_TIMEOUT_USEC=str(int(seconds * 1e6)))
+        runner.app[STATE].draining = True
+        await asyncio.sleep(settings.drain_delay_seconds)
     beating.cancel()
-    notifier.close()
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command in `argv`; the exit status: 0, 1 for a failure, 2 for a setting that is not usable."""
     try:
-        if argv[:1] == ["ask"]:
-            return ask_command(argv[1:])
-        if argv[:1] == ["check"]:
-            return check_command(argv[1:])
+        if command := {"ask": ask_command, "check": check_command}.get(argv[0] if argv else ""):
+            return command(argv[1:])
         settings = Settings.load(os.environ, argv)
         configure_logging(settings.log_level, settings.log_format)
         if unknown := unknown_variables(os.environ):
@@ -6565,6 +6499,11 @@ def _read_held_token(settings: Settings) -> str:
     return tokens[0] if tokens else ""
 
 
+def _fail(command: str, message: str, status: int = 1) -> int:
+    print(f"kimi_proxy {command}: {message}", file=sys.stderr)
+    return status
+
+
 def ask_command(argv: Sequence[str]) -> int:
     """`ask "question"`: ask a running proxy, and print the answer as it comes. The exit status: 1 for a failure."""
     settings = Settings.load(os.environ)
@@ -6579,8 +6518,7 @@ def ask_command(argv: Sequence[str]) -> int:
     if not sys.stdin.isatty():
         question = f"{question}\n{sys.stdin.read()}".strip()
     if not question:
-        print("kimi_proxy ask: ask a question", file=sys.stderr)
-        return 2
+        return _fail("ask", "ask a question", 2)
     keys = read_secrets("PROXY_API_KEYS", settings.api_keys, settings.api_keys_file, os.environ)
     own_key = keys[0].partition(":")[2] or keys[0] if keys else _read_held_token(settings)
     token = os.environ.get("PROXY_API_KEY", "") or own_key
@@ -6588,10 +6526,11 @@ def ask_command(argv: Sequence[str]) -> int:
     try:
         content: Any = [*map(_render_part, options.file), {"type": "text", "text": question}]
     except OSError as error:
-        print(f"kimi_proxy ask: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
+        return _fail("ask", f"{error.filename}: {error.strerror}", 2)
     body = {"model": options.model, "stream": True, "messages": [{"role": "user", "content": content}]}
-    return asyncio.run(_print_answer(url, token, body))
+    if failure := asyncio.run(_print_answer(url, token, body)):
+        return _fail("ask", failure)
+    return 0
 
 
 def _render_part(path: str) -> dict[str, Any]:
@@ -6606,15 +6545,18 @@ def _render_part(path: str) -> dict[str, Any]:
     return {"type": "file", "file": {"filename": name, "file_data": url}}
 
 
-async def _print_answer(url: str, token: str, body: dict[str, Any]) -> int:
-    """Print the streamed answer. The stream is read by code that is not ours, which checks ours."""
+async def _print_answer(url: str, token: str, body: dict[str, Any]) -> str:
+    """Print the streamed answer; what failed, if anything. The stream is read by code that is not ours: a check."""
     from aiohttp_sse_client.client import EventSource  # noqa: PLC0415  # serving does not need it
 
     logging.getLogger("aiohttp_sse_client").setLevel(logging.CRITICAL)
 
     async def refuse(response: aiohttp.ClientResponse) -> None:
         if response.status != 200:
-            raise ConnectionError(_read_failure(await response.read()))
+            try:
+                raise ConnectionError(json.loads(await response.read())["error"]["message"])
+            except (ValueError, KeyError, TypeError):
+                raise ConnectionError("the address answers, but not as kimi_proxy does") from None
 
     screen = _Screen()
     try:
@@ -6628,36 +6570,28 @@ async def _print_answer(url: str, token: str, body: dict[str, Any]) -> int:
         ):
             return await _print_events(source, screen)
     except ConnectionError as error:
-        hint = "" if token else " In the terminal, set PROXY_API_KEY or KIMI_REFRESH_TOKEN."
-        return screen.fail(f"{error}{hint}")
+        return f"{error}{'' if token else ' In the terminal, set PROXY_API_KEY or KIMI_REFRESH_TOKEN.'}"
     except aiohttp.ClientError as error:
-        return screen.fail(f"cannot reach {url} ({type(error).__name__}); is the proxy running?")
+        return f"cannot reach {url} ({type(error).__name__}); is the proxy running?"
     finally:
         screen.show("")
 
 
-async def _print_events(source: AsyncIterator[Any], screen: _Screen) -> int:
+async def _print_events(source: AsyncIterator[Any], screen: _Screen) -> str:
     """Print until `[DONE]` or an error: reading on would make the reader ask again."""
     async for event in source:
         if event.data == "[DONE]":
             screen.show("\n")
-            return 0
+            return ""
         value = json.loads(event.data)
         if "error" in value:
-            return screen.fail(value["error"]["message"])
+            return str(value["error"]["message"])
         for choice in value["choices"]:
             if thinking := choice["delta"].get("reasoning_content"):
                 screen.show(thinking, dimmed=True)
             if text := choice["delta"].get("content"):
                 screen.show(text)
-    return screen.fail("the stream ended without [DONE]")
-
-
-def _read_failure(body: bytes) -> str:
-    try:
-        return str(json.loads(body)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return "the address answers, but not as kimi_proxy does"
+    return "the stream ended without [DONE]"
 
 
 class _Screen:
@@ -6675,12 +6609,6 @@ class _Screen:
             print("\r \r", end="")
         print(f"\x1b[2m{text}\x1b[0m" if dimmed and self._terminal else text, end="", flush=True)
 
-    def fail(self, message: str) -> int:
-        """Print a failure; the exit status."""
-        self.show("")
-        print(f"kimi_proxy ask: {message}", file=sys.stderr)
-        return 1
-
     @staticmethod
     async def _show_waiting() -> None:
         for mark in cycle("|/-\\"):
@@ -6693,7 +6621,7 @@ def check_command(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="kimi_proxy.py check",
         description="Try every step of Kimi once, with the held account (KIMI_REFRESH_TOKEN), and say what was seen. "
-        "The settings are the proxy's, by environment variable. Three short questions are asked in each protocol.",
+        "The settings are the proxy's, by environment variable. A few short questions are asked in each protocol.",
     )
     recording = "write the answers' streams, tokens, ids and texts replaced, to FILE-STEP.sse, FILE-STEP.connect"
     parser.add_argument("--record", metavar="FILE", help=recording)
@@ -6701,8 +6629,7 @@ def check_command(argv: Sequence[str]) -> int:
     settings = Settings.load(os.environ)
     token = _read_held_token(settings)
     if not token:
-        print("kimi_proxy check: set KIMI_REFRESH_TOKEN", file=sys.stderr)
-        return 2
+        return _fail("check", "set KIMI_REFRESH_TOKEN", 2)
     configure_logging("warning")
     return asyncio.run(_check(settings, token, options.record))
 
@@ -6714,16 +6641,17 @@ async def _check(settings: Settings, token: str, record: str | None) -> int:
     tasks, url, good, seen = BackgroundTasks(), settings.proxy_url, [], list[str]()
     state = StateFiles(find_state_dir(settings.state_dir, os.environ), Metrics(), settings.base_url)
     async with open_service_session(url) as session, open_service_session(url, reuse=False) as transfers:
-        for name in ("classic", "connect"):
-            if settings.protocol in ("auto", name):
-                check = _Check(settings, name, [session, transfers], tasks, state)
-                if await check.run(token):
-                    good.append(name)
-                for step, pieces in check.recorded.items() if record else ():
-                    path = Path(f"{record}-{step}").with_suffix(".sse" if name == "classic" else ".connect")
-                    path.write_bytes(anonymize_stream(b"".join(pieces), name))
-                    print(f"recorded: {path}")
-                seen += check.seen
+        for protocol in (Classic, Connect):
+            if settings.protocol not in ("auto", protocol.name):
+                continue
+            check = _Check(partial(protocol, session, transfers, metrics=Metrics(), settings=settings), tasks, state)
+            if await check.run(token):
+                good.append(protocol.name)
+            for step, pieces in check.recorded.items() if record else ():
+                path = Path(f"{record}-{step}").with_suffix(".sse" if protocol is Classic else ".connect")
+                path.write_bytes(anonymize_stream(b"".join(pieces), protocol.name))
+                print(f"recorded: {path}")
+            seen += check.seen
         await tasks.drain(REMOVAL_SECONDS)
     print(f"A program in front would work: {'yes, with ' + ' and '.join(good) if good else 'no'}.")
     versions = f"kimi_proxy {__version__}, Python {platform.python_version()}, aiohttp {aiohttp.__version__}"
@@ -6734,60 +6662,51 @@ async def _check(settings: Settings, token: str, record: str | None) -> int:
 class _Check:
     """One protocol, step by step: what was `seen`, and the bytes of its answers as `recorded`, by step."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        name: str,
-        sessions: list[aiohttp.ClientSession],
-        tasks: BackgroundTasks,
-        state: StateFiles,
-    ) -> None:
+    def __init__(self, make: Callable[[Accounts], KimiProtocol], tasks: BackgroundTasks, state: StateFiles) -> None:
+        accounts = Accounts(lambda account: self.protocol.refresh(account), tasks, state)  # noqa: PLW0108  # made below
+        self.protocol = make(accounts)
         self.recorded: dict[str, list[bytes]] = {}
-        self.seen: list[str] = [name]
-        self._settings = settings
-        self._accounts = Accounts(lambda one: self._protocol.refresh(one), tasks, state)  # noqa: PLW0108  # made below
-        protocol: type[KimiProtocol] = Connect if name == "connect" else Classic
-        self._protocol = protocol(sessions[0], sessions[1], self._accounts, Metrics(), settings)
+        self.seen: list[str] = [self.protocol.name]
 
     async def run(self, token: str) -> bool:
-        """Walk the steps until one fails; whether all went well."""
-        account = self._accounts.get(token)
+        """Walk the steps until one fails that a chat needs; whether none did."""
+        account = self.protocol.accounts.get(token)
         question = Question("user:Say OK.\n", use_search=False)
+        chats = {
+            "search": replace(question, text="user:Who makes Kimi?\n", use_search=True),
+            "stop": replace(question, text="user:Count to 100.\n"),
+        }
         try:
-            url = URL(self._settings.proxy_url or self._protocol.base_url_for(account))
+            url = URL(self.protocol.settings.proxy_url or self.protocol.base_url_for(account))
             await self._step("address", self._look_up(url))
             await self._step("connection and TLS", self._connect(url))
-            await self._step("token", self._accounts.access_token(account))
-            self.seen.append(f"at {URL(self._protocol.base_url_for(account)).host}")
-            if isinstance(self._protocol, Connect):
-                question.model = choose_model("kimi", await self._step("models", self._protocol.models(account)))[0]
+            await self._step("token", self.protocol.accounts.access_token(account))
+            self.seen.append(f"at {URL(self.protocol.base_url_for(account)).host}")
+            if isinstance(self.protocol, Connect):
+                model = choose_model("kimi", await self._step("models", self.protocol.models(account)))[0]
+                chats = {what: replace(asked, model=model) for what, asked in chats.items()}
+                preface = "system:Begin each answer with the word OKAPI.\n"
+                question.model = model
+                chats["system prompt"] = replace(question, text=preface + question.text, preface=preface)
             await self._chat(account, question, "answer")
         except ProxyError:
             return False
-        with suppress(ProxyError):  # their lines say so: chats work all the same
-            await self._chat(account, replace(question, text="user:Who makes Kimi?\n", use_search=True), "search")
-        with suppress(ProxyError):
-            await self._chat(account, replace(question, text="user:Count to 100.\n"), "stop")
-        with suppress(ProxyError):
-            if self._protocol.name == "connect":
-                preface = "system:Begin each answer with the word OKAPI.\n"
-                text = f"{preface}user:Say OK.\n"
-                await self._chat(account, replace(question, text=text, preface=preface), "system prompt")
+        for what, asked in chats.items():
+            with suppress(ProxyError):  # their lines say so: chats work all the same
+                await self._chat(account, asked, what)
         with suppress(ProxyError):
             await self._step("upload", self._upload(account))
         return True
 
     async def _chat(self, account: Account, question: Question, what: str) -> None:
-        """Ask in a conversation of its own, which is removed; `what` is `answer`, `search`, or `stop`: then it is
-        stopped at its first text.
-        """
+        """Ask in a conversation of its own, which is removed; a `stop` is stopped at its first text."""
         conversation_id = ""
-        if self._protocol.name == "classic":
-            conversation_id = await self._step("open", self._protocol.open(account, question.model))
-        deadline = asyncio.get_running_loop().time() + self._settings.silence_seconds
+        if isinstance(self.protocol, Classic):
+            conversation_id = await self._step("open", self.protocol.open(account, question.model))
+        deadline = asyncio.get_running_loop().time() + self.protocol.settings.silence_seconds
         answer: Answer | None = None
         try:
-            stream = await self._protocol.ask(account, conversation_id, question, deadline)
+            stream = await self.protocol.ask(account, conversation_id, question, deadline)
             stream.raw, answer = self.recorded.setdefault(what, []), stream.answer
             await self._step(what, self._read(account, stream, conversation_id, stops=what == "stop"))
         except ProxyError as error:
@@ -6796,7 +6715,7 @@ class _Check:
             raise
         finally:
             if conversation_id := conversation_id or (answer.conversation_id if answer is not None else ""):
-                await self._step("remove", self._protocol.remove(account, conversation_id))
+                await self._step("remove", self.protocol.remove(account, conversation_id))
 
     async def _read(self, account: Account, stream: AnswerStream, conversation_id: str, *, stops: bool) -> list[Event]:
         events: list[Event] = []
@@ -6805,12 +6724,11 @@ class _Check:
                 events += more
                 if stops and any(isinstance(event, Text) for event in more):
                     told = conversation_id or stream.answer.conversation_id
-                    await self._protocol.stop(account, told, stream.answer.message_id)
+                    await self.protocol.stop(account, told, stream.answer.message_id)
                     break
         finally:
             await stream.drain(END_SECONDS)
-        form = next((form for form, mark in _CITATION_FORMS if mark in b"".join(stream.raw or ())), "")
-        if form:
+        if form := next((form for form, mark in _CITATION_FORMS if mark in b"".join(stream.raw or ())), ""):
             self.seen.append(f"citations as {form}")
         if "OKAPI" in "".join(event.text for event in events if isinstance(event, Text)):
             self.seen.append("which is obeyed")
@@ -6827,15 +6745,15 @@ class _Check:
         return result
 
     def _tell(self, verdict: str, what: str, text: str, seen: str = "") -> None:
-        print(f"{verdict:5} {self._protocol.name:8} {what:19} {text}{seen}", flush=True)
+        print(f"{verdict:5} {self.protocol.name:8} {what:19} {text}{seen}", flush=True)
         self.seen.append(f"{what} {verdict}{seen}")
 
     async def _upload(self, account: Account) -> None:
-        data = base64.b64encode(b"OK.\n").decode()
-        small = Attachment("file", "check", data=data, name="check.txt", content_type="text/plain")
-        files = Files(self._settings, Metrics())
+        small = Attachment("file", "check", data="T0suCg==", name="check.txt", content_type="text/plain")
+        settings = self.protocol.settings
+        files = Files(settings, Metrics())
         try:
-            await Uploads(files, self._settings).upload(account, self._protocol, [small])
+            await Uploads(files, settings).upload(account, self.protocol, [small])
         finally:
             await files.close()
 
@@ -6848,7 +6766,7 @@ class _Check:
 
     async def _connect(self, url: URL) -> None:
         try:
-            async with asyncio.timeout(self._settings.call_seconds):
+            async with asyncio.timeout(self.protocol.settings.call_seconds):
                 _, writer = await asyncio.open_connection(url.host, url.port, ssl=url.scheme == "https" or None)
         except (OSError, TimeoutError) as error:
             reason = getattr(error, "strerror", None) or type(error).__name__

@@ -440,7 +440,7 @@ async def run_client(client: Client, programs: Path, protocol: str) -> str:
         settings = Settings(
             base_url=simulator.url, auth_url=simulator.url, protocol=protocol, port=0, state_dir="", drain_seconds=1
         )
-        url = await stack.enter_async_context(run_server(settings))
+        url, _ = await stack.enter_async_context(run_server(settings))
         token = simulator.token(client.script)
         place = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
         values = {"url": url, "key": token, "home": place}

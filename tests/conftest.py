@@ -122,7 +122,7 @@ class StartProxy:
         for name in [name for name in settings if name.isupper()]:
             self._monkeypatch.setattr(kimi_proxy, name, settings.pop(name))
         settings = {**defaults, **settings}
-        self.urls.append(await self._stack.enter_async_context(run_server(Settings(**settings))))
+        self.urls.append((await self._stack.enter_async_context(run_server(Settings(**settings))))[0])
         return self.urls[-1]
 
     async def close(self) -> None:

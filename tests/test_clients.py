@@ -123,7 +123,7 @@ async def test_the_sync_sdk_works_streamed_and_whole(simulator: Simulator, proxy
 
 
 async def test_an_sse_reader_that_is_not_ours_reads_our_stream(simulator: Simulator, start_proxy: StartProxy) -> None:
-    proxy = await start_proxy(FIRST_KEEP_ALIVE_SECONDS=0.1, KEEP_ALIVE_SECONDS=0.1)
+    proxy = await start_proxy(KEEP_ALIVE_SECONDS=0.1)
     source = EventSource(
         f"{proxy}/v1/chat/completions",
         option={"method": "POST"},
@@ -431,7 +431,7 @@ async def test_anthropics_models_and_keys(simulator: Simulator, start_proxy: Sta
 async def test_a_silent_stream_of_anthropics_is_pinged_whatever_its_version_and_betas(
     simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession
 ) -> None:
-    proxy = await start_proxy(FIRST_KEEP_ALIVE_SECONDS=0.1, KEEP_ALIVE_SECONDS=0.1)
+    proxy = await start_proxy(KEEP_ALIVE_SECONDS=0.1)
     headers = {"x-api-key": simulator.token("quiet"), "anthropic-version": "9", "anthropic-beta": "a-1,b-2"}
     url = f"{proxy}/v1/messages?beta=true&other=1"
     async with http.post(url, json={**CLAUDE, "stream": True}, headers=headers) as response:

@@ -358,7 +358,7 @@ async def test_a_failure_in_the_middle_ends_the_stream_with_an_error(
 
 
 async def test_a_silent_stream_has_comments_before_its_failure(simulator: Simulator, start_proxy: StartProxy) -> None:
-    proxy = await start_proxy(FIRST_KEEP_ALIVE_SECONDS=0.1, KEEP_ALIVE_SECONDS=0.1, silence_seconds=2.0)
+    proxy = await start_proxy(KEEP_ALIVE_SECONDS=0.1, silence_seconds=2.0)
     seen = await send(proxy, simulator.token("hello", "stall=5"), True)
     text, _, rest = seen.text.partition("\n\n:")
     assert text.startswith("data: {") and rest.count("\n\n:") >= 1

@@ -157,7 +157,7 @@ class Rig:
                 max_inline_mb=1,
                 allow_private_urls=True,
             )
-            self.urls[protocol] = await self._stack.enter_async_context(run_server(settings))
+            self.urls[protocol], _ = await self._stack.enter_async_context(run_server(settings))
             await self.works(protocol)
         self._resting = self._find_tasks()
 

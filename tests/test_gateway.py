@@ -1122,7 +1122,7 @@ async def test_a_full_queue_is_no_refusal_of_the_account(simulator: Simulator, s
 async def test_a_keep_alive_is_never_written_behind_the_end(
     simulator: Simulator, start_proxy: StartProxy, log_lines: LogRecorder
 ) -> None:
-    proxy = await start_proxy(FIRST_KEEP_ALIVE_SECONDS=0.001, KEEP_ALIVE_SECONDS=0.001)
+    proxy = await start_proxy(KEEP_ALIVE_SECONDS=0.001)
     tokens = [simulator.token("hello", f"pace=0.00{number}") for number in range(1, 10)]
     answers = await asyncio.gather(*(ask_for_text(proxy, token) for token in tokens * 5))
     assert all(text.rstrip().endswith("data: [DONE]") for text in answers)

@@ -227,7 +227,7 @@ async def test_the_first_text_reaches_the_client_while_the_answer_runs(
 async def test_comments_keep_a_silent_stream_alive_and_then_it_goes_on(
     simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession
 ) -> None:
-    proxy = await start_proxy(FIRST_KEEP_ALIVE_SECONDS=0.2, KEEP_ALIVE_SECONDS=0.1)
+    proxy = await start_proxy(KEEP_ALIVE_SECONDS=0.2)
     chunks, text = await stream(http, proxy, simulator.token("quiet"))
     assert content_of(chunks) == "late"
     comments = [line for line in text.split("\n\n") if line.startswith(":")]
@@ -238,7 +238,7 @@ async def test_comments_keep_a_silent_stream_alive_and_then_it_goes_on(
 async def test_a_failure_after_the_first_comment_is_an_event_of_the_stream(
     simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession
 ) -> None:
-    proxy = await start_proxy(FIRST_KEEP_ALIVE_SECONDS=0.1)
+    proxy = await start_proxy(KEEP_ALIVE_SECONDS=0.1)
     chunks, text = await stream(http, proxy, simulator.token("hello", "slow=ask:0.6", "status=ask:500"))
     assert text.startswith(":")
     assert chunks == [chunks[0]] and chunks[0]["choices"] == []

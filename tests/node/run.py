@@ -23,7 +23,7 @@ async def run(protocol: str) -> int:
     async with Simulator() as simulator:
         service = {"KIMI_BASE_URL": simulator.url, "KIMI_AUTH_URL": simulator.url, "KIMI_PROTOCOL": protocol}
         environ = {**service, "PROXY_PORT": "0", "PROXY_STATE_DIR": "", "PROXY_DRAIN_SECONDS": "0.2"}
-        async with run_server(Settings.load(environ)) as address:
+        async with run_server(Settings.load(environ)) as (address, _):
             tokens = {name: simulator.token(*order.split("+")) for name, order in SCRIPTS.items()}
             environment = {"PROXY_URL": address, "PROTOCOL": protocol, "TOKENS": json.dumps(tokens), "HELLO": HELLO}
             node = await asyncio.create_subprocess_exec(
