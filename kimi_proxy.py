@@ -6599,6 +6599,7 @@ class _Screen:
 
     def __init__(self) -> None:
         self._terminal = sys.stdout.isatty()
+        self._thinking = False
         self._waiting = asyncio.create_task(self._show_waiting()) if self._terminal else None
 
     def show(self, text: str, *, dimmed: bool = False) -> None:
@@ -6607,6 +6608,9 @@ class _Screen:
             self._waiting.cancel()
             self._waiting = None
             print("\r \r", end="")
+        if text and self._thinking and not dimmed:
+            print("\n")
+        self._thinking = dimmed or (self._thinking and not text)
         print(f"\x1b[2m{text}\x1b[0m" if dimmed and self._terminal else text, end="", flush=True)
 
     @staticmethod

@@ -32,7 +32,7 @@ MARKUP: Final = "<script>window.ran = 1</script><img src=x onerror='window.ran =
 KEY: Final = "sesame-" + "0" * 16
 
 SCRIPTS["markup"] = (
-    *(Hit(MARKUP, "https://a.example/?" + "long" * 50), Hit("no link", "javascript:window.ran=1")),
+    *(Hit(MARKUP, "https://a.example/?" + "long" * 50), Hit("nolink" * 60, "javascript:window.ran=1")),
     *(Think(MARKUP), Say(MARKUP), Cite((1, 2)), Say("x" * 500), End()),
 )
 SCRIPTS["sky"] = (

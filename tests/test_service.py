@@ -148,6 +148,12 @@ async def test_ask_shows_hits_as_they_come(simulator: Simulator, proxy: str) -> 
     assert status == 0 and out.startswith("检索 Kimi 首页(") and out.endswith("助手。\n")
 
 
+async def test_ask_sets_thinking_apart_from_the_answer(simulator: Simulator, start_proxy: StartProxy) -> None:
+    token = simulator.token("think")
+    proxy = await start_proxy(protocol="connect")
+    assert await run("ask", "hi", "--url", proxy, KIMI_REFRESH_TOKEN=token) == (0, "让我想想。\n\n答案是 42。\n", "")
+
+
 async def test_ask_appends_what_comes_from_a_pipe(simulator: Simulator, proxy: str) -> None:
     token = simulator.token("echo")
     status, out, _ = await run("ask", "sum", "up:", "--url", proxy, text="a text\n", KIMI_REFRESH_TOKEN=token)
