@@ -62,7 +62,7 @@ from functools import partial
 from itertools import accumulate, cycle, islice
 from math import inf, isfinite
 from pathlib import Path
-from typing import IO, Any, ClassVar, Final, Literal, NamedTuple, NoReturn, TypeVar, cast
+from typing import IO, Any, ClassVar, Final, Generic, Literal, NamedTuple, NoReturn, TypeVar, cast
 from urllib.parse import unquote, urljoin
 
 import aiohttp
@@ -4857,6 +4857,11 @@ DEAD_SECONDS: Final = 600.0  # an account whose token was refused is not asked f
 MAX_REMOVAL_FAILURES: Final = 3  # one after the other
 MAX_CONTINUATIONS: Final = 3  # of one answer that meets its length limit (classic)
 
+MAX_KEPT_FILES: Final = 4096
+MAX_KEPT_RESPONSES: Final = 1000
+MAX_KEPT_BYTES: Final = 64 * MEGABYTE  # of them
+
+Owner = tuple[bytes, str]  # of what is kept: the account's digest, and the name of the key that used it
 Reference = tuple[bytes, str, str]  # of an uploaded file: its owner's digest, the protocol, Kimi's id
 
 
@@ -4878,18 +4883,57 @@ def keep_messages(messages: Sequence[Message], references: Sequence[Reference]) 
     return tuple(replace(message, attachments=tuple(map(keep, message.attachments))) for message in messages)
 
 
+class KeptTable(Generic[Result]):
+    """Values that clients may come back to, by id, each found by its owner alone: in this process's memory.
+
+    Where they are more than `limit` together, the owner who has the most loses the oldest.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._tables: dict[Owner, dict[object, tuple[Result, int]]] = {}
+        self._sizes: Counter[Owner] = Counter()
+
+    def keep(self, owner: Owner, key: object, value: Result, size: int = 1) -> None:
+        """Keep a value as the newest of its owner's; one that is larger than the limit is not."""
+        if size > self._limit:
+            return
+        self.forget([owner], key)
+        self._tables.setdefault(owner, {})[key] = value, size
+        self._sizes[owner] += size
+        while self._sizes.total() > self._limit:
+            largest = max(self._sizes, key=self._sizes.__getitem__)
+            self.forget([largest], next(iter(self._tables[largest])))
+
+    def find(self, owners: Iterable[Owner], key: object) -> Result | None:
+        """The value of one of `owners`; None where it is not kept, or a stranger's."""
+        tables = (self._tables.get(owner, {}) for owner in owners)
+        return next((table[key][0] for table in tables if key in table), None)
+
+    def find_all(self, owners: Iterable[Owner]) -> list[Result]:
+        """All values of `owners`, the newest of each first."""
+        return [value for owner in owners for value, _ in reversed(self._tables.get(owner, {}).values())]
+
+    def forget(self, owners: Iterable[Owner], key: object) -> None:
+        """Forget a value of `owners`, if it is kept."""
+        for owner in owners:
+            _, size = self._tables.get(owner, {}).pop(key, (None, 0))
+            self._sizes[owner] -= size
+            if not self._tables.get(owner):
+                self._tables.pop(owner, None)
+                del self._sizes[owner]
+
+
 class Uploads:
     """Uploads files to Kimi, and remembers the ids for an hour: programs send the files of a chat with each turn."""
 
-    MAX_KEPT = 4096
     KEPT_SECONDS = 3600.0
 
     def __init__(self, files: Files, settings: Settings) -> None:
         self._files = files
         self._max_inline_mb = settings.max_inline_mb
-        self._kept: dict[tuple[object, ...], tuple[float, str]] = {}
+        self._kept: KeptTable[tuple[float, str]] = KeptTable(MAX_KEPT_FILES)
         self._running: dict[tuple[object, ...], asyncio.Future[ProxyError | None]] = {}
-        self._uploaded: dict[str, UploadedFile] = {}
 
     async def upload(self, account: Account, protocol: KimiProtocol, files: Sequence[Attachment]) -> list[Reference]:
         """References to `files`, in their order. Raises the first `ProxyError`, and cancels the other uploads."""
@@ -4906,14 +4950,11 @@ class Uploads:
 
     async def _find(self, gate: asyncio.Semaphore, account: Account, protocol: KimiProtocol, file: Attachment) -> str:
         """The id of one file: the one that is remembered, else a new one."""
-        reference = file.uploaded
-        if file.file_id:
-            reference = self.find(file.file_id, [account], file.path).reference
-        if reference is not None:
-            if reference[:2] != (account.digest, protocol.name):
+        if file.uploaded is not None:
+            if file.uploaded[:2] != (account.digest, protocol.name):
                 code = "file_not_found" if file.file_id else "previous_response_not_found"
                 raise ProxyError(code, "its file was uploaded in another protocol of Kimi", param=file.path)
-            return reference[2]
+            return file.uploaded[2]
         async with gate:
             try:
                 return await self._upload_once(account, protocol, file)
@@ -4930,7 +4971,7 @@ class Uploads:
             if (failure := running.result()) is not None:
                 raise failure.copy()
         loop, outcome = asyncio.get_running_loop(), None
-        until, file_id = self._kept.get(key, (0.0, ""))
+        until, file_id = self._kept.find([(account.digest, "")], key) or (0.0, "")
         if loop.time() < until:
             return file_id
         self._running[key] = loop.create_future()
@@ -4941,18 +4982,11 @@ class Uploads:
             raise
         finally:
             self._running.pop(key).set_result(outcome)
-        self._remember(self._kept, key, (loop.time() + self.KEPT_SECONDS, file_id))
+        self._kept.keep((account.digest, ""), key, (loop.time() + self.KEPT_SECONDS, file_id))
         return file_id
 
-    def _remember(self, table: dict[Any, Any], key: object, value: object) -> None:
-        """Set an entry of a table that forgets its oldest ones."""
-        table.pop(key, None)
-        table[key] = value
-        if len(table) > self.MAX_KEPT:
-            del table[next(iter(table))]
-
-    async def add(self, account: Account, received: ReceivedFile, protocol: KimiProtocol) -> Mapping[str, Any]:
-        """Upload a client's file to Kimi, and remember it under an id of ours: OpenAI's object of it."""
+    async def add(self, account: Account, received: ReceivedFile, protocol: KimiProtocol) -> UploadedFile:
+        """Upload a client's file to Kimi."""
         file = received.open()
         kimi_id = await _upload(account, protocol, nullcontext(file))
         shown = {
@@ -4964,24 +4998,7 @@ class Uploads:
             "purpose": received.purpose,
             "status": "processed",
         }
-        self._remember(self._uploaded, shown["id"], UploadedFile((account.digest, protocol.name, kimi_id), shown))
-        return shown
-
-    def find(self, file_id: str, accounts: Sequence[Account], param: str = "") -> UploadedFile:
-        """What one of `accounts` uploaded as `file_id`. Raises `ProxyError` `file_not_found`, for a stranger's too."""
-        file = self._uploaded.get(file_id)
-        if file is None or file.reference[0] not in {account.digest for account in accounts}:
-            raise ProxyError("file_not_found", param=param)
-        return file
-
-    def list_uploaded(self, accounts: Sequence[Account]) -> list[UploadedFile]:
-        """What `accounts` uploaded, the newest first."""
-        owners = {account.digest for account in accounts}
-        return [file for file in reversed(self._uploaded.values()) if file.reference[0] in owners]
-
-    def forget(self, file_id: str) -> None:
-        """Forget an id that was found; Kimi keeps the file."""
-        del self._uploaded[file_id]
+        return UploadedFile((account.digest, protocol.name, kimi_id), shown)
 
 
 async def _upload(account: Account, protocol: KimiProtocol, opening: AbstractAsyncContextManager[OpenFile]) -> str:
@@ -5048,7 +5065,7 @@ class Gateway:
         deadline = asyncio.get_running_loop().time() + self.settings.answer_seconds
         return LiveAnswer(self, accounts, question, start_chain, deadline)
 
-    async def upload(self, accounts: Sequence[Account], received: ReceivedFile) -> Mapping[str, Any]:
+    async def upload(self, accounts: Sequence[Account], received: ReceivedFile) -> UploadedFile:
         """Bring a client's file to Kimi, for one of `accounts`. Raises `ProxyError`."""
         return await self.ask_in_turn(
             accounts, lambda account: self.insist(account, partial(self.uploads.add, account, received))
@@ -5314,11 +5331,10 @@ class LiveAnswer:
 
     async def _find_owner(self) -> Sequence[Account]:
         """The account that the question's conversation or files belong to, else all. Raises `ProxyError` for two."""
-        gateway, question = self._gateway, self._question
-        files = [one for one in question.attachments if one.file_id]
-        owners = {gateway.uploads.find(one.file_id, self._accounts, one.path).reference[0] for one in files}
+        question = self._question
+        owners = {one.uploaded[0] for one in question.attachments if one.uploaded is not None}
         if question.goes_on:
-            read = gateway.accounts.read_kept
+            read = self._gateway.accounts.read_kept
             keepers = [one.digest for one in self._accounts if question.conversation_id in await read(one)]
             if not keepers:
                 raise ProxyError("conversation_not_found", param="conversation_id")
@@ -5445,47 +5461,20 @@ class LiveAnswer:
 
 @dataclass(frozen=True, slots=True)
 class KeptResponse:
-    """One answer of the Responses API that can be continued; `size` is about how many characters it holds."""
+    """One answer of the Responses API that can be continued."""
 
-    owner: bytes = field(repr=False)
+    owner: bytes = field(repr=False)  # the account's digest
     response: Mapping[str, Any] = field(repr=False)
     messages: tuple[Message, ...] = field(repr=False)
-    size: int
 
-
-class KeptResponses:
-    """The answers that programs may continue, by id: the newest, in this process's memory alone."""
-
-    MAX_RESPONSES = 1000
-    MAX_CHARACTERS = 50_000_000
-
-    def __init__(self) -> None:
-        self._kept: dict[str, KeptResponse] = {}
-        self._characters = 0
-
-    def keep(self, response_id: str, kept: KeptResponse) -> None:
-        """Keep one more; the oldest make room. One that is larger than all that may be kept is not."""
-        if kept.size > self.MAX_CHARACTERS:
-            return
-        self._kept[response_id] = kept
-        self._characters += kept.size
-        while len(self._kept) > self.MAX_RESPONSES or self._characters > self.MAX_CHARACTERS:
-            self.forget(next(iter(self._kept)))
-
-    def find(self, response_id: str, accounts: Sequence[Account]) -> KeptResponse | None:
-        """What is kept of a response of one of `accounts`; None for a stranger's too."""
-        kept = self._kept.get(response_id)
-        return kept if kept is not None and kept.owner in {account.digest for account in accounts} else None
-
-    def find_item(self, item_id: str, accounts: Sequence[Account]) -> Mapping[str, Any] | None:
-        """The item of a kept response's output; None where there is none. Its id has the response's within it."""
-        name = item_id.partition("_")[2].rpartition("_")[0]
-        kept = self.find(f"resp_{name}", accounts)
-        return next((item for item in kept.response["output"] if item["id"] == item_id), None) if kept else None
-
-    def forget(self, response_id: str) -> None:
-        """Forget a response that was found."""
-        self._characters -= self._kept.pop(response_id).size
+    @property
+    def size_bytes(self) -> int:
+        """About how much memory it takes."""
+        texts = [encode_json(self.response)]
+        for one in self.messages:
+            texts += (one.text, one.tool_call_id, one.tool_name)
+            texts += (text for call in one.calls for text in (call.id, call.name, call.arguments))
+        return sum(map(sys.getsizeof, texts)) + 500 * len(self.messages)
 
 
 # ==== 17. Access ============================================================
@@ -5831,7 +5820,8 @@ class State:
     gateway: Gateway
     files: Files
     access: Access
-    responses: KeptResponses = field(default_factory=KeptResponses)
+    responses: KeptTable[KeptResponse] = field(default_factory=lambda: KeptTable(MAX_KEPT_BYTES))
+    uploaded: KeptTable[UploadedFile] = field(default_factory=lambda: KeptTable(MAX_KEPT_FILES))
     running: dict[asyncio.Task[Any], Outcome] = field(default_factory=dict)
     answers_running: int = 0
     draining: bool = False  # balancers are told
@@ -5953,15 +5943,32 @@ def find_accounts(request: web.Request) -> list[Account]:
     return [state.gateway.accounts.get(token) for token in tokens]
 
 
+def _find_owners(request: web.Request) -> list[Owner]:
+    """Whose files and kept answers a client may use: each account's, and of a held one those of the client's key."""
+    return [(account.digest, request[OUTCOME].key) for account in find_accounts(request)]
+
+
+def _find_item(state: State, owners: Sequence[Owner], item_id: str) -> Mapping[str, Any] | None:
+    """The item of a kept answer; None where there is none. Its id has the answer's within it."""
+    kept = state.responses.find(owners, f"resp_{item_id.partition('_')[2].rpartition('_')[0]}")
+    return next((item for item in kept.response["output"] if item["id"] == item_id), None) if kept else None
+
+
+def _find_file(state: State, owners: Sequence[Owner], file_id: str, param: str) -> UploadedFile:
+    if (file := state.uploaded.find(owners, file_id)) is None:
+        raise ProxyError("file_not_found", param=param)
+    return file
+
+
 async def _read_question(api: Api, request: web.Request) -> tuple[Encoder, LiveAnswer, tuple[Message, ...]]:
     """How a request is answered, the answer, and the messages to keep with it, if any."""
-    state, accounts = request.app[STATE], find_accounts(request)
+    state, accounts, owners = request.app[STATE], find_accounts(request), _find_owners(request)
     settings = state.gateway.settings
     # Parsed in one go, without a wait: of many large bodies only one at a time is in memory twice.
     body = await read_body(request, settings.max_body_bytes)
-    chat = api.parse(body, partial(state.responses.find_item, accounts=accounts))
+    chat = api.parse(body, partial(_find_item, state, owners))
     if chat.previous_response_id:
-        before = state.responses.find(chat.previous_response_id, accounts)
+        before = state.responses.find(owners, chat.previous_response_id)
         if before is None:
             raise ProxyError("previous_response_not_found", param="previous_response_id")
         chat = add_messages(chat, before.messages, "input")
@@ -5975,7 +5982,11 @@ async def _read_question(api: Api, request: web.Request) -> tuple[Encoder, LiveA
     is_plain = chat.is_plain and not chat.attachments
     use_search = settings.use_search and is_plain if chat.use_search is None else chat.use_search
     question = Question(prompt, use_search, chat.model, effort=chat.effort, has_tools=bool(chat.tools))
-    question.conversation_id, question.attachments = chat.conversation_id, chat.attachments
+    question.conversation_id = chat.conversation_id
+    question.attachments = [
+        replace(one, uploaded=_find_file(state, owners, one.file_id, one.path).reference) if one.file_id else one
+        for one in chat.attachments
+    ]
     question.preface = render_tools(chat) if settings.system_prompt else ""
     answer = state.gateway.answer(accounts, question, start_chain)
     return encoder, answer, chat.messages if chat.store else ()
@@ -5998,8 +6009,9 @@ async def _answer(api: Api, request: web.Request) -> web.StreamResponse:
         outcome.upstream_status = 200
         if messages and encoder.response is not None:
             said = (*messages, answer_message(encoder.response))
-            size = len(encode_json(encoder.response)) + sum(len(message.text) + 200 for message in said)
-            state.responses.keep(encoder.response["id"], KeptResponse(answer.owner, encoder.response, said, size))
+            kept = KeptResponse(answer.owner, encoder.response, said)
+            size_bytes = max(kept.size_bytes, MAX_KEPT_BYTES // MAX_KEPT_RESPONSES)
+            state.responses.keep((answer.owner, outcome.key), encoder.response["id"], kept, size_bytes)
         return await writer.write(encoder.finish(), is_last=True)
     except BaseException as failure:
         if writer.response is None:
@@ -6042,12 +6054,12 @@ async def _count_tokens(request: web.Request) -> web.StreamResponse:
 
 async def _response(request: web.Request) -> web.StreamResponse:
     """GET and DELETE of an answer that is kept."""
-    responses, response_id = request.app[STATE].responses, request.match_info["id"]
-    kept = responses.find(response_id, find_accounts(request))
+    responses, owners, response_id = request.app[STATE].responses, _find_owners(request), request.match_info["id"]
+    kept = responses.find(owners, response_id)
     if kept is None:
         raise ProxyError("response_not_found")
     if request.method == "DELETE":
-        responses.forget(response_id)
+        responses.forget(owners, response_id)
         return json_response({"id": response_id, "object": "response", "deleted": True})
     return json_response(kept.response)
 
@@ -6101,22 +6113,22 @@ async def _create_file(request: web.Request) -> web.StreamResponse:
             raise ProxyError("body_broken", "the form cannot be read") from None
         if not spool.tell():
             raise ProxyError("invalid_request", "file: is missing" if name is None else "file: is empty", param="file")
-        received = ReceivedFile(name or "", content_type, purpose, spool)
-        return json_response(await state.gateway.upload(accounts, received))
+        file = await state.gateway.upload(accounts, ReceivedFile(name or "", content_type, purpose, spool))
+    state.uploaded.keep((file.reference[0], request[OUTCOME].key), file.shown["id"], file)
+    return json_response(file.shown)
 
 
 async def _files(request: web.Request) -> web.StreamResponse:
     """GET of the list of files that a client uploaded, GET and DELETE of one; their content is at Kimi."""
-    uploads, accounts = request.app[STATE].gateway.uploads, find_accounts(request)
-    file_id = request.match_info.get("id")
+    state, owners, file_id = request.app[STATE], _find_owners(request), request.match_info.get("id")
     if file_id is None:
-        data = [file.shown for file in uploads.list_uploaded(accounts)]
+        data = [file.shown for file in state.uploaded.find_all(owners)]
         return json_response({"object": "list", "data": data, "has_more": False})
-    file = uploads.find(file_id, accounts, "file_id")
+    file = _find_file(state, owners, file_id, "file_id")
     if request.path.endswith("/content"):
         raise ProxyError("invalid_request", "the content of a file: Kimi gives none back, and the proxy keeps none")
     if request.method == "DELETE":
-        uploads.forget(file_id)
+        state.uploaded.forget(owners, file_id)
         return json_response({"id": file_id, "object": "file", "deleted": True})
     return json_response(file.shown)
 

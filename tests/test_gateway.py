@@ -38,7 +38,7 @@ from kimi_simulator import (
     render_stream,
 )
 
-from kimi_proxy import KeptResponse, KeptResponses, Metrics, StateFiles, Uploads
+from kimi_proxy import KeptTable, Metrics, StateFiles
 
 CHAT = "/v1/chat/completions"
 
@@ -431,9 +431,9 @@ async def test_after_a_restart_an_id_is_a_404_that_says_so(
 
 
 async def test_of_many_uploaded_files_the_newest_are_known(
-    simulator: Simulator, proxy: str, http: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession
 ) -> None:
-    monkeypatch.setattr(Uploads, "MAX_KEPT", 2)
+    proxy = await start_proxy(MAX_KEPT_FILES=2)
     token = simulator.token("read")
     ids = [await upload(http, proxy, token) for _ in range(3)]
     async with http.get(f"{proxy}/v1/files", headers=bearer(token)) as response:
@@ -633,16 +633,65 @@ async def test_an_outgoing_proxy_that_refuses_is_named(
 # What is kept for the Responses API.
 
 
-def test_kept_responses_are_bounded_by_number_and_by_size() -> None:
-    kept = KeptResponses()
-    for number in range(1100):
-        kept.keep(f"resp_{number}", KeptResponse(b"", {}, (), 10))
-    assert len(kept._kept) == 1000 and "resp_100" in kept._kept
-    for number in range(20):
-        kept.keep(f"large_{number}", KeptResponse(b"", {}, (), 10_000_000))
-    assert len(kept._kept) == 5 and kept._characters == 50_000_000
-    kept.keep("too large", KeptResponse(b"", {}, (), 60_000_000))
-    assert "too large" not in kept._kept and len(kept._kept) == 5
+def test_whoever_has_kept_the_most_makes_room() -> None:
+    table, loud, quiet = KeptTable[int](100), (b"loud", ""), (b"quiet", "")
+    table.keep(quiet, "first", 1, 30)
+    for number in range(1000):
+        table.keep(loud, number, number, 10)
+    assert table.find_all([quiet]) == [1] and table.find_all([loud]) == list(range(999, 992, -1))
+    table.keep(quiet, "first", 2, 50)
+    assert table.find_all([loud, quiet]) == [999, 998, 997, 996, 995, 2]
+    table.keep(loud, "too large", 0, 101)
+    table.forget([loud, quiet], "first")
+    assert table.find([loud, quiet], "first") is None and table.find([quiet], 999) is None
+    assert table.find([quiet, loud], 999) == 999 and table.find([loud], "too large") is None
+    table.forget([loud], 999)
+    assert table.find_all([loud]) == [998, 997, 996, 995]
+
+
+async def test_of_long_ids_and_arguments_no_more_is_kept_than_there_is_room_for(
+    simulator: Simulator, start_proxy: StartProxy
+) -> None:
+    proxy = await start_proxy(MAX_KEPT_BYTES=2_000_000)
+    call = {
+        "type": "function_call",
+        "call_id": "c" * 256,
+        "name": "n" * 256,
+        "arguments": json.dumps({"a": "x" * 9999}),
+    }
+    async with openai.AsyncOpenAI(api_key=simulator.token("hello"), base_url=f"{proxy}/v1", max_retries=0) as client:
+        item: Any = [call, {"type": "function_call_output", "call_id": "c" * 256, "output": "hi"}]
+        ids = [(await client.responses.create(model="kimi", input=item * 50)).id for _ in range(4)]
+        with pytest.raises(openai.NotFoundError):
+            await client.responses.retrieve(ids[0])
+        assert (await client.responses.retrieve(ids[3])).id == ids[3]
+
+
+async def test_keys_that_share_an_account_do_not_share_files_and_kept_answers(
+    simulator: Simulator, start_proxy: StartProxy
+) -> None:
+    proxy = await start_proxy(refresh_token=simulator.token("read"), api_keys="anna:key-1,ben:key-2")
+    anna, ben = (openai.AsyncOpenAI(api_key=key, base_url=f"{proxy}/v1", max_retries=0) for key in ("key-1", "key-2"))
+    async with anna, ben:
+        file = await anna.files.create(file=("a.txt", b"hello"), purpose="user_data")
+        asked: Any = [{"role": "user", "content": [{"type": "input_file", "file_id": file.id}]}]
+        answer = await anna.responses.create(model="kimi", input=asked)
+        assert [one.id async for one in anna.files.list()] == [file.id]
+        assert [one.id async for one in ben.files.list()] == []
+        again: Any = {"model": "kimi", "input": "And?", "previous_response_id": answer.id}
+        item: Any = [{"type": "item_reference", "id": answer.output[0].id}]
+        for refused in (
+            ben.files.retrieve(file.id),
+            ben.files.delete(file.id),
+            ben.responses.create(model="kimi", input=asked),
+            ben.responses.retrieve(answer.id),
+            ben.responses.delete(answer.id),
+            ben.responses.create(**again),
+            ben.responses.create(model="kimi", input=item),
+        ):
+            with pytest.raises((openai.NotFoundError, openai.BadRequestError)):
+                await refused
+        assert "hello" in (await anna.responses.create(**again)).output_text
 
 
 async def test_kept_answers_push_no_ones_files_out(simulator: Simulator, start_proxy: StartProxy) -> None:
