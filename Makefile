@@ -15,7 +15,7 @@ PURE := tests/test_wire.py tests/test_events.py tests/test_answers.py tests/test
 
 .DEFAULT_GOAL := help
 .PHONY: help demo run test test-node test-clients bench bench-cluster soak test-lowest test-units test-systemd test-cluster \
-	test-page check lint install uninstall toc golden trace clean
+	test-page quick lint install uninstall toc golden trace clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -70,7 +70,7 @@ install: ## put module, environment and systemd units in place, as root; PREFIX=
 uninstall: ## remove them; configuration and state are left
 	@$(INSTALL) uninstall
 
-check: lint ## lint, layout and the pure tests: seconds
+quick: lint ## lint, layout and the pure tests: seconds
 	$(RUN) -W error -m pytest $(PURE)
 
 lint: $(VENV)/test.stamp ## ruff and mypy

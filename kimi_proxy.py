@@ -32,6 +32,7 @@ import base64
 import binascii
 import codecs
 import ctypes
+import difflib
 import gc
 import hashlib
 import io
@@ -65,10 +66,16 @@ from pathlib import Path
 from typing import IO, Any, ClassVar, Final, Generic, Literal, NamedTuple, NoReturn, TypeVar, cast
 from urllib.parse import unquote, urljoin
 
-import aiohttp
-from aiohttp import web
-from aiohttp.http_exceptions import HttpProcessingError
-from yarl import URL
+try:
+    import aiohttp
+    from aiohttp import web
+    from aiohttp.http_exceptions import HttpProcessingError
+    from yarl import URL
+except ModuleNotFoundError as error:
+    sys.exit(
+        f"kimi_proxy: the package {error.name} is missing. Run `make run`, or in a virtual environment: "
+        "python -m pip install -r requirements.txt"
+    )
 
 __version__: Final = "2.0.0"
 
@@ -182,6 +189,8 @@ def _check_url(text: str) -> str:
         url = URL(text)
     except ValueError as error:  # its text may quote a password
         raise ValueError("the port is not valid" if "port" in str(error).lower() else "is not a valid URL") from None
+    if url.scheme.startswith("socks"):
+        raise ValueError("SOCKS is not supported; an HTTP proxy is, http://host:port")
     if text and (url.scheme not in ("http", "https") or not url.host or url.query or url.fragment):
         raise ValueError("must look like https://host or http://host:port")
     return str(url)  # encoded as needed: paths are appended to it
@@ -198,9 +207,11 @@ def option_flag(option: Field[Any]) -> str:
 
 
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:
-    """Variables that look like settings and are none, perhaps no longer."""
-    known = set(map(option_variable, fields(Settings)))
-    return sorted(name for name in environ if name.startswith(("KIMI_", "PROXY_")) and name not in known)
+    """Variables that look like settings and are none, perhaps no longer, each with the setting most like it."""
+    known = [*map(option_variable, fields(Settings)), "PROXY_API_KEY"]
+    unknown = sorted(name for name in environ if name.startswith(("KIMI_", "PROXY_")) and name not in known)
+    nearest = {name: difflib.get_close_matches(name, known, 1, 0.9) for name in unknown}
+    return [f"{name} (do you mean {nearest[name][0]}?)" if nearest[name] else name for name in unknown]
 
 
 def describe_option(option: Field[Any]) -> tuple[str, str]:
@@ -362,12 +373,16 @@ logger: Final = logging.getLogger("kimi_proxy")
 request_id: Final[ContextVar[str]] = ContextVar("request_id", default="-")
 
 
+_PRIORITIES: Final = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6, logging.DEBUG: 7}
+
+
 class RedactingFormatter(logging.Formatter):
     """Redacted lines with the request's id, tracebacks without messages; as text, or as JSON objects."""
 
-    def __init__(self, form: str = "text") -> None:
+    def __init__(self, form: str = "text", *, with_priority: bool = False) -> None:
         super().__init__()
         self._form = form
+        self._with_priority = with_priority  # as systemd's journal reads it (sd-daemon(3))
 
     def format(self, record: logging.LogRecord) -> str:
         """One line, without control characters; as text, one more for each frame of a traceback."""
@@ -379,7 +394,8 @@ class RedactingFormatter(logging.Formatter):
         time, level = self.formatTime(record, "%Y-%m-%dT%H:%M:%S"), record.levelname.lower()
         places = _trace(record.exc_info[1] if record.exc_info else None)
         if self._form == "text":
-            return "\n    ".join([f"{time} {level} [{request_id.get()}] {text}", *places])
+            priority = f"<{_PRIORITIES[record.levelno]}>" if self._with_priority else ""
+            return "\n    ".join([f"{priority}{time} {level} [{request_id.get()}] {text}", *places])
         value = {"time": time, "level": level, "request_id": request_id.get(), "message": text}
         return json.dumps(value | ({"traceback": places} if places else {}), ensure_ascii=False)
 
@@ -415,7 +431,8 @@ class QuietFilter(logging.Filter):
 def configure_logging(level: str, form: str = "text") -> None:
     """Send all logging to standard error, through `RedactingFormatter`."""
     handler = logging.StreamHandler()
-    handler.setFormatter(RedactingFormatter(form))
+    to_journal = os.environ.get("JOURNAL_STREAM") == "{0.st_dev}:{0.st_ino}".format(os.fstat(2))
+    handler.setFormatter(RedactingFormatter(form, with_priority=to_journal))
     handler.addFilter(QuietFilter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.captureWarnings(True)
@@ -5807,7 +5824,7 @@ class Outcome:
     """What is told of one request in the end, filled on the way; `body_bytes` of its body are in memory."""
 
     chunks: int = 0
-    failure: str = ""
+    failure: ProxyError | None = None
     upstream_status: int | None = None
     key: str = ""
     body_bytes: int = 0
@@ -6039,7 +6056,7 @@ def _note_failure(request: web.Request, failure: BaseException) -> ProxyError:
     else:
         logger.error("! the proxy itself failed", exc_info=failure)
         error = ProxyError("internal_error")
-    outcome.failure, outcome.upstream_status = error.code, error.upstream_status
+    outcome.failure, outcome.upstream_status = error, error.upstream_status
     state.gateway.metrics.count("kimi_proxy_failures_total", code=error.code)
     if error.code == "token_dead":
         state.access.reload_tokens()
@@ -6254,8 +6271,12 @@ def _log_request(request: web.Request, status: int, seconds: float) -> None:
     metrics.count("kimi_proxy_chunks_total", outcome.chunks)
     path = route if request.path == route else quote_name(request.path)
     told = f"chunks={outcome.chunks} upstream={outcome.upstream_status or '-'}"
-    told += f" key={outcome.key}" * bool(outcome.key) + f" {outcome.failure}" * bool(outcome.failure)
+    told += f" key={outcome.key}" * bool(outcome.key)
     level = logging.DEBUG if (route, status) == ("/health", 200) else logging.INFO  # a balancer looks all the time
+    if failure := outcome.failure:
+        is_ours = failure.status >= 500
+        level = logging.ERROR if is_ours else logging.WARNING if failure.status in (401, 429) else level
+        told += f" {failure.code}" + f": {failure.detail}" * (level >= logging.WARNING and bool(failure.detail))
     logger.log(level, "%s %s %d %.3fs %s", request.method, path, status, seconds, told)
 
 
@@ -6534,7 +6555,8 @@ def ask_command(argv: Sequence[str]) -> int:
     keys = read_secrets("PROXY_API_KEYS", settings.api_keys, settings.api_keys_file, os.environ)
     own_key = keys[0].partition(":")[2] or keys[0] if keys else _read_held_token(settings)
     token = os.environ.get("PROXY_API_KEY", "") or own_key
-    url = options.url.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
+    address = options.url if "://" in options.url else f"http://{options.url}"
+    url = address.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
     try:
         content: Any = [*map(_render_part, options.file), {"type": "text", "text": question}]
     except OSError as error:

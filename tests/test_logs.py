@@ -157,3 +157,9 @@ def test_a_clients_fault_is_no_error_and_has_no_traceback(capsys: pytest.Capture
     malformed, *failed = capsys.readouterr().err.splitlines()
     assert malformed.endswith(" info [-] aiohttp.server: Error handling request from")
     assert [line.split()[-1] for line in failed] == ["from", "builtins.ValueError"] and " error [-] " in failed[0]
+
+
+def test_a_line_for_the_journal_begins_with_its_priority() -> None:
+    record = logging.LogRecord("kimi_proxy", logging.WARNING, "", 0, "words", (), None)
+    assert RedactingFormatter(with_priority=True).format(record).startswith("<4>2")
+    assert RedactingFormatter().format(record).startswith("2")

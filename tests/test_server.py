@@ -846,7 +846,19 @@ async def test_every_answer_has_an_id_that_one_line_of_the_log_has(
         headers = {line.partition(":")[0].lower(): line.partition(": ")[2] for line in head[1:]}
         assert headers["x-request-id"] != "the-first" and headers["server"] == "kimi_proxy"
         told = [line for line in log_lines.lines if f"[{headers['x-request-id']}]" in line and " debug " not in line]
-        assert len(told) == 1 and " info " in told[0] and "\n" not in told[0]
+        level = "warning" if status == 401 else "info"
+        assert len(told) == 1 and f" {level} " in told[0] and "\n" not in told[0]
+
+
+async def test_a_failure_of_the_service_is_an_error_in_the_log_with_its_reason(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession, log_lines: LogRecorder
+) -> None:
+    for is_stream in (False, True):
+        body = chat_body("sesame", stream=is_stream)
+        async with http.post(proxy + CHAT, json=body, headers=bearer(simulator.token("empty"))) as response:
+            await response.read()
+    lines = [line for line in log_lines.lines if " error " in line]
+    assert len(lines) == 2 and all("answer_empty" in line for line in lines) and "sesame" not in log_lines.text
 
 
 async def test_more_requests_than_there_may_be_are_a_503(

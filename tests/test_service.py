@@ -23,6 +23,7 @@ import pytest
 from conftest import StartProxy, bearer, chat_body
 from golden import render_stream
 from kimi_simulator import HELLO, Simulator
+from toc import MODULE
 
 from kimi_proxy import anonymize
 
@@ -144,7 +145,8 @@ async def test_ask_prints_the_answer(simulator: Simulator, proxy: str) -> None:
 
 
 async def test_ask_shows_hits_as_they_come(simulator: Simulator, proxy: str) -> None:
-    status, out, _ = await run("ask", "hi", "--url", f"{proxy}/v1/", KIMI_REFRESH_TOKEN=simulator.token("search"))
+    address = f"{proxy.removeprefix('http://')}/v1/"
+    status, out, _ = await run("ask", "hi", "--url", address, KIMI_REFRESH_TOKEN=simulator.token("search"))
     assert status == 0 and out.startswith("检索 Kimi 首页(") and out.endswith("助手。\n")
 
 
@@ -763,3 +765,14 @@ async def test_what_a_killed_process_left_open_is_removed_by_the_next_one(
     status, log = await heir.stop()
     assert status == 0 and "left open by a process that ended" in log and token not in log
     assert list((tmp_path / "conversations-127.0.0.1").iterdir()) == []
+
+
+async def test_a_missing_package_is_told_with_what_to_run(tmp_path: Path) -> None:
+    (tmp_path / "aiohttp.py").write_text("raise ModuleNotFoundError('no', name='aiohttp')")
+    script = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(MODULE.parent)!r}]; import kimi_proxy"
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", script),
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, err = await process.communicate()
+    assert process.returncode == 1 and err.count(b"\n") == 1 and b"pip install -r requirements.txt" in err

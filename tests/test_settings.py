@@ -141,10 +141,13 @@ def test_help_shows_every_flag_with_its_default_and_variable() -> None:
 
 def test_variables_that_look_like_settings_and_are_none_are_found() -> None:
     environ = {
+        "PROXY_ALLOWED_HOST": "x",
+        "PROXY_API_KEY": "what ask sends",
         "PROXY_SEND_SECONDS": "1",
         "PROXY_PORT": "1",
         "KIMI_PROTOCOL": "auto",
         "KIMI_PARSE_SECONDS": "",
         "A": "b",
     }
-    assert unknown_variables(environ) == ["KIMI_PARSE_SECONDS", "PROXY_SEND_SECONDS"]
+    hint = "PROXY_ALLOWED_HOST (do you mean PROXY_ALLOWED_HOSTS?)"
+    assert unknown_variables(environ) == ["KIMI_PARSE_SECONDS", hint, "PROXY_SEND_SECONDS"]
