@@ -55,6 +55,7 @@ import weakref
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from copy import copy
@@ -5611,6 +5612,7 @@ KEEP_ALIVE_SECONDS: Final = 20.0  # a stream silent for this long gets a comment
 SEND_SECONDS: Final = 60.0  # drop a client that reads nothing for this long
 BODY_SECONDS: Final = 60.0  # limit for the body of a request to arrive
 MAX_BODIES_MB: Final = 256  # bodies of all running requests together, but always room for one
+MAX_FORM_LINES: Final = 1000  # those between its fields
 GRACE_SECONDS: Final = 3.0  # on shutdown, a connection that waits for a request may still send one
 CLIENT_CLOSED: Final = 499  # as nginx logs a client that went away
 OPEN_PATHS: Final = frozenset({"/", "/ping", "/health"})
@@ -5839,6 +5841,7 @@ class State:
     access: Access
     responses: KeptTable[KeptResponse] = field(default_factory=lambda: KeptTable(MAX_KEPT_BYTES))
     uploaded: KeptTable[UploadedFile] = field(default_factory=lambda: KeptTable(MAX_KEPT_FILES))
+    parsers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2))  # of large bodies
     running: dict[asyncio.Task[Any], Outcome] = field(default_factory=dict)
     answers_running: int = 0
     draining: bool = False  # balancers are told
@@ -5945,6 +5948,15 @@ async def read_body(request: web.Request, limit_bytes: int) -> bytearray:
     return body
 
 
+async def parse_body(request: web.Request, parse: Callable[[bytearray], Result]) -> Result:
+    """What `parse` makes of the request's body: of a large one in a thread, so that others need not wait."""
+    state = request.app[STATE]
+    body = await read_body(request, state.gateway.settings.max_body_bytes)
+    if len(body) <= MEGABYTE:
+        return parse(body)
+    return await asyncio.get_running_loop().run_in_executor(state.parsers, parse, body)
+
+
 def read_credential(request: web.Request) -> str:
     """What a client shows: `x-api-key`, else the Bearer token (RFC 6750); empty where there is neither."""
     scheme, _, text = request.headers.get("Authorization", "").partition(" ")
@@ -5977,22 +5989,27 @@ def _find_file(state: State, owners: Sequence[Owner], file_id: str, param: str) 
     return file
 
 
+def _parse_question(api: Api, state: State, owners: Sequence[Owner], body: bytearray) -> tuple[ChatRequest, str, bytes]:
+    """A request, its prompt, and the digest of the account that gave the answer before it, if any."""
+    chat = api.parse(body, partial(_find_item, state, owners))
+    if not chat.previous_response_id:
+        return chat, render_prompt(chat), b""
+    before = state.responses.find(owners, chat.previous_response_id)
+    if before is None:
+        raise ProxyError("previous_response_not_found", param="previous_response_id")
+    chat = add_messages(chat, before.messages, "input")
+    return chat, render_prompt(chat), before.owner
+
+
 async def _read_question(api: Api, request: web.Request) -> tuple[Encoder, LiveAnswer, tuple[Message, ...]]:
     """How a request is answered, the answer, and the messages to keep with it, if any."""
     state, accounts, owners = request.app[STATE], find_accounts(request), _find_owners(request)
     settings = state.gateway.settings
-    # Parsed in one go, without a wait: of many large bodies only one at a time is in memory twice.
-    body = await read_body(request, settings.max_body_bytes)
-    chat = api.parse(body, partial(_find_item, state, owners))
-    if chat.previous_response_id:
-        before = state.responses.find(owners, chat.previous_response_id)
-        if before is None:
-            raise ProxyError("previous_response_not_found", param="previous_response_id")
-        chat = add_messages(chat, before.messages, "input")
-        accounts = [account for account in accounts if account.digest == before.owner]
+    chat, prompt, owner = await parse_body(request, partial(_parse_question, api, state, owners))
+    accounts = [account for account in accounts if owner in (b"", account.digest)]
     if chat.left_out:
         logger.info("tools that are not known here are left out: %s", ", ".join(map(quote_name, chat.left_out)))
-    prompt, created, response_id = render_prompt(chat), int(time.time()), f"resp_{secrets.token_hex(24)}"
+    created, response_id = int(time.time()), f"resp_{secrets.token_hex(24)}"
     encoder = api.make_encoder(chat, created=created, sources=settings.sources, prompt=prompt, response_id=response_id)
     start_chain = partial(make_chain, replace(chat, messages=()), lambda: f"{api.call_prefix}_{secrets.token_hex(12)}")
     # Where nobody says, the web is searched for people alone, not with files or for programs.
@@ -6065,8 +6082,8 @@ def _note_failure(request: web.Request, failure: BaseException) -> ProxyError:
 
 async def _count_tokens(request: web.Request) -> web.StreamResponse:
     find_accounts(request)
-    body = await read_body(request, request.app[STATE].gateway.settings.max_body_bytes)
-    return json_response({"input_tokens": estimate_tokens(render_prompt(parse_messages_request(body)))})
+    prompt = await parse_body(request, lambda body: render_prompt(parse_messages_request(body)))
+    return json_response({"input_tokens": estimate_tokens(prompt)})
 
 
 async def _response(request: web.Request) -> web.StreamResponse:
@@ -6105,6 +6122,24 @@ async def _models(request: web.Request) -> web.StreamResponse:
     return json_response(models[wanted])
 
 
+class _FormReader:
+    """The bytes of a form, of which aiohttp reads what stands before and between the fields line by line."""
+
+    def __init__(self, content: aiohttp.StreamReader) -> None:
+        self._content = content
+        self._lines_left = MAX_FORM_LINES
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._content, name)
+
+    async def readline(self, **limits: int) -> bytes:
+        """The next line. Raises `ValueError` after too many."""
+        self._lines_left -= 1
+        if self._lines_left < 0:
+            raise ValueError("too many lines")
+        return await self._content.readline(**limits)
+
+
 async def _create_file(request: web.Request) -> web.StreamResponse:
     """OpenAI's "Upload file": a form with `file` and `purpose`; `request.post()` would hold a field of any size."""
     state, accounts = request.app[STATE], find_accounts(request)
@@ -6115,9 +6150,10 @@ async def _create_file(request: web.Request) -> web.StreamResponse:
     with state.files.make_spool() as spool:
         try:
             async with asyncio.timeout(TRANSFER_SECONDS):
-                async for part in await request.multipart():
+                async for part in aiohttp.MultipartReader(request.headers, cast(Any, _FormReader(request.content))):
                     if not isinstance(part, aiohttp.BodyPartReader):
                         raise ValueError("a form within a form")
+                    state.files.check_size(request.content.total_bytes - MEGABYTE)
                     if part.name == "file" and name is None:
                         name, content_type = part.filename or "", part.headers.get("Content-Type", "")
                         while piece := await part.read_chunk(65_536):
@@ -6360,6 +6396,7 @@ async def _own_state(settings: Settings, access: Access, app: web.Application) -
         if late := await tasks.drain(REMOVAL_SECONDS):
             logger.warning("! %d background tasks did not end in %g s", late, REMOVAL_SECONDS)
         await accounts.save()
+        app[STATE].parsers.shutdown(wait=False)
         conversations.close()
         await files.close()
 

@@ -163,6 +163,8 @@ def tool(number: int) -> dict[str, Any]:
 PICTURE = [
     {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:;base64," + "A" * 40_000_000}}]}
 ]
+FORM = "Content-Type: multipart/form-data; boundary=x"
+PURPOSE = b'--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\n'
 # Requests, and what their answers have.
 REQUESTS: Mapping[str, tuple[Callable[[], bytes], str]] = {
     "lists": (lambda: values(b"[],", 13_000_000), "1000000 commas"),
@@ -182,6 +184,13 @@ REQUESTS: Mapping[str, tuple[Callable[[], bytes], str]] = {
     "URLs": (lambda: request(CHAT, chat("http://a.bc " * 330_000)), '"content":"hi"'),
     "marks": (lambda: request(CHAT, chat("</tool_call>" * 330_000, tools=[tool(0)])), '"content":"hi"'),
     "tools": (lambda: request(CHAT, chat(tools=list(map(tool, range(9_000))))), '"content":"hi"'),
+    "a form's preamble": (lambda: request(FILES, b"\n" * 60_000_000, FORM), "cannot be read"),
+    "a form's parts": (
+        lambda: request(FILES, b"--x\r\nA: b\r\n\r\n\r\n" * 1_000_000 + b"--x--", FORM),
+        "cannot be read",
+    ),
+    "a form's heads": (lambda: request(FILES, b"--x\r\n" + b"A: b\r\n" * 1_000_000, FORM), "cannot be read"),
+    "a form's field": (lambda: request(FILES, PURPOSE + bytes(60_000_000) + b"\r\n--x--", FORM), "file: is missing"),
 }
 
 
