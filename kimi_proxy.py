@@ -52,6 +52,7 @@ import tempfile
 import time
 import traceback
 import weakref
+import zlib
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
@@ -285,6 +286,7 @@ FAILURES: Final[Mapping[str, Failure]] = {
     "method_not_allowed": Failure(405, -2000, "this path does not take that method"),
     "body_timeout": Failure(408, -2000, "the request's body did not arrive in time"),
     "body_too_large": Failure(413, -2000, "the request's body is too large"),
+    "encoding_unknown": Failure(415, -2000, "send the body as it is, or compressed with gzip"),
     "file_too_large": Failure(413, -2004, "see PROXY_MAX_FILE_MB and PROXY_MAX_INLINE_MB"),
     "tool_call_failed": Failure(422, -2001, "twice no valid tool call; simplify the tool's schema"),
     "structured_output_failed": Failure(422, -2001, "twice no answer that fits response_format; simplify it"),
@@ -2628,6 +2630,9 @@ _SOURCES_HEAD: Final = "\n\n搜索结果来自：\n"
 MAX_CHUNK_CHARACTERS: Final = 8192  # some clients read no line longer than 64 KiB
 
 
+_JSON_START: Final = re.compile(r"\s*(?:```\w*\s*)?(?:\{\s*[\"}]|\[\s*[\"{\[\]])")
+
+
 class ContentRenderer:
     """The text that a client is shown, event by event, and OpenAI's `annotations` of it.
 
@@ -2645,12 +2650,17 @@ class ContentRenderer:
         self._after_hits = False
         self._hits: list[SearchHit] = []
         self._cited: set[str] = set()
+        self._start = ""  # of the answer
 
     def feed(self, event: Event) -> str:
         """The text that `event` adds to the content."""
         text = ""
         match event:
             case Text():
+                if len(self._start) < 40:
+                    self._start += event.text[:40]
+                    if self._sources == "text" and _JSON_START.match(self._start):
+                        self._sources = "annotations"  # a program reads it, a title say
                 text = "\n" + event.text if self._after_hits else event.text
                 self._after_hits = False
             case Opened():
@@ -2662,7 +2672,7 @@ class ContentRenderer:
             case SearchHit() if self._inline:
                 self._hits.append(event)
             case Citation() if self._sources != "none":
-                text = f"[{event.number}]"
+                text = "" if _JSON_START.match(self._start) else f"[{event.number}]"
                 self._cited.add(event.hit.url)
                 self._annotate(event.hit, self.length, text)
             case Sources():
@@ -5155,19 +5165,28 @@ class Gateway:
         return pair
 
     async def models(self, account: Account | None) -> tuple[Model, ...]:
-        """The models that can be asked: Kimi's own list, which only connect tells, else a built-in one."""
+        """The models that can be asked: Kimi's own list, which only connect tells, else a built-in one.
+
+        Raises `ProxyError` for a token that is refused.
+        """
         protocol = self.current if account is None else self.protocol_of(account)
-        if account is None or protocol is self.classic:
-            return CLASSIC_MODELS if protocol is self.classic else CONNECT_MODELS
+        built_in = CLASSIC_MODELS if protocol is self.classic else CONNECT_MODELS
+        if account is None:
+            return built_in
         until, models = self._listed.get(account, (0.0, ()))
-        if (now := time.monotonic()) >= until:
-            seconds = MODELS_SECONDS
-            try:
-                models = await self.connect.models(account) or CONNECT_MODELS
-            except ProxyError as error:
-                logger.warning("! %s; a built-in list is used", error)
-                models, seconds = CONNECT_MODELS, NO_MODELS_SECONDS
-            self._listed[account] = (now + seconds, models)
+        if protocol is self.connect and time.monotonic() < until:
+            return models
+        models, seconds = built_in, NO_MODELS_SECONDS
+        try:
+            await self.accounts.access_token(account)
+            if protocol is self.connect:
+                models, seconds = await self.connect.models(account) or built_in, MODELS_SECONDS
+        except ProxyError as error:
+            if error.status == 401:
+                raise
+            logger.warning("! %s; a built-in list is used", error)
+        if protocol is self.connect:
+            self._listed[account] = (time.monotonic() + seconds, models)
         return models
 
     def protocol_of(self, account: Account, name: str = "") -> KimiProtocol:
@@ -5615,6 +5634,7 @@ MAX_BODIES_MB: Final = 256  # bodies of all running requests together, but alway
 MAX_FORM_LINES: Final = 1000  # those between its fields
 GRACE_SECONDS: Final = 3.0  # on shutdown, a connection that waits for a request may still send one
 CLIENT_CLOSED: Final = 499  # as nginx logs a client that went away
+REFUSED: Final = ("token_dead", "token_expired", "key_refused")
 OPEN_PATHS: Final = frozenset({"/", "/ping", "/health"})
 BODY_ERRORS: Final = (web.RequestPayloadError, aiohttp.ClientPayloadError, HttpProcessingError)
 
@@ -5847,6 +5867,7 @@ class State:
     draining: bool = False  # balancers are told
     closing: bool = False  # every response closes its connection
     started: float = field(default_factory=time.monotonic)
+    told_of_search: bool = False  # that tools switch it off
 
 
 STATE: Final = web.AppKey("state", State)
@@ -5898,6 +5919,8 @@ class ResponseWriter:
             response.content_length = size_bytes
         elif self._request.version >= aiohttp.HttpVersion11:
             response.enable_chunked_encoding()
+        else:  # the end of the connection is that of the answer
+            response.force_close()
         with suppress(OSError, AttributeError):  # a connection that is lost already
             # The system would hold some megabytes for each client that reads slowly.
             self._request.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 131_072)
@@ -5928,13 +5951,41 @@ class ResponseWriter:
                 await response.write(self._encoder.keep_alive)
 
 
+async def _inflate(request: web.Request) -> AsyncIterator[bytes]:
+    """The pieces of a body, which may be compressed: at most 100 to 1 after the first megabyte. Raises `ProxyError`."""
+    encoding = request.headers.get("Content-Encoding", "").strip().lower()
+    if encoding not in ("", "identity", "gzip", "deflate"):
+        raise ProxyError("encoding_unknown", f"Content-Encoding: {quote_words(encoding)[:24]}")
+    inflater = zlib.decompressobj(47) if encoding in ("gzip", "deflate") else None
+    received = inflated = 0
+    while piece := await request.content.readany():
+        received += len(piece)
+        if inflater is None:
+            yield piece
+        data = b"more"
+        while inflater is not None and data:
+            try:
+                data, piece = inflater.decompress(piece, 65_536), inflater.unconsumed_tail
+            except zlib.error:
+                raise ProxyError("body_broken") from None
+            inflated += len(data)
+            if inflated > MEGABYTE + 100 * received:
+                raise ProxyError("body_too_large", "more than 100 times its compressed size")
+            if data:
+                yield data
+            await asyncio.sleep(0)  # the loop is everybody's
+    if received and inflater is not None and not inflater.eof:
+        raise ProxyError("body_broken")
+
+
 async def read_body(request: web.Request, limit_bytes: int) -> bytearray:
     """The request's body, of which there is no other copy. Raises `ProxyError`: `body_…`, `too_busy`."""
     state, outcome, body = request.app[STATE], request[OUTCOME], bytearray()
     expected_bytes = request.content_length or 0
     try:
         async with asyncio.timeout(BODY_SECONDS):
-            while expected_bytes <= limit_bytes and (piece := await request.content.readany()):
+            pieces = _inflate(request)
+            while expected_bytes <= limit_bytes and (piece := await anext(pieces, b"")):
                 body += piece
                 outcome.body_bytes = expected_bytes = len(body)
                 if sum(one.body_bytes for one in state.running.values()) > max(MAX_BODIES_MB * MEGABYTE, limit_bytes):
@@ -5958,9 +6009,10 @@ async def parse_body(request: web.Request, parse: Callable[[bytearray], Result])
 
 
 def read_credential(request: web.Request) -> str:
-    """What a client shows: `x-api-key`, else the Bearer token (RFC 6750); empty where there is neither."""
+    """What a client shows: `x-api-key` or `api-key`, else the Bearer token (RFC 6750), if any."""
     scheme, _, text = request.headers.get("Authorization", "").partition(" ")
-    return request.headers.get("x-api-key", "").strip() or (text.strip() if scheme.lower() == "bearer" else "")
+    key = request.headers.get("x-api-key", "").strip() or request.headers.get("api-key", "").strip()
+    return key or (text.strip() if scheme.lower() == "bearer" else "")
 
 
 def find_accounts(request: web.Request) -> list[Account]:
@@ -6015,6 +6067,9 @@ async def _read_question(api: Api, request: web.Request) -> tuple[Encoder, LiveA
     # Where nobody says, the web is searched for people alone, not with files or for programs.
     is_plain = chat.is_plain and not chat.attachments
     use_search = settings.use_search and is_plain if chat.use_search is None else chat.use_search
+    if chat.use_search is None and settings.use_search and (chat.tools or chat.left_out) and not state.told_of_search:
+        state.told_of_search = True
+        logger.info("no web search: the request has tools; a model such as kimi-search searches all the same")
     question = Question(prompt, use_search, chat.model, effort=chat.effort, has_tools=bool(chat.tools))
     question.conversation_id = chat.conversation_id
     question.attachments = [
@@ -6063,9 +6118,8 @@ def _note_failure(request: web.Request, failure: BaseException) -> ProxyError:
     if isinstance(failure, ProxyError):
         error = failure
     elif isinstance(failure, web.HTTPNotFound | web.HTTPMethodNotAllowed):
-        hint = "; your base URL has /v1 twice" if "/v1/v1" in request.path else ""
         code = "not_found" if failure.status == 404 else "method_not_allowed"
-        error = ProxyError(code, f"here it is {', '.join(ROUTES)}{hint}")
+        error = ProxyError(code, f"here it is {', '.join(ROUTES)}")
     elif isinstance(failure, asyncio.CancelledError) and state.draining and request.transport is not None:
         error = ProxyError("shutting_down")  # cancelled by us; else the client is gone
     elif not isinstance(failure, Exception):
@@ -6178,7 +6232,7 @@ async def _files(request: web.Request) -> web.StreamResponse:
         data = [file.shown for file in state.uploaded.find_all(owners)]
         return json_response({"object": "list", "data": data, "has_more": False})
     file = _find_file(state, owners, file_id, "file_id")
-    if request.path.endswith("/content"):
+    if _name_route(request).endswith("/content"):
         raise ProxyError("invalid_request", "the content of a file: Kimi gives none back, and the proxy keeps none")
     if request.method == "DELETE":
         state.uploaded.forget(owners, file_id)
@@ -6290,19 +6344,27 @@ async def request_middleware(request: web.Request, handler: Handler) -> web.Stre
 
 def _render_failure(request: web.Request, failure: BaseException) -> web.StreamResponse:
     error = _note_failure(request, failure)
-    is_anthropic = "/v1/messages" in request.path or "anthropic-version" in request.headers
+    is_anthropic = "/messages" in request.path or "anthropic-version" in request.headers
     body = render_messages_error(error) if is_anthropic else render_error(error)
     response = json_response(body, error.status, error.retry_after_seconds)
     if isinstance(failure, web.HTTPMethodNotAllowed):
         response.headers["Allow"] = failure.headers["Allow"]
+    if error.code in REFUSED or (error.status == 429 and error.retry_after_seconds > 60):
+        response.headers["x-should-retry"] = "false"  # Anthropic's and OpenAI's SDKs read it
     if error.code.startswith("body_"):  # what is left of the body is not worth reading
         response.force_close()
     return response
 
 
+def _name_route(request: web.Request) -> str:
+    """The path of a request as the table of routes has it."""
+    resource = request.match_info.route.resource
+    path = resource.canonical if resource is not None else "other"
+    return path.replace("{v1}", "v1/").replace("{top}", "").replace("{end}", "")
+
+
 def _log_request(request: web.Request, status: int, seconds: float) -> None:
-    metrics, outcome, resource = request.app[STATE].gateway.metrics, request[OUTCOME], request.match_info.route.resource
-    route = resource.canonical if resource is not None else "other"
+    metrics, outcome, route = request.app[STATE].gateway.metrics, request[OUTCOME], _name_route(request)
     metrics.count("kimi_proxy_requests_total", route=route, status=str(status))
     metrics.count("kimi_proxy_chunks_total", outcome.chunks)
     path = route if request.path == route else quote_name(request.path)
@@ -6350,11 +6412,12 @@ async def _add_headers(request: web.Request, response: web.StreamResponse) -> No
         headers["Access-Control-Allow-Headers"] = request.headers.get("Access-Control-Request-Headers", "Authorization")
         headers["Access-Control-Allow-Methods"] = "GET, POST, DELETE, OPTIONS"
         headers["Access-Control-Max-Age"] = "86400"
+        if "Access-Control-Request-Private-Network" in request.headers:
+            headers["Access-Control-Allow-Private-Network"] = "true"
 
 
 ROUTES: Final[Mapping[str, Handler]] = {
     **{f"POST {path}": partial(_answer, api) for path, api in APIS.items()},
-    "POST /chat/completions": partial(_answer, APIS["/v1/chat/completions"]),
     "POST /v1/messages/count_tokens": _count_tokens,
     "GET /v1/responses/{id}": _response,
     "DELETE /v1/responses/{id}": _response,
@@ -6425,6 +6488,12 @@ async def end_requests(runner: web.AppRunner) -> None:
         await asyncio.wait(late, timeout=2)
 
 
+def _any_spelling(path: str) -> str:
+    """The pattern of `path` in any spelling of the base URL: with `/v1` or without, twice, with slashes too many."""
+    name, rest = ("v1", path[4:]) if path.startswith("/v1/") else ("top", path[1:])
+    return f"/{{{name}:(?:v1/|/)*}}{rest}{{end:/*}}" if rest else "/{top:(?:v1/|/)*(?:v1)?}"
+
+
 def make_app(settings: Settings, hosts: Sequence[str] = ()) -> web.Application:
     """The application; `hosts` as `Access` takes them. Raises `SettingsError` for secrets of no use."""
     app = web.Application(middlewares=[request_middleware], client_max_size=settings.max_body_bytes)
@@ -6433,7 +6502,7 @@ def make_app(settings: Settings, hosts: Sequence[str] = ()) -> web.Application:
     make = {"GET": web.get, "POST": web.post, "DELETE": web.delete}
     for route, handler in ROUTES.items():
         method, path = route.split()
-        app.add_routes([make[method](path, handler)])
+        app.add_routes([make[method](_any_spelling(path), handler)])
     return app
 
 
@@ -6457,6 +6526,7 @@ async def run_server(
     runner = web.AppRunner(
         make_app(settings, [str(one.getsockname()[0]) for one in sockets]),
         handler_cancellation=True,
+        auto_decompress=False,  # a small body may become a large one
         keepalive_timeout=IDLE_SECONDS,  # a request's head must arrive within it, too
         lingering_time=1,
         access_log=None,

@@ -756,7 +756,7 @@ def test_any_form_is_taken_or_refused_in_form(rig: Rig, protocol: str) -> None:
 
 # Bytes that are no good HTTP, or no good body. A number is a pause; a row may also end in a closed connection.
 
-REFUSED: Final = (400, 408, 413, 431)
+REFUSED: Final = (400, 408, 413, 415, 431)
 _POST: Final = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {MARK}\r\nConnection: close\r\n"
 _GET: Final = "GET /ping HTTP/1.1\r\nHost: x\r\n"
 

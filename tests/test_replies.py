@@ -299,3 +299,16 @@ def test_sources_of_an_answer_for_a_program_are_annotations_only(fields: dict[st
     message = whole(HIT, Text("{}"), Finished("content_filter"), **fields)["choices"][0]["message"]
     sentence = "" if "response_format" in fields else MODERATED_SENTENCE
     assert message["content"] == "{}" + sentence and len(message["annotations"]) == 1
+
+
+@pytest.mark.parametrize("is_streamed", [True, False])
+@pytest.mark.parametrize("path", APIS)
+def test_no_source_is_put_into_json(path: str, is_streamed: bool) -> None:
+    body = json.dumps({"messages": [{"content": "x"}], "input": "x", "prompt": "x", "stream": is_streamed}).encode()
+    api = APIS[path]
+    for text in ("Hello", '{"title": "T"}', '```json\n{"title": "T"}\n```', ' [{"a": 1}]', "[]"):
+        request = api.parse(body, lambda item_id: None)
+        encoder = api.make_encoder(request, created=7, sources="text", prompt="你好", response_id="resp_1")
+        events: list[Event] = [Opened("c1", hits_inline=False), *map(Text, text), Citation(1, HIT), Sources((HIT,))]
+        data = (encoder.feed([*events, Finished("stop")]) + encoder.finish()).decode()
+        assert ("搜索结果来自" in data, "[1]" in data) == ((text == "Hello"),) * 2, text

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from conftest import assert_linear
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,6 +20,7 @@ from kimi_proxy import (
     ResponseFormat,
     Tool,
     ToolChoice,
+    add_messages,
     make_chain,
     parse_chat_request,
     parse_messages_request,
@@ -709,3 +712,115 @@ def test_the_newest_attachments_are_kept_and_the_same_one_counts_once() -> None:
     with pytest.raises(ProxyError) as caught:
         parse(messages=[{"content": [*map(picture, range(21))]}])
     assert caught.value.param == "messages"
+
+
+READERS: list[tuple[Any, str]] = [
+    (parse_chat_request, "messages"),
+    (parse_messages_request, "messages"),
+    (parse_responses_request, "input"),
+]
+
+
+def read_all(content: Any, **fields: Any) -> list[ChatRequest]:
+    """The request with one user's message, as each API reads it."""
+    return [
+        read(json.dumps({name: [{"role": "user", "content": content}], **fields}).encode()) for read, name in READERS
+    ]
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_bodies_of_every_api_may_have_a_mark_and_half_a_pair(number: int) -> None:
+    read, name = READERS[number]
+    body = b'\xef\xbb\xbf{"%s":[{"role":"user","content":"a\\ud800b"}]}' % name.encode()
+    assert read(body).messages == (Message("user", "a\ufffdb"),)
+
+
+def test_every_api_reads_what_is_meant() -> None:
+    for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
+        for limit, expected in ((-1, None), (0, None), (None, None), (4096.0, 4096)):
+            assert [one.max_tokens for one in read_all("hi", **{name: limit})] == [expected] * 3
+    stops = [str(number) for number in range(16)]
+    for name in ("stop", "stop_sequences"):
+        assert [one.stop for one in read_all("hi", **{name: stops})] == [tuple(stops)] * 3
+    parts = [
+        {"type": "image_url", "image_url": {"url": " https://h/x\n"}},
+        {"type": "input_image", "image_url": "\thttps://h/x "},
+        {"type": "image", "source": {"type": "url", "url": " https://h/x"}},
+    ]
+    assert [[one.url for one in request.attachments] for request in read_all(parts)] == [["https://h/x"]] * 3
+    data = 'data:application/pdf;charset=utf-8;name="a,b.pdf";base64,QUJD'
+    for part in ({"type": "file", "file": {"file_data": data}}, {"type": "input_file", "file_data": data}):
+        found = [(one.name, one.content_type) for request in read_all([part]) for one in request.attachments]
+        assert found == [("a,b.pdf", "application/pdf")] * 3
+
+
+def test_every_api_keeps_the_newest_attachments() -> None:
+    for read, name in READERS:
+        messages = [{"role": "user", "content": [*map(picture, numbers)]} for numbers in (range(3), range(2, 21))]
+        request = read(json.dumps({name: messages}).encode())
+        assert [len(message.attachments) for message in request.messages] == [1, 19]
+        assert request.messages[0].text == "[image left out]"
+        with pytest.raises(ProxyError, match="at most 20 files"):
+            read(json.dumps({name: [{"content": [*map(picture, range(21))]}]}).encode())
+
+
+MANY = 10_001
+LONG = "x" * 257
+TOO_MUCH: list[tuple[dict[str, Any], str]] = [
+    ({"messages": [{"content": "a"}] * MANY}, "messages: at most 10000"),
+    ({"messages": [{"content": ["a"] * MANY}]}, "messages[0].content: at most 10000"),
+    ({"messages": [{"tool_calls": [{}] * MANY}]}, "messages[0].tool_calls: at most 10000"),
+    ({"tools": [{"name": "f"}] * MANY}, "tools: at most 10000"),
+    ({"tool_choice": {"type": "allowed_tools", "tools": [{}] * MANY}}, "tool_choice.tools: at most 10000"),
+    ({"stop": ["a"] * MANY}, "stop: at most 10000"),
+    (
+        {"tools": [{"name": "f", "parameters": {"properties": {str(number): {} for number in range(MANY)}}}]},
+        "tools[0].parameters.properties: at most 10000",
+    ),
+    ({"tools": [{"name": "f", "parameters": {"maximum": 10**40}}]}, "tools[0].parameters.maximum: at most 40 digits"),
+    ({"seed": -(10**40)}, "seed: at most 40 digits"),
+    ({"messages": [{"content": [[["a"] * 1000] * 1000]}]}, "the body: at most 500000"),
+    ({"whatever": deep(60)}, "at most 100 levels"),
+    ({"model": LONG}, "model: at most 256 characters"),
+    ({"messages": [{"tool_call_id": LONG, "content": "a"}]}, "messages[0].tool_call_id: at most 256"),
+    ({"messages": [{"tool_calls": [{"id": LONG}]}]}, "messages[0].tool_calls[0].id: at most 256"),
+    ({"messages": [{"tool_calls": [{"function": {"name": LONG}}]}]}, "tool_calls[0].function.name: at most 256"),
+    ({"tools": [{"function": {"name": LONG}}]}, "tools[0].function.name: must be a name"),
+    ({"conversation_id": LONG}, "conversation_id: at most 256"),
+    ({"messages": [{"content": "a" * 2_000_001}] * 2}, "messages: at most 4000000 characters"),
+    ({"tools": [{"name": "f", "description": "a" * 4_000_000}]}, "tools: at most 4000000 characters"),
+    ({"response_format": {"type": "json_schema", "schema": {"a": "a" * 4_000_000}}}, "at most 4000000 characters"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(TOO_MUCH)))
+def test_counts_have_limits_that_are_named(number: int) -> None:
+    fields, words = TOO_MUCH[number]
+    with pytest.raises(ProxyError) as caught:
+        parse(**fields)
+    assert caught.value.code == "invalid_request" and words in caught.value.detail
+
+
+def test_a_prompt_of_many_turns_has_a_limit_too() -> None:
+    request = parse(messages=[{"content": "a"}])
+    with pytest.raises(ProxyError, match="input: at most 4000000 characters"):
+        add_messages(request, [Message("user", "a" * 4_000_000)], "input")
+
+
+def test_a_choice_among_many_tools_is_read_at_once() -> None:
+    tools = [{"type": "function", "name": f"f{number}"} for number in range(10_000)]
+
+    def seconds_for(count: int) -> float:
+        chat = {"messages": [{"content": "hi"}], "tools": tools[:count]}
+        body = json.dumps({**chat, "tool_choice": {"type": "allowed_tools", "tools": tools[:count]}}).encode()
+        begun = time.perf_counter()
+        assert len(parse_chat_request(body).tools) == count
+        return time.perf_counter() - begun
+
+    assert_linear(seconds_for, 5_000)
+
+
+def test_marks_in_a_long_text_are_bounded() -> None:
+    text = "https://ab.cd/x " * 200_000
+    prompt = merge([Message("user", text)])
+    assert prompt.count("<url") == 100 and len(prompt) < len(text) + 10_000

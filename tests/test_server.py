@@ -10,6 +10,7 @@ import io
 import json
 import re
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 from conftest import LogRecorder, StartProxy, bearer, chat_body
 from kimi_simulator import HELLO, Simulator
 from prometheus_client.parser import text_string_to_metric_families
+from yarl import URL
 
 CHAT = "/v1/chat/completions"
 SENTENCE = "[内容由于不合规被停止生成，我们换个话题吧]"
@@ -266,7 +268,7 @@ async def test_pages_for_people_and_programs(proxy: str, http: aiohttp.ClientSes
     ("method", "path", "status", "says"),
     [
         ("GET", "/v1/nothing", 404, "/v1/chat/completions"),
-        ("POST", "/v1/v1/chat/completions", 404, "twice"),
+        ("POST", "/v1/chat/v1/completions", 404, "/v1/chat/completions"),
         ("GET", "/v1/chat/completions", 405, "POST /v1/chat/completions"),
         ("DELETE", "/ping", 405, "GET /ping"),
         ("POST", "/%00%ff", 404, "/v1/chat/completions"),
@@ -923,3 +925,132 @@ async def test_the_page_runs_its_own_script_and_nothing_else(
     assert policy.startswith("default-src 'none'; connect-src 'self'; ") and "unsafe" not in policy
     assert not re.search(r"""(?:src|href)=["']|innerHTML|\son[a-z]+=["']""", page)
     assert page.count("\n") <= 200
+
+
+PATHS = {
+    CHAT: chat_body(),
+    "/v1/messages": chat_body(),
+    "/v1/messages/count_tokens": chat_body(),
+    "/v1/responses": {"input": "hi"},
+    "/v1/completions": {"prompt": "hi"},
+}
+
+
+@pytest.mark.parametrize("path", [*PATHS, "/v1/models", "/v1/models/kimi", "/v1/files"])
+async def test_any_spelling_of_the_base_url_works(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession, path: str
+) -> None:
+    headers = bearer(simulator.token("hello"))
+    rest = path.removeprefix("/v1/")
+    for spelling in (rest, f"v1/v1/{rest}", f"/{rest}", f"v1//{rest}", f"/v1/{rest}/", f"{rest}//"):
+        url = URL(f"{proxy}/{spelling}", encoded=True)
+        method = "POST" if path in PATHS else "GET"
+        async with http.request(method, url, json=PATHS.get(path), headers=headers) as response:
+            assert response.status == 200, spelling
+    async with http.post(f"{proxy}/messages", data=b"{", headers=headers) as response:
+        assert (response.status, (await response.json())["type"]) == (400, "error")
+    async with http.get(f"{proxy}/v1") as response:
+        assert response.status == 200
+    async with http.get(f"{proxy}/metrics", headers=headers) as response:
+        assert f'route="{path.replace("/kimi", "/{id}")}"' in await response.text()
+
+
+async def test_a_stream_over_the_older_http_ends_with_its_connection(simulator: Simulator, proxy: str) -> None:
+    host, _, port = proxy.removeprefix("http://").partition(":")
+    for path, body in PATHS.items():
+        data = json.dumps({**body, "stream": True}).encode()
+        head = f"POST {path} HTTP/1.0\r\nConnection: keep-alive\r\nContent-Length: {len(data)}\r\n"
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(f"{head}Authorization: Bearer {simulator.token('hello')}\r\n\r\n".encode() + data)
+        async with asyncio.timeout(10):
+            if path.endswith("count_tokens"):
+                assert b"Content-Length" in await reader.readuntil(b"\r\n\r\n")
+            else:
+                assert b"keep-alive" not in (await reader.read()).partition(b"\r\n\r\n")[0]
+        writer.close()
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_a_body_in_an_unknown_encoding_is_a_415_that_names_it(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession, path: str
+) -> None:
+    headers = {**bearer(simulator.token("hello")), "Content-Encoding": "zstd"}
+    async with http.post(proxy + path, data=b"(\xb5/\xfd", headers=headers) as response:
+        assert response.status == 415 and "zstd" in await response.text()
+
+
+@pytest.mark.parametrize(
+    ("faults", "headers", "status", "is_final"),
+    [
+        (("dead",), {}, 401, True),
+        ((), {}, 200, False),
+        (("status=ask:429", "retry-after=61"), {}, 429, True),
+        (("status=ask:429", "retry-after=60"), {}, 429, False),
+    ],
+)
+async def test_who_cannot_be_helped_soon_is_told_not_to_ask_again(
+    simulator: Simulator,
+    proxy: str,
+    http: aiohttp.ClientSession,
+    faults: tuple[str, ...],
+    headers: dict[str, str],
+    status: int,
+    is_final: bool,
+) -> None:
+    got, _, head = await ask(http, proxy, simulator.token("hello", *faults))
+    assert (got, head.get("x-should-retry")) == (status, "false" if is_final else None)
+
+
+async def test_a_refused_token_lists_no_models(simulator: Simulator, proxy: str, http: aiohttp.ClientSession) -> None:
+    for faults, status in ((("dead",), 401), ((), 200)):
+        async with http.get(f"{proxy}/v1/models", headers=bearer(simulator.token("hello", *faults))) as response:
+            assert response.status == status
+            if status == 401:
+                assert (await response.json())["error"]["code"] == "token_dead"
+
+
+async def test_a_key_may_stand_in_any_header(simulator: Simulator, proxy: str, http: aiohttp.ClientSession) -> None:
+    for name in ("api-key", "x-api-key"):
+        async with http.post(proxy + CHAT, json=chat_body(), headers={name: simulator.token("hello")}) as response:
+            assert response.status == 200
+
+
+async def test_a_page_may_call_a_private_network(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession
+) -> None:
+    proxy = await start_proxy(refresh_token=simulator.token("hello"), cors_origins=("https://good.example",))
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Private-Network": "true"}
+    for origin, allowed in (("https://good.example", "true"), ("https://evil.example", None)):
+        async with http.options(proxy + CHAT, headers={**asked, "Origin": origin}) as response:
+            assert response.headers.get("Access-Control-Allow-Private-Network") == allowed
+
+
+async def test_the_first_request_whose_tools_switch_search_off_is_told_in_the_log(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession, log_lines: LogRecorder
+) -> None:
+    for fields in ({}, {"tools": [WEATHER], "model": "kimi-search"}, {"tools": [WEATHER], "use_search": False}):
+        await ask(http, proxy, simulator.token("hello"), **fields)
+    assert "no web search" not in log_lines.text
+    for _ in range(2):
+        await ask(http, proxy, simulator.token("hello"), tools=[WEATHER])
+    assert log_lines.text.count("no web search: the request has tools") == 1
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_a_compressed_body_counts_by_what_it_becomes(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession, path: str
+) -> None:
+    proxy = await start_proxy()
+    text = json.dumps({**PATHS[path], "user": "x" * 200_000}).encode()
+    bomb = text[:-1] + b" " * 30_000_000 + text[-1:]
+    bodies = [
+        (gzip.compress(text), "gzip", 200),
+        (zlib.compress(text), "deflate", 200),
+        (gzip.compress(text)[:-20], "gzip", 400),
+        (b"no gzip", "gzip", 400),
+        (gzip.compress(bomb), "gzip", 413),
+    ]
+    for body, encoding, status in bodies:
+        headers = {**bearer(simulator.token("hello")), "Content-Encoding": encoding}
+        async with http.post(proxy + path, data=body, headers=headers) as response:
+            assert response.status == status, await response.text()
