@@ -96,6 +96,8 @@ async def test_with_keys_only_a_key_is_let_in_and_nothing_else_goes_to_kimi(
             assert status == 401, path
             if not path.startswith("/v1/messages"):  # Anthropic's errors have no code
                 assert answer["error"]["code"] == "key_refused"
+    async with aiohttp.ClientSession(headers=bearer("wrong")) as http, http.get(proxy + "/v1/models") as response:
+        assert (response.status, response.headers["x-should-retry"]) == (401, "false")
     for path in ("/", "/ping", "/health"):
         assert (await call(proxy, path=path, method="GET"))[0] == 200
     assert simulator.account(token).count("ask") == asked == 3
