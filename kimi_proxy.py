@@ -1969,8 +1969,8 @@ class Chain:
 # What one request may have, so that it keeps no other client waiting.
 LIMITS: Final[Mapping[str, int]] = {
     "levels of JSON": 100,
-    "values in all": 500_000,
-    "entries": 10_000,  # of one list or object
+    "objects and lists": 100_000,
+    "entries": 10_000,  # of one of them
     "digits": 40,
     "characters of a name or id": 256,
     "characters of text": 4_000_000,  # more than the service takes
@@ -1978,6 +1978,7 @@ LIMITS: Final[Mapping[str, int]] = {
     "characters of a stop sequence": 1000,
     "files and pictures in a message": 20,
 }
+_BEYOND: Final = 10 ** LIMITS["digits"]
 MAX_MARKED_URLS: Final = 100
 NEW_CONVERSATION: Final = "new"
 RESULT_ROLES: Final = ("tool", "function")
@@ -2142,7 +2143,7 @@ def _parse_body(body: bytes | bytearray) -> Node:
         try:
             value = parse_json(data)
         except WireError:
-            if data.lower().count(b"\\ud") > LIMITS["values in all"]:
+            if data.lower().count(b"\\ud") > MAX_MARKS // 2:
                 raise WireError("too many halves of surrogate pairs") from None
             text = json.dumps(parse_json(data, surrogates=True), ensure_ascii=False)
             value = parse_json(join_surrogates(text).encode())
@@ -2153,10 +2154,11 @@ def _parse_body(body: bytes | bytearray) -> Node:
     root = Node(value)
     level, depth, count = [root], 0, 0
     while level:
-        depth, count = depth + 1, count + sum(len(node.value) for node in level)
+        depth, count = depth + 1, count + len(level)
         level[0].check(depth, "levels of JSON")
-        root.check(count, "values in all")
-        level = [inner for node in level for inner in _check_values(node)]
+        root.check(count, "objects and lists")
+        inner = (inner for node in level for inner in _check_values(node))
+        level = [*islice(inner, LIMITS["objects and lists"])]
     return root
 
 
@@ -2164,12 +2166,13 @@ def _check_values(node: Node) -> Iterator[Node]:
     """The objects and lists in one whose numbers are within `LIMITS`."""
     node.check(len(node.value), "entries")
     for key, value in node.value.items() if isinstance(node.value, dict) else enumerate(node.value):
-        if isinstance(value, dict | list):
+        kind = type(value)  # of up to a million values
+        if (kind is dict or kind is list) and value:
             yield node[key]
-        elif isinstance(value, float) and not isfinite(value):
+        elif kind is int and abs(value) >= _BEYOND:
+            raise node[key].invalid_param(f"at most {LIMITS['digits']} digits")
+        elif kind is float and not isfinite(value):
             raise node[key].invalid_param("the number is too large")
-        elif isinstance(value, int):
-            node[key].check(len(str(abs(value))), "digits")
 
 
 def parse_chat_request(body: bytes | bytearray) -> ChatRequest:
