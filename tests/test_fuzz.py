@@ -121,7 +121,7 @@ async def exchange(url: str, pieces: list[bytes | float]) -> bytes:
 # The proxies, one for each protocol, on a loop that runs while a request does.
 
 
-SHORT = {"IDLE_SECONDS": 4.0, "BODY_SECONDS": 2.0, "FILE_SECONDS": 2.0, "TRANSFER_SECONDS": 3.0}
+SHORT = {"IDLE_SECONDS": 10.0, "BODY_SECONDS": 2.0, "FILE_SECONDS": 2.0, "TRANSFER_SECONDS": 3.0}
 
 
 class Rig:
