@@ -4295,6 +4295,7 @@ def open_service_session(proxy_url: str = "", *, reuse: bool = True) -> aiohttp.
         cookie_jar=aiohttp.DummyCookieJar(),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
         headers=_BROWSER_HEADERS,
+        read_bufsize=READ_BYTES,
         proxy=proxy_url or None,
     )
 
@@ -5927,6 +5928,7 @@ class ResponseWriter:
         with suppress(OSError, AttributeError):  # a connection that is lost already
             # The system would hold some megabytes for each client that reads slowly.
             self._request.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 131_072)
+            cast(asyncio.Transport, self._request.transport).set_write_buffer_limits(high=16_384)
         await response.prepare(self._request)
         return response
 

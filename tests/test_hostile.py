@@ -16,12 +16,13 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 from kimi_simulator import Simulator
+from test_faults import read_peak_bytes, small_window
 from test_service import Running, start
 
 from kimi_proxy import (
@@ -250,6 +251,21 @@ async def test_no_answer_of_the_service_keeps_another_client_waiting(protocol: s
             worst[name], seen = await send(running, request(CHAT, chat()))
             assert wanted in seen, (name, seen[:2000])
     assert max(worst.values()) < MOST_SECONDS, worst
+
+
+async def test_clients_that_read_nothing_take_little_memory() -> None:
+    async with run_both("classic") as (service, running), AsyncExitStack() as stack:
+        service.stream = sse(b'{"event":"cmpl","text":"x"}') * 40_000
+        await send(running, request(CHAT, chat()))
+        before = read_peak_bytes(running)
+        for _ in range(20):
+            raw = stack.enter_context(small_window(running.url, 4096))
+            await asyncio.get_running_loop().sock_sendall(raw, request(CHAT, chat(stream=True)))
+        grown = [0]
+        while len(grown) < 10 or grown[-1] != grown[-9]:  # until nothing moves any more
+            await asyncio.sleep(0.2)
+            grown.append(read_peak_bytes(running) - before)
+        assert grown[-1] < 20 * 500_000, grown[-1] / 20
 
 
 # Twice the work takes twice the time, in all that reads what comes from outside.
