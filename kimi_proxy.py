@@ -6204,6 +6204,8 @@ async def _create_file(request: web.Request) -> web.StreamResponse:
     state, accounts = request.app[STATE], find_accounts(request)
     if request.content_type != "multipart/form-data":
         raise ProxyError("invalid_request", "the body must be a form (multipart/form-data) with the field `file`")
+    if request.headers.get("Content-Encoding", "identity") != "identity":
+        raise ProxyError("encoding_unknown", "a form must not be compressed")
     state.files.check_size((request.content_length or 0) - MEGABYTE)  # the form around it takes less
     name, content_type, purpose = None, "", "assistants"
     with state.files.make_spool() as spool:

@@ -425,7 +425,7 @@ async def soak(minutes: float, seed: int) -> bool:
             target.stderr.seek(0)
             lines = target.stderr.read().decode("utf-8", "replace").splitlines()
             told += sum("a conversation of account" in line and "may be left" in line for line in lines)
-            lines = [line for line in lines if not re.match(r"\S+ warning ", line)]
+            lines = [line for line in lines if not re.match(r"\S+ (warning |error \[\w+\] [A-Z]+ /)", line)]
             good &= show("errors in the log", 0, 0, len(lines), not lines) and not target.wrong
             for line in [*target.wrong[:9], *lines[:9]]:
                 print(f"    {line}")

@@ -8,6 +8,7 @@ the simulator would take longer to make them than the proxy to read them.
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import re
 import socket
@@ -47,7 +48,7 @@ from kimi_proxy import (
     render_prompt,
 )
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"), pytest.mark.timeout(180)]
 
 MOST_SECONDS = 1.0  # of work between a `/ping` and its answer: three times what is aimed at
 CHAT, MESSAGES, FILES = "/v1/chat/completions", "/v1/messages", "/v1/files"
@@ -166,6 +167,8 @@ PICTURE = [
 ]
 FORM = "Content-Type: multipart/form-data; boundary=x"
 PURPOSE = b'--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\n'
+GZIP = "Content-Encoding: gzip"
+BOMB = gzip.compress(b'{"messages":[' + b"{}," * 14_000_000)
 # Requests, and what their answers have.
 REQUESTS: Mapping[str, tuple[Callable[[], bytes], str]] = {
     "lists": (lambda: values(b"[],", 13_000_000), "1000000 commas"),
@@ -185,6 +188,10 @@ REQUESTS: Mapping[str, tuple[Callable[[], bytes], str]] = {
     "URLs": (lambda: request(CHAT, chat("http://a.bc " * 330_000)), '"content":"hi"'),
     "marks": (lambda: request(CHAT, chat("</tool_call>" * 330_000, tools=[tool(0)])), '"content":"hi"'),
     "tools": (lambda: request(CHAT, chat(tools=list(map(tool, range(9_000))))), '"content":"hi"'),
+    "gzip of messages": (lambda: request(CHAT, BOMB, GZIP), "100 times"),
+    "gzip of a form": (lambda: request(FILES, BOMB, GZIP, FORM), "encoding_unknown"),
+    "gzip to no path": (lambda: request("/v1/none", BOMB, GZIP), "not_found"),
+    "gzip without a token": (lambda: request(CHAT, BOMB, GZIP, token="-"), "token_malformed"),
     "a form's preamble": (lambda: request(FILES, b"\n" * 60_000_000, FORM), "cannot be read"),
     "a form's parts": (
         lambda: request(FILES, b"--x\r\nA: b\r\n\r\n\r\n" * 1_000_000 + b"--x--", FORM),
