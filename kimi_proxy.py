@@ -289,7 +289,7 @@ FAILURES: Final[Mapping[str, Failure]] = {
     "encoding_unknown": Failure(415, -2000, "send the body as it is, or compressed with gzip"),
     "file_too_large": Failure(413, -2004, "see PROXY_MAX_FILE_MB and PROXY_MAX_INLINE_MB"),
     "tool_call_failed": Failure(422, -2001, "no valid tool call, twice; simplify the tool's schema"),
-    "structured_output_failed": Failure(422, -2001, "the answer did not fit response_format, twice; simplify the schema"),
+    "structured_output_failed": Failure(422, -2001, "the answer did not fit response_format, twice; simplify it"),
     "answer_running": Failure(429, -2001, "Kimi still answers another question of this account", 5),
     "queue_full": Failure(429, -2001, "too many requests of this account wait for their turn", 5),
     "rate_limited": Failure(429, -2001, "Kimi limits this account for now", 60),
