@@ -426,8 +426,6 @@ class QuietFilter(logging.Filter):
         if record.name == "asyncio" and re.search(r"socket\.accept\(\)|\._start_serving\(", str(record.msg)):
             before, self._accept_failed = self._accept_failed, record.created
             return record.created > before + 2
-        if record.name == "asyncio" and "._start_serving(" in str(record.msg):
-            return False  # it was to try again when the port was closed already
         return record.name != "aiohttp.server" or not isinstance(error, web.RequestPayloadError)  # has its own line
 
 
