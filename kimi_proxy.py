@@ -1159,7 +1159,7 @@ _LENIENT_DECODER: Final = json.JSONDecoder(strict=False)  # takes raw line ends 
 
 
 def _read_json(text: str) -> Any:
-    return parse_json(encode_json(_LENIENT_DECODER.decode(text)).encode())  # which refuses NaN
+    return parse_json(encode_json(_LENIENT_DECODER.decode(text)))  # which refuses NaN
 
 
 def _read_value(text: str, start: int, *, is_cut: bool = False) -> tuple[Any, int]:
@@ -2144,7 +2144,7 @@ def _parse_body(body: bytes | bytearray) -> Node:
             if data.lower().count(b"\\ud") > MAX_MARKS // 2:
                 raise WireError("too many halves of surrogate pairs") from None
             text = json.dumps(parse_json(data, surrogates=True), ensure_ascii=False)
-            value = parse_json(join_surrogates(text).encode())
+            value = parse_json(join_surrogates(text))
     except (WireError, RecursionError) as error:
         raise ProxyError("invalid_json", f"the body: {error}") from None
     if not isinstance(value, dict):
@@ -4565,7 +4565,7 @@ class KimiClient:
 
         async def once(token: str) -> AnswerStream:
             seconds = self.settings.silence_seconds
-            until = min(asyncio.get_running_loop().time() + seconds, deadline)  # for the head of the response
+            until = min(loop_time() + seconds, deadline)  # for the head of the response
             with _network_failures("asking"):
                 async with asyncio.timeout_at(until):
                     response = await self._send(account, "asking", body, chat, token)
@@ -5062,7 +5062,7 @@ def order_accounts(accounts: Iterable[Account]) -> list[Account]:
     """The order in which to ask: the least busy, then the one unused for longest. Last are those that answer one
     question at a time, and have one; behind them, those on cooldown.
     """
-    now = asyncio.get_running_loop().time()
+    now = loop_time()
 
     def rank(account: Account) -> tuple[float, bool, int, float]:
         slots, wait = account.slots, max(account.cooldown_until, now)
@@ -5092,7 +5092,7 @@ class Gateway:
         """The answer of one of `accounts`, for `async with`; `start_chain` makes the filters of each try."""
         if orphaned := [account.digest for account in accounts if account.digest in self.conversations.orphans]:
             self.tasks.start(self.remove_orphans(orphaned), "remove")
-        deadline = asyncio.get_running_loop().time() + self.settings.answer_seconds
+        deadline = loop_time() + self.settings.answer_seconds
         return LiveAnswer(self, accounts, question, start_chain, deadline)
 
     async def upload(self, accounts: Sequence[Account], received: ReceivedFile) -> UploadedFile:
@@ -5106,13 +5106,12 @@ class Gateway:
 
         Where all were refused, a limit is raised rather than a dead token.
         """
-        loop, failures = asyncio.get_running_loop(), list[ProxyError]()
-        queue = order_accounts(accounts)
+        failures, queue = list[ProxyError](), order_accounts(accounts)
         for account in queue:
             # Dead tokens say nothing about the accounts on cooldown.
-            if account.cooldown_until > loop.time() and any(failure.status != 401 for failure in failures):
+            if account.cooldown_until > loop_time() and any(failure.status != 401 for failure in failures):
                 continue
-            account.used_at, had_line = loop.time(), account.slots.serialized
+            account.used_at, had_line = loop_time(), account.slots.serialized
             try:
                 return await ask(account)
             except ProxyError as failure:
@@ -5124,7 +5123,7 @@ class Gateway:
                 # A full queue is our own, and research has a quota of its own, which Kimi tells without an error.
                 elif failure.code != "queue_full" and (failure.code != "quota_used_up" or failure.upstream_status):
                     seconds = DEAD_SECONDS if failure.status == 401 else failure.retry_after_seconds
-                    account.cooldown_until = loop.time() + seconds
+                    account.cooldown_until = loop_time() + seconds
         raise max(reversed(failures), key=lambda failure: failure.status)
 
     async def insist(
@@ -6027,9 +6026,15 @@ def find_accounts(request: web.Request) -> list[Account]:
     return [state.gateway.accounts.get(token) for token in tokens]
 
 
-def _find_owners(request: web.Request) -> list[Owner]:
+def find_named_accounts(request: web.Request) -> list[Account]:
+    """The accounts that a request is for; none where the client need not show any, and does not."""
+    is_named = request.app[STATE].access.holds or bool(read_credential(request))
+    return find_accounts(request) if is_named else []
+
+
+def _find_owners(request: web.Request, accounts: Iterable[Account]) -> list[Owner]:
     """Whose files and kept answers a client may use: each account's, and of a held one those of the client's key."""
-    return [(account.digest, request[OUTCOME].key) for account in find_accounts(request)]
+    return [(account.digest, request[OUTCOME].key) for account in accounts]
 
 
 def _find_item(state: State, owners: Sequence[Owner], item_id: str) -> Mapping[str, Any] | None:
@@ -6058,8 +6063,8 @@ def _parse_question(api: Api, state: State, owners: Sequence[Owner], body: bytea
 
 async def _read_question(api: Api, request: web.Request) -> tuple[Encoder, LiveAnswer, tuple[Message, ...]]:
     """How a request is answered, the answer, and the messages to keep with it, if any."""
-    state, accounts, owners = request.app[STATE], find_accounts(request), _find_owners(request)
-    settings = state.gateway.settings
+    state, accounts = request.app[STATE], find_accounts(request)
+    settings, owners = state.gateway.settings, _find_owners(request, accounts)
     chat, prompt, owner = await parse_body(request, partial(_parse_question, api, state, owners))
     accounts = [account for account in accounts if owner in (b"", account.digest)]
     if chat.left_out:
@@ -6145,7 +6150,8 @@ async def _count_tokens(request: web.Request) -> web.StreamResponse:
 
 async def _response(request: web.Request) -> web.StreamResponse:
     """GET and DELETE of an answer that is kept."""
-    responses, owners, response_id = request.app[STATE].responses, _find_owners(request), request.match_info["id"]
+    responses, response_id = request.app[STATE].responses, request.match_info["id"]
+    owners = _find_owners(request, find_accounts(request))
     kept = responses.find(owners, response_id)
     if kept is None:
         raise ProxyError("response_not_found")
@@ -6164,8 +6170,7 @@ _MODEL_FORM: Final = {
 async def _models(request: web.Request) -> web.StreamResponse:
     """The list of models, each also with search, or one of them; in OpenAI's and Anthropic's forms at once."""
     state, wanted = request.app[STATE], request.match_info.get("id")
-    asks_kimi = state.access.holds or bool(read_credential(request))
-    account = order_accounts(find_accounts(request))[0] if asks_kimi else None
+    account = next(iter(order_accounts(find_named_accounts(request))), None)
     models = {
         name: {"id": name, "display_name": name, **_MODEL_FORM, **model.describe()}
         for model in await state.gateway.models(account)
@@ -6232,7 +6237,8 @@ async def _create_file(request: web.Request) -> web.StreamResponse:
 
 async def _files(request: web.Request) -> web.StreamResponse:
     """GET of the list of files that a client uploaded, GET and DELETE of one; their content is at Kimi."""
-    state, owners, file_id = request.app[STATE], _find_owners(request), request.match_info.get("id")
+    state, file_id = request.app[STATE], request.match_info.get("id")
+    owners = _find_owners(request, find_accounts(request))
     if file_id is None:
         data = [file.shown for file in state.uploaded.find_all(owners)]
         return json_response({"object": "list", "data": data, "has_more": False})
@@ -6276,13 +6282,11 @@ async def _health(request: web.Request) -> web.StreamResponse:
     if "accounts" in request.query:
         uptime = int(time.monotonic() - state.started)
         health |= {"version": __version__, "uptime_seconds": uptime, "answers_running": state.answers_running}
-        asks = state.access.holds or bool(read_credential(request))
-        accounts = [await _describe_account(state.gateway, one) for one in find_accounts(request)] if asks else []
+        accounts = [await _describe_account(state.gateway, one) for one in find_named_accounts(request)]
         health |= {"holds_account": state.access.holds, "accounts": accounts}
         is_good = is_good and (not state.access.holds or any(one["live"] for one in accounts))
-    return (
-        json_response(health) if is_good else json_response(health, 503, FAILURES["shutting_down"].retry_after_seconds)
-    )
+    status, wait_seconds = (200, 0) if is_good else (503, FAILURES["shutting_down"].retry_after_seconds)
+    return json_response(health, status, wait_seconds)
 
 
 async def _describe_account(gateway: Gateway, account: Account) -> dict[str, Any]:
@@ -6606,7 +6610,9 @@ async def _serve(settings: Settings) -> None:
     stop = _listen_for_signals()
     async with run_server(settings, _take_sockets(os.environ)) as (address, runner):
         with suppress(OSError, AttributeError):  # glibc's; elsewhere there is no such function
-            ctypes.CDLL(None).malloc_trim(0)  # gives back what compiling this module took, a quarter of all memory
+            ctypes.CDLL(None).malloc_trim(
+                0
+            )  # gives back what imports took and freed: a sixth of all memory as the service
         gc.freeze()  # what is loaded stays: else each full collection stops all streams for long enough to look at it
         print(f"kimi_proxy {__version__} is ready. Base URL for your program: {address}/v1", flush=True)
         notify(READY="1")
@@ -6853,7 +6859,7 @@ class _Check:
         conversation_id = ""
         if isinstance(self.protocol, Classic):
             conversation_id = await self._step("open", self.protocol.open(account, question.model))
-        deadline = asyncio.get_running_loop().time() + self.protocol.settings.silence_seconds
+        deadline = loop_time() + self.protocol.settings.silence_seconds
         answer: Answer | None = None
         try:
             stream = await self.protocol.ask(account, conversation_id, question, deadline)
