@@ -57,7 +57,14 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext, suppress
+from contextlib import (
+    AbstractAsyncContextManager,
+    ExitStack,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from contextvars import ContextVar
 from copy import copy
 from dataclasses import Field, asdict, dataclass, field, fields, replace
@@ -1317,11 +1324,13 @@ class SchemaCheck:
         return [*fitted.values()] if is_list else fitted, None
 
     def _resolve(self, reference: Any) -> Any:
-        """What a reference like `#/$defs/a` leads to; None, which allows anything, where that is nothing."""
-        root, *names = reference.split("/") if isinstance(reference, str) and len(reference) <= 200 else [""]
-        found = self._root if root == "#" else None
+        """What a reference like `#/$defs/a` leads to (RFC 6901); None, which allows anything, where it is nothing."""
+        is_short = isinstance(reference, str) and len(reference) <= 200
+        root, *names = unquote(reference).split("/") if is_short else [""]
+        found: Any = self._root if root == "#" else None
         for name in names:
-            found = found.get(name) if isinstance(found, dict) else None
+            is_index = isinstance(found, list) and name.isdecimal() and int(name) < len(found)
+            found = found[int(name)] if is_index else dig(found, name.replace("~1", "/").replace("~0", "~"))
         return found
 
 
@@ -3575,10 +3584,15 @@ class OpenConversations:
 
     def recover(self) -> int:
         """Take over what dead processes left open; its number."""
-        for path in self._path.parent.iterdir() if self._journal is not None else ():
-            with suppress(OSError), self._state.take_lock(path):  # a living process's is passed over
-                self._open |= _parse_journal(path.read_bytes())
-                if self._compact():
+        with ExitStack() as locks, suppress(OSError):
+            read: list[Path] = []
+            for path in self._path.parent.iterdir() if self._journal is not None else ():
+                with suppress(OSError):  # a living process's is passed over
+                    locks.enter_context(self._state.take_lock(path))
+                    self._open |= _parse_journal(path.read_bytes())
+                    read.append(path)
+            if read and self._compact():
+                for path in read:
                     path.unlink()
         for conversation_id in self._open:
             self.postpone(conversation_id)
@@ -5953,30 +5967,27 @@ class ResponseWriter:
                 await response.write(self._encoder.keep_alive)
 
 
-async def _inflate(request: web.Request) -> AsyncIterator[bytes]:
-    """The pieces of a body, which may be compressed: at most 100 to 1 after the first megabyte. Raises `ProxyError`."""
-    encoding = request.headers.get("Content-Encoding", "").strip().lower()
-    if encoding not in ("", "identity", "gzip", "deflate"):
-        raise ProxyError("encoding_unknown", f"Content-Encoding: {quote_words(encoding)[:24]}")
-    inflater = zlib.decompressobj(47) if encoding in ("gzip", "deflate") else None
+async def _inflate(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
+    """The pieces of a compressed body: at most 100 to 1 after the first megabyte. Raises `ProxyError`."""
+    inflater = zlib.decompressobj(47)  # gzip and zlib
     received = inflated = 0
-    while piece := await request.content.readany():
-        received += len(piece)
-        if inflater is None:
-            yield piece
-        data = b"more"
-        while inflater is not None and data:
+    while rest := await content.readany():
+        received += len(rest)
+        piece = b"more"
+        while piece:
             try:
-                data, piece = inflater.decompress(piece, 65_536), inflater.unconsumed_tail
+                piece, rest = inflater.decompress(rest, 65_536), inflater.unconsumed_tail
             except zlib.error:
                 raise ProxyError("body_broken") from None
-            inflated += len(data)
+            if inflater.unused_data:
+                raise ProxyError("body_broken", "something follows its compressed form")
+            inflated += len(piece)
             if inflated > MEGABYTE + 100 * received:
                 raise ProxyError("body_too_large", "more than 100 times its compressed size")
-            if data:
-                yield data
+            if piece:
+                yield piece
             await asyncio.sleep(0)  # the loop is everybody's
-    if received and inflater is not None and not inflater.eof:
+    if received and not inflater.eof:
         raise ProxyError("body_broken")
 
 
@@ -5984,9 +5995,12 @@ async def read_body(request: web.Request, limit_bytes: int) -> bytearray:
     """The request's body, of which there is no other copy. Raises `ProxyError`: `body_…`, `too_busy`."""
     state, outcome, body = request.app[STATE], request[OUTCOME], bytearray()
     expected_bytes = request.content_length or 0
+    encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding not in ("", "identity", "gzip", "deflate"):
+        raise ProxyError("encoding_unknown", f"Content-Encoding: {quote_words(encoding)[:24]}")
     try:
         async with asyncio.timeout(BODY_SECONDS):
-            pieces = _inflate(request)
+            pieces = _inflate(request.content) if encoding in ("gzip", "deflate") else request.content.iter_any()
             while expected_bytes <= limit_bytes and (piece := await anext(pieces, b"")):
                 body += piece
                 outcome.body_bytes = expected_bytes = len(body)

@@ -10,6 +10,7 @@ import os
 import resource
 import stat
 import sys
+import tempfile
 import time
 import weakref
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import LogRecorder, list_descriptors
+from conftest import LogRecorder, assert_linear, list_descriptors
 
 import kimi_proxy
 from kimi_proxy import (
@@ -812,6 +813,21 @@ def test_what_is_open_is_left_to_the_next_process(tmp_path: Path) -> None:
         heir.discard(one)
     heir.close()
     assert files_in(tmp_path) == []
+
+
+def test_twice_as_many_dead_processes_take_about_twice_as_long(tmp_path: Path) -> None:
+    def seconds(size: int) -> float:
+        directory = Path(tempfile.mkdtemp(dir=tmp_path))
+        for number in range(size):
+            leave_behind(directory, *(f"c{number}-{one}" for one in range(20)))
+        heir = make_open(directory)
+        started = time.process_time()
+        assert heir.recover() == 20 * size
+        taken = time.process_time() - started
+        heir.close()
+        return taken
+
+    assert_linear(seconds, 100)
 
 
 def test_a_living_processs_file_and_another_services_are_let_be(tmp_path: Path) -> None:

@@ -351,6 +351,7 @@ BODIES: dict[str, tuple[bytes, dict[str, str], int]] = {
     "not UTF-8": (b'{"messages":"\xff"}', {}, 400),
     "NaN": (b'{"messages":NaN}', {}, 400),
     "unknown charset": (b"{", {"Content-Type": "application/json; charset=no-such"}, 400),
+    "two gzip members": (gzip.compress(json.dumps(chat_body()).encode()) * 2, {"Content-Encoding": "gzip"}, 400),
     "bad gzip": (b"no gzip", {"Content-Encoding": "gzip"}, 400),
     "too large": (b" " * (3 << 20), {}, 413),
     "gzip bomb": (gzip.compress(b" " * (40 << 20)), {"Content-Encoding": "gzip"}, 413),

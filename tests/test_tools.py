@@ -150,6 +150,9 @@ SCHEMAS: dict[str, tuple[Any, list[Any], list[Any]]] = {
     "maxItems": ({"maxItems": 1}, [[1], "abc"], [[1, 2]]),
     "$defs": ({"$defs": {"a": {"const": 1}}, "$ref": "#/$defs/a"}, [1], [2]),
     "definitions": ({"definitions": {"a": {"const": 1}}, "items": {"$ref": "#/definitions/a"}}, [[1]], [[2]]),
+    "a name with a slash": ({"$defs": {"a/~b": {"const": 1}}, "$ref": "#/$defs/a~1~0b"}, [1], [2]),
+    "an encoded name": ({"$defs": {"a b": {"const": 1}}, "$ref": "#/%24defs/a%20b"}, [1], [2]),
+    "an entry": ({"items": {"anyOf": [{"const": 1}, {"$ref": "#/items/anyOf/0"}]}}, [[1]], [[2]]),
     "the root": (
         {"properties": {"a": {"$ref": "#"}}, "required": ["b"]},
         [{"b": 1, "a": {"b": 2}}],
