@@ -3429,6 +3429,9 @@ class AnswerSlots:
         self._serialized_until = loop_time() + SERIALIZED_SECONDS
 
 
+KeptConversation = tuple[str, str, str]  # protocol, id of the last answer, name of the key that opened it
+
+
 @dataclass(slots=True, eq=False, repr=False, weakref_slot=True)
 class Account:
     """The `token` that a client sends, and what came of it. Times are the event loop's."""
@@ -3439,7 +3442,7 @@ class Account:
     refresh_token: str  # the one used last
     tokens: TokenPair  # the newest
     is_access_token: bool  # the client's token is one, which cannot be renewed
-    kept: dict[str, tuple[str, str]] = field(default_factory=dict)  # see `Accounts.read_kept`
+    kept: dict[str, KeptConversation] = field(default_factory=dict)  # by id
     is_saved: bool = True  # whether `tokens` and `kept` are on disk
     twin: str = ""  # where its refresh token was taken, if it does not tell: see `TWINS`
     refused_until: float = 0.0  # Kimi is not asked for a token before
@@ -3649,12 +3652,13 @@ def _parse_journal(data: bytes) -> dict[str, tuple[str, str, int]]:
     return opened
 
 
-def _parse_account(value: dict[str, Any]) -> tuple[TokenPair, dict[str, tuple[str, str]]]:
+def _parse_account(value: dict[str, Any]) -> tuple[TokenPair, dict[str, KeptConversation]]:
     refresh_token = value["refresh_token"]
     tokens = (value["access_token"], refresh_token, value.get("previous_refresh_token", refresh_token))
     if not all(re.fullmatch("[!-~]{0,8192}", token) for token in tokens):
         raise ValueError("not of our making")
-    kept = {one: (str(protocol), str(message_id)) for one, (protocol, message_id) in value.get("kept", {}).items()}
+    rows = {one: (*row, "")[:3] for one, row in value.get("kept", {}).items()}  # older ones without a key
+    kept = {one: (str(protocol), str(message_id), str(key)) for one, (protocol, message_id, key) in rows.items()}
     return TokenPair(*tokens, float(value["received"]), float(value["life_seconds"])), kept
 
 
@@ -3701,16 +3705,18 @@ class Accounts:
         elif account.tokens.access_token == access_token:
             account.tokens = replace(account.tokens, life_seconds=0.0)
 
-    async def read_kept(self, account: Account) -> Mapping[str, tuple[str, str]]:
-        """The conversations that the client keeps: by id, protocol and last answer's id."""
+    async def read_kept(self, account: Account, key: str = "") -> Mapping[str, tuple[str, str]]:
+        """The conversations that the client with the `key` of that name keeps: by id, protocol and last answer's id."""
         await self._load(account)
-        return account.kept
+        return {one: known[:2] for one, known in account.kept.items() if known[2] == key}
 
-    async def keep(self, account: Account, conversation_id: str, protocol: str, message_id: str) -> None:
-        """Keep the conversation, as the last of at most 100."""
+    async def keep(self, account: Account, conversation_id: str, protocol: str, message_id: str, key: str = "") -> None:
+        """Keep the conversation, as the last of at most 100 of the key."""
         async with self._hold(account):
-            others = [known for known in account.kept.items() if known[0] != conversation_id]
-            account.kept = dict([*others, (conversation_id, (protocol, message_id))][-100:])
+            account.kept.pop(conversation_id, None)
+            own = [one for one, known in account.kept.items() if known[2] == key]
+            others = {one: known for one, known in account.kept.items() if one not in own[:-99]}
+            account.kept = others | {conversation_id: (protocol, message_id, key)}
             account.is_saved = False
 
     async def save(self) -> None:
@@ -3733,7 +3739,7 @@ class Accounts:
                 if not account.is_saved:
                     self.known[account.digest] = account  # its tokens are nowhere else
 
-    async def _read(self, digest: bytes) -> tuple[TokenPair, dict[str, tuple[str, str]]] | None:
+    async def _read(self, digest: bytes) -> tuple[TokenPair, dict[str, KeptConversation]] | None:
         return await asyncio.to_thread(self.state.read, f"tokens/{digest.hex()}", _parse_account)
 
     async def _load(self, account: Account) -> None:
@@ -4283,6 +4289,7 @@ class Question:
     preface: str = field(default="", repr=False)  # with which `text` begins; connect takes it as a system prompt
     segment_id: str = ""  # of an answer at its length limit, which is to go on (classic)
     conversation_id: str = ""  # the one to continue, or `new` for one that is kept
+    key: str = ""  # the name of the client's, for whom it is kept
     parent_id: str = ""  # the message to continue after (connect)
     attachments: list[Attachment] = field(default_factory=list, repr=False)  # emptied when no longer needed
     file_ids: tuple[str, ...] = ()  # of what was uploaded
@@ -5233,7 +5240,8 @@ class Gateway:
         conversation_id = exchange.conversation_id
         self.conversations.discard(conversation_id)  # first: better left than removed, once it is kept
         try:
-            await self.accounts.keep(exchange.account, conversation_id, exchange.protocol.name, message_id)
+            name, key = exchange.protocol.name, exchange.question.key
+            await self.accounts.keep(exchange.account, conversation_id, name, message_id, key)
         except BaseException:
             if not exchange.kept:
                 self.note_opened(exchange, conversation_id)
@@ -5387,7 +5395,9 @@ class LiveAnswer:
         owners = {one.uploaded[0] for one in question.attachments if one.uploaded is not None}
         if question.goes_on:
             read = self._gateway.accounts.read_kept
-            keepers = [one.digest for one in self._accounts if question.conversation_id in await read(one)]
+            keepers = [
+                one.digest for one in self._accounts if question.conversation_id in await read(one, question.key)
+            ]
             if not keepers:
                 raise ProxyError("conversation_not_found", param="conversation_id")
             owners.add(keepers[0])
@@ -5408,7 +5418,7 @@ class LiveAnswer:
                 logger.info("model %s is not known, %s is asked", quote_name(self._question.model_name), model.id)
             question = replace(self._question, model=model)
             if question.goes_on:
-                kept = (await gateway.accounts.read_kept(account)).get(question.conversation_id)
+                kept = (await gateway.accounts.read_kept(account, question.key)).get(question.conversation_id)
                 if kept is None:  # dropped by another process, while this question waited
                     raise ProxyError("conversation_not_found", param="conversation_id")
                 name, question.parent_id = kept
@@ -6093,7 +6103,7 @@ async def _read_question(api: Api, request: web.Request) -> tuple[Encoder, LiveA
         state.told_of_search = True
         logger.info("no web search: the request has tools; a model such as kimi-search searches all the same")
     question = Question(prompt, use_search, chat.model, effort=chat.effort, has_tools=bool(chat.tools))
-    question.conversation_id = chat.conversation_id
+    question.conversation_id, question.key = chat.conversation_id, request[OUTCOME].key
     question.attachments = [
         replace(one, uploaded=_find_file(state, owners, one.file_id, one.path).reference) if one.file_id else one
         for one in chat.attachments

@@ -23,10 +23,10 @@ def protocol(request: pytest.FixtureRequest) -> str:
 
 
 async def call(
-    url: str, headers: dict[str, str] | None = None, *, path: str = CHAT, method: str = "POST"
+    url: str, headers: dict[str, str] | None = None, *, path: str = CHAT, method: str = "POST", **fields: Any
 ) -> tuple[int, Any]:
     """One request: status, and JSON where there is some."""
-    body = chat_body() if method == "POST" else None
+    body = chat_body(**fields) if method == "POST" else None
     async with (
         aiohttp.ClientSession() as http,
         http.request(method, url + path, json=body, headers=headers) as response,
@@ -103,6 +103,21 @@ async def test_with_keys_only_a_key_is_let_in_and_nothing_else_goes_to_kimi(
     assert simulator.account(token).count("ask") == asked == 3
     assert "key=me" in log_lines.text and "key=#2" in log_lines.text and "key=you" in log_lines.text
     assert "sesame" not in log_lines.text and "second-key" not in log_lines.text
+
+
+async def test_a_conversation_is_continued_by_the_key_that_opened_it_alone(
+    simulator: Simulator, start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    settings = {"refresh_token": simulator.token("hello"), "state_dir": str(tmp_path)}
+    proxy = await start_proxy(**settings, api_keys="me:mine,you:yours")
+    _, mine = await call(proxy, bearer("mine"), conversation_id="new")
+    _, yours = await call(proxy, bearer("yours"), conversation_id="new")
+    await start_proxy.close()
+    proxy = await start_proxy(**settings, api_keys="you:yours,me:new")
+    for key, answer, status in (("new", mine, 200), ("yours", mine, 404), ("new", yours, 404), ("yours", yours, 200)):
+        assert (await call(proxy, bearer(key), conversation_id=answer["id"]))[0] == status
+    await start_proxy.close()
+    assert (await call(await start_proxy(**settings), conversation_id=mine["id"]))[0] == 404
 
 
 async def test_a_key_that_is_no_utf8_is_refused(simulator: Simulator, start_proxy: StartProxy) -> None:

@@ -735,6 +735,7 @@ async def test_kept_conversations_are_bounded_and_the_oldest_go_first(tmp_path: 
     account = accounts.get("r")
     for number in range(105):
         await accounts.keep(account, f"c{number}", "connect", f"m{number}")
+        await accounts.keep(account, f"{number}", "connect", "m", key="another's")
     await accounts.keep(account, "c5", "connect", "again")
     kept = await accounts.read_kept(account)
     assert (len(kept), kept["c5"], "c4" in kept) == (100, ("connect", "again"), False)
