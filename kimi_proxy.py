@@ -33,6 +33,7 @@ import binascii
 import codecs
 import ctypes
 import difflib
+import errno
 import gc
 import hashlib
 import io
@@ -108,6 +109,14 @@ def _kimi(default: Any, text: str, prefix: str = "KIMI_", *, secret: bool = Fals
 
 
 _proxy: Final = partial(_kimi, prefix="PROXY_")
+GROUPS: Final = {  # of `--help`, by the first setting of each
+    "host": "server",
+    "base_url": "Kimi",
+    "refresh_token": "accounts and keys",
+    "max_file_mb": "files",
+    "max_requests": "limits",
+    "log_level": "logs",
+}
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -116,6 +125,13 @@ class Settings:
 
     host: str = _proxy("127.0.0.1", "address to listen on")
     port: int = _proxy(8000, "port to listen on; 0 takes a free one", low=0, high=65_535)
+    state_dir: str = _proxy(
+        "default",
+        "where tokens are kept; default: $STATE_DIRECTORY or the user's; empty: nowhere",
+    )
+    cors_origins: tuple[str, ...] = _proxy(("*",), "comma-separated origins whose web pages may call; * is any")
+    drain_delay_seconds: float = _proxy(0.0, "on shutdown, only /health says 503 at first; 2 behind a balancer", low=0)
+    drain_seconds: float = _proxy(30.0, "on shutdown, time for running requests to finish", low=0)
     base_url: str = _kimi("", "Kimi's base URL; empty: https://kimi.moonshot.cn, or www.kimi.com for connect")
     auth_url: str = _kimi("https://auth.kimi.com", "base URL of the newer token refresh")
     web_version: str = _kimi("2.2.0", "web page's version that connect sends (x-msh-version)")
@@ -123,30 +139,23 @@ class Settings:
     system_prompt: bool = _kimi(False, "describe tools to kimi.com in a system prompt, not in the text")
     use_search: bool = _kimi(True, "search the web where neither request nor model says so")
     sources: str = _kimi("text", "how to show search hits; text: in the answer too", choices="text annotations none")
+    proxy_url: str = _kimi("", "HTTP proxy for all but file URLs, http://user:password@host:port", secret=True)
     refresh_token: str = _kimi("", "comma-separated refresh tokens of the accounts to hold", secret=True)
     refresh_token_file: str = _kimi("", "a file with them; relative to $CREDENTIALS_DIRECTORY first")
     api_keys: str = _proxy("", "comma-separated keys (key or name:key) that clients must send", secret=True)
     api_keys_file: str = _proxy("", "a file with them, comma-separated or one per line")
     allowed_hosts: tuple[str, ...] = _proxy((), "comma-separated host names of a proxy that holds an account")
-    proxy_url: str = _kimi("", "HTTP proxy for all but file URLs, http://user:password@host:port", secret=True)
-    queue_length: int = _proxy(16, "requests that may wait for an account that answers one at a time", low=0)
-    state_dir: str = _proxy(
-        "default",
-        "where tokens are kept; default: $STATE_DIRECTORY or the user's; empty: nowhere",
-    )
-    cors_origins: tuple[str, ...] = _proxy(("*",), "comma-separated origins whose web pages may call; * is any")
-    log_level: str = _proxy("info", "debug tells of each upstream event", choices="debug info warning error")
-    log_format: str = _proxy("text", "json is one JSON object per line", choices="text json")
-    call_seconds: float = _kimi(15.0, "limit of one ordinary call to Kimi")
-    silence_seconds: float = _kimi(120.0, "limit of silence in an answer")
-    answer_seconds: float = _kimi(1800.0, "limit of one whole answer")
-    drain_delay_seconds: float = _proxy(0.0, "on shutdown, only /health says 503 at first; 2 behind a balancer", low=0)
-    drain_seconds: float = _proxy(30.0, "on shutdown, time for running requests to finish", low=0)
     max_file_mb: int = _proxy(100, "largest file of a request (1 MB is 1,048,576 bytes)")
     max_inline_mb: int = _proxy(32, "files inside a request, decoded, together")
     spool_dir: str = _proxy("", "where a file of unknown length waits; empty: the system's temporary files")
     allow_private_urls: bool = _proxy(False, "let file URLs lead into private networks")
     max_requests: int = _proxy(256, "requests at once; beyond it a 503 with Retry-After")
+    queue_length: int = _proxy(16, "requests that may wait for an account that answers one at a time", low=0)
+    call_seconds: float = _kimi(15.0, "limit of one ordinary call to Kimi")
+    silence_seconds: float = _kimi(120.0, "limit of silence in an answer")
+    answer_seconds: float = _kimi(1800.0, "limit of one whole answer")
+    log_level: str = _proxy("info", "debug tells of each upstream event", choices="debug info warning error")
+    log_format: str = _proxy("text", "json is one JSON object per line", choices="text json")
 
     @property
     def max_body_bytes(self) -> int:
@@ -154,12 +163,11 @@ class Settings:
         return self.max_inline_mb * MEGABYTE * 4 // 3 + MEGABYTE
 
     @classmethod
-    def load(cls, environ: Mapping[str, str], argv: Sequence[str] = ()) -> Settings:
-        """The settings in `environ` and the flags in `argv`. Raises `SettingsError`."""
-        flags: dict[str, str | None] = vars(make_option_parser().parse_args(argv)) if argv else {}
+    def load(cls, environ: Mapping[str, str], flags: Mapping[str, Any] | None = None) -> Settings:
+        """The settings in `environ` and in `flags`, by name. Raises `SettingsError`."""
         chosen: dict[str, Any] = {}
         for option in fields(cls):
-            source, text = option_flag(option), flags.get(option.name)
+            source, text = option_flag(option), (flags or {}).get(option.name)
             if text is None and (text := environ.get(source := option_variable(option))) is None:
                 continue
             try:
@@ -187,7 +195,10 @@ def _parse_setting(option: Field[Any], text: str) -> Any:
             raise ValueError("must be true or false" if kind is bool else f"must be one of {', '.join(choices)}")
         return choices[text.lower()]
     if option.name.endswith("_url"):
-        return _check_url(text.rstrip("/"))
+        url = _check_url(text.rstrip("/"))
+        if option.name == "base_url" and URL(url).path not in ("", "/"):
+            raise ValueError("is Kimi's own address, without a path; the one with /v1 is the proxy's, for your program")
+        return url
     if option.name == "spool_dir" and text and not os.path.isdir(text):
         raise ValueError("must be a directory that exists")
     return text if kind is str else tuple(text.replace(",", " ").split())
@@ -232,18 +243,33 @@ def describe_option(option: Field[Any]) -> tuple[str, str]:
     return f"`{text or '(empty)'}`{unit}", ": ".join(filter(None, (choices, option.metadata["help"])))
 
 
-def make_option_parser() -> argparse.ArgumentParser:
-    """All flags but secrets'; one not given is None. None can be abbreviated: it might be meant for a secret."""
-    about = "An OpenAI-compatible gateway in front of the Kimi web service."
-    more = '`kimi_proxy.py ask "question"` asks a running proxy, `kimi_proxy.py check` tries each step of Kimi.'
-    parser = argparse.ArgumentParser("kimi_proxy.py", description=about, epilog=more, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"kimi_proxy {__version__}")
+def add_options(parser: argparse.ArgumentParser, *, hidden: bool) -> None:
+    """Add the flags of all settings but secrets, in their groups, or `hidden` in its help. One not given is None."""
     for option in fields(Settings):
+        if option.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[option.name])
+        default, text = describe_option(option)
+        text = f"{text} (default {default}; {option_variable(option)})".replace("%", "%%")
         if not option.metadata["secret"]:
-            default, text = describe_option(option)
-            text = f"{text} (default {default}; {option_variable(option)})".replace("%", "%%")
-            parser.add_argument(option_flag(option), dest=option.name, metavar="X", help=text)
-    return parser
+            shown = argparse.SUPPRESS if hidden else text
+            group.add_argument(option_flag(option), dest=option.name, metavar="X", help=shown)
+
+
+def read_text(path: Path) -> str:
+    """The text in a file that a setting names. Raises `SettingsError`."""
+    try:
+        return path.read_text("utf-8-sig")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", "") or "not a text file"
+        raise SettingsError(f"{path} cannot be read ({reason})") from None
+
+
+_ENV_LINE: Final = re.compile(r"""(?m)^\s*(?:export\s+)?((?:KIMI|PROXY)_\w+)[ \t]*=[ \t]*(["']?)(.*?)\2[ \t]*$""")
+
+
+def read_env_file(path: Path) -> dict[str, str]:
+    """The settings in a file of `NAME=VALUE` lines, as Docker and systemd take them. Raises `SettingsError`."""
+    return {name: value for name, _, value in _ENV_LINE.findall(read_text(path))}
 
 
 # ==== 3. Errors =============================================================
@@ -5553,12 +5579,11 @@ def read_secrets(name: str, text: str, file_name: str, environ: Mapping[str, str
     try:
         if file_name:  # a relative name is first looked up in systemd's credentials (systemd.exec(5))
             found = Path(environ.get("CREDENTIALS_DIRECTORY", ""), file_name)
-            text = (found if found.exists() else Path(file_name)).read_text("utf-8-sig")
+            text = read_text(found if found.exists() else Path(file_name))
         is_key = name == "PROXY_API_KEYS"
         words = tuple(dict.fromkeys(re.findall(r"[^,\s]+", text))) if is_key else read_pasted_tokens(text, r",\s")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", "") or "not a text file"
-        raise SettingsError(f"{name}_FILE: cannot be read ({reason})") from None
+    except SettingsError as error:
+        raise SettingsError(f"{name}_FILE: {error}") from None
     except ProxyError as error:
         raise SettingsError(f"{name}: {error.detail}; {error.failure.text}") from None
     if file_name and not words:
@@ -6572,8 +6597,10 @@ async def run_server(
             for site in sites or [web.TCPSite(runner, settings.host, settings.port)]:
                 await site.start()
         except (OSError, OverflowError) as error:
+            is_taken = getattr(error, "errno", 0) == errno.EADDRINUSE
             reason = getattr(error, "strerror", None) or str(error)
-            raise SettingsError(f"cannot listen on {settings.host}:{settings.port}: {quote_words(reason)}") from None
+            reason = "address already in use; choose another with --port" if is_taken else quote_words(reason)
+            raise SettingsError(f"cannot listen on {settings.host}:{settings.port}: {reason}") from None
         name, port = runner.addresses[0][:2]
         host = name if sockets else settings.host
         yield f"http://{f'[{host}]' if ':' in host else host}:{port}", runner
@@ -6629,6 +6656,20 @@ def _listen_for_signals() -> asyncio.Event:
     return stop
 
 
+def _tell_address(address: str) -> str:
+    """The base URL; where it stands for all addresses of this machine, what to use here and elsewhere."""
+    url = URL(address) / "v1"
+    if url.host not in ("0.0.0.0", "::"):
+        return str(url)
+    here, away, family = ("127.0.0.1", "192.0.2.1", socket.AF_INET)
+    if url.host == "::":
+        here, away, family = ("::1", "2001:db8::1", socket.AF_INET6)
+    with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((away, 9))  # sends nothing, but chooses an address of this machine
+        return f"{url.with_host(here)}, elsewhere {url.with_host(probe.getsockname()[0])}"
+    return str(url.with_host(here))
+
+
 async def _serve(settings: Settings) -> None:
     """Serve until a signal asks to stop; then tell balancers, and leave in good order."""
     stop = _listen_for_signals()
@@ -6638,34 +6679,30 @@ async def _serve(settings: Settings) -> None:
                 0
             )  # gives back what imports took and freed: a sixth of all memory as the service
         gc.freeze()  # what is loaded stays: else each full collection stops all streams for long enough to look at it
-        print(f"kimi_proxy {__version__} is ready. Base URL for your program: {address}/v1", flush=True)
+        print(f"kimi_proxy {__version__} is ready. Base URL for your program: {_tell_address(address)}", flush=True)
         notify(READY="1")
         beating = asyncio.create_task(_beat(runner.app[STATE]))
         await stop.wait()
-        logger.info("shutting down")
-        seconds = settings.drain_delay_seconds + settings.drain_seconds + REMOVAL_SECONDS + 10
+        running, seconds = runner.app[STATE].answers_running, settings.drain_delay_seconds + settings.drain_seconds
+        waiting = f": waiting for {running} answer{'s' * (running > 1)}, at most {seconds:g} s; Ctrl-C again stops now"
+        logger.info("shutting down%s", waiting if running else "")
+        seconds += REMOVAL_SECONDS + 10
         notify(STOPPING="1", EXTEND_TIMEOUT_USEC=str(int(seconds * 1e6)))
         runner.app[STATE].draining = True
         await asyncio.sleep(settings.drain_delay_seconds)
     beating.cancel()
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the command in `argv`; the exit status: 0, 1 for a failure, 2 for a setting that is not usable."""
-    try:
-        if command := {"ask": ask_command, "check": check_command}.get(argv[0] if argv else ""):
-            return command(argv[1:])
-        settings = Settings.load(os.environ, argv)
-        configure_logging(settings.log_level, settings.log_format)
-        if unknown := unknown_variables(os.environ):
-            logger.warning("! ignored, as there are no such settings: %s", ", ".join(unknown))
-        asyncio.run(_serve(settings))
-    except SettingsError as error:
-        print(f"kimi_proxy: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+def _serve_command(settings: Settings, _: argparse.Namespace) -> int:
+    configure_logging(settings.log_level, settings.log_format)
+    if unknown := unknown_variables(os.environ):
+        logger.warning("! ignored, as there are no such settings: %s", ", ".join(unknown))
+    asyncio.run(_serve(settings))
     return 0
+
+
+class CommandError(Exception):
+    """A command failed; the text is one line for whoever started it."""
 
 
 def _read_held_token(settings: Settings) -> str:
@@ -6674,39 +6711,60 @@ def _read_held_token(settings: Settings) -> str:
     return tokens[0] if tokens else ""
 
 
-def _fail(command: str, message: str, status: int = 1) -> int:
-    print(f"kimi_proxy {command}: {message}", file=sys.stderr)
-    return status
+def _ask_command(settings: Settings, options: argparse.Namespace) -> int:
+    """Ask a running proxy, and print the answer as it comes; 130 where it was stopped.
 
-
-def ask_command(argv: Sequence[str]) -> int:
-    """`ask "question"`: ask a running proxy, and print the answer as it comes. The exit status: 1 for a failure."""
-    settings = Settings.load(os.environ)
-    own_url = f"http://127.0.0.1:{settings.port}"
-    parser = argparse.ArgumentParser(prog="kimi_proxy.py ask", description="Ask a running kimi_proxy in the terminal.")
-    parser.add_argument("question", nargs="*", help="the question; text from a pipe is appended to it")
-    parser.add_argument("--url", default=own_url, help="address of the proxy (default %(default)s)")
-    parser.add_argument("--model", default="kimi", help="model to ask (default %(default)s)")
-    parser.add_argument("--file", action="append", default=[], help="a file or picture, or its URL; may be repeated")
-    options = parser.parse_args(list(argv))
+    In a terminal, without a question, go on asking until Ctrl-D.
+    """
     question = " ".join(options.question)
     if not sys.stdin.isatty():
-        question = f"{question}\n{sys.stdin.read()}".strip()
-    if not question:
-        return _fail("ask", "ask a question", 2)
+        try:
+            question = f"{question}\n{sys.stdin.buffer.read().decode('utf-8-sig')}".strip()
+        except UnicodeDecodeError:
+            raise SettingsError("standard input is not text in UTF-8; give documents and pictures by --file") from None
+        if not question:
+            raise SettingsError("ask a question")
     keys = read_secrets("PROXY_API_KEYS", settings.api_keys, settings.api_keys_file, os.environ)
     own_key = keys[0].partition(":")[2] or keys[0] if keys else _read_held_token(settings)
     token = os.environ.get("PROXY_API_KEY", "") or own_key
-    address = options.url if "://" in options.url else f"http://{options.url}"
+    address = options.url or f"127.0.0.1:{settings.port}"
+    address = address if "://" in address else f"http://{address}"
     url = address.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
     try:
-        content: Any = [*map(_render_part, options.file), {"type": "text", "text": question}]
+        parts = [*map(_render_part, options.file)]
     except OSError as error:
-        return _fail("ask", f"{error.filename}: {error.strerror}", 2)
-    body = {"model": options.model, "stream": True, "messages": [{"role": "user", "content": content}]}
-    if failure := asyncio.run(_print_answer(url, token, body)):
-        return _fail("ask", failure)
-    return 0
+        raise SettingsError(f"{error.filename}: {error.strerror}") from None
+    body = {"model": f"{options.model}-silent", "stream": True}  # silent: the sources are listed here
+    body |= {} if options.search is None else {"use_search": options.search}
+    messages: list[dict[str, Any]] = []
+    is_chat = not question
+    while True:
+        if is_chat and not (question := _type_question()):
+            return 0
+        messages.append({"role": "user", "content": [*parts, {"type": "text", "text": question}]})
+        try:
+            answer = asyncio.run(_print_answer(url, token, body | {"messages": messages}))
+            messages.append({"role": "assistant", "content": answer})
+            parts = []
+            if not is_chat:
+                return 0
+        except (CommandError, KeyboardInterrupt) as error:
+            if not is_chat and isinstance(error, CommandError):
+                raise
+            print(f"kimi_proxy: {str(error) or 'stopped, at Kimi too'}", file=sys.stderr)
+            if not is_chat:
+                return 130
+            messages.pop()
+
+
+def _type_question() -> str:
+    """What the user types next; empty at the end."""
+    with suppress(EOFError):
+        while not (line := input("> ").strip()):
+            pass
+        return line
+    print()
+    return ""
 
 
 def _render_part(path: str) -> dict[str, Any]:
@@ -6722,7 +6780,7 @@ def _render_part(path: str) -> dict[str, Any]:
 
 
 async def _print_answer(url: str, token: str, body: dict[str, Any]) -> str:
-    """Print the streamed answer; what failed, if anything. The stream is read by code that is not ours: a check."""
+    """Print the streamed answer; its text. Raises `CommandError`. Code that is not ours reads the stream: a check."""
     from aiohttp_sse_client.client import EventSource  # noqa: PLC0415  # serving does not need it
 
     logging.getLogger("aiohttp_sse_client").setLevel(logging.CRITICAL)
@@ -6730,86 +6788,104 @@ async def _print_answer(url: str, token: str, body: dict[str, Any]) -> str:
     async def refuse(response: aiohttp.ClientResponse) -> None:
         if response.status != 200:
             try:
-                raise ConnectionError(json.loads(await response.read())["error"]["message"])
+                message = json.loads(await response.read())["error"]["message"]
             except (ValueError, KeyError, TypeError):
-                raise ConnectionError("the address answers, but not as kimi_proxy does") from None
+                raise CommandError("the address answers, but not as kimi_proxy does") from None
+            hint = "" if token else " In the terminal, set PROXY_API_KEY or KIMI_REFRESH_TOKEN."
+            raise CommandError(f"{message}{hint}")
 
     screen = _Screen()
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
+    request: dict[str, Any] = {"headers": headers, "data": _send_body(encode_json(body).encode(), screen)}
     try:
         async with (
             aiohttp.ClientSession(
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
-                headers={"Authorization": f"Bearer {token}"} if token else {},
-                raise_for_status=refuse,
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=10), raise_for_status=refuse
             ) as session,
-            EventSource(url, option={"method": "POST"}, session=session, max_connect_retry=0, json=body) as source,
+            EventSource(url, option={"method": "POST"}, session=session, max_connect_retry=0, **request) as source,
         ):
             return await _print_events(source, screen)
-    except ConnectionError as error:
-        return f"{error}{'' if token else ' In the terminal, set PROXY_API_KEY or KIMI_REFRESH_TOKEN.'}"
-    except aiohttp.ClientError as error:
-        return f"cannot reach {url} ({type(error).__name__}); is the proxy running?"
+    except BrokenPipeError:
+        raise
+    except (aiohttp.ClientError, ConnectionError) as error:
+        raise CommandError(f"cannot reach {url} ({type(error).__name__}); is the proxy running?") from None
     finally:
-        screen.show("")
+        screen.close()
+
+
+async def _send_body(body: bytes, screen: _Screen) -> AsyncIterator[bytes]:
+    for start in range(0, len(body), 65_536):
+        screen.waiting_for = f"sending, {100 * start // len(body)} %"
+        yield body[start : start + 65_536]
+    screen.waiting_for = "waiting for Kimi"
 
 
 async def _print_events(source: AsyncIterator[Any], screen: _Screen) -> str:
-    """Print until `[DONE]` or an error: reading on would make the reader ask again."""
+    """Print until `[DONE]` or an error, as reading on would make the reader ask again; the answer's text."""
+    answer, annotations = "", list[dict[str, Any]]()
     async for event in source:
         if event.data == "[DONE]":
-            screen.show("\n")
-            return ""
+            screen.show(_list_sources(answer, annotations))
+            return answer
         value = json.loads(event.data)
         if "error" in value:
-            return str(value["error"]["message"])
+            raise CommandError(value["error"]["message"])
         for choice in value["choices"]:
             if thinking := choice["delta"].get("reasoning_content"):
                 screen.show(thinking, dimmed=True)
             if text := choice["delta"].get("content"):
                 screen.show(text)
-    return "the stream ended without [DONE]"
+                answer += text
+            annotations += choice["delta"].get("annotations", [])
+    raise CommandError("the stream ended without [DONE]")
+
+
+def _list_sources(text: str, annotations: Sequence[Mapping[str, Any]]) -> str:
+    """The sources of `text` as a list, numbered as the marks like [2] there; empty without any."""
+    titles = {one["url_citation"]["url"]: one["url_citation"]["title"] for one in annotations}
+    heading = "来源：" if re.search("[\u4e00-\u9fff]", text) else "Sources:"
+    lines = [f"{number}. {title} {url}" for number, (url, title) in enumerate(titles.items(), 1)]
+    return "\n".join(["\n", heading, *lines]) if lines else ""
 
 
 class _Screen:
     """Where `ask` prints: in a terminal a moving mark until text comes, and dimmed thinking; else plain text."""
 
     def __init__(self) -> None:
+        self.waiting_for = ""
         self._terminal = sys.stdout.isatty()
-        self._thinking = False
+        self._thinking = self._begun = False
         self._waiting = asyncio.create_task(self._show_waiting()) if self._terminal else None
 
     def show(self, text: str, *, dimmed: bool = False) -> None:
         """Print a piece of the answer."""
+        self._stop_waiting()
+        if text and self._thinking and not dimmed:
+            print("\n")
+        self._thinking, self._begun = dimmed, True
+        print(f"\x1b[2m{text}\x1b[0m" if dimmed and self._terminal else text, end="", flush=True)
+
+    def close(self) -> None:
+        """End the last line, if there is one."""
+        self._stop_waiting()
+        print(end="\n" * self._begun, flush=True)
+
+    def _stop_waiting(self) -> None:
         if self._waiting is not None:
             self._waiting.cancel()
             self._waiting = None
-            print("\r \r", end="")
-        if text and self._thinking and not dimmed:
-            print("\n")
-        self._thinking = dimmed or (self._thinking and not text)
-        print(f"\x1b[2m{text}\x1b[0m" if dimmed and self._terminal else text, end="", flush=True)
+            print("\r\x1b[K", end="")
 
-    @staticmethod
-    async def _show_waiting() -> None:
+    async def _show_waiting(self) -> None:
         for mark in cycle("|/-\\"):
-            print(f"\r{mark}", end="", flush=True)
+            print(f"\r\x1b[K{mark} {self.waiting_for}", end="", flush=True)
             await asyncio.sleep(0.1)
 
 
-def check_command(argv: Sequence[str]) -> int:
-    """`check`: walk every step of Kimi once; the exit status: 0 where a program in front would work."""
-    parser = argparse.ArgumentParser(
-        prog="kimi_proxy.py check",
-        description="Try every step of Kimi once, with the held account (KIMI_REFRESH_TOKEN), and say what was seen. "
-        "The settings are the proxy's, by environment variable. A few short questions are asked in each protocol.",
-    )
-    recording = "write the answers' streams, tokens, ids and texts replaced, to FILE-STEP.sse, FILE-STEP.connect"
-    parser.add_argument("--record", metavar="FILE", help=recording)
-    options = parser.parse_args(list(argv))
-    settings = Settings.load(os.environ)
-    token = _read_held_token(settings)
-    if not token:
-        return _fail("check", "set KIMI_REFRESH_TOKEN", 2)
+def _check_command(settings: Settings, options: argparse.Namespace) -> int:
+    """Walk every step of Kimi once; 0 where a program in front would work."""
+    if not (token := _read_held_token(settings)):
+        raise SettingsError("set KIMI_REFRESH_TOKEN, or run `kimi_proxy.py setup`")
     configure_logging("warning")
     return asyncio.run(_check(settings, token, options.record))
 
@@ -6916,12 +6992,16 @@ class _Check:
 
     async def _step(self, what: str, work: Awaitable[Result]) -> Result:
         started = time.monotonic()
+        if sys.stdout.isatty():
+            print(f"...   {self.protocol.name:8} {what}", end="\r", flush=True)
         try:
             result = await work
         except ProxyError as error:
             self._tell("FAIL", what, error.message)
             raise
-        self._tell("ok", what, f"{time.monotonic() - started:.2f} s", _render_seen(result))
+        is_moderated = isinstance(result, list) and Finished("content_filter") in result
+        verdict, seconds = "warn" if is_moderated else "ok", f"{time.monotonic() - started:.2f} s"
+        self._tell(verdict, what, seconds, _render_seen(result) + ", moderated by Kimi" * is_moderated)
         return result
 
     def _tell(self, verdict: str, what: str, text: str, seen: str = "") -> None:
@@ -6964,7 +7044,7 @@ def _render_seen(result: object) -> str:
         return f", {shape} list: " + ", ".join(names)
     if isinstance(result, list):
         return "".join(f", {count} {kind}" for kind, count in Counter(type(event).__name__ for event in result).items())
-    return f", {result} addresses" if isinstance(result, int) else ""
+    return f", {result} address{'es' * (result != 1)}" if isinstance(result, int) else ""
 
 
 _KEPT_KEYS: Final = frozenset({"event", "type", "op", "mask", "role", "status", "name", "code", "reason", "scenario"})
@@ -7012,6 +7092,92 @@ def _anonymize_json(data: bytes) -> str:
     except WireError:
         value = data.decode("utf-8", "replace")
     return encode_json(anonymize(value))
+
+
+_COMMANDS: Final[Mapping[str, Callable[[Settings, argparse.Namespace], int]]] = {
+    "": _serve_command,
+    "ask": _ask_command,
+    "check": _check_command,
+}
+_ABOUT: Final = {
+    "": """An OpenAI-compatible gateway in front of the Kimi web service. Without a command it serves programs.
+
+commands, each of which tells more with --help:
+  ask "question"   ask a running proxy in the terminal
+  check            try each step of Kimi, and say what was seen""",
+    "ask": "Ask a running proxy in the terminal. Without a question, ask one after the other until Ctrl-D.",
+    "check": """Try every step of Kimi once, with the held account (KIMI_REFRESH_TOKEN), and say what was seen.
+A few short questions are asked in each protocol.""",
+}
+
+
+class _CommandLine(argparse.ArgumentParser):
+    """Tells what is wrong in one line, with what was probably meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `SettingsError`, which quotes no value: it may be a secret."""
+        unknown = re.search(r"unrecognized arguments: ([^\s=]+)", message)
+        if unknown is None:
+            raise SettingsError(message)
+        known = re.findall("--[a-z-]+", self.format_help() + make_parser("").format_help())
+        nearest = difflib.get_close_matches(unknown[1], [*_COMMANDS, *known], 1)
+        meant = f"do you mean {nearest[0]}?" if nearest else "see --help"
+        raise SettingsError(f"{quote_name(unknown[1])}: there is no such option or command; {meant}")
+
+
+def make_parser(command: str) -> argparse.ArgumentParser:
+    """The parser of a command's flags. None can be abbreviated: it might be meant for a secret."""
+    parser = _CommandLine(
+        f"kimi_proxy.py {command}".rstrip(),
+        usage=None if command else "kimi_proxy.py [command] [--option X ...]",
+        description=_ABOUT[command],
+        epilog="The settings are the proxy's, by variable or flag."
+        if command
+        else "Secrets have no flag: KIMI_REFRESH_TOKEN, PROXY_API_KEYS, KIMI_PROXY_URL.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"kimi_proxy {__version__}")
+    parser.add_argument("--env-file", metavar="FILE", help="NAME=VALUE lines to take settings from (default: .env)")
+    if command == "ask":
+        parser.add_argument("question", nargs="*", help="the question; text from a pipe is appended to it")
+        parser.add_argument("--url", help="address of the proxy (default: this machine's)")
+        parser.add_argument("--model", default="kimi", help="model to ask (default: %(default)s)")
+        parser.add_argument("--search", action=argparse.BooleanOptionalAction, help="search the web, or do not")
+        parser.add_argument(
+            "--file", action="append", default=[], help="a file or picture, or its URL; may be repeated"
+        )
+    if command == "check":
+        text = "write the answers' streams, tokens, ids and texts replaced, to FILE-STEP.sse, FILE-STEP.connect"
+        parser.add_argument("--record", metavar="FILE", help=text)
+    add_options(parser, hidden=bool(command))
+    return parser
+
+
+def _load_env_file(name: str | None) -> None:
+    """Take settings from the file, or from .env where there is one. What the environment has wins."""
+    found = read_env_file(Path(name or ".env")) if name or os.path.isfile(".env") else {}
+    for variable, value in found.items():
+        os.environ.setdefault(variable, value)
+    if found and not name:
+        print(f"kimi_proxy: .env in this directory sets {', '.join(found)}", file=sys.stderr)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command in `argv`; the exit status: 0, 1 for a failure, 2 for a setting that is not usable."""
+    command = argv[0] if argv and argv[0] in _COMMANDS else ""
+    try:
+        options = make_parser(command).parse_intermixed_args(argv[bool(command) :])
+        _load_env_file(options.env_file)
+        return _COMMANDS[command](Settings.load(os.environ, vars(options)), options)
+    except (SettingsError, CommandError) as error:
+        print(f"kimi_proxy: {error}", file=sys.stderr)
+        return 2 if isinstance(error, SettingsError) else 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever read standard output is gone, and what is buffered is for nobody
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 if __name__ == "__main__":

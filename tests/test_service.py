@@ -8,12 +8,13 @@ import json
 import os
 import pty
 import re
+import shlex
 import signal
 import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import aiohttp
 import pytest
 from conftest import StartProxy, bearer, chat_body
 from golden import render_stream
-from kimi_simulator import HELLO, Simulator
+from kimi_simulator import HELLO, SCRIPTS, Cite, End, Hit, Say, Simulator, Think, Wait
 from toc import MODULE
 
 from kimi_proxy import anonymize
@@ -90,6 +91,18 @@ async def test_a_good_start_prints_the_base_url_and_a_signal_ends_it_with_0(serv
     assert status == 0 and "Traceback" not in log
 
 
+async def test_a_start_for_all_addresses_prints_what_to_use_here_and_elsewhere(
+    simulator: Simulator, http: aiohttp.ClientSession
+) -> None:
+    running = await start(simulator, PROXY_HOST="0.0.0.0")
+    urls = re.findall(r"http://[\w.:\[\]]+(?=/v1)", running.first_line)
+    assert urls[0].startswith("http://127.0.0.1:") and "0.0.0.0" not in running.first_line
+    for url in urls:  # a machine without a network has the first one alone
+        async with http.get(url + "/ping") as response:
+            assert response.status == 200
+    assert (await running.stop())[0] == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_at_a_signal_streams_are_told_and_removals_finished(
     simulator: Simulator, service: Running, http: aiohttp.ClientSession, number: int
@@ -114,7 +127,7 @@ async def test_a_port_in_use_stops_the_start_with_one_line() -> None:
         taken.listen()
         status, out, err = await run("--port", str(taken.getsockname()[1]))
     assert status == 2 and out == ""
-    assert len(err.strip().splitlines()) == 1 and "in use" in err
+    assert len(err.strip().splitlines()) == 1 and "already in use; choose another with --port" in err
 
 
 @pytest.mark.parametrize(
@@ -123,18 +136,48 @@ async def test_a_port_in_use_stops_the_start_with_one_line() -> None:
         (["--port", "x"], {}, "--port"),
         ([], {"KIMI_PROTOCOL": "x"}, "KIMI_PROTOCOL"),
         (["--host", "300.1.1.1"], {}, "300.1.1.1"),
+        (["--prot", "8000"], {}, "--prot: there is no such option or command; do you mean --port?"),
+        (["aks", "hello"], {}, "do you mean ask?"),
+        (["ask", "--modle=x", "hello"], {}, "--modle: there is no such option or command; do you mean --model?"),
+        (["check", "--kimi-protcol", "x"], {}, "do you mean --kimi-protocol?"),
+        (["--kimi-refresh-token", "eyJzZXNhbWU"], {}, "do you mean --kimi-refresh-token-file?"),
+        ([], {"KIMI_BASE_URL": "https://www.kimi.com/v1"}, "without a path; the one with /v1 is the proxy's"),
+        (["--env-file", "/no/such/file"], {}, "/no/such/file cannot be read"),
     ],
 )
 async def test_a_bad_setting_stops_the_start_with_one_line(
     arguments: list[str], environment: dict[str, str], names: str
 ) -> None:
     status, _, err = await run(*arguments, **{"PROXY_PORT": "0", **environment})
-    assert status == 2 and names in err and len(err.strip().splitlines()) == 1
+    assert status == 2 and names in err and len(err.strip().splitlines()) == 1 and "eyJ" not in err
+
+
+async def test_settings_from_a_file_as_docker_and_systemd_write_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "my.env"
+    path.write_bytes(
+        b'\xef\xbb\xbf# KIMI_USE_SEARCH=false\r\nKIMI_BASE_URL="http://no-such-host.invalid"\r\n\r\n'
+        b"export KIMI_PROTOCOL='classic'\r\nKIMI_REFRESH_TOKEN = eyJ0.a=b'c\r\nOTHER=1\r\n"
+    )
+    status, out, err = await run("check", "--env-file", str(path))
+    assert status == 1 and "FAIL  classic  address" in out and "connect" not in out and err == ""
+    status, out, _ = await run("check", "--env-file", str(path), KIMI_PROTOCOL="connect")
+    assert status == 1 and "FAIL  connect  address" in out and "classic" not in out
+    path.rename(tmp_path / ".env")
+    monkeypatch.chdir(tmp_path)
+    status, out, err = await run("check")
+    assert "FAIL  classic  address" in out and err == (
+        "kimi_proxy: .env in this directory sets KIMI_BASE_URL, KIMI_PROTOCOL, KIMI_REFRESH_TOKEN\n"
+    )
 
 
 async def test_help_and_version() -> None:
     status, out, _ = await run("--help")
-    assert status == 0 and "PROXY_PORT" in out and "ask" in out
+    parts = ["ask", "check", "server:", "PROXY_PORT", "Kimi:", "accounts and keys:", "files:", "limits:", "logs:"]
+    assert status == 0 and sorted(parts, key=out.index) == parts
+    status, out, _ = await run("ask", "--help")
+    assert status == 0 and "--no-search" in out and "PROXY_PORT" not in out
     status, out, _ = await run("--version")
     assert status == 0 and re.fullmatch(r"kimi_proxy \d+\.\d+\.\d+\n", out)
 
@@ -144,10 +187,47 @@ async def test_ask_prints_the_answer(simulator: Simulator, proxy: str) -> None:
     assert await run("ask", "hi", "--url", proxy, KIMI_REFRESH_TOKEN=token) == (0, HELLO + "\n", "")
 
 
-async def test_ask_shows_hits_as_they_come(simulator: Simulator, proxy: str) -> None:
+async def test_ask_takes_an_address_without_a_scheme(simulator: Simulator, proxy: str) -> None:
     address = f"{proxy.removeprefix('http://')}/v1/"
-    status, out, _ = await run("ask", "hi", "--url", address, KIMI_REFRESH_TOKEN=simulator.token("search"))
-    assert status == 0 and out.startswith("检索 Kimi 首页(") and out.endswith("助手。\n")
+    assert (await run("ask", "hi", "--url", address, KIMI_REFRESH_TOKEN=simulator.token("hello")))[0] == 0
+
+
+CHINESE = "据搜索，Kimi 是月之暗面的助手。\n\n来源：\n1. Kimi 首页 https://www.kimi.com/\n2. 月之暗面 https://www.moonshot.cn/"
+HITS = tuple(Hit(f"Page {name}", f"https://{name}.example/") for name in "abc")
+
+
+@pytest.mark.parametrize(
+    ("protocol", "steps", "shown"),
+    [
+        ("classic", SCRIPTS["search"], CHINESE + "about?a=1&b=2\n"),
+        ("connect", SCRIPTS["search"], CHINESE + "about?a=1&b=2\n"),
+        (
+            "connect",
+            (*HITS, Say("So"), Cite((3,)), Say(" it is"), Cite((2, 3)), End()),
+            "So[1] it is[2][1]\n\nSources:\n1. Page c https://c.example/\n2. Page b https://b.example/\n"
+            "3. Page a https://a.example/\n",
+        ),
+    ],
+)
+async def test_ask_lists_sources_at_the_end_in_the_language_and_by_the_numbers_of_the_text(
+    simulator: Simulator,
+    start_proxy: StartProxy,
+    monkeypatch: pytest.MonkeyPatch,
+    protocol: str,
+    steps: Any,
+    shown: str,
+) -> None:
+    monkeypatch.setitem(SCRIPTS, "made", steps)
+    proxy = await start_proxy(protocol=protocol)
+    assert await run("ask", "hi", "--url", proxy, KIMI_REFRESH_TOKEN=simulator.token("made")) == (0, shown, "")
+
+
+async def test_ask_says_which_model_and_whether_to_search(simulator: Simulator, proxy: str) -> None:
+    token = simulator.token("hello")
+    cases = {"--model=kimi": True, "--model=kimi-nosearch": False, "--no-search": False, "--search": True}
+    for flag, expected in cases.items():
+        assert (await run("ask", flag, "hi", "--url", proxy, KIMI_REFRESH_TOKEN=token))[0] == 0
+        assert simulator.account(token).asked[-1]["use_search"] is expected
 
 
 async def test_ask_sets_thinking_apart_from_the_answer(simulator: Simulator, start_proxy: StartProxy) -> None:
@@ -178,6 +258,19 @@ async def test_ask_shows_a_failure_and_ends_with_1(
     assert status == 1 and says in err and token not in err and "Traceback" not in err
 
 
+async def test_a_reader_that_leaves_and_a_text_that_is_none_make_no_traceback(simulator: Simulator, proxy: str) -> None:
+    token = simulator.token("long", "pace=0.01")
+    command = f"{shlex.join([*PROGRAM, 'ask', 'hi', '--url', proxy])} | head -c3"
+    environment = {**clean_environment(), "KIMI_REFRESH_TOKEN": token}
+    process = await asyncio.create_subprocess_shell(command, stdout=PIPE, stderr=PIPE, env=environment)
+    out, err = await asyncio.wait_for(process.communicate(), 20)
+    assert (len(out), err) == (3, b"")
+    await simulator.settle(token)
+    process = await asyncio.create_subprocess_exec(*PROGRAM, "ask", "hi", stdin=PIPE, stderr=PIPE, env=environment)
+    _, err = await asyncio.wait_for(process.communicate(b"\xff\xd8\xff"), 20)
+    assert process.returncode == 2 and b"not text in UTF-8" in err and b"--file" in err and err.count(b"\n") == 1
+
+
 async def test_ask_says_what_is_missing(proxy: str) -> None:
     status, _, err = await run("ask", "hi", "--url", proxy)
     assert status == 1 and "set PROXY_API_KEY or KIMI_REFRESH_TOKEN" in err
@@ -190,24 +283,103 @@ async def test_ask_says_what_is_missing(proxy: str) -> None:
     assert status == 1 and "running" in err
 
 
-async def test_ask_in_a_terminal_shows_a_moving_mark_and_takes_it_away(simulator: Simulator, proxy: str) -> None:
+class Terminal:
+    """The program in a terminal: what was `shown`, its exit status."""
+
+    def __init__(self, process: asyncio.subprocess.Process, descriptor: int) -> None:
+        self.process, self.descriptor = process, descriptor
+        self.shown = ""
+
+    async def read(self, wanted: str, times: int = 1) -> None:
+        """Return once `wanted` is shown."""
+        async with asyncio.timeout(20):
+            while self.shown.count(wanted) < times:
+                self.shown += (await asyncio.to_thread(os.read, self.descriptor, 65_536)).decode()
+
+    async def end(self) -> int:
+        """The exit status, once all is shown."""
+        with suppress(OSError):
+            await self.read("what is never shown")
+        return await asyncio.wait_for(self.process.wait(), 20)
+
+    def type(self, text: str) -> None:
+        os.write(self.descriptor, text.encode())
+
+
+@asynccontextmanager
+async def open_terminal(*arguments: str, **environment: str) -> AsyncIterator[Terminal]:
     ours, theirs = pty.openpty()
     process = await asyncio.create_subprocess_exec(
-        *PROGRAM,
-        *("ask", "hi", "--url", proxy),
+        *(*PROGRAM, *arguments),
         stdin=theirs,
         stdout=theirs,
-        stderr=PIPE,
-        env={**clean_environment(), "KIMI_REFRESH_TOKEN": simulator.token("quiet")},
+        stderr=theirs,
+        env={**clean_environment(), **environment},
+        start_new_session=True,
     )
     os.close(theirs)
     try:
-        assert await asyncio.wait_for(process.wait(), 20) == 0
-        shown = os.read(ours, 65_536).decode()
+        yield Terminal(process, ours)
     finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
         os.close(ours)
-        await process.communicate()
-    assert "\r|" in shown and "\r \rlate" in shown
+
+
+async def test_ask_in_a_terminal_shows_a_moving_mark_takes_it_away_and_dims_thinking(
+    simulator: Simulator, start_proxy: StartProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SCRIPTS, "made", (Wait(1.0), Think("let me see"), Say("42"), End()))
+    proxy = await start_proxy(protocol="connect")
+    async with open_terminal("ask", "hi", "--url", proxy, KIMI_REFRESH_TOKEN=simulator.token("made")) as terminal:
+        assert await terminal.end() == 0
+    assert "- waiting for Kimi" in terminal.shown
+    assert terminal.shown.endswith("\r\x1b[K\x1b[2mlet me see\x1b[0m\r\n\r\n42\r\n")
+
+
+async def test_ask_in_a_terminal_tells_how_far_a_file_is_sent(tmp_path: Path) -> None:
+    (tmp_path / "large").write_bytes(bytes(20_000_000))
+    done = asyncio.Event()
+
+    async def read_slowly(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await done.wait()
+        writer.close()
+
+    async with await asyncio.start_server(read_slowly, "127.0.0.1", 0) as server:
+        url = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with open_terminal("ask", "?", "--file", str(tmp_path / "large"), "--url", url) as terminal:
+            await terminal.read(" sending, ", 3)
+            done.set()
+            assert await terminal.end() == 1
+    assert re.search(r"sending, [1-9][0-9]? %", terminal.shown) and "is the proxy running?" in terminal.shown
+
+
+@pytest.mark.parametrize("order", ["stall=6", "silent=ask"], ids=["amid the answer", "before it"])
+async def test_ctrl_c_stops_an_answer_at_kimi_and_says_so(simulator: Simulator, proxy: str, order: str) -> None:
+    token = simulator.token("long", order)
+    async with open_terminal("ask", "hi", "--url", proxy, KIMI_REFRESH_TOKEN=token) as terminal:
+        await simulator.wait_until(lambda: simulator.account(token).count("ask") == 1)
+        await terminal.read("2 " if order == "stall=6" else "waiting for Kimi")
+        terminal.process.send_signal(signal.SIGINT)
+        assert await terminal.end() == 130
+    assert terminal.shown.endswith("\r\nkimi_proxy: stopped, at Kimi too\r\n") or order != "stall=6"
+    assert "stopped, at Kimi too" in terminal.shown and "Traceback" not in terminal.shown
+    await simulator.settle(token)
+
+
+async def test_ask_without_a_question_is_a_chat_that_ends_at_ctrl_d(simulator: Simulator, proxy: str) -> None:
+    token = simulator.token("echo")
+    async with open_terminal("ask", "--url", proxy, KIMI_REFRESH_TOKEN=token) as terminal:
+        await terminal.read("> ")
+        terminal.type("\none\n")
+        await terminal.read("user:one")
+        await terminal.read("> ", 3)
+        terminal.type("two\n")
+        await terminal.read("> ", 4)
+        terminal.type("\x04")
+        assert await terminal.end() == 0
+    assert "user:one\r\nassistant:user:one\r\n\r\nuser:two" in terminal.shown
 
 
 def test_the_file_has_its_licence_line() -> None:
@@ -229,7 +401,7 @@ async def test_check_walks_every_step_of_both_protocols(simulator: Simulator, tm
     start, chats = ["address", "connection", "token"], ["answer", "remove", "search", "remove", "stop", "remove"]
     assert classic == [*start, *(step for chat in chats[::2] for step in ("open", chat, "remove")), "upload"]
     assert connect == [*start, "models", *chats, "system", "remove", "upload"]
-    assert "kimi-k2.6" in out and "yes, with classic and connect" in out
+    assert ", 1 address\n" in out and "kimi-k2.6" in out and "yes, with classic and connect" in out
     report = next(line for line in out.splitlines() if line.startswith("For a bug report: kimi_proxy "))
     for seen in ("at 127.0.0.1", "old list", "citations as U+E3A0", "stop ok", "remove ok", "upload ok"):
         assert seen in report
@@ -241,6 +413,16 @@ async def test_check_walks_every_step_of_both_protocols(simulator: Simulator, tm
     for name, text in (("seen-answer.sse", "甲"), ("seen-search.connect", "月之暗面")):
         assert text.encode() not in (tmp_path / name).read_bytes()
         assert [event[0] for event in render_stream(tmp_path / name)][-1] == "Finished"
+
+
+async def test_check_warns_of_a_moderated_answer_and_in_a_terminal_names_a_step_when_it_begins(
+    simulator: Simulator,
+) -> None:
+    token = simulator.token("moderated")
+    environment = {"KIMI_BASE_URL": simulator.url, "KIMI_PROTOCOL": "classic", "KIMI_REFRESH_TOKEN": token}
+    async with open_terminal("check", **environment) as terminal:
+        assert await terminal.end() == 0
+    assert re.search(r"\.\.\.   classic  answer\rwarn  classic  answer .*, moderated by Kimi\r\n", terminal.shown)
 
 
 async def test_check_is_content_with_one_protocol_and_says_why_the_other_fails(simulator: Simulator) -> None:
@@ -354,7 +536,7 @@ async def test_ask_sends_the_proxys_key_and_check_uses_the_held_account(
     [
         ({"PROXY_API_KEYS": "k"}, "no held account"),
         ({"KIMI_REFRESH_TOKEN": "t", "PROXY_HOST": "0.0.0.0"}, "set PROXY_API_KEYS"),
-        ({"KIMI_REFRESH_TOKEN_FILE": "/no/such/file"}, "KIMI_REFRESH_TOKEN_FILE: cannot be read"),
+        ({"KIMI_REFRESH_TOKEN_FILE": "/no/such/file"}, "KIMI_REFRESH_TOKEN_FILE: /no/such/file cannot be read"),
         ({"KIMI_REFRESH_TOKEN": "t", "KIMI_REFRESH_TOKEN_FILE": "x"}, "set one of them"),
         ({"KIMI_REFRESH_TOKEN": "t", "PROXY_API_KEYS": "a b:"}, "PROXY_API_KEYS: word 2"),
         ({"KIMI_REFRESH_TOKEN": "t\x7fsesame"}, "this looks like"),
@@ -698,8 +880,8 @@ async def test_a_second_signal_ends_it_at_once_and_its_conversations_are_the_nex
             async with asyncio.timeout(5):
                 while await is_open(running.url):
                     await asyncio.sleep(0.01)
-            status, _ = await running.stop(number)
-    assert status == 128 + number
+            status, log = await running.stop(number)
+    assert status == 128 + number and "waiting for 1 answer, at most 5 s; Ctrl-C again stops now" in log
     assert [one.removed for one in simulator.account(token).conversations.values()] == [0]
     heir = await start(simulator, PROXY_STATE_DIR=str(tmp_path))
     await simulator.settle(token)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 import pytest
 
@@ -10,13 +11,17 @@ from kimi_proxy import (
     Settings,
     SettingsError,
     describe_option,
-    make_option_parser,
+    make_parser,
     option_flag,
     option_variable,
     unknown_variables,
 )
 
 OPTIONS = {option_variable(option): option for option in fields(Settings)}
+
+
+def read_flags(*arguments: str) -> dict[str, Any]:
+    return vars(make_parser("").parse_intermixed_args(arguments))
 
 
 def test_defaults_are_those_that_are_promised() -> None:
@@ -40,8 +45,10 @@ def test_secrets_have_no_flag_and_show_nowhere() -> None:
     with pytest.raises(SettingsError) as caught:
         Settings.load({"KIMI_PROXY_URL": "sesame"})
     assert "sesame" not in str(caught.value)
-    with pytest.raises(SystemExit):
-        Settings.load({}, ["--kimi-refresh-token", "x"])
+    for variable in SECRETS:
+        with pytest.raises(SettingsError) as caught:
+            make_parser("").parse_intermixed_args([option_flag(OPTIONS[variable]), "sesame"])
+        assert "no such option" in str(caught.value) and "sesame" not in str(caught.value)
 
 
 GOOD = {
@@ -79,6 +86,7 @@ BAD = {
         "https://",
         "https://kimi.com?x=1",
         "https://kimi.com#x",
+        "https://kimi.com/v1",
         "http://[::1",
     ],
     "KIMI_AUTH_URL": ["x"],
@@ -108,7 +116,10 @@ def test_a_setting_by_variable_by_flag_and_the_flag_wins(variable: str) -> None:
     assert getattr(Settings.load({variable: text}), option.name) == value
     if variable in SECRETS:
         return
-    assert getattr(Settings.load({variable: "nonsense"}, [f"{option_flag(option)}={text}"]), option.name) == value
+    assert (
+        getattr(Settings.load({variable: "nonsense"}, read_flags(f"{option_flag(option)}={text}")), option.name)
+        == value
+    )
 
 
 @pytest.mark.parametrize(("variable", "text"), [(variable, text) for variable, texts in BAD.items() for text in texts])
@@ -120,7 +131,7 @@ def test_a_bad_value_is_one_line_that_names_it(variable: str, text: str) -> None
         return
     flag = option_flag(OPTIONS[variable])
     with pytest.raises(SettingsError, match=flag):
-        Settings.load({}, [f"{flag}={text}"])
+        Settings.load({}, read_flags(f"{flag}={text}"))
 
 
 @pytest.mark.parametrize("text", ["http://host:99999", "http://host:x", "http://host:-1"])
@@ -131,7 +142,7 @@ def test_a_port_of_a_url_that_is_not_valid_is_named(text: str) -> None:
 
 
 def test_help_shows_every_flag_with_its_default_and_variable() -> None:
-    text = " ".join(make_option_parser().format_help().split())
+    text = " ".join(make_parser("").format_help().split())
     for variable, option in OPTIONS.items():
         assert (f"{option_flag(option)} " in text and variable in text) is not option.metadata["secret"]
         assert option.metadata["secret"] or f"(default {describe_option(option)[0]}; {variable})" in text.replace(
