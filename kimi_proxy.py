@@ -1569,7 +1569,10 @@ def _split_begun(text: str, marks: Sequence[str]) -> tuple[str, str]:
 
 
 class ThinkFilter(Filter):
-    """Turns `<think>…</think>` at the start of the text, behind 100 spaces at most, into `Thinking` [1]."""
+    """Turns `<think>…</think>` at the start of the text, behind 100 spaces at most, into `Thinking` [1].
+
+    Raises `answer_empty` where nothing else follows.
+    """
 
     _phase: Literal["start", "thinking", "after"] = "start"
 
@@ -1598,8 +1601,13 @@ class ThinkFilter(Filter):
         self.passes = bool(text)
         return [*([Thinking(thought)] if thought else []), *_texts(text)]
 
-    def _flush(self) -> list[Event]:
-        return [Thinking(self._held)] if self._held and self._phase == "thinking" else super()._flush()
+    def _finish(self, event: Finished) -> list[Event]:
+        if self._phase == "start":
+            return super()._finish(event)
+        if event.reason != "content_filter":
+            self.passes = True  # the first answer may follow
+            raise ProxyError("answer_empty")
+        return [event]
 
 
 class MarkFilter(Filter):
@@ -1689,8 +1697,9 @@ class CitationFilter(MarkFilter):
         return []
 
     def _take_text(self, event: Text) -> list[Event]:
-        is_open = self._held.startswith("<REF>cite") and 10 < len(self._held) + len(event.text) < MAX_CITATION
-        if is_open and "</REF>" not in self._held[-6:] + event.text:  # not searched again and again
+        is_open = self._held[:10] in ("<REF>cite\u2726", "<REF>cite:")
+        fits = len(self._held) + len(event.text) < MAX_CITATION
+        if is_open and fits and "</REF>" not in self._held[-6:] + event.text:  # not searched again and again
             self._held += event.text
             return []
         return super()._take_text(event)

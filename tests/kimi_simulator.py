@@ -247,6 +247,7 @@ SCRIPTS: Final[dict[str, tuple[Step, ...]]] = {
     "think": (Think("让我想"), Think("想。"), Say("答案"), Say("是 42。"), End()),
     "think-tags": (Say("<thi"), Say("nk>让我想想。</thi"), Say("nk>\n答案"), Say("是 42。"), End()),
     "think-only": (Think("让我想"), End()),
+    "think-tags-only": (Say("<think>让我想"), Say("想。</think>"), End()),
     "cite": (*_HITS, Say("甲"), Cite((2,)), Say("乙"), Cite((1, 2)), Cite((9,)), Say("丙[^1^]。"), End()),
     "cite-ref": (
         *_HITS,

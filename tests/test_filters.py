@@ -96,6 +96,7 @@ TEXTS: dict[str, tuple[str, str, list[str]]] = {
     ),
     "not yet closed": ("a<REF>cite\u2726tools://web_search:1#0:~:text=", "a", ["A", "B"]),
     "not yet opened": ("a<REF>cite", "a", ["A", "B"]),
+    "another word": ("a<REF>cited by two", "a<REF>cited by two", ["A", "B"]),
     "a key between signs": (f"a\U0001f6e0{B.key}\U0001f6e0b\U0001f6e0", "a[1]b\U0001f6e0", ["B", "A"]),
     "a sign in words": (
         "\U0001f6e0 Tools\U0001f6e0\U0001f6e0x\U0001f6e0",
@@ -176,7 +177,7 @@ def test_a_mark_is_skipped_up_to_16_kib(size: int, data: st.DataObject) -> None:
 
 
 CITED = ["<REF>", "cite", "\u2726", ":", "tools://web_search:1#1", "</REF>", "[^1^]", "web_search:1#2"]
-CITED += [*"<>[^]1\ue3a0\ue3a8\U0001f6e0 a", mark(A.key), ref(B), ref(A, "q")]
+CITED += ["<REF>cited by ", *"<>[^]1\ue3a0\ue3a8\U0001f6e0 a", mark(A.key), ref(B), ref(A, "q")]
 
 
 @given(text=st.lists(st.sampled_from(CITED), max_size=12).map("".join), data=st.data())
@@ -194,7 +195,6 @@ THOUGHTS: dict[str, tuple[str, str, str]] = {
     "behind white space": ("\n <think>a</think>b", "a", "b"),
     "empty": ("<think></think>\na", "", "a"),
     "twice": ("<think>a</think><think>b</think>", "a", "<think>b</think>"),
-    "never closed": ("<think>a</thin", "a</thin", ""),
     "nearly": (" <thin k>a", "", " <thin k>a"),
     "cut": (" <thi", "", " <thi"),
     "other tags": ("<think>a<b></think >c</think>d", "a<b></think >c", "d"),
@@ -217,13 +217,23 @@ def test_text_that_begins_with_thinking(name: str, data: st.DataObject) -> None:
         one.begin_retry()
 
 
+@pytest.mark.parametrize("text", ["<think>a", "<think>a</thin", "<think>a</think>", "\n<think></think>\n"])
+def test_thinking_alone_is_no_answer_unless_it_was_moderated(text: str) -> None:
+    one = ThinkFilter()
+    feed(one, OPENED, Text(text))
+    with pytest.raises(ProxyError, match="answer_empty"):
+        feed(one, END)
+    moderated = Finished("content_filter")
+    assert feed(ThinkFilter(), Text(text), moderated)[-1] == moderated
+
+
 @given(
     text=st.lists(st.sampled_from(["<think>", "</think>", *"< \na>/", "think>"]), max_size=9).map("".join),
     data=st.data(),
 )
 def test_any_split_gives_the_same_thinking(text: str, data: st.DataObject) -> None:
     def read(cuts: list[int]) -> tuple[str, str]:
-        events = feed(ThinkFilter(), *split(text, cuts), END)
+        events = feed(ThinkFilter(), *split(text, cuts), Finished("content_filter"))
         return "".join(event.text for event in events if isinstance(event, Thinking)), written(events)
 
     assert read(draw_cuts(data, text)) == read([])
@@ -1077,7 +1087,7 @@ def test_a_text_twice_as_long_takes_twice_the_time(
 ) -> None:
     def seconds(size: int) -> float:
         text = start + piece * (size // len(piece))
-        return seconds_to_feed(make(), [A, *map(Text, [text] if whole else text), CUT])
+        return seconds_to_feed(make(), [A, *map(Text, [text] if whole else text), Finished("content_filter")])
 
     assert_linear(seconds, size)
 

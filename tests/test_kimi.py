@@ -240,8 +240,9 @@ async def test_thinking_is_told_apart_from_the_answer(
     status, body = await answer(http, proxy, token, model="kimi-thinking")
     assert (status, body["choices"][0]["message"]) == (200, THINKING)
     assert simulator.account(token).asked[0]["options"] == {"thinking": True}
-    status, body = await answer(http, proxy, simulator.token("think-only"))
-    assert (status, body["error"]["code"]) == (502, "answer_empty")
+    for script in ("think-only", "think-tags-only"):
+        status, body = await answer(http, proxy, simulator.token(script))
+        assert (status, body["error"]["code"]) == (502, "answer_empty")
 
 
 ENDS = {
