@@ -889,7 +889,8 @@ class Answer:
             keys = [dig_word(page, "refIndex")]
             if call_id:
                 number = dig_word(value, "searchResult", "id")
-                keys.insert(0, f"tools://{call_id}#{int(number) - 1 if number.isdecimal() else position}")
+                is_number = re.fullmatch("[0-9]{1,9}", number)
+                keys.insert(0, f"tools://{call_id}#{int(number) - 1 if is_number else position}")
             url = join_surrogates(dig_word(base, "url"))
             for key in keys:
                 if url and (url, key) not in self._hits:
@@ -3370,7 +3371,7 @@ _NO_TOKEN: Final = re.compile(r"(?is)https?://.*|sk-[\w-]{16,}|\{.*|null|undefin
 
 def read_pasted_token(text: str) -> str:
     """The token in what a user pasted: bare, quoted, after `Bearer`, in a cookie or in JSON [2+]; else `ProxyError`."""
-    token = re.sub(r"(?i)^(?:[\"'`\s]|authorization:|bearer\s)+", "", text).rstrip("\"'` \t\r\n")
+    token = re.sub(r"(?i)^(?:[\"'`\s]|authorization:|bearer\s)+", "", text).rstrip("\"'`; \t\r\n")
     for name in ("access_?token", "kimi-auth", "refresh_?token"):  # the last one found counts
         if found := re.search(rf"(?i)\b{name}[\"']?\s*[=:]\s*[\"']?([^\s\"',;}}]+)", text):
             token = found[1]
@@ -4245,13 +4246,14 @@ def parse_models(value: object) -> tuple[Model, ...]:
     models = [_parse_model(entry) for entry in entries if _get_name(entry, "scenario")]
     if not models:
         return ()
-    service_id, scenario = (dig_word(value, "defaultScenario", key) for key in ("model", "scenario"))
-    told = scenario, dig(value, "defaultScenario", "thinking") is True
+    own_id, scenario = (dig_word(value, "defaultScenario", key) for key in ("model", "scenario"))
+    thinks = dig(value, "defaultScenario", "thinking") is True
     chats = [model for model in models if not model.is_agent] or [KIMI]
-    default = max(chats, key=lambda model: (model.service_id == service_id, (model.scenario, model.thinking) == told))
+    default = max(chats, key=lambda one: (one.service_id == own_id, one.scenario == scenario, one.thinking is thinks))
     found = {"kimi": replace(default, id="kimi")}
     for model in models:
-        found.setdefault(model.id, model)
+        name = model.id if model.id not in found else model.service_id or model.key or model.id
+        found.setdefault(name, replace(model, id=name))
     return tuple(found.values())
 
 
@@ -4486,7 +4488,7 @@ class AnswerStream:
     async def _read_end(self) -> bytes:
         """What follows the text: the end or an error [2+]; nothing where neither comes."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(END_SECONDS):
+            async with asyncio.timeout_at(self._silent_since + END_SECONDS):
                 return await self.response.content.read(READ_BYTES)
         return b""
 
@@ -4803,7 +4805,8 @@ class Connect(KimiClient):
 
     @staticmethod
     def _twin_of(account: Account) -> str:
-        return region_of(read_claims(account.tokens.access_token) or read_claims(account.refresh_token)) or account.twin
+        tokens = (account.tokens.access_token, account.refresh_token)
+        return next(filter(None, (region_of(read_claims(token)) for token in tokens)), account.twin)
 
     async def refresh(self, account: Account) -> TokenPair:
         """A new pair of tokens by the new call, else by the old one; of kimi.ai too, where nothing tells the twin [2+].
@@ -4862,7 +4865,7 @@ class Connect(KimiClient):
                 if error.upstream_status != 400 or not tries:
                     raise
                 logger.debug("! %s", error)
-                self._fallbacks = _FALLBACKS[1:]
+                self._fallbacks = _FALLBACKS[::-1]
 
     async def stop(self, account: Account, conversation_id: str, message_id: str) -> None:
         """Stop an answer that is running; `message_id` is the answer's [2+]."""
@@ -5302,7 +5305,7 @@ class Gateway:
             logger.warning("! a conversation of account %s may be left: its id was not read", exchange.account.label)
 
     async def _end_stream(self, exchange: Exchange) -> None:
-        """Stop the answer, or read what is left of an ended one; where the id is in the stream, read on for it [2+]."""
+        """Stop the answer, or read what is left of an ended one; read on for ids that are in the stream [2+]."""
         exchange.abandoned = True
         if (starting := exchange.starting) is not None and not starting.done():
             if exchange.conversation_id:
@@ -5321,11 +5324,13 @@ class Gateway:
             logger.warning("! Kimi answered with a weaker model: %s", answer.degraded)
         if answer.ended:
             await stream.drain(END_SECONDS)
-            return
+            if answer.done or stream.response.content.at_eof():
+                return
         with suppress(ProxyError, TimeoutError):
             async with asyncio.timeout(END_SECONDS):
-                while not exchange.conversation_id and await stream.read() is not None:
-                    self.note_opened(exchange, answer.conversation_id)
+                while exchange.protocol is self.connect and not answer.message_id and await stream.read() is not None:
+                    if not exchange.conversation_id:
+                        self.note_opened(exchange, answer.conversation_id)
         stream.close()
         if exchange.conversation_id and answer.message_id:
             try:

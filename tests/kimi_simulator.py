@@ -779,7 +779,7 @@ FAULTS: Final[dict[str, str]] = {
     "no-id": "an opening reply without an id",
     "opaque": "access tokens that are no JSON Web Tokens",
     "new-models": "connect: the list of models as it is since September 2026, and strict about what is asked with it",
-    "old-scenario": "connect: `SCENARIO_CHAT` is not known, and refused within the stream",
+    "scenario": "NAME, connect: another scenario is not known, and refused within the stream",
     "other-names": "connect: Chat and DeleteChat have the name with the other package",
     "no-stop": "connect: CancelChat fails",
     "overseas": "the refresh token is for the twin of the service, whose tokens tell so",
@@ -1185,7 +1185,7 @@ class Simulator:
         block, *file_blocks = body["message"]["blocks"]
         files = self._files_of(account, [one["file"]["id"] for one in file_blocks])
         await self._order(account, "ask", request)
-        if account.order.has("old-scenario") and body["scenario"] == "SCENARIO_CHAT":
+        if body["scenario"] != account.order.value("scenario", body["scenario"]):
             raise Refusal(self._connect_failure("invalid_argument", "no such scenario"))
         if account.order.has("stale-once") and account.fires("stale-once"):
             raise Refusal(self._connect_failure("unauthenticated", "the access token is dead"))

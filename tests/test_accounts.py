@@ -549,7 +549,7 @@ async def test_an_access_tokens_life_is_what_it_tells_counted_from_its_receipt(
     "pasted",
     [
         *("{}", "  {}\r\n", '"{}"', "'{}'", "`{}`", "Bearer {}", "bearer   Bearer {}", '"Bearer {}"', 'Bearer "{}"'),
-        *("Authorization: Bearer {}", "refresh_token={}", 'refresh_token: "{}"', "access_token={}"),
+        *("Authorization: Bearer {}", "refresh_token={}", 'refresh_token: "{}"', "access_token={}", '"{}";'),
         *("kimi-auth={}", "Cookie: kimi-auth={}", "_ga=GA1.2; kimi-auth={}; theme=dark", "a=b;kimi-auth={}"),
         *(
             '{{"refresh_token": "{}"}}',

@@ -362,6 +362,16 @@ CONNECT_ANSWERS: dict[str, tuple[list[Any], list[Event]]] = {
             Finished("stop"),
         ],
     ),
+    "hits whose id is no number": (
+        [OPENING, tool([page("9" * 5000), page("x", "https://2.cd")]), block("text", "a"), DONE_1],
+        [
+            OPENED,
+            hit("tools://web_search:3#0"),
+            hit("tools://web_search:3#1", "https://2.cd"),
+            Text("a"),
+            Finished("stop"),
+        ],
+    ),
     "opened pages, by their position": (
         [
             OPENING,

@@ -15,7 +15,7 @@ from unittest.mock import AsyncMock
 import aiohttp
 import pytest
 from conftest import LogRecorder, StartProxy, bearer, chat_body
-from kimi_simulator import NEW_LIST, OLD_LIST, Account, Simulator, connect_error, make_envelope
+from kimi_simulator import HELLO, NEW_LIST, OLD_LIST, Account, Simulator, connect_error, make_envelope
 
 import kimi_proxy
 from kimi_proxy import (
@@ -264,12 +264,13 @@ async def test_a_connect_answer_is_read_to_its_end_before_it_is_called_good(
     assert (status, outcome) == ENDS[fault]
 
 
+@pytest.mark.parametrize("faults", [("done-without-end", "linger"), (f"heartbeats={5 + -(-len(HELLO) // 4)}",)])
 async def test_a_second_after_done_the_answer_is_over(
-    start_proxy: StartProxy, simulator: Simulator, http: aiohttp.ClientSession
+    start_proxy: StartProxy, simulator: Simulator, http: aiohttp.ClientSession, faults: tuple[str, ...]
 ) -> None:
     proxy = await start_proxy(protocol="connect")
     async with asyncio.timeout(2.5):
-        status, body = await answer(http, proxy, simulator.token("hello", "done-without-end", "linger"))
+        status, body = await answer(http, proxy, simulator.token("hello", *faults))
     assert (status, body["choices"][0]["finish_reason"]) == (200, "stop")
 
 
@@ -359,6 +360,25 @@ def test_the_newer_list_has_models_by_all_their_names_and_no_agent_as_default() 
     for default in ({}, {"model": "k3-agent"}, {"scenario": "SCENARIO_OK_COMPUTER"}, {"model": "k9"}):
         assert parse_models({**NEW_LIST, "defaultScenario": default})[0].service_id == "k2d6-chat"
     assert parse_models({"availableModels": NEW_LIST["availableModels"][1:]})[0] == KIMI
+
+
+def test_a_models_own_names_reach_it_where_it_shares_the_one_that_is_shown() -> None:
+    names = {"a": "Kimi", "b": "K3", "c": "K3"}
+    entries = [
+        {"id": one, "key": f"key-{one}", "displayName": name, "scenario": "SCENARIO_CHAT"}
+        for one, name in names.items()
+    ]
+    models = parse_models({"availableModels": entries, "defaultScenario": {"model": "b"}})
+    assert [model.id for model in models] == ["kimi", "a", "kimi-k3", "c"]
+    for one in names:
+        assert [choose_model(name, models)[0].service_id for name in (one, f"key-{one}")] == [one, one]
+
+
+def test_without_a_default_model_the_default_scenario_counts_whether_it_thinks_or_not() -> None:
+    for thinking in (True, False):
+        default = {"scenario": "SCENARIO_K2D6", "thinking": thinking}
+        entries = [{"scenario": "SCENARIO_K2D5"}, {"scenario": "SCENARIO_K2D6", "thinking": not thinking}]
+        assert parse_models({"availableModels": entries, "defaultScenario": default})[0].scenario == "SCENARIO_K2D6"
 
 
 EFFORTS = {
@@ -618,7 +638,7 @@ async def test_older_models_think_when_the_client_wants_it(simulator: Simulator)
 
 
 async def test_without_a_list_the_newest_scenario_is_asked_and_then_the_older_one(simulator: Simulator) -> None:
-    known, unknown = simulator.token("hello"), simulator.token("hello", "old-scenario")
+    known, unknown = simulator.token("hello"), simulator.token("hello", "scenario=SCENARIO_K2D5")
     async with speak_connect(simulator) as (protocol, accounts):
         await read_all(protocol, accounts, known, Question("hi", True))
         await asyncio.gather(*(read_all(protocol, accounts, unknown, Question("hi", True)) for _ in range(2)))
@@ -630,6 +650,16 @@ async def test_without_a_list_the_newest_scenario_is_asked_and_then_the_older_on
         ("SCENARIO_K2D5", {"thinking": False})
     ] * 3
     assert account.count("ask") == 5  # what works is asked at once the next time
+
+
+async def test_a_question_that_is_refused_for_its_own_sake_turns_nobody_to_the_older_scenario(
+    simulator: Simulator,
+) -> None:
+    bad, good = simulator.token("hello", "status=ask:400"), simulator.token("hello", "scenario=SCENARIO_CHAT")
+    async with speak_connect(simulator) as (protocol, accounts):
+        with pytest.raises(ProxyError):
+            await read_all(protocol, accounts, bad, Question("hi", True))
+        await read_all(protocol, accounts, good, Question("hi", True))
 
 
 async def test_another_refusal_is_no_reason_to_ask_as_an_older_model(simulator: Simulator) -> None:
@@ -701,6 +731,29 @@ async def test_an_answer_that_is_not_wanted_any_more_is_stopped_and_then_removed
     assert ("may go on" in log_lines.text) is bool(faults)
 
 
+@pytest.mark.parametrize("conversation_id", ["", "new"])
+async def test_an_answer_left_before_its_id_is_told_is_stopped_all_the_same(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession, conversation_id: str
+) -> None:
+    proxy = await start_proxy(protocol="connect")
+    token = simulator.token("long", "pace=0.1")
+    account = simulator.account(token)
+    asking = asyncio.create_task(answer(http, proxy, token, stream=True, conversation_id=conversation_id))
+    await simulator.wait_until(lambda: any(one.told for one in account.conversations.values()))
+    asking.cancel()
+    await simulator.wait_until(lambda: account.count("remove") == 1)
+    assert steps(account) == ["refresh", "ask", "stop"]
+
+
+async def test_an_answer_that_asks_back_is_stopped_before_its_removal(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession
+) -> None:
+    proxy = await start_proxy(protocol="connect")
+    token = simulator.token("ask-user")
+    assert (await answer(http, proxy, token))[0] == 200
+    assert [call.step for call in (await simulator.settle(token)).calls][-3:] == ["ask", "stop", "remove"]
+
+
 # The twins of the service.
 
 
@@ -767,7 +820,9 @@ def test_a_token_tells_its_region_in_its_claims() -> None:
     ):
         part = base64.urlsafe_b64encode(json.dumps(claims).encode()).decode().rstrip("=")
         account = accounts.get(f"e30.{part}.x")
-        assert (connect.base_url_for(account), mine.base_url_for(account)) == (url, "http://mine")
+        for access_token in ("", "e30.e30.x"):  # which need not tell what the refresh token does
+            account.tokens = replace(account.tokens, access_token=access_token)
+            assert (connect.base_url_for(account), mine.base_url_for(account)) == (url, "http://mine")
 
 
 async def test_an_access_token_goes_to_the_twin_that_it_tells(
