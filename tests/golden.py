@@ -62,7 +62,7 @@ def read_stream(path: Path) -> Iterator[tuple[str, list[Event]]]:
     parser: Any = SSEParser() if path.suffix == ".sse" else EnvelopeParser()
     answer: Any = ClassicAnswer() if path.suffix == ".sse" else ConnectAnswer()
     for frame in parser.feed(data):
-        shown = frame.data if path.suffix == ".sse" else f"{frame.flags:#04x} {frame.payload.decode()}"
+        shown = frame if path.suffix == ".sse" else f"{frame[0]:#04x} {frame[1].decode()}"
         yield shown, answer.feed(frame)
     parser.finish()
     yield "end of the stream", answer.finish()

@@ -18,13 +18,11 @@ from kimi_simulator import Simulator
 from kimi_proxy import (
     ClassicAnswer,
     ConnectAnswer,
-    Envelope,
     Event,
     Finished,
     Opened,
     ProxyError,
     SearchHit,
-    ServerSentEvent,
     SSEParser,
     Text,
     Thinking,
@@ -35,7 +33,7 @@ from kimi_proxy import (
 
 def answer(*values: Any, end: bool = True) -> list[Event]:
     classic = ClassicAnswer()
-    events = [event for value in values for event in classic.feed(ServerSentEvent("message", json.dumps(value)))]
+    events = [event for value in values for event in classic.feed(json.dumps(value))]
     return events + (classic.finish() if end else [])
 
 
@@ -103,7 +101,7 @@ def test_an_answer_without_text_is_a_failure(frames: list[Any]) -> None:
 @pytest.mark.parametrize("data", ["", "{", "[1]", "null", "NaN", "[" * 100_000, '{"event":' + "1" * 5000 + "}"])
 def test_an_event_that_is_no_json_object_breaks_the_answer_without_quoting_it(data: str) -> None:
     with pytest.raises(ProxyError) as caught:
-        ClassicAnswer().feed(ServerSentEvent("message", data))
+        ClassicAnswer().feed(data)
     assert caught.value.code == "answer_broken"
 
 
@@ -126,12 +124,12 @@ def test_text_cut_between_the_halves_of_pairs_comes_out_whole(whole: str, draw: 
 
 def test_a_continuation_needs_no_text_of_its_own_and_an_answer_tells_where_to_go_on() -> None:
     continuation = ClassicAnswer(continues=True)
-    assert continuation.feed(ServerSentEvent("message", json.dumps(DONE))) == [Finished("stop")]
+    assert continuation.feed(json.dumps(DONE)) == [Finished("stop")]
     for frames, segment_id in (([{"event": "length"}, DONE], "s1"), ([DONE], "")):
         cut = ClassicAnswer()
         for value in ({"event": "req", "id": "s1"}, text("a"), *frames):
             assert cut.segment_id == ""
-            cut.feed(ServerSentEvent("message", json.dumps(value)))
+            cut.feed(json.dumps(value))
         assert (cut.segment_id, cut.ended) == (segment_id, True)
 
 
@@ -196,9 +194,9 @@ OPENED = Opened("c1", hits_inline=False)
 
 def connect(*values: Any, end: bool = True) -> list[Event]:
     answering = ConnectAnswer()
-    events = [event for value in values for event in answering.feed(Envelope(0, json.dumps(value).encode()))]
+    events = [event for value in values for event in answering.feed((0, json.dumps(value).encode()))]
     if end:
-        events += answering.feed(Envelope(2, b"{}"))
+        events += answering.feed((2, b"{}"))
     return events + answering.finish()
 
 
@@ -463,10 +461,10 @@ def test_heartbeats_are_no_progress_and_a_weaker_model_is_told() -> None:
         ({"notification": {"type": "TYPE_OTHER", "message": "x"}}, 2),
     ]
     for value, progress in values:
-        assert answering.feed(Envelope(0, json.dumps(value).encode())) == []
+        assert answering.feed((0, json.dumps(value).encode())) == []
         assert (answering.progress, answering.degraded) == (progress, "")
     notice = {"type": "TYPE_MODEL_DEGRADE", "message": "K2.6 answers instead of K3"}
-    answering.feed(Envelope(0, json.dumps({"notification": notice}).encode()))
+    answering.feed((0, json.dumps({"notification": notice}).encode()))
     assert answering.degraded == "K2.6 answers instead of K3" and not answering.unknown_fields
 
 
@@ -500,10 +498,10 @@ def test_a_connect_answer_without_text_is_a_failure(values: list[Any]) -> None:
 def test_an_error_can_follow_done() -> None:
     answering = ConnectAnswer()
     for value in (OPENING, block("text", "a"), DONE_1):
-        answering.feed(Envelope(0, json.dumps(value).encode()))
+        answering.feed((0, json.dumps(value).encode()))
     assert answering.done and not answering.ended
     with pytest.raises(ProxyError) as caught:
-        answering.feed(Envelope(2, b'{"error":{"code":"resource_exhausted","message":"slow down"}}'))
+        answering.feed((2, b'{"error":{"code":"resource_exhausted","message":"slow down"}}'))
     assert (caught.value.code, caught.value.status) == ("rate_limited", 429) and "slow down" in caught.value.message
 
 
@@ -569,7 +567,7 @@ def test_what_is_not_known_is_named() -> None:
     answering = ConnectAnswer()
     values: list[Any] = [{"op": "set", "tomorrow": 1}, {"block": {"new": {}}}]
     for value in values * 2:
-        answering.feed(Envelope(0, json.dumps(value).encode()))
+        answering.feed((0, json.dumps(value).encode()))
     assert answering.unknown_fields == {("message", "tomorrow"), ("block", "new")}
 
 
@@ -622,7 +620,7 @@ def test_a_deeply_nested_value_is_ignored_or_a_clear_failure(field: str) -> None
         value = '{"block":{"text":"a","' + field + '":' + '{"name":' * depth + "1" + "}" * depth + '},"mask":[]}'
         answering = ConnectAnswer("c1")
         with suppress(ProxyError):
-            assert answering.feed(Envelope(0, value.encode())) == [Text("a")]
+            assert answering.feed((0, value.encode())) == [Text("a")]
 
 
 CHAT = "/v1/chat/completions"
@@ -663,7 +661,7 @@ async def test_what_the_newer_streams_show(
     question = {"messages": [{"role": "user", "content": "hi"}], "input": "hi", "stream": stream, "max_tokens": 999}
     async with http.post(proxy + path, json=question, headers=bearer(simulator.token(script))) as response:
         body = await response.read()
-    frames = [frame.data for frame in SSEParser().feed(body)] if stream else [body.decode()]
+    frames = [*SSEParser().feed(body)] if stream else [body.decode()]
     values = [json.loads(frame) for frame in frames if frame != "[DONE]"]
     shown = "".join(text_of(value) for value in values)
     assert (response.status, shown.partition("\n\n搜索结果来自")[0]) == (200, text)

@@ -30,7 +30,6 @@ from kimi_proxy import (
     ChatRequest,
     ClassicAnswer,
     ConnectAnswer,
-    Envelope,
     EnvelopeParser,
     ProxyError,
     SSEParser,
@@ -343,7 +342,7 @@ WORK: Mapping[str, tuple[Callable[[int], object], int]] = {
         100,
     ),
     "connect hits": (
-        lambda n: read_all(ConnectAnswer(), map(Envelope, [0] * n, [HITS % (HIT % (at, at)) for at in range(n)])),
+        lambda n: read_all(ConnectAnswer(), ((0, HITS % (HIT % (at, at))) for at in range(n))),
         100,
     ),
 }

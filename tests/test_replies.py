@@ -42,7 +42,7 @@ def make(sources: str = "text", **fields: Any) -> Encoder:
 
 def stream(*events: Event, **fields: Any) -> list[Any]:
     encoder = make(stream=True, **fields)
-    frames = [frame.data for frame in SSEParser().feed(encoder.feed([OPENED, *events]) + encoder.finish())]
+    frames = list(SSEParser().feed(encoder.feed([OPENED, *events]) + encoder.finish()))
     assert frames.pop() == "[DONE]"
     return [json.loads(frame) for frame in frames]
 
@@ -137,7 +137,7 @@ def test_any_model_name_is_repeated_safely(model: str) -> None:
 def test_a_failure_has_an_error_object_and_no_end() -> None:
     error = ProxyError("answer_broken", "x")
     (frame,) = SSEParser().feed(make(stream=True).fail(error))
-    value = json.loads(frame.data)
+    value = json.loads(frame)
     assert value["choices"] == [] and value["error"]["code"] == "answer_broken" and value["code"] == -2001
     assert APIS["/v1/chat/completions"].render_error(error)["error"]["message"] == error.message
 

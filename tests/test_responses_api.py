@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import groupby
 from typing import Any, cast
 
@@ -591,9 +592,8 @@ def make(stream: bool = True, sources: str = "text", **fields: Any) -> Encoder:
 
 def read_stream(data: bytes) -> list[Any]:
     """The events in `data`, each as a real client's model takes it; their numbers and names are checked."""
-    frames = list(SSEParser().feed(data))
-    values = [json.loads(frame.data) for frame in frames]
-    assert [frame.event for frame in frames] == [value["type"] for value in values]
+    values = [json.loads(frame) for frame in SSEParser().feed(data)]
+    assert re.findall("^event: (.*)$", data.decode(), re.MULTILINE) == [value["type"] for value in values]
     assert [value["sequence_number"] for value in values] == list(range(len(values)))
     for value in values:
         assert EVENTS.validate_python(value).type == value["type"]
@@ -1041,7 +1041,7 @@ def complete(*events: Event, **fields: Any) -> Any:
 
 def complete_stream(*events: Event, **fields: Any) -> list[Any]:
     encoder = make_completion(stream=True, **fields)
-    frames = [frame.data for frame in SSEParser().feed(encoder.feed([OPENED, *events]) + encoder.finish())]
+    frames = list(SSEParser().feed(encoder.feed([OPENED, *events]) + encoder.finish()))
     assert frames.pop() == "[DONE]"
     return [json.loads(frame) for frame in frames]
 
@@ -1092,5 +1092,5 @@ def test_a_streamed_completion_says_what_a_whole_one_says(texts: list[str], opti
 def test_a_failed_completion() -> None:
     encoder = make_completion(stream=True)
     (frame,) = SSEParser().feed(encoder.fail(ProxyError("answer_broken")))
-    assert json.loads(frame.data)["error"]["code"] == "answer_broken"
+    assert json.loads(frame)["error"]["code"] == "answer_broken"
     assert encoder.keep_alive.startswith(b":")
