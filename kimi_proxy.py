@@ -3312,21 +3312,21 @@ class Watchdog:
     """
 
     def __init__(self, check: Callable[[float], float], seconds: float) -> None:
-        self._check = check
-        self._is_stopped = False
+        self._check: Callable[[float], float] | None = check
         self._loop = asyncio.get_running_loop()
         self._timer = self._loop.call_later(seconds, self._look)
 
     def stop(self) -> None:
-        """Look no more; may be called twice."""
-        self._is_stopped = True
+        """Look no more; may be called twice. What `check` belongs to, and all that hangs on it, is free at once."""
+        self._check = None
         self._timer.cancel()
 
     def _look(self) -> None:
-        now = self._loop.time()
-        due = max(self._check(now), now + 0.01)  # a time that is past would be looked at again at once, for ever
-        if not self._is_stopped:
-            self._timer = self._loop.call_at(due, self._look)
+        if (check := self._check) is not None:
+            now = self._loop.time()
+            due = max(check(now), now + 0.01)  # a time that is past would be looked at again at once, for ever
+            if self._check is not None:
+                self._timer = self._loop.call_at(due, self._look)
 
 
 # ==== 13. Accounts ==========================================================
@@ -5298,6 +5298,7 @@ class Gateway:
         elif not stream.answer.ended if stream is not None else starting is not None and _is_unanswered(starting):
             self.metrics.count("kimi_proxy_removals_failed_total")
             logger.warning("! a conversation of account %s may be left: its id was not read", exchange.account.label)
+        exchange.starting = exchange.stream = None  # frames of their failures hold the exchange, and so the prompt
 
     async def _end_stream(self, exchange: Exchange) -> None:
         """Stop the answer, or read what is left of an ended one; read on for ids that are in the stream [2+]."""
@@ -6169,17 +6170,17 @@ async def _answer(api: Api, request: web.Request) -> web.StreamResponse:
             state.responses.keep((answer.owner, outcome.key), encoder.response["id"], kept, size_bytes)
         return await writer.write(encoder.finish(), is_last=True)
     except BaseException as failure:
-        if writer.response is None:
+        if writer.response is None or (error := _note_failure(request, failure)) is None:
             raise
-        return await writer.write(encoder.fail(_note_failure(request, failure)), is_last=True)
+        return await writer.write(encoder.fail(error), is_last=True)
     finally:
         writer.close()
         state.answers_running -= 1
         outcome.chunks = encoder.chunks
 
 
-def _note_failure(request: web.Request, failure: BaseException) -> ProxyError:
-    """What the client is told of a failure; it is counted. Raises it where nobody can be told."""
+def _note_failure(request: web.Request, failure: BaseException) -> ProxyError | None:
+    """What the client is told of a failure; it is counted. None where nobody can be told."""
     state, outcome = request.app[STATE], request[OUTCOME]
     if isinstance(failure, ProxyError):
         error = failure
@@ -6189,10 +6190,11 @@ def _note_failure(request: web.Request, failure: BaseException) -> ProxyError:
     elif isinstance(failure, asyncio.CancelledError) and state.draining and request.transport is not None:
         error = ProxyError("shutting_down")  # cancelled by us; else the client is gone
     elif not isinstance(failure, Exception):
-        raise failure
+        return None
     else:
         logger.error("! the proxy itself failed", exc_info=failure)
         error = ProxyError("internal_error")
+    failure.__traceback__ = None  # it goes in circles: all that its frames hold would wait for the garbage collector
     outcome.failure, outcome.upstream_status = error, error.upstream_status
     state.gateway.metrics.count("kimi_proxy_failures_total", code=error.code)
     if error.code == "token_dead":
@@ -6401,7 +6403,9 @@ async def request_middleware(request: web.Request, handler: Handler) -> web.Stre
         response = web.Response(status=204) if is_preflight else await handler(request)
         status = response.status
     except BaseException as failure:
-        response = _render_failure(request, failure)
+        if (error := _note_failure(request, failure)) is None:
+            raise
+        response = _render_failure(request, failure, error)
         status = response.status
     finally:
         del state.running[task]
@@ -6409,8 +6413,7 @@ async def request_middleware(request: web.Request, handler: Handler) -> web.Stre
     return response
 
 
-def _render_failure(request: web.Request, failure: BaseException) -> web.StreamResponse:
-    error = _note_failure(request, failure)
+def _render_failure(request: web.Request, failure: BaseException, error: ProxyError) -> web.StreamResponse:
     is_anthropic = "/messages" in request.path or "anthropic-version" in request.headers
     body = render_messages_error(error) if is_anthropic else render_error(error)
     response = json_response(body, error.status, error.retry_after_seconds)
@@ -6628,14 +6631,22 @@ def notify(**fields: str) -> None:
             sender.sendto(message.encode(), address if address.startswith("/") else f"\0{address[1:]}")
 
 
+def _trim_memory() -> None:
+    """Give back to the system what is free within the heap."""
+    with suppress(OSError, AttributeError):  # glibc's; elsewhere there is no such function
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 async def _beat(state: State) -> None:
-    """Tell systemd regularly that the loop runs, and what runs in it, until cancelled."""
+    """Tell systemd regularly that the loop runs, and what runs in it, until cancelled; when idle, trim memory."""
     is_ours = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
     microseconds = int(os.environ.get("WATCHDOG_USEC", "0")) if is_ours else 0
     while True:
         accounts = len(state.gateway.accounts.known)
         status = f"{state.answers_running} answers, {len(state.running)} requests, {accounts} accounts"
         notify(WATCHDOG="1", STATUS=status)
+        if not state.running:
+            _trim_memory()
         await asyncio.sleep(min(microseconds / 2e6 or 10.0, 10.0))
 
 
@@ -6683,10 +6694,7 @@ async def _serve(settings: Settings) -> None:
     """Serve until a signal asks to stop; then tell balancers, and leave in good order."""
     stop = _listen_for_signals()
     async with run_server(settings, _take_sockets(os.environ)) as (address, runner):
-        with suppress(OSError, AttributeError):  # glibc's; elsewhere there is no such function
-            ctypes.CDLL(None).malloc_trim(
-                0
-            )  # gives back what imports took and freed: a sixth of all memory as the service
+        _trim_memory()  # of what imports took and freed: a sixth of all memory as the service
         gc.freeze()  # what is loaded stays: else each full collection stops all streams for long enough to look at it
         print(f"kimi_proxy {__version__} is ready. Base URL for your program: {_tell_address(address)}", flush=True)
         notify(READY="1")

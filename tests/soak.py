@@ -43,6 +43,7 @@ HANGS_SECONDS: Final = 30.0  # no request may take so long
 MOST_GROWTH_MB: Final = 6.0
 MOST_DESCRIPTORS: Final = 2
 CLOSING_SECONDS: Final = 75.0  # idle pooled connections are closed after 30 to 60 s
+TRIMMING_SECONDS: Final = 12.0  # an idle proxy gives back what is free every 10 s
 
 SCHEMA: Final = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 LIMITS: Final = {"KIMI_CALL_SECONDS": "3", "KIMI_SILENCE_SECONDS": "3"}
@@ -358,10 +359,11 @@ def count_left(simulator: Simulator) -> tuple[int, int]:
 
 
 async def wait_for_rest(simulator: Simulator, seconds: float = 20.0) -> tuple[int, int]:
-    """What is still open and left once nothing changes any more."""
+    """What is still open and left once nothing changes any more, and the proxies have trimmed their memory."""
     end = time.monotonic() + seconds
     while any(left := count_left(simulator)) and time.monotonic() < end:
         await asyncio.sleep(0.1)
+    await asyncio.sleep(TRIMMING_SECONDS)
     return left
 
 
@@ -460,7 +462,7 @@ def main() -> int:
     minutes = float(sys.argv[1]) if len(sys.argv) > 1 else 1.0
     seed = int(os.environ.get("KIMI_SIMULATOR_SEED") or random.randrange(2**32))
     print(
-        f"About {WARM_SECONDS + minutes * 60 + 60:.0f} s, seed {seed}. Figures: at the start, warm, at the end.",
+        f"About {WARM_SECONDS + minutes * 60 + 80:.0f} s, seed {seed}. Figures: at the start, warm, at the end.",
         flush=True,
     )
     return 0 if asyncio.run(soak(minutes, seed)) else 1

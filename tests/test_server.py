@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import gzip
 import hashlib
 import io
@@ -20,6 +21,8 @@ from conftest import LogRecorder, StartProxy, bearer, chat_body
 from kimi_simulator import HELLO, Simulator
 from prometheus_client.parser import text_string_to_metric_families
 from yarl import URL
+
+from kimi_proxy import ChatRequest, Question, ResponseWriter
 
 CHAT = "/v1/chat/completions"
 SENTENCE = "[内容由于不合规被停止生成，我们换个话题吧]"
@@ -1055,3 +1058,26 @@ async def test_a_compressed_body_counts_by_what_it_becomes(
         headers = {**bearer(simulator.token("hello")), "Content-Encoding": encoding}
         async with http.post(proxy + path, data=body, headers=headers) as response:
             assert response.status == status, await response.text()
+
+
+@pytest.mark.parametrize(
+    ("order", "is_read"),
+    [("hello", True), ("hello+status=ask:500", True), ("hello+garbage", True), ("long+pace=0.05", False)],
+)
+async def test_what_a_request_held_is_free_when_it_ends_however_it_ends(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession, order: str, is_read: bool
+) -> None:
+    """Prompts are large, and the garbage collector comes late."""
+    token = simulator.token(*order.split("+"))
+    gc.collect()
+    gc.disable()
+    try:
+        async with http.post(proxy + CHAT, json=chat_body(stream=True), headers=bearer(token)) as response:
+            await (response.read() if is_read else response.content.readuntil(b"\n\n"))
+        await simulator.settle(token)
+        deadline = time.monotonic() + 5
+        while held := [one for one in gc.get_objects() if isinstance(one, ChatRequest | Question | ResponseWriter)]:
+            assert time.monotonic() < deadline, {type(one).__name__ for one in held}
+            await asyncio.sleep(0.02)
+    finally:
+        gc.enable()
