@@ -35,6 +35,7 @@ import ctypes
 import difflib
 import errno
 import gc
+import getpass
 import hashlib
 import io
 import ipaddress
@@ -110,21 +111,13 @@ def _kimi(default: Any, text: str, prefix: str = "KIMI_", *, secret: bool = Fals
 
 
 _proxy: Final = partial(_kimi, prefix="PROXY_")
-GROUPS: Final = {  # of `--help`, by the first setting of each
-    "host": "server",
-    "base_url": "Kimi",
-    "refresh_token": "accounts and keys",
-    "max_file_mb": "files",
-    "max_requests": "limits",
-    "log_level": "logs",
-}
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Settings:
     """Everything that can be set."""
 
-    host: str = _proxy("127.0.0.1", "address to listen on")
+    host: str = _proxy("127.0.0.1", "address to listen on", group="server")
     port: int = _proxy(8000, "port to listen on; 0 takes a free one", low=0, high=65_535)
     state_dir: str = _proxy(
         "default",
@@ -133,7 +126,9 @@ class Settings:
     cors_origins: tuple[str, ...] = _proxy(("*",), "comma-separated origins whose web pages may call; * is any")
     drain_delay_seconds: float = _proxy(0.0, "on shutdown, only /health says 503 at first; 2 behind a balancer", low=0)
     drain_seconds: float = _proxy(30.0, "on shutdown, time for running requests to finish", low=0)
-    base_url: str = _kimi("", "Kimi's base URL; empty: https://kimi.moonshot.cn, or www.kimi.com for connect")
+    base_url: str = _kimi(
+        "", "Kimi's base URL; empty: https://kimi.moonshot.cn, or www.kimi.com for connect", group="Kimi"
+    )
     auth_url: str = _kimi("https://auth.kimi.com", "base URL of the newer token refresh")
     web_version: str = _kimi("2.2.0", "web page's version that connect sends (x-msh-version)")
     protocol: str = _kimi("auto", "auto: classic until that is retired", choices="auto classic connect")
@@ -141,21 +136,25 @@ class Settings:
     use_search: bool = _kimi(True, "search the web where neither request nor model says so")
     sources: str = _kimi("text", "how to show search hits; text: in the answer too", choices="text annotations none")
     proxy_url: str = _kimi("", "HTTP proxy for all but file URLs, http://user:password@host:port", secret=True)
-    refresh_token: str = _kimi("", "comma-separated refresh tokens of the accounts to hold", secret=True)
+    refresh_token: str = _kimi(
+        "", "comma-separated refresh tokens of the accounts to hold", secret=True, group="accounts and keys"
+    )
     refresh_token_file: str = _kimi("", "a file with them; relative to $CREDENTIALS_DIRECTORY first")
     api_keys: str = _proxy("", "comma-separated keys (key or name:key) that clients must send", secret=True)
     api_keys_file: str = _proxy("", "a file with them, comma-separated or one per line")
     allowed_hosts: tuple[str, ...] = _proxy((), "comma-separated host names of a proxy that holds an account")
-    max_file_mb: int = _proxy(100, "largest file of a request (1 MB is 1,048,576 bytes)")
+    max_file_mb: int = _proxy(100, "largest file of a request (1 MB is 1,048,576 bytes)", group="files")
     max_inline_mb: int = _proxy(32, "files inside a request, decoded, together")
     spool_dir: str = _proxy("", "where a file of unknown length waits; empty: the system's temporary files")
     allow_private_urls: bool = _proxy(False, "let file URLs lead into private networks")
-    max_requests: int = _proxy(256, "requests at once; beyond it a 503 with Retry-After")
+    max_requests: int = _proxy(256, "requests at once; beyond it a 503 with Retry-After", group="limits")
     queue_length: int = _proxy(16, "requests that may wait for an account that answers one at a time", low=0)
     call_seconds: float = _kimi(15.0, "limit of one ordinary call to Kimi")
     silence_seconds: float = _kimi(120.0, "limit of silence in an answer")
     answer_seconds: float = _kimi(1800.0, "limit of one whole answer")
-    log_level: str = _proxy("info", "debug tells of each upstream event", choices="debug info warning error")
+    log_level: str = _proxy(
+        "info", "debug tells of each upstream event", choices="debug info warning error", group="logs"
+    )
     log_format: str = _proxy("text", "json is one JSON object per line", choices="text json")
 
     @property
@@ -247,8 +246,8 @@ def describe_option(option: Field[Any]) -> tuple[str, str]:
 def add_options(parser: argparse.ArgumentParser, *, hidden: bool) -> None:
     """Add the flags of all settings but secrets, in their groups, or `hidden` in its help. One not given is None."""
     for option in fields(Settings):
-        if option.name in GROUPS:
-            group = parser.add_argument_group(GROUPS[option.name])
+        if "group" in option.metadata:
+            group = parser.add_argument_group(option.metadata["group"])
         default, text = describe_option(option)
         text = f"{text} (default {default}; {option_variable(option)})".replace("%", "%%")
         if not option.metadata["secret"]:
@@ -3492,6 +3491,21 @@ def find_state_dir(setting: str, environ: Mapping[str, str]) -> Path | None:
     return Path(environ.get("STATE_DIRECTORY", "").partition(":")[0] or f"{own}/kimi_proxy")
 
 
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file, which its owner alone can read, whole or not at all, even in a crash of the machine."""
+    temporary = path.with_suffix(".new")
+    try:
+        with open(temporary, "wb", opener=partial(os.open, mode=0o600)) as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
 class StateFiles:
     """JSON files of the service at `base_url` in the state directory, which processes may share (not on Windows)."""
 
@@ -3520,21 +3534,15 @@ class StateFiles:
         return None
 
     def write(self, name: str, value: Mapping[str, Any]) -> bool:
-        """Replace a file as a whole, so that it survives a crash of the machine too; whether that went well."""
+        """Replace a file; whether that went well."""
         if not self._is_kept:
             return True
-        temporary = self.directory / f"{name}.new"
+        path = self.directory / f"{name}.json"
         try:
-            temporary.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with open(temporary, "wb", opener=partial(os.open, mode=0o600)) as file:
-                file.write(encode_json({"service": self.service, **value}).encode())
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(temporary.with_suffix(".json"))
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            replace_file(path, encode_json({"service": self.service, **value}).encode())
         except OSError as error:
             self.note_failure(error)
-            with suppress(OSError):
-                temporary.unlink()
             return False
         return True
 
@@ -6677,17 +6685,13 @@ def _listen_for_signals() -> asyncio.Event:
 
 
 def _tell_address(address: str) -> str:
-    """The base URL; where it stands for all addresses of this machine, what to use here and elsewhere."""
-    url = URL(address) / "v1"
-    if url.host not in ("0.0.0.0", "::"):
-        return str(url)
-    here, away, family = ("127.0.0.1", "192.0.2.1", socket.AF_INET)
-    if url.host == "::":
-        here, away, family = ("::1", "2001:db8::1", socket.AF_INET6)
-    with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect((away, 9))  # sends nothing, but chooses an address of this machine
-        return f"{url.with_host(here)}, elsewhere {url.with_host(probe.getsockname()[0])}"
-    return str(url.with_host(here))
+    """The base URL at `address`; where that stands for all of this machine, one to use here and one for elsewhere."""
+    here = address.replace("//0.0.0.0:", "//127.0.0.1:")
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # sends nothing, but chooses an address of this machine
+        there = address.replace("0.0.0.0", probe.getsockname()[0])
+        return f"{here}/v1" + f", elsewhere {there}/v1" * (here != address)
+    return f"{here}/v1"
 
 
 async def _serve(settings: Settings) -> None:
@@ -6721,6 +6725,51 @@ def _serve_command(settings: Settings, _: argparse.Namespace) -> int:
 class CommandError(Exception):
     """A command failed; the text is one line for whoever started it."""
 
+    def __init__(self, text: str, status: int = 1) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+async def _identify(settings: Settings, token: str) -> tuple[str, str]:
+    """Whose a refresh token is, in words, and the newest token of that account. Raises `ProxyError`."""
+    alone = replace(settings, host="127.0.0.1", port=0, state_dir="", refresh_token="", refresh_token_file="")
+    async with run_server(replace(alone, api_keys="", api_keys_file="")) as (_, runner):
+        gateway = runner.app[STATE].gateway
+        account = gateway.accounts.get(token)
+        claims = read_claims(await gateway.accounts.access_token(account))
+        user, region = claims.get("sub"), region_of(claims) or account.twin
+        host = URL(gateway.protocol_of(account).base_url_for(account)).host
+        words = f"account {account.label}" + f", user {user}" * bool(user) + f", region {region}" * bool(region)
+        return f"{words}, at {host}", account.tokens.refresh_token or token
+
+
+def _setup_command(settings: Settings, options: argparse.Namespace) -> int:
+    """Ask for a refresh token, check it at Kimi, and write it where the next start finds it."""
+    ask = partial(getpass.getpass, "Refresh token (it is not shown): ")
+    try:
+        token = read_pasted_token(ask() if sys.stdin.isatty() else sys.stdin.buffer.read().decode("utf-8", "replace"))
+        if is_access_token(read_claims(token)):
+            raise ProxyError("token_malformed", "this is an access token")
+        words, token = asyncio.run(_identify(settings, token))
+    except ProxyError as error:
+        raise CommandError(error.message) from None
+    path, lines = Path(options.env_file or ".env"), [token]
+    if settings.refresh_token_file:
+        path = path.parent / settings.refresh_token_file
+    else:
+        others = read_text(path).splitlines() if path.exists() else []
+        lines = [line for line in others if not re.match(r"\s*(export\s+)?KIMI_REFRESH_TOKEN\b", line)]
+        lines.append(f"KIMI_REFRESH_TOKEN={token}")
+    try:
+        replace_file(path, "\n".join([*lines, ""]).encode())
+    except OSError as error:
+        raise CommandError(f"{path} cannot be written ({error.strerror})") from None
+    key = "one of PROXY_API_KEYS" if settings.api_keys or settings.api_keys_file else "any text"
+    url = _tell_address(str(URL.build(scheme="http", host=settings.host or "127.0.0.1", port=settings.port)))
+    print(f"Kimi takes this token: {words}. It is in {path.absolute()}, which you alone can read.")
+    print(f"Start the proxy again, and set in your program: base URL {url}, API key: {key}, model: kimi.")
+    return 0
+
 
 def _read_held_token(settings: Settings) -> str:
     """The first held refresh token; empty without one. Raises `SettingsError`."""
@@ -6729,10 +6778,7 @@ def _read_held_token(settings: Settings) -> str:
 
 
 def _ask_command(settings: Settings, options: argparse.Namespace) -> int:
-    """Ask a running proxy, and print the answer as it comes; 130 where it was stopped.
-
-    In a terminal, without a question, go on asking until Ctrl-D.
-    """
+    """Ask a running proxy, and print the answer as it comes; without a question go on asking until Ctrl-D."""
     question = " ".join(options.question)
     if not sys.stdin.isatty():
         try:
@@ -6755,33 +6801,32 @@ def _ask_command(settings: Settings, options: argparse.Namespace) -> int:
     body |= {} if options.search is None else {"use_search": options.search}
     messages: list[dict[str, Any]] = []
     is_chat = not question
-    while True:
-        if is_chat and not (question := _type_question()):
-            return 0
+    while question or (question := _type_question()):
         messages.append({"role": "user", "content": [*parts, {"type": "text", "text": question}]})
         try:
             answer = asyncio.run(_print_answer(url, token, body | {"messages": messages}))
             messages.append({"role": "assistant", "content": answer})
             parts = []
+        except CommandError as error:
             if not is_chat:
-                return 0
-        except (CommandError, KeyboardInterrupt) as error:
-            if not is_chat and isinstance(error, CommandError):
                 raise
-            print(f"kimi_proxy: {str(error) or 'stopped, at Kimi too'}", file=sys.stderr)
-            if not is_chat:
-                return 130
+            print(f"kimi_proxy: {error}", file=sys.stderr)
             messages.pop()
+        if not is_chat:
+            break
+        question = ""
+    return 0
 
 
 def _type_question() -> str:
     """What the user types next; empty at the end."""
-    with suppress(EOFError):
+    try:
         while not (line := input("> ").strip()):
             pass
-        return line
-    print()
-    return ""
+    except EOFError:
+        print()
+        return ""
+    return line
 
 
 def _render_part(path: str) -> dict[str, Any]:
@@ -6803,7 +6848,7 @@ async def _print_answer(url: str, token: str, body: dict[str, Any]) -> str:
     logging.getLogger("aiohttp_sse_client").setLevel(logging.CRITICAL)
 
     async def refuse(response: aiohttp.ClientResponse) -> None:
-        if response.status != 200:
+        if response.status != 200 or response.content_type != "text/event-stream":
             try:
                 message = json.loads(await response.read())["error"]["message"]
             except (ValueError, KeyError, TypeError):
@@ -6822,9 +6867,9 @@ async def _print_answer(url: str, token: str, body: dict[str, Any]) -> str:
             EventSource(url, option={"method": "POST"}, session=session, max_connect_retry=0, **request) as source,
         ):
             return await _print_events(source, screen)
-    except BrokenPipeError:
-        raise
-    except (aiohttp.ClientError, ConnectionError) as error:
+    except asyncio.CancelledError:
+        raise CommandError("stopped, at Kimi too", 130) from None
+    except aiohttp.ClientError as error:
         raise CommandError(f"cannot reach {url} ({type(error).__name__}); is the proxy running?") from None
     finally:
         screen.close()
@@ -6880,7 +6925,10 @@ class _Screen:
         if text and self._thinking and not dimmed:
             print("\n")
         self._thinking, self._begun = dimmed, True
-        print(f"\x1b[2m{text}\x1b[0m" if dimmed and self._terminal else text, end="", flush=True)
+        if self._terminal:  # where the web's text may not move about
+            text = re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
+            text = f"\x1b[2m{text}\x1b[0m" if dimmed else text
+        print(text, end="", flush=True)
 
     def close(self) -> None:
         """End the last line, if there is one."""
@@ -6950,9 +6998,6 @@ class _Check:
             "stop": replace(question, text="user:Count to 100.\n"),
         }
         try:
-            url = URL(self.protocol.settings.proxy_url or self.protocol.base_url_for(account))
-            await self._step("address", self._look_up(url))
-            await self._step("connection and TLS", self._connect(url))
             await self._step("token", self.protocol.accounts.access_token(account))
             self.seen.append(f"at {URL(self.protocol.base_url_for(account)).host}")
             if isinstance(self.protocol, Connect):
@@ -7034,24 +7079,6 @@ class _Check:
         finally:
             await files.close()
 
-    async def _look_up(self, url: URL) -> int:
-        try:
-            found = await asyncio.get_running_loop().getaddrinfo(url.host, url.port)
-        except OSError:
-            raise ProxyError("service_unreachable", f"the name {url.host} cannot be resolved") from None
-        return len({entry[4][0] for entry in found})
-
-    async def _connect(self, url: URL) -> None:
-        try:
-            async with asyncio.timeout(self.protocol.settings.call_seconds):
-                _, writer = await asyncio.open_connection(url.host, url.port, ssl=url.scheme == "https" or None)
-        except (OSError, TimeoutError) as error:
-            reason = getattr(error, "strerror", None) or type(error).__name__
-            raise ProxyError("service_unreachable", f"{url.host}: {quote_words(str(reason))}") from None
-        writer.close()
-        with suppress(OSError):
-            await writer.wait_closed()
-
 
 def _render_seen(result: object) -> str:
     """What a step's result is worth telling: numbers and names of models, never tokens or texts."""
@@ -7059,9 +7086,8 @@ def _render_seen(result: object) -> str:
         shape = "new" if any(model.efforts for model in result) else "old"
         names = (f"{model.id} ({model.default_effort})" if model.efforts else model.id for model in result[:8])
         return f", {shape} list: " + ", ".join(names)
-    if isinstance(result, list):
-        return "".join(f", {count} {kind}" for kind, count in Counter(type(event).__name__ for event in result).items())
-    return f", {result} address{'es' * (result != 1)}" if isinstance(result, int) else ""
+    counts = Counter(type(event).__name__ for event in result) if isinstance(result, list) else {}
+    return "".join(f", {number} {kind}" for kind, number in counts.items())
 
 
 _KEPT_KEYS: Final = frozenset({"event", "type", "op", "mask", "role", "status", "name", "code", "reason", "scenario"})
@@ -7111,21 +7137,13 @@ def _anonymize_json(data: bytes | bytearray) -> str:
     return encode_json(anonymize(value))
 
 
-_COMMANDS: Final[Mapping[str, Callable[[Settings, argparse.Namespace], int]]] = {
-    "": _serve_command,
-    "ask": _ask_command,
-    "check": _check_command,
+_COMMANDS: Final[Mapping[str, tuple[Callable[[Settings, argparse.Namespace], int], str]]] = {
+    "setup": (_setup_command, "Ask for your refresh token, check it at Kimi, and keep it in .env for the next start."),
+    "ask": (_ask_command, "Ask a running proxy in the terminal; without a question, chat until Ctrl-D."),
+    "check": (_check_command, "Try each step of Kimi with the held account, and say what was seen."),
+    "serve": (_serve_command, "Serve programs: the same as without a command."),
 }
-_ABOUT: Final = {
-    "": """An OpenAI-compatible gateway in front of the Kimi web service. Without a command it serves programs.
-
-commands, each of which tells more with --help:
-  ask "question"   ask a running proxy in the terminal
-  check            try each step of Kimi, and say what was seen""",
-    "ask": "Ask a running proxy in the terminal. Without a question, ask one after the other until Ctrl-D.",
-    "check": """Try every step of Kimi once, with the held account (KIMI_REFRESH_TOKEN), and say what was seen.
-A few short questions are asked in each protocol.""",
-}
+_ABOUT: Final = "An OpenAI-compatible gateway in front of the Kimi web service.\n\ncommands, each with a --help:\n"
 
 
 class _CommandLine(argparse.ArgumentParser):
@@ -7136,7 +7154,7 @@ class _CommandLine(argparse.ArgumentParser):
         unknown = re.search(r"unrecognized arguments: ([^\s=]+)", message)
         if unknown is None:
             raise SettingsError(message)
-        known = re.findall("--[a-z-]+", self.format_help() + make_parser("").format_help())
+        known = re.findall("--[a-z-]+", self.format_help() + make_parser("serve").format_help())
         nearest = difflib.get_close_matches(unknown[1], [*_COMMANDS, *known], 1)
         meant = f"do you mean {nearest[0]}?" if nearest else "see --help"
         raise SettingsError(f"{quote_name(unknown[1])}: there is no such option or command; {meant}")
@@ -7144,13 +7162,13 @@ class _CommandLine(argparse.ArgumentParser):
 
 def make_parser(command: str) -> argparse.ArgumentParser:
     """The parser of a command's flags. None can be abbreviated: it might be meant for a secret."""
+    is_main = command == "serve"
+    commands = [f"  {name:8} {about}" for name, (_, about) in _COMMANDS.items()]
     parser = _CommandLine(
-        f"kimi_proxy.py {command}".rstrip(),
-        usage=None if command else "kimi_proxy.py [command] [--option X ...]",
-        description=_ABOUT[command],
-        epilog="The settings are the proxy's, by variable or flag."
-        if command
-        else "Secrets have no flag: KIMI_REFRESH_TOKEN, PROXY_API_KEYS, KIMI_PROXY_URL.",
+        "kimi_proxy.py" if is_main else f"kimi_proxy.py {command}",
+        usage="kimi_proxy.py [command] [--option X ...]" if is_main else None,
+        description=_ABOUT + "\n".join(commands) if is_main else _COMMANDS[command][1],
+        epilog="KIMI_REFRESH_TOKEN, PROXY_API_KEYS and KIMI_PROXY_URL are secrets, and have no flag.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -7167,7 +7185,7 @@ def make_parser(command: str) -> argparse.ArgumentParser:
     if command == "check":
         text = "write the answers' streams, tokens, ids and texts replaced, to FILE-STEP.sse, FILE-STEP.connect"
         parser.add_argument("--record", metavar="FILE", help=text)
-    add_options(parser, hidden=bool(command))
+    add_options(parser, hidden=not is_main)
     return parser
 
 
@@ -7182,15 +7200,15 @@ def _load_env_file(name: str | None) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command in `argv`; the exit status: 0, 1 for a failure, 2 for a setting that is not usable."""
-    command = argv[0] if argv and argv[0] in _COMMANDS else ""
+    command, *arguments = argv if argv and argv[0] in _COMMANDS else ("serve", *argv)
     try:
-        options = make_parser(command).parse_intermixed_args(argv[bool(command) :])
+        options = make_parser(command).parse_intermixed_args(arguments)
         _load_env_file(options.env_file)
-        return _COMMANDS[command](Settings.load(os.environ, vars(options)), options)
+        return _COMMANDS[command][0](Settings.load(os.environ, vars(options)), options)
     except (SettingsError, CommandError) as error:
         print(f"kimi_proxy: {error}", file=sys.stderr)
-        return 2 if isinstance(error, SettingsError) else 1
-    except KeyboardInterrupt:
+        return error.status if isinstance(error, CommandError) else 2
+    except (KeyboardInterrupt, EOFError):
         return 130
     except BrokenPipeError:  # whoever read standard output is gone, and what is buffered is for nobody
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

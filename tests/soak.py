@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -401,8 +401,8 @@ async def soak(minutes: float, seed: int) -> bool:
         simulator = await stack.enter_async_context(Simulator(seed=seed))
         targets = [await stack.enter_async_context(run_proxy(simulator, protocol)) for protocol in PROTOCOLS]
         traffic = [Traffic(simulator, target, random.Random(f"{seed} {target.protocol}")) for target in targets]
-        tidying = asyncio.create_task(tidy(simulator))
-        stack.callback(tidying.cancel)
+        for work in (tidy(simulator), tell_progress(targets, WARM_SECONDS + minutes * 60 + 60)):
+            stack.callback(asyncio.create_task(work).cancel)
         begun = [read_figures(target.process_id) for target in targets]
         await asyncio.gather(*(one.fill() for one in traffic))
         await asyncio.gather(*(one.run(WARM_SECONDS) for one in traffic))
@@ -447,6 +447,16 @@ async def soak(minutes: float, seed: int) -> bool:
             print(f"    {violation}")
         simulator.violations.clear()
         return good
+
+
+async def tell_progress(targets: Sequence[Target], seconds: float) -> None:
+    """Show in a terminal how far it is."""
+    started = time.monotonic()
+    while sys.stderr.isatty():
+        done = sum(target.good.total() + target.faulty.total() for target in targets)
+        spent = time.monotonic() - started
+        print(f"  {spent:.0f} of about {seconds:.0f} s, {done} requests  ", end="\r", file=sys.stderr, flush=True)
+        await asyncio.sleep(1)
 
 
 def show(name: str, first: float, second: float, third: float, good: bool) -> bool:

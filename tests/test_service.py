@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pty
+import random
 import re
 import shlex
 import signal
@@ -23,7 +24,7 @@ import aiohttp
 import pytest
 from conftest import StartProxy, bearer, chat_body
 from golden import render_stream
-from kimi_simulator import HELLO, SCRIPTS, Cite, End, Hit, Say, Simulator, Think, Wait
+from kimi_simulator import HELLO, SCRIPTS, Cite, End, Hit, Say, Simulator, Think, Wait, make_access_token
 from toc import MODULE
 
 from kimi_proxy import anonymize
@@ -161,21 +162,23 @@ async def test_settings_from_a_file_as_docker_and_systemd_write_them(
         b"export KIMI_PROTOCOL='classic'\r\nKIMI_REFRESH_TOKEN = eyJ0.a=b'c\r\nOTHER=1\r\n"
     )
     status, out, err = await run("check", "--env-file", str(path))
-    assert status == 1 and "FAIL  classic  address" in out and "connect" not in out and err == ""
+    assert status == 1 and "FAIL  classic  token" in out and "FAIL  connect" not in out and err == ""
     status, out, _ = await run("check", "--env-file", str(path), KIMI_PROTOCOL="connect")
-    assert status == 1 and "FAIL  connect  address" in out and "classic" not in out
+    assert status == 1 and "FAIL  connect  token" in out and "FAIL  classic" not in out
     path.rename(tmp_path / ".env")
     monkeypatch.chdir(tmp_path)
     status, out, err = await run("check")
-    assert "FAIL  classic  address" in out and err == (
+    assert "FAIL  classic  token" in out and err == (
         "kimi_proxy: .env in this directory sets KIMI_BASE_URL, KIMI_PROTOCOL, KIMI_REFRESH_TOKEN\n"
     )
 
 
 async def test_help_and_version() -> None:
     status, out, _ = await run("--help")
-    parts = ["ask", "check", "server:", "PROXY_PORT", "Kimi:", "accounts and keys:", "files:", "limits:", "logs:"]
+    parts = ["  setup ", "  ask ", "  check ", "server:", "PROXY_PORT", "Kimi:", "accounts and keys:"]
+    parts += ["files:", "limits:", "logs:"]
     assert status == 0 and sorted(parts, key=out.index) == parts
+    assert (await run("serve", "--help"))[1] == out
     status, out, _ = await run("ask", "--help")
     assert status == 0 and "--no-search" in out and "PROXY_PORT" not in out
     status, out, _ = await run("--version")
@@ -387,6 +390,55 @@ def test_the_file_has_its_licence_line() -> None:
     assert "# SPDX-License-Identifier: MIT" in head
 
 
+@pytest.mark.parametrize("place", [".env", "my.env", "token"])
+async def test_setup_checks_a_token_and_writes_it_where_the_next_start_finds_it(
+    simulator: Simulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    token, arguments = simulator.token("hello", "rotate"), ["--env-file", "my.env"] if place == "my.env" else []
+    lines = ["# mine", f"KIMI_BASE_URL='{simulator.url}'", "PROXY_PORT=8123"]
+    lines += (
+        ["KIMI_REFRESH_TOKEN_FILE=token"]
+        if place == "token"
+        else ["export KIMI_REFRESH_TOKEN=old", "KIMI_SOURCES=none"]
+    )
+    (tmp_path / ("my.env" if arguments else ".env")).write_text("\n".join(lines))
+    (tmp_path / "token").write_text("old")
+    status, out, err = await run("setup", *arguments, text=f'{{"refresh_token": "{token}"}}\n')
+    assert status == 0, err
+    assert "Kimi takes this token: account " in out and "at 127.0.0.1" in out and str(tmp_path / place) in out
+    assert "base URL http://127.0.0.1:8123/v1, API key: any text" in out
+    written, kept = (tmp_path / place), simulator.account(token).refresh_tokens[-1]
+    assert kept != token and written.stat().st_mode & 0o777 == 0o600 and kept not in out + err
+    if place == "token":
+        assert written.read_text() == f"{kept}\n"
+    else:
+        assert written.read_text().splitlines() == [*lines[:3], "KIMI_SOURCES=none", f"KIMI_REFRESH_TOKEN={kept}"]
+    status, out, _ = await run("check", *arguments)
+    assert status == 0, out
+
+
+async def test_setup_in_a_terminal_does_not_show_the_token_and_refuses_one_of_no_use(
+    simulator: Simulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    good, dead = simulator.token("hello"), simulator.token("hello", "unauthorized-always=refresh")
+    access = make_access_token(random.Random(), opaque=False)
+    for token, says in (
+        (good, "Kimi takes this token"),
+        (dead, "refused"),
+        ("", "a cut token"),
+        (access, "access token"),
+    ):
+        async with open_terminal("setup", KIMI_BASE_URL=simulator.url) as terminal:
+            await terminal.read("not shown): ")
+            terminal.type(f"{token}\n")
+            assert await terminal.end() == (0 if token == good else 1)
+        assert says in terminal.shown and (not token or token not in terminal.shown)
+        assert "Traceback" not in terminal.shown
+    assert (tmp_path / ".env").read_text() == f"KIMI_REFRESH_TOKEN={good}\n"
+
+
 async def check(simulator: Simulator, token: str, *arguments: str, **environment: str) -> tuple[int, str, str]:
     url = {"KIMI_BASE_URL": simulator.url, "KIMI_AUTH_URL": simulator.url}
     return await run("check", *arguments, **{**url, "KIMI_REFRESH_TOKEN": token, **environment})
@@ -398,10 +450,10 @@ async def test_check_walks_every_step_of_both_protocols(simulator: Simulator, tm
     assert status == 0, out + err
     lines = [line.split()[:3] for line in out.splitlines() if line.startswith("ok")]
     classic, connect = ([line[2] for line in lines if line[1] == name] for name in ("classic", "connect"))
-    start, chats = ["address", "connection", "token"], ["answer", "remove", "search", "remove", "stop", "remove"]
+    start, chats = ["token"], ["answer", "remove", "search", "remove", "stop", "remove"]
     assert classic == [*start, *(step for chat in chats[::2] for step in ("open", chat, "remove")), "upload"]
     assert connect == [*start, "models", *chats, "system", "remove", "upload"]
-    assert ", 1 address\n" in out and "kimi-k2.6" in out and "yes, with classic and connect" in out
+    assert "kimi-k2.6" in out and "yes, with classic and connect" in out
     report = next(line for line in out.splitlines() if line.startswith("For a bug report: kimi_proxy "))
     for seen in ("at 127.0.0.1", "old list", "citations as U+E3A0", "stop ok", "remove ok", "upload ok"):
         assert seen in report

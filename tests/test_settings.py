@@ -21,7 +21,7 @@ OPTIONS = {option_variable(option): option for option in fields(Settings)}
 
 
 def read_flags(*arguments: str) -> dict[str, Any]:
-    return vars(make_parser("").parse_intermixed_args(arguments))
+    return vars(make_parser("serve").parse_intermixed_args(arguments))
 
 
 def test_defaults_are_those_that_are_promised() -> None:
@@ -47,7 +47,7 @@ def test_secrets_have_no_flag_and_show_nowhere() -> None:
     assert "sesame" not in str(caught.value)
     for variable in SECRETS:
         with pytest.raises(SettingsError) as caught:
-            make_parser("").parse_intermixed_args([option_flag(OPTIONS[variable]), "sesame"])
+            make_parser("serve").parse_intermixed_args([option_flag(OPTIONS[variable]), "sesame"])
         assert "no such option" in str(caught.value) and "sesame" not in str(caught.value)
 
 
@@ -142,7 +142,7 @@ def test_a_port_of_a_url_that_is_not_valid_is_named(text: str) -> None:
 
 
 def test_help_shows_every_flag_with_its_default_and_variable() -> None:
-    text = " ".join(make_parser("").format_help().split())
+    text = " ".join(make_parser("serve").format_help().split())
     for variable, option in OPTIONS.items():
         assert (f"{option_flag(option)} " in text and variable in text) is not option.metadata["secret"]
         assert option.metadata["secret"] or f"(default {describe_option(option)[0]}; {variable})" in text.replace(

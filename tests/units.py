@@ -241,7 +241,7 @@ def test_the_units_agree_with_each_other_and_the_settings(place: Place, units: P
     claim(differ == expected, f"the template differs from the service in {sorted(differ)}")
     claim(SAME.items() <= dict(one).items(), f"kimi-proxy.service has not all of {SAME}")
     command = dict(several)["ExecStart"].partition(" -m kimi_proxy ")[2].replace("%i", "8001")
-    claim(make_parser("").parse_intermixed_args(command.split()).port == "8001", f"no port in {command}")
+    claim(make_parser("serve").parse_intermixed_args(command.split()).port == "8001", f"no port in {command}")
     listen = dict(read_unit(units / "kimi-proxy.socket"))["ListenStream"]
     default = Settings()
     claim(listen == f"{default.host}:{default.port}", f"the socket is {listen}, the settings say otherwise")
