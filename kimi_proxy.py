@@ -1506,8 +1506,14 @@ class Filter:
     retry_reason = ""  # the mistake in an answer that is over and has to be asked for once more
     previous = ""  # what the model wrote there
     has_fallback = False  # it can show the first answer, should the second fail
+    starts = ""  # characters: text without any of them passes while nothing is held; empty where all text counts
     _held = ""  # the end of the text, which may become something else
     _retried = False
+
+    @property
+    def is_calm(self) -> bool:
+        """Whether text without any of `starts` passes as it is."""
+        return self.passes or bool(self.starts and not self._held)
 
     def feed(self, events: list[Event]) -> list[Event]:
         """What becomes of `events`. `Finished` flows through, after all that was held."""
@@ -1633,6 +1639,7 @@ class MarkFilter(Filter):
 class UrlMarkFilter(MarkFilter):
     """Frees URLs of the marks that the prompt put around them, where the model repeats these."""
 
+    starts = "<"
     marks = re.compile(
         r'<url id="[^<>"]{0,500}" type="url"[^<>]{0,500}>(?P<url>[^<>]{0,2000})</url>'
         r"|<(?:u?r?l? ?i?d?=?|url id=[^<>]{0,1030}(?:>[^<>]{0,2000}(?:</?u?r?l?)?)?)\Z"
@@ -1654,6 +1661,7 @@ class CitationFilter(MarkFilter):
     `[^n^]` stays text while there is no hit at all. An answer with inline hits passes unchanged.
     """
 
+    starts = "<[\ue3a0\U0001f6e0"
     marks = re.compile(
         f"<REF>cite[\u2726:](?:(?P<ref>.{{0,{MAX_CITATION}}}?)</REF>|(?P<endless>.{{{MAX_CITATION}}})(?=.{{6}}))"
         "|\ue3a0cite[\ue3a3\U0001f6e0](?P<keys>[^\ue3a0\ue3a8]{0,500}+)\ue3a8"
@@ -1884,7 +1892,7 @@ class StopFilter(Filter):
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
-        self._starts = re.compile("|".join(re.escape(stop[0]) for stop in stops))
+        self.starts = "".join(stop[0] for stop in stops)
 
     def _reset(self) -> None:
         self.ended = False  # a second answer's text goes on behind what is held
@@ -1893,8 +1901,6 @@ class StopFilter(Filter):
         return [event] if isinstance(event, (Thinking, SearchHit)) else [*self._flush(), event]
 
     def _take_text(self, event: Text) -> list[Event]:
-        if not self._held and not self._starts.search(event.text):
-            return [event]
         text = self._held + event.text
         ends = [(at + len(stop), -len(stop), stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if ends:
@@ -1967,13 +1973,24 @@ class Chain:
         self.previous = ""  # what it wrote there, cut
         self._over = False
         self._retried = False
+        self._starts = re.compile("|".join(map(re.escape, "".join(one.starts for one in filters))) or r"\Z")
+        self._is_calm = False  # text in which nothing can begin passes as it is
 
     def feed(self, events: list[Event]) -> list[Event]:
         """What becomes of `events`. Raises `ProxyError` as the filters do."""
-        if self._over:
+        result: list[Event] = []
+        for event in events:
+            if self._is_calm and isinstance(event, Text) and not self._starts.search(event.text):
+                result.append(event)
+            else:
+                result += self._filter(event)
+                self._is_calm = not self._over and all(one.is_calm for one in self.filters)
+        return result
+
+    def _filter(self, event: Event) -> list[Event]:
+        if self._over or (self._retried and isinstance(event, Opened)):
             return []
-        if self._retried:
-            events = [event for event in events if not isinstance(event, Opened)]
+        events = [event]
         for one in self.filters:
             if not one.passes:
                 events = one.feed(events)
@@ -1992,7 +2009,7 @@ class Chain:
 
     def begin_retry(self) -> None:
         """Expect another answer, the last one."""
-        self._retried = True
+        self._retried, self._is_calm = True, False
         self.retry_reason = ""
         for one in self.filters:
             one.begin_retry()
