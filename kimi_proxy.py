@@ -71,6 +71,7 @@ from contextlib import (
 from contextvars import ContextVar
 from copy import copy
 from dataclasses import Field, asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime
 from functools import partial
 from itertools import accumulate, cycle, islice
 from math import inf, isfinite
@@ -119,13 +120,11 @@ class Settings:
 
     host: str = _proxy("127.0.0.1", "address to listen on", group="server")
     port: int = _proxy(8000, "port to listen on; 0 takes a free one", low=0, high=65_535)
-    state_dir: str = _proxy(
-        "default",
-        "where tokens are kept; default: $STATE_DIRECTORY or the user's; empty: nowhere",
-    )
+    state_dir: str = _proxy("default", "where tokens are kept; default: $STATE_DIRECTORY or the user's; empty: nowhere")
     cors_origins: tuple[str, ...] = _proxy(("*",), "comma-separated origins whose web pages may call; * is any")
     drain_delay_seconds: float = _proxy(0.0, "on shutdown, only /health says 503 at first; 2 behind a balancer", low=0)
     drain_seconds: float = _proxy(30.0, "on shutdown, time for running requests to finish", low=0)
+    language: str = _proxy("en", "of errors; a client gets zh by its Accept-Language, too", choices="en zh")
     base_url: str = _kimi(
         "", "Kimi's base URL; empty: https://kimi.moonshot.cn, or www.kimi.com for connect", group="Kimi"
     )
@@ -275,8 +274,8 @@ def read_env_file(path: Path) -> dict[str, str]:
 # ==== 3. Errors =============================================================
 #
 # Every failure has one code: the same word here, in the log, in the client's answer and in the README's table. Its row
-# is HTTP status, the reference's number [ref], what happened or what to do, and `Retry-After` in seconds. A message
-# quotes Kimi where that helps, redacted, never the client's text.
+# is HTTP status, the reference's number [ref], what happened and what to do, and `Retry-After` in seconds; a detail
+# goes to the end of the first sentence. A message quotes Kimi where that helps, redacted, never the client's text.
 
 
 class Failure(NamedTuple):
@@ -294,56 +293,105 @@ class Failure(NamedTuple):
         return {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(self.status, kind)
 
 
-# With what a message begins, for the numbers -2000, -2001, … [ref].
-_PREFIXES: Final = ("请求参数非法", "请求kimi失败", "Token已失效", "远程文件URL非法", "远程文件超出大小")
-_STORAGE: Final = "the Kimi page: developer tools, Application, Local Storage, refresh_token"
+_COPY: Final = "Log in at the Kimi page and copy one: developer tools (F12), Application, Local Storage, refresh_token."
 FAILURES: Final[Mapping[str, Failure]] = {
-    "invalid_json": Failure(400, -2000, "the body is not valid JSON"),
-    "invalid_request": Failure(400, -2000, "the request is not valid"),
-    "body_broken": Failure(400, -2000, "the encoding of the body is broken"),
-    "file_url_invalid": Failure(400, -2003, "use a public address without log-in, or set PROXY_ALLOW_PRIVATE_URLS"),
-    "file_unreadable": Failure(400, -2000, "Kimi cannot read this file; try another format"),
-    "previous_response_not_found": Failure(400, -2000, "this account has no such response; send the whole input"),
-    "token_missing": Failure(401, -2002, "send `Authorization: Bearer <refresh token>`"),
-    "token_malformed": Failure(401, -2002, f"copy one at {_STORAGE}"),
-    "token_dead": Failure(401, -2002, f"Kimi refused this refresh token; log in and copy a new one at {_STORAGE}"),
-    "token_expired": Failure(401, -2002, "this access token has expired; send a refresh token instead"),
-    "key_refused": Failure(401, -2002, "send one of the proxy's API keys as Bearer token"),
-    "host_denied": Failure(403, -2000, "PROXY_ALLOWED_HOSTS must have this name, as the proxy holds an account"),
-    "origin_denied": Failure(403, -2000, "PROXY_CORS_ORIGINS must name this page, as the proxy holds an account"),
-    "file_not_found": Failure(404, -2000, "upload it again; files are forgotten when the proxy restarts"),
-    "response_not_found": Failure(404, -2000, "this account has no such response"),
-    "not_found": Failure(404, -2000, "there is nothing at this path"),
-    "model_not_found": Failure(404, -2000, "GET /v1/models lists the models"),
-    "conversation_not_found": Failure(404, -2000, 'not of this account; `"conversation_id": "new"` opens one'),
-    "method_not_allowed": Failure(405, -2000, "this path does not take that method"),
-    "body_timeout": Failure(408, -2000, "the request's body did not arrive in time"),
-    "body_too_large": Failure(413, -2000, "the request's body is too large"),
-    "encoding_unknown": Failure(415, -2000, "send the body as it is, or compressed with gzip"),
-    "file_too_large": Failure(413, -2004, "see PROXY_MAX_FILE_MB and PROXY_MAX_INLINE_MB"),
-    "tool_call_failed": Failure(422, -2001, "no valid tool call, twice; simplify the tool's schema"),
-    "structured_output_failed": Failure(422, -2001, "the answer did not fit response_format, twice; simplify it"),
-    "answer_running": Failure(429, -2001, "Kimi still answers another question of this account", 5),
-    "queue_full": Failure(429, -2001, "too many requests of this account wait for their turn", 5),
-    "rate_limited": Failure(429, -2001, "Kimi limits this account for now", 60),
-    "service_busy": Failure(429, -2001, "Kimi serves paying users first for now; try again", 30),
-    "quota_used_up": Failure(429, -2001, "this account's quota is used up", 3600),
-    "internal_error": Failure(500, -2001, "the proxy itself failed; its log has the traceback"),
-    "service_refused": Failure(502, -2000, "Kimi did not accept a call"),
-    "service_failed": Failure(502, -2001, "Kimi failed"),
-    "service_unreachable": Failure(502, -2001, "Kimi cannot be reached; check the network and KIMI_BASE_URL"),
-    "answer_broken": Failure(502, -2001, "Kimi's answer broke off or cannot be read"),
-    "answer_empty": Failure(502, -2001, "Kimi's answer has no text; try again"),
-    "file_broken": Failure(502, -2003, "the file's origin broke off; try again"),
-    "storage_failed": Failure(502, -2001, "Kimi's storage did not take the file; try again"),
-    "state_locked": Failure(503, -2001, "another process locks this account's state", 5),
-    "too_busy": Failure(503, -2001, "the proxy is at PROXY_MAX_REQUESTS; try again shortly", 5),
-    "shutting_down": Failure(503, -2001, "the proxy shuts down; try again shortly", 5),
-    "service_silent": Failure(504, -2001, "Kimi sent nothing for too long; try again"),
-    "answer_too_long": Failure(504, -2001, "the answer did not end within KIMI_ANSWER_SECONDS"),
-    "file_silent": Failure(504, -2003, "the file's origin is too slow; try again"),
-    "storage_silent": Failure(504, -2001, "Kimi's storage is too slow; try again"),
-    "spool_full": Failure(507, -2001, "no room for this file in PROXY_SPOOL_DIR"),
+    "invalid_json": Failure(400, -2000, "The body is not valid JSON."),
+    "invalid_request": Failure(400, -2000, "The request is not valid."),
+    "body_broken": Failure(400, -2000, "The body cannot be read. Check its length and Content-Encoding."),
+    "file_url_invalid": Failure(400, -2003, "This file cannot be fetched. Use a public URL that needs no login."),
+    "file_unreadable": Failure(400, -2000, "Kimi cannot read this file. Try another format."),
+    "previous_response_not_found": Failure(400, -2000, "There is no such response. Send the whole input instead."),
+    "token_missing": Failure(401, -2002, "No token was sent. Send your refresh token as API key."),
+    "token_malformed": Failure(401, -2002, f"This is no refresh token. {_COPY}"),
+    "token_dead": Failure(401, -2002, f"Kimi refused this refresh token. {_COPY}"),
+    "token_expired": Failure(401, -2002, "This access token has expired. Send a refresh token instead."),
+    "key_refused": Failure(401, -2002, "This is none of the proxy's API keys. Ask for one whoever runs it."),
+    "host_denied": Failure(403, -2000, "The proxy does not go by this name. Add it to PROXY_ALLOWED_HOSTS."),
+    "origin_denied": Failure(403, -2000, "Pages from there may not call. Add their origin to PROXY_CORS_ORIGINS."),
+    "file_not_found": Failure(404, -2000, "There is no such file. Upload it again: a restart of the proxy forgets it."),
+    "response_not_found": Failure(404, -2000, "There is no such response of this account. A restart forgets them."),
+    "not_found": Failure(404, -2000, "There is nothing at this path."),
+    "model_not_found": Failure(404, -2000, "There is no such model. GET /v1/models lists those there are."),
+    "conversation_not_found": Failure(404, -2000, 'No such conversation. The `conversation_id` "new" opens one.'),
+    "method_not_allowed": Failure(405, -2000, "This path does not take that method."),
+    "body_timeout": Failure(408, -2000, "The body did not arrive in time. Send it again, or a smaller one."),
+    "body_too_large": Failure(413, -2000, "The body is too large. Send less."),
+    "encoding_unknown": Failure(415, -2000, "This encoding is not known. Send the body as it is, or with gzip."),
+    "file_too_large": Failure(413, -2004, "The file is too large. See PROXY_MAX_FILE_MB and PROXY_MAX_INLINE_MB."),
+    "tool_call_failed": Failure(422, -2001, "The model made no valid tool call, twice. Simplify the tool's schema."),
+    "structured_output_failed": Failure(422, -2001, "The answer did not fit response_format, twice. Simplify it."),
+    "answer_running": Failure(429, -2001, "Kimi still answers another question of this account. Wait for it.", 5),
+    "queue_full": Failure(429, -2001, "Too many requests wait for this account. Try again shortly.", 5),
+    "rate_limited": Failure(429, -2001, "Kimi limits this account for now. Wait as long as Retry-After says.", 60),
+    "service_busy": Failure(429, -2001, "Kimi serves paying users first for now. Try again shortly.", 30),
+    "quota_used_up": Failure(429, -2001, "This account's quota is used up. Ask another model, or wait.", 3600),
+    "internal_error": Failure(500, -2001, "The proxy itself failed. Its log has the traceback: please report it."),
+    "service_refused": Failure(502, -2000, "Kimi refused a call. Open Kimi in a browser to see why."),
+    "service_failed": Failure(502, -2001, "Kimi failed. Try again later."),
+    "service_unreachable": Failure(502, -2001, "Kimi cannot be reached. Check the network and KIMI_BASE_URL."),
+    "answer_broken": Failure(502, -2001, "Kimi's answer broke off, or cannot be read. Try again."),
+    "answer_empty": Failure(502, -2001, "Kimi's answer has no text. Try again."),
+    "file_broken": Failure(502, -2003, "The file did not arrive whole. Try again."),
+    "storage_failed": Failure(502, -2001, "Kimi's storage did not take the file. Try again."),
+    "state_locked": Failure(503, -2001, "Another process locks this account's state. Stop it if it hangs.", 5),
+    "too_busy": Failure(503, -2001, "The proxy has too much to do. Try again shortly.", 5),
+    "shutting_down": Failure(503, -2001, "The proxy shuts down. Try again shortly.", 5),
+    "service_silent": Failure(504, -2001, "Kimi sent nothing for too long. Try again."),
+    "answer_too_long": Failure(504, -2001, "The answer did not end within KIMI_ANSWER_SECONDS. Ask for less."),
+    "file_silent": Failure(504, -2003, "The file's origin is too slow. Try again."),
+    "storage_silent": Failure(504, -2001, "Kimi's storage is too slow. Try again."),
+    "spool_full": Failure(507, -2001, "This file has no room in PROXY_SPOOL_DIR. Make some, and try again."),
+}
+# With what the older `message` begins, for the numbers -2000, -2001, … [ref].
+_PREFIXES: Final = ("请求参数非法", "请求kimi失败", "Token已失效", "远程文件URL非法", "远程文件超出大小")
+_COPY_IN_CHINESE: Final = "请登录 Kimi 网页，按 F12，在 Application → Local Storage 中复制 refresh_token。"
+_CHINESE: Final[Mapping[str, str]] = {  # the texts for whoever reads Chinese
+    "invalid_json": "请求正文不是有效的 JSON。",
+    "invalid_request": "请求无效。",
+    "body_broken": "无法读取请求正文。请检查长度和 Content-Encoding。",
+    "file_url_invalid": "无法下载此文件。请使用无需登录的公网地址。",
+    "file_unreadable": "Kimi 无法读取此文件。请换一种格式。",
+    "previous_response_not_found": "没有这个回答。请改为发送完整的输入。",
+    "token_missing": "没有收到 token。请将 refresh token 作为 API key 发送。",
+    "token_malformed": f"这不是 refresh token。{_COPY_IN_CHINESE}",
+    "token_dead": f"Kimi 拒绝了这个 refresh token。{_COPY_IN_CHINESE}",
+    "token_expired": "这个 access token 已过期。请改用 refresh token。",
+    "key_refused": "这不是本代理的 API key。请向代理的运行者索取。",
+    "host_denied": "本代理不使用这个主机名。请将其加入 PROXY_ALLOWED_HOSTS。",
+    "origin_denied": "不允许该来源的网页调用。请将其加入 PROXY_CORS_ORIGINS。",
+    "file_not_found": "没有这个文件。请重新上传：代理重启后不再记得它。",
+    "response_not_found": "这个账号没有这个回答。代理重启后不再保留。",
+    "not_found": "此路径不存在。",
+    "model_not_found": "没有这个模型。GET /v1/models 列出所有模型。",
+    "conversation_not_found": '没有这个会话。`"conversation_id": "new"` 可新建会话。',
+    "method_not_allowed": "此路径不支持该请求方法。",
+    "body_timeout": "请求正文未及时到达。请重新发送，或减小正文。",
+    "body_too_large": "请求正文过大。请减小后再发送。",
+    "encoding_unknown": "不支持这种编码。请不压缩，或使用 gzip。",
+    "file_too_large": "文件过大。参见 PROXY_MAX_FILE_MB 和 PROXY_MAX_INLINE_MB。",
+    "tool_call_failed": "模型两次都没有给出有效的工具调用。请简化工具的 schema。",
+    "structured_output_failed": "回答两次都不符合 response_format。请将其简化。",
+    "answer_running": "Kimi 仍在回答这个账号的另一个问题。请等它结束。",
+    "queue_full": "等待这个账号的请求过多。请稍后重试。",
+    "rate_limited": "Kimi 暂时限制了这个账号。请按 Retry-After 等待。",
+    "service_busy": "Kimi 目前优先服务付费用户。请稍后重试。",
+    "quota_used_up": "这个账号的额度已用完。请换一个模型，或等待。",
+    "internal_error": "代理自身出错。请报告日志中的错误信息。",
+    "service_refused": "Kimi 拒绝了请求。请在浏览器中打开 Kimi 查看原因。",
+    "service_failed": "Kimi 出错。请稍后重试。",
+    "service_unreachable": "无法连接 Kimi。请检查网络和 KIMI_BASE_URL。",
+    "answer_broken": "Kimi 的回答中断，或无法解析。请重试。",
+    "answer_empty": "Kimi 的回答没有内容。请重试。",
+    "file_broken": "文件没有完整到达。请重试。",
+    "storage_failed": "Kimi 的存储没有接收文件。请重试。",
+    "state_locked": "另一个进程锁住了这个账号的状态。如果它已卡住，请将其停止。",
+    "too_busy": "代理过于繁忙。请稍后重试。",
+    "shutting_down": "代理正在关闭。请稍后重试。",
+    "service_silent": "Kimi 太久没有响应。请重试。",
+    "answer_too_long": "回答没有在 KIMI_ANSWER_SECONDS 内结束。请缩小问题。",
+    "file_silent": "文件所在的服务器太慢。请重试。",
+    "storage_silent": "Kimi 的存储太慢。请重试。",
+    "spool_full": "PROXY_SPOOL_DIR 中没有空间存放此文件。请腾出空间后重试。",
 }
 
 _SECRETS = re.compile(
@@ -382,12 +430,22 @@ class ProxyError(Exception):
         self.failure = FAILURES[code]
         self.status = self.failure.status
         self.retry_after_seconds = retry_after_seconds or self.failure.retry_after_seconds
-        body = f"{detail} ({self.failure.text})" if detail else self.failure.text
-        self.message = f"[{_PREFIXES[-2000 - self.failure.number]}]: {body}"
+        what, stop, advice = self.failure.text.partition(".")
+        self.message = f"{what} ({detail}){stop}{advice}" if detail else self.failure.text
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.detail or self.failure.text}"
 
     def copy(self) -> ProxyError:
         """An equal error without a traceback: a failure that many wait for is raised anew for each."""
         return copy(self)
+
+    def in_chinese(self) -> ProxyError:
+        """An equal error whose message is Chinese, but for what it is about."""
+        error = self.copy()
+        what, stop, advice = _CHINESE[self.code].partition("。")
+        error.message = f"{what}（{self.detail}）{stop}{advice}" if self.detail else _CHINESE[self.code]
+        return error
 
 
 class ProtocolRetired(ProxyError):
@@ -397,7 +455,8 @@ class ProtocolRetired(ProxyError):
 def render_error(error: ProxyError) -> dict[str, Any]:
     """OpenAI's error object, with the reference's `code` and `message` beside it [ref]."""
     inner = {"message": error.message, "type": error.failure.type, "param": error.param or None, "code": error.code}
-    return {"error": inner, "code": error.failure.number, "message": error.message}
+    number = error.failure.number
+    return {"error": inner, "code": number, "message": f"[{_PREFIXES[-2000 - number]}]: {error.message}"}
 
 
 # ==== 4. Logs and metrics ===================================================
@@ -407,13 +466,11 @@ def render_error(error: ProxyError) -> dict[str, Any]:
 
 logger: Final = logging.getLogger("kimi_proxy")
 request_id: Final[ContextVar[str]] = ContextVar("request_id", default="-")
-
-
 _PRIORITIES: Final = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6, logging.DEBUG: 7}
 
 
 class RedactingFormatter(logging.Formatter):
-    """Redacted lines with the request's id, tracebacks without messages; as text, or as JSON objects."""
+    """Redacted lines with the request's id and the record's `fields`, tracebacks without messages; as text or JSON."""
 
     def __init__(self, form: str = "text", *, with_priority: bool = False) -> None:
         super().__init__()
@@ -422,18 +479,26 @@ class RedactingFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """One line, without control characters; as text, one more for each frame of a traceback."""
-        text = redact(record.getMessage())
+        text = record.getMessage()
         if record.name != logger.name:
             constant = ": ".join(str(record.msg).partition("%")[0].partition("\n")[0].split(": ")[:2])
             text = f"{record.name}: {constant[:160]}".strip()
-        text = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
-        time, level = self.formatTime(record, "%Y-%m-%dT%H:%M:%S"), record.levelname.lower()
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        level, text, told = record.levelname.lower(), _clean(text), getattr(record, "fields", {})
+        told = {key: _clean(value) if isinstance(value, str) else value for key, value in told.items()}
         places = _trace(record.exc_info[1] if record.exc_info else None)
         if self._form == "text":
             priority = f"<{_PRIORITIES[record.levelno]}>" if self._with_priority else ""
+            for key, value in told.items():
+                text += f" {key}={json.dumps(value, ensure_ascii=False) if ' ' in str(value) else value}"
             return "\n    ".join([f"{priority}{time} {level} [{request_id.get()}] {text}", *places])
-        value = {"time": time, "level": level, "request_id": request_id.get(), "message": text}
+        value = {"time": time, "level": level, "request_id": request_id.get(), "message": text, **told}
         return json.dumps(value | ({"traceback": places} if places else {}), ensure_ascii=False)
+
+
+def _clean(text: str) -> str:
+    """`text` without secrets, on one line and without control characters."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in redact(text))
 
 
 def _trace(error: BaseException | None) -> list[str]:
@@ -455,7 +520,7 @@ class QuietFilter(logging.Filter):
         """Whether the record is to be written."""
         error = record.exc_info[1] if record.exc_info else None
         if record.name == "aiohttp.server" and isinstance(error, HttpProcessingError):
-            record.exc_info, record.levelname = None, "INFO"
+            record.exc_info, record.levelno, record.levelname = None, logging.INFO, "INFO"
         if record.name == "asyncio" and re.search(r"socket\.accept\(\)|\._start_serving\(", str(record.msg)):
             before, self._accept_failed = self._accept_failed, record.created
             return record.created > before + 2
@@ -476,9 +541,15 @@ def configure_logging(level: str, form: str = "text") -> None:
 # Every metric that there is: its type and what it counts (Prometheus text format, version 0.0.4).
 METRICS: Final[Mapping[str, tuple[str, str]]] = {
     "kimi_proxy_requests_total": ("labelled counter", "Requests answered, by route and status."),
+    "kimi_proxy_build_info": ("labelled gauge", "The versions that run, as labels."),
+    "process_start_time_seconds": ("gauge", "When the process started, in Unix seconds."),
+    "process_resident_memory_bytes": ("gauge", "Memory of the process (Linux)."),
     "kimi_proxy_requests_running": ("gauge", "Requests in progress."),
+    "kimi_proxy_requests_waiting": ("gauge", "Requests that wait in line for an account."),
+    "kimi_proxy_queue_seconds": ("histogram", "Time in line for an account."),
     "kimi_proxy_answers_running": ("gauge", "Answers of Kimi in progress."),
     "kimi_proxy_accounts": ("gauge", "Accounts in memory."),
+    "kimi_proxy_account_live": ("labelled gauge", "Whether a held account works, by its label."),
     "kimi_proxy_chunks_total": ("counter", "Pieces of answers sent to clients."),
     "kimi_proxy_failures_total": ("labelled counter", "Failures that a client was told of, by code."),
     "kimi_proxy_tokens_refreshed_total": ("counter", "Access tokens fetched."),
@@ -2202,9 +2273,9 @@ def _parse_body(body: bytes | bytearray) -> Node:
             text = json.dumps(parse_json(data, surrogates=True), ensure_ascii=False)
             value = parse_json(join_surrogates(text))
     except (WireError, RecursionError) as error:
-        raise ProxyError("invalid_json", f"the body: {error}") from None
+        raise ProxyError("invalid_json", str(error)) from None
     if not isinstance(value, dict):
-        raise ProxyError("invalid_json", "the body must be a JSON object")
+        raise ProxyError("invalid_json", "it must be an object")
     root = Node(value)
     level, depth, count = [root], 0, 0
     while level:
@@ -3389,7 +3460,7 @@ def read_pasted_token(text: str) -> str:
     if _NO_TOKEN.fullmatch(token) or not TOKEN_SHAPE.fullmatch(token):
         kinds = {"://": "a URL", "sk-": "a key of Kimi's API platform", "{": "JSON without a token", ";": "a cookie"}
         kind = next((kind for sign, kind in kinds.items() if sign in token), "a placeholder, or a cut token")
-        raise ProxyError("token_malformed", f"this looks like {kind}")
+        raise ProxyError("token_malformed", f"it looks like {kind}")
     return token
 
 
@@ -3453,6 +3524,8 @@ class AnswerSlots:
         """Wait for a slot, which `release` gives back. Raises `queue_full`."""
         if self._is_full() and (not self.serialized or self.waiting >= queue_length):
             raise ProxyError("queue_full", f"{self.running} answers run, {self.waiting} wait; see PROXY_QUEUE_LENGTH")
+        if self._is_full():
+            logger.info("has to wait in line for its account, behind %d others", self.waiting)
         self.waiting += 1
         self._changed.set()  # the ten minutes may be over
         try:
@@ -3492,6 +3565,8 @@ class Account:
     kept: dict[str, KeptConversation] = field(default_factory=dict)  # by id
     is_saved: bool = True  # whether `tokens` and `kept` are on disk
     twin: str = ""  # where its refresh token was taken, if it does not tell: see `TWINS`
+    is_held: bool = False  # by the proxy: what becomes of it is logged
+    state: str = ""  # when its access token was last asked for: `live`, or the failure's code
     refused_until: float = 0.0  # Kimi is not asked for a token before
     cooldown_until: float = 0.0  # others are asked before
     used_at: float = 0.0
@@ -3506,6 +3581,18 @@ def find_state_dir(setting: str, environ: Mapping[str, str]) -> Path | None:
         return Path(setting) if setting else None
     own = environ.get("XDG_STATE_HOME") or environ.get("LOCALAPPDATA") or f"{environ.get('HOME', '')}/.local/state"
     return Path(environ.get("STATE_DIRECTORY", "").partition(":")[0] or f"{own}/kimi_proxy")
+
+
+def twin_of(account: Account) -> str:
+    """The region of an account, as far as it is known: see `region_of`."""
+    tokens = (account.tokens.access_token, account.refresh_token)
+    return next(filter(None, (region_of(read_claims(token)) for token in tokens)), account.twin)
+
+
+def lives_until(account: Account) -> str:
+    """When the account's token expires, `2026-12-24 18:00 UTC`; empty where it does not tell."""
+    seconds = _read_time(read_claims(account.tokens.refresh_token), "exp")
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds)) if seconds > 0 else ""
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -3529,8 +3616,8 @@ class StateFiles:
     def __init__(self, directory: Path | None, metrics: Metrics, base_url: str = "") -> None:
         host = URL(base_url).host or "kimi"
         self.service = "kimi" if re.fullmatch(r"kimi\.moonshot\.cn|(www\.)?kimi\.(com|ai)", host) else host
-        self._is_kept = directory is not None
-        self.has_locks = self._is_kept and os.name == "posix"
+        self.is_kept = directory is not None
+        self.has_locks = self.is_kept and os.name == "posix"
         self.directory = directory or Path()
         self.metrics = metrics
 
@@ -3538,21 +3625,21 @@ class StateFiles:
         """What `parse` makes of a file; None where there is none of use. A broken one is set aside."""
         path = self.directory / f"{name}.json"
         try:
-            value: Any = parse_json(path.read_bytes()) if self._is_kept else {"service": ""}
+            value: Any = parse_json(path.read_bytes()) if self.is_kept else {"service": ""}
             return parse(value) if value.pop("service", self.service) == self.service else None
         except FileNotFoundError:
             pass
         except OSError as error:
             self.note_failure(error)
         except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
-            logger.warning("! a state file cannot be read, and is set aside as *.bad (%s)", type(error).__name__)
+            logger.warning("! %s cannot be read (%s), and is set aside as *.bad", path, type(error).__name__)
             with suppress(OSError):
                 path.replace(path.with_suffix(".bad"))
         return None
 
     def write(self, name: str, value: Mapping[str, Any]) -> bool:
         """Replace a file; whether that went well."""
-        if not self._is_kept:
+        if not self.is_kept:
             return True
         path = self.directory / f"{name}.json"
         try:
@@ -3602,7 +3689,7 @@ class StateFiles:
     def note_failure(self, error: OSError) -> None:
         """Count a failure to keep something, and log the first."""
         if self.metrics.count("kimi_proxy_state_failures_total") == 1:
-            words = "! state cannot be kept in %s (%s): a restart may lose tokens and open conversations"
+            words = "! state cannot be kept in %s (%s), and a restart may lose tokens: see PROXY_STATE_DIR"
             logger.warning(words, self.directory, error.strerror)
 
 
@@ -3621,8 +3708,10 @@ class OpenConversations:
         self._journal: IO[bytes] | None = None
         self._lines = 0
         if state.has_locks:
-            with suppress(OSError):
+            try:
                 self._journal = state.take_lock(self._path)
+            except OSError as error:
+                state.note_failure(error)
 
     def add(self, account: bytes, protocol: str, conversation_id: str) -> None:
         """Note a conversation of the account with that digest."""
@@ -3728,12 +3817,13 @@ class Accounts:
     known: dict[bytes, Account] = field(default_factory=dict)  # by digest, the one unused for longest first
     _in_use: weakref.WeakValueDictionary[bytes, Account] = field(default_factory=weakref.WeakValueDictionary)
 
-    def get(self, token: str) -> Account:
-        """The account of the client's `token`, made if it is new."""
+    def get(self, token: str, *, is_held: bool = False) -> Account:
+        """The account of the client's `token`, or of one that the proxy holds, made if it is new."""
         digest = hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
         account = self._find(token, digest)
         if account.token != token:  # it was known by what is kept of it alone
             account.token, account.refused_until = token, 0.0
+        account.is_held = account.is_held or is_held
         return account
 
     async def recall(self, digest: bytes) -> Account | None:
@@ -3745,6 +3835,24 @@ class Accounts:
 
     async def access_token(self, account: Account) -> str:
         """A live access token. Raises `token_dead`, `token_expired` or what else keeps Kimi from giving one."""
+        try:
+            token = await self._find_access_token(account)
+        except ProxyError as error:
+            self._note_state(account, error.code, logging.WARNING, f"does not work: {error.message}")
+            raise
+        if account.state != "live":
+            until = lives_until(account)
+            self._note_state(account, "live", logging.INFO, f"works until {until}" if until else "works")
+        return token
+
+    def _note_state(self, account: Account, state: str, level: int, words: str) -> None:
+        before, account.state = account.state, state
+        if account.is_held and state != before:
+            twin = "kimi.ai" if twin_of(account) == "global" else "kimi.com"
+            place = twin if self.state.service == "kimi" else self.state.service
+            logger.log(level, "held account %s of %s %s", account.label, place, words)
+
+    async def _find_access_token(self, account: Account) -> str:
         is_refused = loop_time() < account.refused_until
         if account.tokens.is_live and not is_refused:
             return account.tokens.access_token
@@ -4169,7 +4277,7 @@ async def _ask_origin(work: Awaitable[Result]) -> Result:
         raise ProxyError("file_url_invalid", "the TLS certificate of the file's origin is not valid") from None
     except (aiohttp.ClientConnectorError, aiohttp.InvalidURL, ValueError):
         # One answer for a name that does not exist, a denied address, and one where nobody listens.
-        raise ProxyError("file_url_invalid", "the file's address cannot be reached, or is not public") from None
+        raise ProxyError("file_url_invalid", "not reached, or not public: see PROXY_ALLOW_PRIVATE_URLS") from None
     except (aiohttp.ClientError, ConnectionError, RuntimeError) as error:  # the last where it was lost before
         raise ProxyError("file_broken", f"the file's origin broke off ({type(error).__name__})") from None
 
@@ -4526,7 +4634,7 @@ class AnswerStream:
                 self.parser.finish()
                 events += self.answer.finish()
         except WireError as error:
-            self._failure = ProxyError("answer_broken", f"Kimi's stream cannot be read: {error}")
+            self._failure = ProxyError("answer_broken", str(error))
         except ProxyError as error:
             self._failure = error
             error.access_token = self.access_token
@@ -4817,23 +4925,18 @@ class Connect(KimiClient):
         auth_url = "" if self.settings.auth_url == Settings().auth_url else self.settings.auth_url
         is_refresh = step == _NEW_REFRESH
         url = auth_url if is_refresh else self.settings.base_url  # what the user set wins
-        return url or TWINS[self._twin_of(account) or "cn"][is_refresh]
+        return url or TWINS[twin_of(account) or "cn"][is_refresh]
 
     def needs(self, account: Account) -> bool:
         """Whether the token of `account` is of no use to classic."""
-        return account.is_access_token or self._twin_of(account) == "global" or bool(account.twin)
-
-    @staticmethod
-    def _twin_of(account: Account) -> str:
-        tokens = (account.tokens.access_token, account.refresh_token)
-        return next(filter(None, (region_of(read_claims(token)) for token in tokens)), account.twin)
+        return account.is_access_token or twin_of(account) == "global" or bool(account.twin)
 
     async def refresh(self, account: Account) -> TokenPair:
         """A new pair of tokens by the new call, else by the old one; of kimi.ai too, where nothing tells the twin [2+].
 
         A dead token wins over any other failure.
         """
-        is_known = bool(self.settings.base_url or self._twin_of(account))
+        is_known = bool(self.settings.base_url or twin_of(account))
         verdict = ProxyError("service_failed")  # replaced by the first that comes
         for twin in (account.twin,) if is_known else ("", "global"):
             account.twin = twin
@@ -5264,7 +5367,7 @@ class Gateway:
         except ProxyError as error:
             if error.status == 401:
                 raise
-            logger.warning("! %s; a built-in list is used", error)
+            logger.warning("! %s; a built-in list of models is used", error)
         if protocol is self.connect:
             self._listed[account] = (time.monotonic() + seconds, models)
         return models
@@ -5357,7 +5460,7 @@ class Gateway:
             try:
                 await exchange.protocol.stop(exchange.account, exchange.conversation_id, answer.message_id)
             except ProxyError as error:
-                logger.warning("! an answer of account %s may go on: %s", exchange.account.label, error)
+                logger.warning("! an answer of account %s may go on at Kimi: %s", exchange.account.label, error)
 
     async def _remove(self, account: Account, protocol: KimiProtocol, conversation_id: str) -> bool:
         """Remove a conversation; whether it is gone then. A failure is logged, and the removal tried again later."""
@@ -5411,7 +5514,8 @@ class LiveAnswer:
     _start_chain: Callable[[], Chain]
     _deadline: float  # loop time
     _chain: Chain = field(init=False)
-    owner: bytes = b""  # the digest of the account that answers
+    owner: bytes = b""  # the digest of the account that is asked
+    wait_seconds: float = 0.0  # in line for accounts
     references: Sequence[Reference] = ()  # to what was uploaded of the question
     _account: Account | None = None  # whose slot is taken
     _exchange: Exchange | None = None
@@ -5469,14 +5573,18 @@ class LiveAnswer:
     async def _ask_account(self, account: Account) -> list[Event]:
         """The first events that `account` answers, when it has a slot free. Raises `ProxyError`."""
         gateway, slots, name = self._gateway, account.slots, ""
-        others = slots.running
+        others, started, self.owner = slots.running, loop_time(), account.digest
         await slots.acquire(gateway.settings.queue_length)
+        self.wait_seconds += loop_time() - started
+        gateway.metrics.observe("kimi_proxy_queue_seconds", loop_time() - started)
         self._account = account
         try:
             await gateway.accounts.access_token(account)  # without one, a built-in list of models would not help
             model, is_known = choose_model(self._question.model_name, await gateway.models(account))
             if not is_known:
-                logger.info("model %s is not known, %s is asked", quote_name(self._question.model_name), model.id)
+                logger.info(
+                    "model %s is not known, %s is asked instead", quote_name(self._question.model_name), model.id
+                )
             question = replace(self._question, model=model)
             if question.goes_on:
                 kept = (await gateway.accounts.read_kept(account, question.key)).get(question.conversation_id)
@@ -5496,7 +5604,7 @@ class LiveAnswer:
 
     async def _ask(self, account: Account, question: Question, protocol: KimiProtocol) -> list[Event]:
         """Ask by one protocol, until there is something to see. Files go first: a bad one opens no conversation."""
-        self.owner, self.references = account.digest, ()
+        self.references = ()
         if question.attachments:
             self.references = await self._gateway.uploads.upload(account, protocol, question.attachments)
             file_ids = dict.fromkeys(kimi_id for _, _, kimi_id in self.references)
@@ -5607,6 +5715,9 @@ class KeptResponse:
 # own name resolve to it (DNS rebinding).
 
 
+MIN_KEY_LENGTH: Final = 16  # of a key that other machines may try to guess
+
+
 def read_secrets(name: str, text: str, file_name: str, environ: Mapping[str, str]) -> tuple[str, ...]:
     """The words of the setting `name`, or of its file, each once. Raises `SettingsError`."""
     if text and file_name:
@@ -5620,9 +5731,9 @@ def read_secrets(name: str, text: str, file_name: str, environ: Mapping[str, str
     except SettingsError as error:
         raise SettingsError(f"{name}_FILE: {error}") from None
     except ProxyError as error:
-        raise SettingsError(f"{name}: {error.detail}; {error.failure.text}") from None
+        raise SettingsError(f"{name}: {error.message}") from None
     if file_name and not words:
-        raise SettingsError(f"{name}_FILE: is empty")
+        raise SettingsError(f"{name}_FILE: {file_name} is empty")
     for number, word in enumerate(words, 1):
         if not TOKEN_SHAPE.fullmatch(word):
             raise SettingsError(f"{name}: word {number} has characters that no key has")
@@ -5633,12 +5744,12 @@ def _hash(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
-def _split_key(number: int, word: str) -> tuple[bytes, str]:
-    """Digest and name of the `number`th key, `word`, which is `key` or `name:key`. Raises `SettingsError`."""
+def _split_key(number: int, word: str) -> tuple[str, str]:
+    """Key and name of the `number`th key, `word`, which is `key` or `name:key`. Raises `SettingsError`."""
     name, key = word.split(":", 1) if ":" in word else (f"#{number}", word)
     if not key or not re.fullmatch(r"[#A-Za-z0-9_.-]{1,32}", name):
         raise SettingsError(f"PROXY_API_KEYS: word {number} must be a key or name:key; names: letters, digits, _ . -")
-    return _hash(key), name
+    return key, name
 
 
 def _name_of(host: str) -> str:
@@ -5666,8 +5777,9 @@ class Access:
         self._token_source = (settings.refresh_token, settings.refresh_token_file, environ)
         self.tokens = read_secrets("KIMI_REFRESH_TOKEN", *self._token_source)
         self.holds = bool(self.tokens)
-        keys = read_secrets("PROXY_API_KEYS", settings.api_keys, settings.api_keys_file, environ)
-        self.keys = dict(_split_key(number, word) for number, word in enumerate(keys, 1))  # names by digest
+        words = read_secrets("PROXY_API_KEYS", settings.api_keys, settings.api_keys_file, environ)
+        keys = dict(_split_key(number, word) for number, word in enumerate(words, 1))
+        self.keys = {_hash(key): name for key, name in keys.items()}
         self._names = {"localhost", *map(_name_of, (settings.host, *settings.allowed_hosts))} - {""}
         self._origins = frozenset(settings.cors_origins) - ({"*"} if self.holds else set())
         self.allows_all_origins = "*" in self._origins
@@ -5676,6 +5788,11 @@ class Access:
         exposed = [host for host in hosts or (settings.host,) if not is_loopback(host)]
         if exposed and self.holds and not keys:
             raise SettingsError(f"PROXY_HOST={exposed[0]}: anyone there could use the held account; set PROXY_API_KEYS")
+        if short := [name for key, name in keys.items() if len(key) < MIN_KEY_LENGTH]:
+            advice = f"shorter than {MIN_KEY_LENGTH} characters can be guessed: {', '.join(short)}"
+            if exposed:
+                raise SettingsError(f"PROXY_API_KEYS: keys {advice}; make one by `openssl rand -hex 24`")
+            logger.warning("PROXY_API_KEYS: keys %s; they are refused where other machines reach the proxy", advice)
 
     def reload_tokens(self) -> None:
         """Read the token file again, after a held token was refused."""
@@ -5725,20 +5842,16 @@ BODY_ERRORS: Final = (web.RequestPayloadError, aiohttp.ClientPayloadError, HttpP
 
 _STYLE: Final = """
 :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
-body { max-width: 46rem; margin: 0 auto; padding: 0 1rem 3rem }
-h1 { margin-bottom: 0 }
+body { max-width: 46rem; margin: 0 auto; padding: 0 1rem 3rem; overflow-wrap: anywhere }
 section { border-top: 1px solid #8886; margin-top: 1.5rem }
 input, select, textarea, button { font: inherit; padding: .4rem .6rem; max-width: 100%; box-sizing: border-box }
 #key, #question { width: 100% }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #8882; padding: .7rem; margin: .5rem 0 }
-li, p { overflow-wrap: anywhere }
+pre { white-space: pre-wrap; background: #8882; padding: .7rem; margin: .5rem 0 }
 #answer, #thinking { font: inherit }
 #answer:empty:not([aria-busy=true]) { display: none }
 #answer[aria-busy=true]::after { content: " …" }
 .row { display: flex; flex-wrap: wrap; gap: .6rem; align-items: center; margin: .6rem 0 }
-.bad { color: #c62828 } .good { color: #2e7d32 }
-@media (prefers-color-scheme: dark) { .bad { color: #ff8a80 } .good { color: #a5d6a7 } }
-[hidden] { display: none !important }
+.bad { color: light-dark(#c62828, #ff8a80) } .good { color: light-dark(#2e7d32, #a5d6a7) }
 """
 _SCRIPT: Final = r"""
 const $ = id => document.getElementById(id);
@@ -5775,11 +5888,9 @@ async function call(path, options = {}) {
     throw error.name === "AbortError" ? error : new Error(`Nothing answers at ${base}. Does the proxy still run?`);
   });
   if (response.ok) return response;
-  const text = await response.text();
-  let value = {};
-  try { value = JSON.parse(text); } catch { value = {error: {message: text.slice(0, 200)}}; }
+  const value = await response.json().catch(() => ({error: {message: `HTTP ${response.status}`}}));
   if (!value.error) return {json: () => value};
-  throw new Error(value.error.message || `HTTP ${response.status}`);
+  throw new Error(value.error.message);
 }
 
 async function check() {
@@ -5794,7 +5905,7 @@ async function check() {
     $("status").textContent = `Version ${state.version}, running since ${started}. Answers in progress: ` +
       `${state.answers_running}. ` + (state.holds_account ? "This proxy holds an account." : "Bring your own token.");
     for (const one of state.accounts) {
-      const words = one.live ? "works" : `does not work: ${one.message}`;
+      const words = one.live ? `works${one.until ? ` until ${one.until}` : ""}` : `does not work: ${one.message}`;
       add($("accounts"), "li", `Account ${one.account} at ${one.service} (${one.protocol}) ${words}`)
         .className = one.live ? "good" : "bad";
     }
@@ -5812,13 +5923,11 @@ async function check() {
   }
 }
 
-function readFile(file) {
-  return new Promise((resolve, reject) => {
-    const fail = () => reject(new Error(`${file.name} cannot be read any more: choose it once more.`));
-    const reader = Object.assign(new FileReader(), {onload: () => resolve(reader.result), onerror: fail});
-    reader.readAsDataURL(file);
-  });
-}
+const readFile = file => new Promise((resolve, reject) => {
+  const fail = () => reject(new Error(`${file.name} cannot be read any more: choose it once more.`));
+  const reader = Object.assign(new FileReader(), {onload: () => resolve(reader.result), onerror: fail});
+  reader.readAsDataURL(file);
+});
 
 function showSources(annotations) {
   const cited = new Map(annotations.map(one => [one.url_citation.url, one.url_citation.title]));
@@ -5928,13 +6037,13 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @dataclass(slots=True)
 class Outcome:
-    """What is told of one request in the end, filled on the way; `body_bytes` of its body are in memory."""
+    """What becomes of one request, filled on the way; `body_bytes` of its body are in memory."""
 
-    chunks: int = 0
-    failure: ProxyError | None = None
-    upstream_status: int | None = None
     key: str = ""
+    failure: ProxyError | None = None
+    upstream_status: int = 0
     body_bytes: int = 0
+    told: dict[str, Any] = field(default_factory=dict)  # in its log line
 
 
 @dataclass(slots=True)
@@ -5951,8 +6060,12 @@ class State:
     answers_running: int = 0
     draining: bool = False  # balancers are told
     closing: bool = False  # every response closes its connection
-    started: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=time.time)
     told_of_search: bool = False  # that tools switch it off
+
+    def held_accounts(self) -> list[Account]:
+        """The accounts that the proxy holds."""
+        return [self.gateway.accounts.get(token, is_held=True) for token in self.access.tokens]
 
 
 STATE: Final = web.AppKey("state", State)
@@ -6021,7 +6134,7 @@ class ResponseWriter:
             self._unsent = (unsent_bytes, now)
         if transport is not None and unsent_bytes:
             if now - self._unsent[1] >= SEND_SECONDS:
-                logger.warning("! drop a client that read nothing for %g s", SEND_SECONDS)
+                logger.warning("! a client was dropped that read nothing for %g s", SEND_SECONDS)
                 transport.abort()
             return now + SEND_SECONDS / 4
         if now >= self._silent_at:
@@ -6104,9 +6217,11 @@ def read_credential(request: web.Request) -> str:
 def find_accounts(request: web.Request) -> list[Account]:
     """The accounts that a request is for: those that the proxy holds, else those of the client's own tokens."""
     state = request.app[STATE]
-    tokens = state.access.tokens if state.access.holds else read_pasted_tokens(read_credential(request))
-    if not tokens or (len(tokens) > 32 and not state.access.holds):
-        raise ProxyError("token_missing", "at most 32 tokens in a request" if tokens else "")
+    if state.access.holds:
+        return state.held_accounts()
+    tokens = read_pasted_tokens(read_credential(request))
+    if not tokens or len(tokens) > 32:
+        raise ProxyError("invalid_request", "at most 32 tokens") if tokens else ProxyError("token_missing")
     return [state.gateway.accounts.get(token) for token in tokens]
 
 
@@ -6151,6 +6266,7 @@ async def _read_question(api: Api, request: web.Request) -> tuple[Encoder, LiveA
     settings, owners = state.gateway.settings, _find_owners(request, accounts)
     chat, prompt, owner = await parse_body(request, partial(_parse_question, api, state, owners))
     accounts = [account for account in accounts if owner in (b"", account.digest)]
+    request[OUTCOME].told["model"] = quote_name(chat.model)
     if chat.left_out:
         logger.info("tools that are not known here are left out: %s", ", ".join(map(quote_name, chat.left_out)))
     created, response_id = int(time.time()), f"resp_{secrets.token_hex(24)}"
@@ -6181,7 +6297,8 @@ async def _answer(api: Api, request: web.Request) -> web.StreamResponse:
     state.answers_running += 1
     try:
         async with answer:
-            state.gateway.metrics.observe("kimi_proxy_first_text_seconds", time.monotonic() - started)
+            seconds = outcome.told["first_text_seconds"] = round(time.monotonic() - started, 3)
+            state.gateway.metrics.observe("kimi_proxy_first_text_seconds", seconds)
             messages = keep_messages(messages, answer.references) if messages else ()  # without inline files
             outcome.body_bytes = 0
             while (events := await answer.read()) is not None:
@@ -6201,7 +6318,8 @@ async def _answer(api: Api, request: web.Request) -> web.StreamResponse:
     finally:
         writer.close()
         state.answers_running -= 1
-        outcome.chunks = encoder.chunks
+        outcome.told |= {"account": answer.owner.hex()[:8], "wait_seconds": round(answer.wait_seconds, 3)}
+        outcome.told["chunks"] = encoder.chunks
 
 
 def _note_failure(request: web.Request, failure: BaseException) -> ProxyError | None:
@@ -6211,7 +6329,7 @@ def _note_failure(request: web.Request, failure: BaseException) -> ProxyError | 
         error = failure
     elif isinstance(failure, web.HTTPNotFound | web.HTTPMethodNotAllowed):
         code = "not_found" if failure.status == 404 else "method_not_allowed"
-        error = ProxyError(code, f"here it is {', '.join(ROUTES)}")
+        error = ProxyError(code, f"there are {', '.join(ROUTES)}")
     elif isinstance(failure, asyncio.CancelledError) and state.draining and request.transport is not None:
         error = ProxyError("shutting_down")  # cancelled by us; else the client is gone
     elif not isinstance(failure, Exception):
@@ -6224,7 +6342,13 @@ def _note_failure(request: web.Request, failure: BaseException) -> ProxyError | 
     state.gateway.metrics.count("kimi_proxy_failures_total", code=error.code)
     if error.code == "token_dead":
         state.access.reload_tokens()
-    return error
+    return _translate(request, error)
+
+
+def _translate(request: web.Request, error: ProxyError) -> ProxyError:
+    """The error in the language that the client or the settings ask for."""
+    wanted = request.headers.get("Accept-Language", ""), request.app[STATE].gateway.settings.language
+    return error.in_chinese() if any(one.strip().lower().startswith("zh") for one in wanted) else error
 
 
 async def _count_tokens(request: web.Request) -> web.StreamResponse:
@@ -6255,10 +6379,11 @@ _MODEL_FORM: Final = {
 async def _models(request: web.Request) -> web.StreamResponse:
     """The list of models, each also with search, or one of them; in OpenAI's and Anthropic's forms at once."""
     state, wanted = request.app[STATE], request.match_info.get("id")
-    account = next(iter(order_accounts(find_named_accounts(request))), None)
+    accounts, gateway = find_named_accounts(request), state.gateway
+    found = await gateway.ask_in_turn(accounts, gateway.models) if accounts else await gateway.models(None)
     models = {
         name: {"id": name, "display_name": name, **_MODEL_FORM, **model.describe()}
-        for model in await state.gateway.models(account)
+        for model in found
         for name in (model.id, f"{model.id}-search")
     }
     if wanted is None:
@@ -6344,15 +6469,14 @@ async def _token_check(request: web.Request) -> web.StreamResponse:
         if not TOKEN_SHAPE.fullmatch(token) or is_access_token(read_claims(token)):
             raise ProxyError("invalid_request", "token: must be a refresh token", param="token")
     except (WireError, LookupError, TypeError):
-        raise ProxyError("invalid_json", 'the body must be {"token": "…"}') from None
-    live = True
+        raise ProxyError("invalid_json", 'it must be {"token": "…"}') from None
+    account = accounts.get(token)
     try:
-        await accounts.access_token(accounts.get(token))
+        await accounts.access_token(account)
     except ProxyError as error:
         if error.status != 401:
             raise
-        live = False
-    return json_response({"live": live})
+    return json_response({"live": account.state == "live"})
 
 
 async def _health(request: web.Request) -> web.StreamResponse:
@@ -6365,35 +6489,42 @@ async def _health(request: web.Request) -> web.StreamResponse:
     health: dict[str, Any] = {"live": True, "ready": not state.draining}
     is_good = not state.draining
     if "accounts" in request.query:
-        uptime = int(time.monotonic() - state.started)
+        uptime = int(time.time() - state.started)
         health |= {"version": __version__, "uptime_seconds": uptime, "answers_running": state.answers_running}
-        accounts = [await _describe_account(state.gateway, one) for one in find_named_accounts(request)]
+        accounts = [await _describe_account(request, one) for one in find_named_accounts(request)]
         health |= {"holds_account": state.access.holds, "accounts": accounts}
         is_good = is_good and (not state.access.holds or any(one["live"] for one in accounts))
     status, wait_seconds = (200, 0) if is_good else (503, FAILURES["shutting_down"].retry_after_seconds)
     return json_response(health, status, wait_seconds)
 
 
-async def _describe_account(gateway: Gateway, account: Account) -> dict[str, Any]:
-    """Whether an account lives, or why not, and where and by which protocol it is asked."""
-    failure: dict[str, Any] = {}
+async def _describe_account(request: web.Request, account: Account) -> dict[str, Any]:
+    """Whether an account lives, until when or why not, and where and by which protocol it is asked."""
+    gateway, failure = request.app[STATE].gateway, dict[str, Any]()
     try:
         await gateway.accounts.access_token(account)
     except ProxyError as error:
-        failure = {"code": error.code, "message": error.message}
-    protocol = gateway.protocol_of(account)
-    service = URL(protocol.base_url_for(account)).host
-    return {"account": account.label, "service": service, "protocol": protocol.name, "live": not failure, **failure}
+        failure = {"code": error.code, "message": _translate(request, error).message}
+    protocol, until = gateway.protocol_of(account), lives_until(account)
+    place = {"service": URL(protocol.base_url_for(account)).host, "protocol": protocol.name}
+    return {"account": account.label, **place, "live": not failure, "until": until or None, **failure}
 
 
 async def _metrics(request: web.Request) -> web.StreamResponse:
     state = request.app[STATE]
     gauges = {
+        f'kimi_proxy_build_info{{version="{__version__}",python="{platform.python_version()}"}}': 1,
+        "process_start_time_seconds": state.started,
         "kimi_proxy_requests_running": len(state.running),
+        "kimi_proxy_requests_waiting": sum(one.slots.waiting for one in state.gateway.accounts.known.values()),
         "kimi_proxy_answers_running": state.answers_running,
         "kimi_proxy_accounts": len(state.gateway.accounts.known),
         "kimi_proxy_orphans": sum(map(len, state.gateway.conversations.orphans.values())),
     }
+    for account in state.held_accounts():
+        gauges[f'kimi_proxy_account_live{{account="{account.label}"}}'] = float(account.state == "live")
+    with suppress(OSError), open("/proc/self/statm", "rb") as file:  # noqa: ASYNC230  # no disk; Linux alone has it
+        gauges["process_resident_memory_bytes"] = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     body = state.gateway.metrics.render(gauges).encode()
     return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
@@ -6424,7 +6555,7 @@ async def request_middleware(request: web.Request, handler: Handler) -> web.Stre
         is_preflight = _check_access(request)
         limit = state.gateway.settings.max_requests
         if len(state.running) > limit and request.path not in (*OPEN_PATHS, "/metrics"):
-            raise ProxyError("too_busy")
+            raise ProxyError("too_busy", f"{limit} requests run; see PROXY_MAX_REQUESTS")
         response = web.Response(status=204) if is_preflight else await handler(request)
         status = response.status
     except BaseException as failure:
@@ -6460,17 +6591,19 @@ def _name_route(request: web.Request) -> str:
 
 def _log_request(request: web.Request, status: int, seconds: float) -> None:
     metrics, outcome, route = request.app[STATE].gateway.metrics, request[OUTCOME], _name_route(request)
-    metrics.count("kimi_proxy_requests_total", route=route, status=str(status))
-    metrics.count("kimi_proxy_chunks_total", outcome.chunks)
-    path = route if request.path == route else quote_name(request.path)
-    told = f"chunks={outcome.chunks} upstream={outcome.upstream_status or '-'}"
-    told += f" key={outcome.key}" * bool(outcome.key)
     level = logging.DEBUG if (route, status) == ("/health", 200) else logging.INFO  # a balancer looks all the time
+    code = reason = ""
     if failure := outcome.failure:
-        is_ours = failure.status >= 500
-        level = logging.ERROR if is_ours else logging.WARNING if failure.status in (401, 429) else level
-        told += f" {failure.code}" + f": {failure.detail}" * (level >= logging.WARNING and bool(failure.detail))
-    logger.log(level, "%s %s %d %.3fs %s", request.method, path, status, seconds, told)
+        status, code = failure.status, failure.code  # a stream had sent its status before it failed
+        level = logging.ERROR if status >= 500 else logging.WARNING if status in (401, 429) else level
+        reason = failure.message * (level >= logging.WARNING)
+    metrics.count("kimi_proxy_requests_total", route=route, status=str(status))
+    metrics.count("kimi_proxy_chunks_total", outcome.told.get("chunks", 0))
+    path = route if request.path == route else quote_name(request.path)
+    told = {"status": status, "seconds": round(seconds, 3), "client": request.remote, "key": outcome.key}
+    told |= {**outcome.told, "upstream_status": outcome.upstream_status or "", "code": code, "reason": reason}
+    fields = {name: value for name, value in told.items() if value != ""}
+    logger.log(level, "%s %s", request.method, path, extra={"fields": fields})
 
 
 def _check_access(request: web.Request) -> bool:
@@ -6559,6 +6692,17 @@ async def _own_state(settings: Settings, access: Access, app: web.Application) -
         await files.close()
 
 
+def describe_start(state: State) -> None:
+    """Log what the proxy works with, and soon how each held account is."""
+    gateway, accounts = state.gateway, state.held_accounts()
+    files = gateway.accounts.state
+    place = files.directory.absolute() if files.is_kept else "memory alone"
+    words = "protocol %s, held accounts: %d, API keys: %d, state in %s"
+    logger.info(words, gateway.settings.protocol, len(accounts), len(state.access.keys), place)
+    for account in accounts:
+        gateway.tasks.start(gateway.accounts.access_token(account), "check")
+
+
 async def end_requests(runner: web.AppRunner) -> None:
     """Accept no connection, and close those that wait for a request with its answer, or after the grace, which is for
     an end that was announced (`draining`). What runs may finish for the drain's time, else it gets `shutting_down`.
@@ -6640,6 +6784,7 @@ async def run_server(
             raise SettingsError(f"cannot listen on {settings.host}:{settings.port}: {reason}") from None
         name, port = runner.addresses[0][:2]
         host = name if sockets else settings.host
+        describe_start(runner.app[STATE])
         yield f"http://{f'[{host}]' if ':' in host else host}:{port}", runner
         await end_requests(runner)
     finally:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import json
+import re
+from contextlib import nullcontext
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +173,7 @@ def test_only_known_hosts_are_let_in_while_an_account_is_held(host: str) -> None
 
 
 def test_the_name_that_is_listened_on_is_let_in() -> None:
-    access = Access(Settings(refresh_token="t", api_keys="k", host="proxy.lan"), {})
+    access = Access(Settings(refresh_token="t", api_keys="k" * 16, host="proxy.lan"), {})
     access.check_page("proxy.lan:8000", None)
     with pytest.raises(ProxyError):
         access.check_page("proxy.example", None)
@@ -210,7 +215,7 @@ async def test_a_web_page_does_not_reach_a_held_account(
     for path in ("/", "/ping", "/v1/models"):
         async with http.get(proxy + path, headers={"Host": "rebound.example"}) as response:
             assert response.status == 403
-    assert simulator.account(token).calls == []
+    assert simulator.account(token).count("ask") == 0
     good = {"Origin": "https://good.example"}
     async with http.options(proxy + CHAT, headers={**good, "Access-Control-Request-Method": "POST"}) as response:
         assert (response.status, response.headers["Access-Control-Allow-Origin"]) == (204, "https://good.example")
@@ -380,3 +385,64 @@ async def test_health_of_the_accounts_needs_a_key_and_says_which_live(
             health = await response.json()
             assert (response.status, health["holds_account"]) == (200, False)
             assert [one["live"] for one in health["accounts"]] == lives
+
+
+async def test_how_a_held_account_is_is_told_at_start_and_when_it_changes(
+    simulator: Simulator, start_proxy: StartProxy, log_lines: LogRecorder, tmp_path: Path, protocol: str
+) -> None:
+    tokens = simulator.token("hello", "unauthorized-once=ask"), simulator.token("hello", "status=refresh:401")
+    labels = [hashlib.sha256(token.encode()).hexdigest()[:8] for token in tokens]
+    key, account = "k" * 16, simulator.account(tokens[0])
+    states: list[list[float]] = []
+
+    async def note_states() -> None:
+        _, text = await call(proxy, bearer(key), path="/metrics", method="GET")
+        states.append([float(re.findall(rf'account_live{{account="{label}"}} (.+)', text)[0]) for label in labels])
+
+    proxy = await start_proxy(
+        refresh_token=",".join(tokens), api_keys=key, state_dir=str(tmp_path / "state"), REFUSAL_SECONDS=0.0
+    )
+    for line in (f"{labels[0]} of 127.0.0.1 works", f"{labels[1]} of 127.0.0.1 does not work: Kimi refused"):
+        await log_lines.wait_for(f" held account {line}")
+    await note_states()
+    account.refresh_tokens.clear()
+    assert (await call(proxy, bearer(key)))[0] == 401
+    await note_states()
+    account.refresh_tokens.append(tokens[0])
+    for _ in range(2):
+        assert (await call(proxy, bearer(key)))[0] == 200
+    await note_states()
+    assert states == [[1, 0], [0, 0], [1, 0]]
+    told = [line.split(maxsplit=3)[1:] for line in log_lines.lines if " held account " in line and labels[0] in line]
+    assert [line[0] for line in told] == ["info", "warning", "info"]
+    start = f"protocol {protocol}, held accounts: 2, API keys: 1, state in {tmp_path}/state"
+    assert f" info [-] {start}" in log_lines.text
+    assert not any(secret in log_lines.text for secret in (*tokens, key))
+
+
+async def test_until_when_a_held_token_lives_and_where_is_told(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession, log_lines: LogRecorder
+) -> None:
+    simulator.overseas = True
+    token = simulator.make_access_token(simulator.token("hello"))
+    expires = json.loads(base64.urlsafe_b64decode(token.split(".")[1] + "=="))["exp"]
+    until = datetime.fromtimestamp(expires, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    proxy = await start_proxy(refresh_token=token, protocol="connect", base_url="")
+    await log_lines.wait_for(f" of kimi.ai works until {until}")
+    async with http.get(f"{proxy}/health?accounts") as response:
+        (account,) = (await response.json())["accounts"]
+    assert (account["live"], account["until"], account["service"]) == (True, until, "www.kimi.ai")
+
+
+def test_a_key_that_can_be_guessed_is_warned_about_and_refused_where_others_may_guess(log_lines: LogRecorder) -> None:
+    for length, host, warned, refused in (
+        (15, "127.0.0.1", True, False),
+        (16, "127.0.0.1", False, False),
+        (15, "0.0.0.0", False, True),
+        (16, "0.0.0.0", False, False),
+    ):
+        log_lines.lines.clear()
+        settings = Settings(refresh_token="t", api_keys=f"{'k' * 16},me:{'j' * length}", host=host)
+        with pytest.raises(SettingsError, match=r"guessed: me;") if refused else nullcontext():
+            Access(settings, {})
+        assert ("can be guessed: me;" in log_lines.text) is warned and "jjj" not in log_lines.text

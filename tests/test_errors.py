@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -23,10 +24,24 @@ def test_every_failure_is_an_openai_error_with_the_references_number(code: str) 
         "param": "p",
         "code": code,
     }
-    assert value["code"] in (-2000, -2001, -2002, -2003, -2004) and value["message"] == error.message
+    assert value["code"] in (-2000, -2001, -2002, -2003, -2004)
+    prefix, _, rest = value["message"].partition(": ")
+    assert re.fullmatch(r"\[\w*[一-鿿]+\]", prefix) and rest == error.message
     assert 400 <= error.status < 600
-    assert "the part" in error.message and error.message.startswith("[")
     assert (error.status in (429, 503)) == (error.retry_after_seconds > 0)
+
+
+@pytest.mark.parametrize("code", FAILURES)
+def test_a_message_says_what_happened_about_what_and_what_to_do_in_one_language(code: str) -> None:
+    for detail in ("", "the part"):
+        english = ProxyError(code, detail, param="p")
+        chinese = english.in_chinese()
+        assert english.message.isascii() and re.fullmatch(r"[A-Z][^.]+\.( [A-Z`].+\.)?", english.message)
+        assert re.search("[一-鿿]", chinese.message) and chinese.message.endswith("。")
+        assert chinese.message.count("。") == english.message.count(". ") + 1
+        assert f" ({detail})." in english.message if detail else "(the" not in english.message
+        assert f"（{detail}）。" in chinese.message if detail else "（" not in chinese.message
+        assert render_error(chinese)["error"] == render_error(english)["error"] | {"message": chinese.message}
 
 
 @pytest.mark.parametrize(

@@ -213,7 +213,7 @@ BEFORE: dict[str, Row] = {
     "refresh limited": (("status=refresh:429", "retry-after=9"), 429, "rate_limited", -2001, "refreshing"),
     "refresh gives HTML": (("wrong-type=refresh",), 502, "service_failed", -2001, "text/html"),
     "asking refused": (("status=ask:400",), 502, "service_refused", -2000, "ordered status 400"),
-    "asking fails": (("status=ask:500",), 502, "service_failed", -2001, "[请求kimi失败]: asking"),
+    "asking fails": (("status=ask:500",), 502, "service_failed", -2001, "Kimi failed (asking: "),
     "asking hangs": (("silent=ask",), 504, "service_silent", -2001, "asking"),
     "asking resets": (("close=ask",), 502, "service_failed", -2001, "asking"),
     "asking redirects": (("redirect=ask",), 502, "service_failed", -2001, "HTTP 302"),
@@ -527,7 +527,7 @@ async def test_a_client_that_goes_away_stops_the_answer_and_leaves_no_conversati
         await simulator.settle(token)
         assert account.count("remove") == 1
     # The client's own end is never told as a failure of the service's, though aiohttp raises the same for both.
-    assert "POST /v1/chat/completions 499 " in log_lines.text
+    assert "POST /v1/chat/completions status=499 " in log_lines.text
     assert " answer_broken" not in log_lines.text and " service_failed" not in log_lines.text
     assert "failures_total{" not in await read_metrics(proxy)
 
@@ -1108,7 +1108,7 @@ async def test_a_state_directory_full_of_garbage_is_told_and_the_proxy_works(
         assert status == 0 and "Traceback" not in log and " at " not in log and token not in log, log
         (tmp_path / "conversations-127.0.0.1" / "1-x").touch()  # of a process that died
         assert spoil_files(tmp_path, garbage) >= 2
-    assert "a state file cannot be read" in log
+    assert "cannot be read (" in log
     for conversation in simulator.account(token).conversations.values():
         conversation.removed = 1  # those that were to be kept, too
 

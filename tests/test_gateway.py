@@ -162,7 +162,7 @@ async def test_a_models_quota_says_nothing_of_its_account(
 
 async def test_many_tokens_in_one_request_are_refused(simulator: Simulator, proxy: str) -> None:
     status, answer, _ = await ask(proxy, ",".join(f"t{number}" for number in range(33)))
-    assert (status, answer["error"]["code"]) == (401, "token_missing") and "32" in answer["error"]["message"]
+    assert (status, answer["error"]["code"]) == (400, "invalid_request") and "32" in answer["error"]["message"]
 
 
 @pytest.mark.parametrize("faults", [("status=ask:500",), ("cut=9",), ("cut=9", "retry-after=1")])
@@ -359,7 +359,7 @@ async def test_a_file_belongs_to_the_account_that_uploaded_it(simulator: Simulat
         stranger.files.delete(file.id),
         stranger.chat.completions.create(model="kimi", messages=[{"role": "user", "content": parts}]),
     ):
-        with pytest.raises(openai.NotFoundError, match="upload it again"):
+        with pytest.raises(openai.NotFoundError, match="Upload it again"):
             await action
     assert [one async for one in stranger.files.list()] == []
     with pytest.raises(openai.BadRequestError, match="Kimi gives none back"):
@@ -427,7 +427,7 @@ async def test_after_a_restart_an_id_is_a_404_that_says_so(
     proxy = await start_proxy()
     status, answer, _ = await ask(proxy, token, messages=[{"role": "user", "content": [part]}])
     assert (status, answer["error"]["code"]) == (404, "file_not_found")
-    assert "forgotten when the proxy restarts" in answer["error"]["message"]
+    assert "a restart of the proxy forgets it" in answer["error"]["message"]
 
 
 async def test_of_many_uploaded_files_the_newest_are_known(
@@ -954,7 +954,7 @@ async def test_after_7_days_they_are_dropped_logged_and_counted(
     async with http.get(f"{proxy}/metrics") as response:
         assert "kimi_proxy_orphans_dropped_total 2" in await response.text()
     assert "2 conversations could not be removed for 7 days" in log_lines.text
-    assert simulator.account(old).calls == []
+    assert {call.step for call in simulator.account(old).calls} <= {"refresh"}
     await start_proxy.close()
     assert files_in(tmp_path) == []
 

@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import io
 import json
+import platform
 import re
 import time
 import zlib
@@ -22,6 +23,7 @@ from kimi_simulator import HELLO, Simulator
 from prometheus_client.parser import text_string_to_metric_families
 from yarl import URL
 
+import kimi_proxy
 from kimi_proxy import ChatRequest, Question, ResponseWriter
 
 CHAT = "/v1/chat/completions"
@@ -284,7 +286,7 @@ async def test_wrong_paths_and_methods_name_the_right_ones(
         body = await response.json()
         assert response.status == status
         assert says in body["error"]["message"]
-        assert (body["code"], body["message"]) == (-2000, body["error"]["message"])
+        assert (body["code"], body["message"]) == (-2000, f"[请求参数非法]: {body['error']['message']}")
         if status == 405:
             assert response.headers["Allow"]
 
@@ -397,13 +399,13 @@ async def test_each_request_is_one_line_and_no_secret_is_in_the_log(
     await ask(http, proxy, simulator.token("hello", "status=ask:500"), text="whisper")
     await ask(http, proxy, "dead-" + token)
     account = await simulator.settle(token)
-    (line,) = [line for line in log_lines.lines if "POST" in line and request_id in line and " 200 " in line]
-    assert CHAT in line and "chunks=" in line and "upstream=200" in line and "s " in line
+    (line,) = [line for line in log_lines.lines if "POST" in line and request_id in line and " status=200 " in line]
+    assert CHAT in line and "chunks=" in line and "upstream_status=200" in line and " seconds=" in line
     assert any(
         ("< cmpl, " in line or "< block.text, " in line) and " characters" in line and request_id in line
         for line in log_lines.lines
     )
-    assert any("upstream=500" in line and "service_failed" in line for line in log_lines.lines)
+    assert any("upstream_status=500" in line and "service_failed" in line for line in log_lines.lines)
     for secret in (token, *account.access_tokens, "whisper", "in-query", HELLO, HELLO[:8]):
         assert secret not in log_lines.text
 
@@ -798,6 +800,54 @@ async def test_metrics_tell_what_happened(simulator: Simulator, proxy: str, http
     assert after["kimi_proxy_answers_running"] == 0
 
 
+async def test_metrics_tell_of_the_process_and_of_who_waits_in_line(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession, log_lines: LogRecorder
+) -> None:
+    async def read() -> dict[str, float]:
+        async with http.get(proxy + "/metrics") as response:
+            return read_metrics(await response.text())
+
+    token = simulator.token("quiet", "one-at-a-time")
+    first = asyncio.create_task(ask(http, proxy, token))
+    await simulator.wait_until(lambda: simulator.account(token).streams_open == 1)
+    second = asyncio.create_task(ask(http, proxy, token))
+    await log_lines.wait_for("has to wait in line for its account")
+    metrics = await read()
+    assert metrics["kimi_proxy_requests_waiting"] == 1 and metrics["process_resident_memory_bytes"] > 1e7
+    assert abs(metrics["process_start_time_seconds"] - time.time()) < 60
+    build = f"kimi_proxy_build_info,python={platform.python_version()},version={kimi_proxy.__version__}"
+    assert metrics[build] == 1
+    assert (await first)[0] == (await second)[0] == 200
+    metrics = await read()
+    assert metrics["kimi_proxy_requests_waiting"] == 0 < metrics["kimi_proxy_queue_seconds_sum"]
+    waited = [float(found[1]) for found in re.finditer(r" wait_seconds=([\d.]+)", log_lines.text)]
+    assert len(waited) == 2 and min(waited) < 0.05 < max(waited)
+
+
+async def test_errors_are_in_the_language_that_is_asked_for(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession
+) -> None:
+    dead, broken = simulator.token("hello", "status=refresh:401"), simulator.token("hello", "cut=5")
+    for setting, header, is_chinese in (
+        ("en", "", False),
+        ("en", "en-US,zh;q=0.5", False),
+        ("en", "zh-CN,zh;q=0.9", True),
+        ("zh", "*", True),
+    ):
+        proxy, said = await start_proxy(language=setting), list[str]()
+        for method, path, token, body in (
+            ("POST", CHAT, dead, {"n": 2}),
+            ("GET", "/health?accounts", dead, {}),
+            ("POST", CHAT, broken, {"stream": True}),
+        ):
+            headers = {**bearer(token), "Accept-Language": header}
+            async with http.request(method, proxy + path, json=chat_body(**body), headers=headers) as response:
+                value = json.loads((await response.text()).rpartition("data: ")[2])
+            said.append(value.get("error", value.get("accounts", [{}])[0])["message"])
+        assert [bool(re.search("[一-鿿]", one)) for one in said] == [is_chinese] * 3
+        assert "n: only 1" in said[0] and "refreshing" in said[1] and "broke" in said[2]
+
+
 async def test_a_good_look_at_health_is_no_line_of_the_usual_log(
     proxy: str, http: aiohttp.ClientSession, log_lines: LogRecorder
 ) -> None:
@@ -806,8 +856,9 @@ async def test_a_good_look_at_health_is_no_line_of_the_usual_log(
     async with http.get(proxy + "/health") as response:
         assert (response.status, await response.json()) == (200, {"live": True, "ready": True})
     usual = [line for line in log_lines.lines if " debug " not in line]
-    assert [path for path in ("/health", "/ping") if any(f"GET {path} 200" in line for line in usual)] == ["/ping"]
-    assert "GET /health 200" in log_lines.text
+    told = [path for path in ("/health", "/ping") if any(f"GET {path} status=200" in line for line in usual)]
+    assert told == ["/ping"]
+    assert "GET /health status=200" in log_lines.text
 
 
 async def test_a_good_request_id_is_taken_and_a_bad_one_is_not(
@@ -816,7 +867,7 @@ async def test_a_good_request_id_is_taken_and_a_bad_one_is_not(
     for given in ("my-id_1.2:3/4+5=", "x" * 128):
         async with http.get(proxy + "/ping", headers={"X-Request-Id": given}) as response:
             assert response.headers["X-Request-Id"] == given
-        assert f"[{given}] GET /ping 200" in log_lines.text
+        assert f"[{given}] GET /ping status=200" in log_lines.text
     for given in ("two words", "x" * 129, "a;b", "é"):
         async with http.get(proxy + "/ping", headers={"X-Request-Id": given}) as response:
             assert response.headers["X-Request-Id"] != given
@@ -1011,6 +1062,15 @@ async def test_a_refused_token_lists_no_models(simulator: Simulator, proxy: str,
             assert response.status == status
             if status == 401:
                 assert (await response.json())["error"]["code"] == "token_dead"
+
+
+async def test_models_are_listed_while_one_of_the_accounts_lives(
+    simulator: Simulator, proxy: str, http: aiohttp.ClientSession
+) -> None:
+    tokens = simulator.token("hello", "status=refresh:401"), simulator.token("hello")
+    for header in map(",".join, (tokens, reversed(tokens))):
+        async with http.get(f"{proxy}/v1/models", headers=bearer(header)) as response:
+            assert response.status == 200
 
 
 async def test_a_key_may_stand_in_any_header(simulator: Simulator, proxy: str, http: aiohttp.ClientSession) -> None:

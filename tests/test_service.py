@@ -589,9 +589,10 @@ async def test_ask_sends_the_proxys_key_and_check_uses_the_held_account(
         ({"PROXY_API_KEYS": "k"}, "no held account"),
         ({"KIMI_REFRESH_TOKEN": "t", "PROXY_HOST": "0.0.0.0"}, "set PROXY_API_KEYS"),
         ({"KIMI_REFRESH_TOKEN_FILE": "/no/such/file"}, "KIMI_REFRESH_TOKEN_FILE: /no/such/file cannot be read"),
+        ({"KIMI_REFRESH_TOKEN": "t", "PROXY_HOST": "::", "PROXY_API_KEYS": f"{'k' * 16},b:{'k' * 15}"}, "guessed: b;"),
         ({"KIMI_REFRESH_TOKEN": "t", "KIMI_REFRESH_TOKEN_FILE": "x"}, "set one of them"),
         ({"KIMI_REFRESH_TOKEN": "t", "PROXY_API_KEYS": "a b:"}, "PROXY_API_KEYS: word 2"),
-        ({"KIMI_REFRESH_TOKEN": "t\x7fsesame"}, "this looks like"),
+        ({"KIMI_REFRESH_TOKEN": "t\x7fsesame"}, "it looks like"),
     ],
 )
 async def test_secrets_that_are_of_no_use_stop_the_start_with_one_line(environment: dict[str, str], says: str) -> None:
@@ -735,12 +736,44 @@ async def test_log_lines_as_json(simulator: Simulator, http: aiohttp.ClientSessi
     status, log = await running.stop()
     assert status == 0
     lines = [json.loads(line) for line in log.splitlines()]
-    assert all(line.keys() == {"time", "level", "request_id", "message"} for line in lines)
-    told = {line["request_id"]: line["message"] for line in lines if line["request_id"] in requests}
+    assert all([*line][:4] == ["time", "level", "request_id", "message"] for line in lines)
+    assert all(re.fullmatch(r"20..-..-..T..:..:..\.\d{3}Z", line["time"]) for line in lines)
+    told = {line["request_id"]: line for line in lines if line["request_id"] in requests}
     assert [line["request_id"] for line in lines].count("no-gzip") == 1
-    statuses = {name: message.split()[2] for name, message in told.items()}
-    assert statuses == {"good": "200", "no-token": "401", "no-gzip": "400", "broken": "502"}
+    statuses = {name: line["status"] for name, line in told.items()}
+    assert statuses == {"good": 200, "no-token": 401, "no-gzip": 400, "broken": 502}
+    assert [told[name].get("code") for name in requests] == [None, "token_missing", "body_broken", "answer_broken"]
+    label = hashlib.sha256(token.encode()).hexdigest()[:8]
+    good = {"message": "POST /v1/chat/completions", "client": "127.0.0.1", "account": label, "model": "kimi"}
+    assert good.items() <= told["good"].items() and told["good"]["upstream_status"] == 200
+    times = [told["good"][name] for name in ("wait_seconds", "first_text_seconds", "seconds")]
+    assert times == sorted(times) and all(isinstance(one, float) for one in times)
+    assert "broke" in told["broken"]["reason"]
     assert any("Error handling request" in line["message"] for line in lines)
+
+
+async def test_failures_are_in_a_log_of_warnings_with_what_kimi_says(
+    simulator: Simulator, http: aiohttp.ClientSession
+) -> None:
+    running = await start(simulator, PROXY_LOG_LEVEL="warning", KIMI_SILENCE_SECONDS="0.5", KIMI_PROTOCOL="classic")
+    orders = {
+        "unauthorized-always=refresh": 'status=401 .* code=token_dead reason=".*401',
+        "status=ask:500": 'status=502 .* upstream_status=500 code=service_failed reason=".*ordered status 500',
+        "stall=2": 'status=504 .* code=service_silent reason="Kimi sent nothing',
+        "cut=5": 'status=502 .* code=answer_broken reason=".*broke',
+        "empty": 'status=502 .* code=answer_empty reason=".*no text',
+        "wrong-type=ask": 'status=502 .* code=service_failed reason=".*text/html',
+    }
+    for number, order in enumerate(orders):
+        token = simulator.token("empty" if order == "empty" else "hello", *[order] * (order != "empty"))
+        headers = {**bearer(token), "X-Request-Id": f"request-{number}"}
+        async with http.post(running.url + CHAT, json=chat_body("sesame", stream=True), headers=headers) as response:
+            await response.read()
+    _, log = await running.stop()
+    lines = log.splitlines()
+    assert len(lines) == len(orders) and "sesame" not in log, log
+    for number, (line, says) in enumerate(zip(lines, orders.values(), strict=True)):
+        assert re.search(rf" \w+ \[request-{number}\] POST {CHAT} {says}", line), line
 
 
 PATIENT = "import sys, kimi_proxy; kimi_proxy.GRACE_SECONDS = 60.0; sys.exit(kimi_proxy.main([]))"

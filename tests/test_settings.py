@@ -74,6 +74,7 @@ GOOD = {
     "PROXY_ALLOWED_HOSTS": ("a.example,b.example", ("a.example", "b.example")),
     "PROXY_QUEUE_LENGTH": ("0", 0),
     "PROXY_LOG_FORMAT": ("JSON", "json"),
+    "PROXY_LANGUAGE": ("ZH", "zh"),
     "PROXY_MAX_REQUESTS": ("1", 1),
     "KIMI_PROXY_URL": ("http://u:p@127.0.0.1:3128", "http://u:p@127.0.0.1:3128"),
     "PROXY_ALLOW_PRIVATE_URLS": ("1", True),
