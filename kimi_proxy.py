@@ -263,12 +263,8 @@ def read_text(path: Path) -> str:
         raise SettingsError(f"{path} cannot be read ({reason})") from None
 
 
-_ENV_LINE: Final = re.compile(r"""(?m)^\s*(?:export\s+)?((?:KIMI|PROXY)_\w+)[ \t]*=[ \t]*(["']?)(.*?)\2[ \t]*$""")
-
-
-def read_env_file(path: Path) -> dict[str, str]:
-    """The settings in a file of `NAME=VALUE` lines, as Docker and systemd take them. Raises `SettingsError`."""
-    return {name: value for name, _, value in _ENV_LINE.findall(read_text(path))}
+# A line of a file of settings, as Docker and systemd take it.
+ENV_LINE: Final = re.compile(r"""(?m)^\s*(?:export\s+)?((?:KIMI|PROXY)_\w+)[ \t]*=[ \t]*(["']?)(.*?)\2[ \t]*$""")
 
 
 # ==== 3. Errors =============================================================
@@ -7083,10 +7079,13 @@ class _Screen:
 
     def show(self, text: str, *, dimmed: bool = False) -> None:
         """Print a piece of the answer."""
-        self._stop_waiting()
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
+            print("\r\x1b[K", end="")
         if text and self._thinking and not dimmed:
             print("\n")
-        self._thinking, self._begun = dimmed, True
+        self._thinking, self._begun = dimmed, self._begun or bool(text)
         if self._terminal:  # where the web's text may not move about
             text = re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
             text = f"\x1b[2m{text}\x1b[0m" if dimmed else text
@@ -7094,14 +7093,8 @@ class _Screen:
 
     def close(self) -> None:
         """End the last line, if there is one."""
-        self._stop_waiting()
-        print(end="\n" * self._begun, flush=True)
-
-    def _stop_waiting(self) -> None:
-        if self._waiting is not None:
-            self._waiting.cancel()
-            self._waiting = None
-            print("\r\x1b[K", end="")
+        self._thinking = False
+        self.show("\n" * self._begun)
 
     async def _show_waiting(self) -> None:
         for mark in cycle("|/-\\"):
@@ -7300,7 +7293,7 @@ def _anonymize_json(data: bytes | bytearray) -> str:
 
 
 _COMMANDS: Final[Mapping[str, tuple[Callable[[Settings, argparse.Namespace], int], str]]] = {
-    "setup": (_setup_command, "Ask for your refresh token, check it at Kimi, and keep it in .env for the next start."),
+    "setup": (_setup_command, "Ask for your refresh token, or read it from a pipe; check it, and keep it in .env."),
     "ask": (_ask_command, "Ask a running proxy in the terminal; without a question, chat until Ctrl-D."),
     "check": (_check_command, "Try each step of Kimi with the held account, and say what was seen."),
     "serve": (_serve_command, "Serve programs: the same as without a command."),
@@ -7353,11 +7346,11 @@ def make_parser(command: str) -> argparse.ArgumentParser:
 
 def _load_env_file(name: str | None) -> None:
     """Take settings from the file, or from .env where there is one. What the environment has wins."""
-    found = read_env_file(Path(name or ".env")) if name or os.path.isfile(".env") else {}
-    for variable, value in found.items():
+    lines = ENV_LINE.findall(read_text(Path(name or ".env"))) if name or os.path.isfile(".env") else []
+    for variable, _, value in lines:
         os.environ.setdefault(variable, value)
-    if found and not name:
-        print(f"kimi_proxy: .env in this directory sets {', '.join(found)}", file=sys.stderr)
+    if lines and not name:
+        print(f"kimi_proxy: .env in this directory sets {', '.join(line[0] for line in lines)}", file=sys.stderr)
 
 
 def main(argv: Sequence[str]) -> int:

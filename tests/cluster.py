@@ -99,7 +99,7 @@ class Instance:
         """Start it, and wait until it listens."""
         with self.log.open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
-                *(*WITH_PARENT, sys.executable, str(ROOT / "kimi_proxy.py")),
+                *(*WITH_PARENT, sys.executable, str(ROOT / "kimi_proxy.py"), "--env-file", os.devnull),
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
                 env=self._environment,

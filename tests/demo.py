@@ -11,6 +11,7 @@ from pathlib import Path
 from kimi_simulator import Simulator
 
 PROGRAM = str(Path(__file__).parent.parent / "kimi_proxy.py")
+NO_ENV_FILE = ("--env-file", os.devnull)  # the settings of whoever looks on are not ours
 SCENES = (
     ("A streamed answer", "long+pace=0.04+chunks=40", ["Count to forty."], 0),
     ("An answer with web search", "search+pace=0.4", ["Who makes Kimi?"], 0),
@@ -31,7 +32,7 @@ async def main() -> int:
             "PROXY_ALLOW_PRIVATE_URLS": "1",  # the simulator's files are on this machine
         }
         proxy = await asyncio.create_subprocess_exec(
-            sys.executable, PROGRAM, stdout=asyncio.subprocess.PIPE, env=environment
+            *(sys.executable, PROGRAM, *NO_ENV_FILE), stdout=asyncio.subprocess.PIPE, env=environment
         )
         try:
             assert proxy.stdout is not None
@@ -65,7 +66,7 @@ async def play(
     shown = " ".join(f'"{argument}"' if " " in argument else argument for argument in arguments)
     print(f"\n── {title}\n$ python kimi_proxy.py ask {shown}", flush=True)
     asking = await asyncio.create_subprocess_exec(
-        *(sys.executable, PROGRAM, "ask", *arguments, "--url", url),
+        *(sys.executable, PROGRAM, "ask", *NO_ENV_FILE, *arguments, "--url", url),
         stdin=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.STDOUT,
         env={**environment, "KIMI_REFRESH_TOKEN": simulator.token(script, *faults)},

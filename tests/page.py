@@ -10,6 +10,7 @@ import asyncio
 import base64
 import json
 import logging
+import os
 import re
 import shutil
 import sys
@@ -278,7 +279,7 @@ def start_proxy(simulator: Simulator, **variables: str) -> AbstractAsyncContextM
     """The address of a proxy before the simulator."""
     variables |= {"KIMI_BASE_URL": simulator.url, "KIMI_PROTOCOL": "connect"}
     variables |= {"PROXY_PORT": "0", "PROXY_STATE_DIR": "", "PROXY_LOG_LEVEL": "error"}
-    return start(r"http://127\.0\.0\.1:\d+", sys.executable, PROGRAM, **variables)
+    return start(r"http://127\.0\.0\.1:\d+", sys.executable, PROGRAM, "--env-file", os.devnull, **variables)
 
 
 async def show(picture: str) -> None:

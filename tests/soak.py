@@ -48,9 +48,9 @@ TRIMMING_SECONDS: Final = 12.0  # an idle proxy gives back what is free every 10
 SCHEMA: Final = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 LIMITS: Final = {"KIMI_CALL_SECONDS": "3", "KIMI_SILENCE_SECONDS": "3"}
 PROGRAM: Final = """
-import sys, kimi_proxy
+import os, sys, kimi_proxy
 kimi_proxy.FILE_SECONDS, kimi_proxy.TRANSFER_SECONDS, kimi_proxy.BODY_SECONDS = 3.0, 6.0, 1.0
-sys.exit(kimi_proxy.main([]))
+sys.exit(kimi_proxy.main(["--env-file", os.devnull]))
 """
 
 

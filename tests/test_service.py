@@ -35,6 +35,12 @@ CHAT = "/v1/chat/completions"
 JSON = "application/json"
 
 
+@pytest.fixture(autouse=True)
+def no_env_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program starts where there is no .env: a maintainer's own is in the repository."""
+    monkeypatch.chdir(tmp_path)
+
+
 async def run(*arguments: str, text: str | None = None, **environment: str) -> tuple[int, str, str]:
     """Run the program to its end: exit status, standard output, standard error."""
     process = await asyncio.create_subprocess_exec(
@@ -153,9 +159,7 @@ async def test_a_bad_setting_stops_the_start_with_one_line(
     assert status == 2 and names in err and len(err.strip().splitlines()) == 1 and "eyJ" not in err
 
 
-async def test_settings_from_a_file_as_docker_and_systemd_write_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_settings_from_a_file_as_docker_and_systemd_write_them(tmp_path: Path) -> None:
     path = tmp_path / "my.env"
     path.write_bytes(
         b'\xef\xbb\xbf# KIMI_USE_SEARCH=false\r\nKIMI_BASE_URL="http://no-such-host.invalid"\r\n\r\n'
@@ -166,7 +170,6 @@ async def test_settings_from_a_file_as_docker_and_systemd_write_them(
     status, out, _ = await run("check", "--env-file", str(path), KIMI_PROTOCOL="connect")
     assert status == 1 and "FAIL  connect  token" in out and "FAIL  classic" not in out
     path.rename(tmp_path / ".env")
-    monkeypatch.chdir(tmp_path)
     status, out, err = await run("check")
     assert "FAIL  classic  token" in out and err == (
         "kimi_proxy: .env in this directory sets KIMI_BASE_URL, KIMI_PROTOCOL, KIMI_REFRESH_TOKEN\n"
@@ -392,9 +395,8 @@ def test_the_file_has_its_licence_line() -> None:
 
 @pytest.mark.parametrize("place", [".env", "my.env", "token"])
 async def test_setup_checks_a_token_and_writes_it_where_the_next_start_finds_it(
-    simulator: Simulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+    simulator: Simulator, tmp_path: Path, place: str
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     token, arguments = simulator.token("hello", "rotate"), ["--env-file", "my.env"] if place == "my.env" else []
     lines = ["# mine", f"KIMI_BASE_URL='{simulator.url}'", "PROXY_PORT=8123"]
     lines += (
@@ -419,9 +421,8 @@ async def test_setup_checks_a_token_and_writes_it_where_the_next_start_finds_it(
 
 
 async def test_setup_in_a_terminal_does_not_show_the_token_and_refuses_one_of_no_use(
-    simulator: Simulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    simulator: Simulator, tmp_path: Path
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     good, dead = simulator.token("hello"), simulator.token("hello", "unauthorized-always=refresh")
     access = make_access_token(random.Random(), opaque=False)
     for token, says in (

@@ -99,7 +99,7 @@ def proxy_environment(simulator: Simulator, protocol: str, state_dir: str) -> di
 
 def proxy_command(*options: str) -> list[str]:
     """The command that starts a proxy as its users do: the module is compiled anew each time."""
-    return [sys.executable, str(PROGRAM), *options]
+    return [sys.executable, str(PROGRAM), "--env-file", os.devnull, *options]
 
 
 @asynccontextmanager
