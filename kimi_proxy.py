@@ -7124,8 +7124,10 @@ async def _check(settings: Settings, token: str, record: str | None) -> int:
             if await check.run(token):
                 good.append(protocol.name)
             for step, pieces in check.recorded.items() if record else ():
-                path = Path(f"{record}-{step}").with_suffix(".sse" if protocol is Classic else ".connect")
-                path.write_bytes(anonymize_stream(b"".join(pieces), protocol.name))
+                ending = "sse" if protocol is Classic else "connect"
+                path = f"{record}-{step.replace(' ', '-')}.{ending}"
+                shown = anonymize_stream(b"".join(pieces), protocol.name)
+                await asyncio.to_thread(Path(path).write_bytes, shown)
                 print(f"recorded: {path}")
             seen += check.seen
         await tasks.drain(REMOVAL_SECONDS)
@@ -7245,51 +7247,65 @@ def _render_seen(result: object) -> str:
     return "".join(f", {number} {kind}" for kind, number in counts.items())
 
 
-_KEPT_KEYS: Final = frozenset({"event", "type", "op", "mask", "role", "status", "name", "code", "reason", "scenario"})
-_KEPT_VALUE: Final = re.compile(r"[A-Za-z_.$]{1,48}")
+_KEPT_KEY: Final = re.compile("event|type|op|mask|role|status|name|scenario|code|reason|error_type")
+_KEPT_VALUE: Final = re.compile(r"[A-Za-z_.$]{1,48}|[A-Z0-9_]{1,60}")
+_KEPT_ID: Final = re.compile(r"[a-z_]*:?[0-9]{1,4}")  # of a block, or of a call that marks name
 _CITATION_FORMS: Final = (("<REF>", b"tools://"), ("U+E3A0", "\ue3a0".encode()), ("[^n^]", b"[^"))
 _KEPT_MARK: Final = re.compile(
-    "(<REF>cite|tools://[a-z_]+:[0-9]+#[0-9]+|</REF>|\ue3a0cite[\ue3a3\U0001f6e0a-z_0-9:#]*\ue3a8|[a-z_]+:[0-9]+#[0-9]+)"
+    "(<REF>cite|(?:tools://)?[a-z_]+:[0-9]+#[0-9]+(?::~:text=)?|</REF>|</?think>"
+    "|\ue3a0cite[\ue3a3\U0001f6e0a-z_0-9:#]*\ue3a8|\\[\\^[0-9]+\\^\\])"
 )
 
 
-def anonymize(value: Any, key: str = "") -> Any:
-    """A JSON value with every text, id and URL replaced by one of the same shape; names of the protocol stay."""
+def mask(text: str) -> str:
+    """`text` with each letter and digit replaced, but those of marks."""
+    parts = _KEPT_MARK.split(text)
+    parts[::2] = [re.sub(r"[^\W_]", lambda one: "x" if one[0].isascii() else "字", part) for part in parts[::2]]
+    return "".join(parts)
+
+
+def anonymize(value: Any, mask_text: Callable[[str], object] = mask, key: str = "") -> Any:
+    """A JSON value with every text, id and URL replaced; names of the protocol stay.
+
+    `mask_text` gets the pieces of an answer's text: a mark that is cut between two is known in the whole alone.
+    """
     if isinstance(value, dict):
-        return {name: anonymize(inner, name) for name, inner in value.items()}
+        return {name: anonymize(inner, mask_text, name) for name, inner in value.items()}
     if isinstance(value, list):
-        return [anonymize(inner, key) for inner in value]
-    if not isinstance(value, str) or (key in _KEPT_KEYS and _KEPT_VALUE.fullmatch(value)):
+        return [anonymize(inner, mask_text, key) for inner in value]
+    if not isinstance(value, str) or (_KEPT_KEY.fullmatch(key) and _KEPT_VALUE.fullmatch(value)):
         return value
-    if value.startswith(("http://", "https://")):
-        return "https://example.com/" + hashlib.sha256(value.encode("utf-8", "replace")).hexdigest()[:8]
-    parts = _KEPT_MARK.split(value)
-    return "".join(part if at % 2 else _mask(part) for at, part in enumerate(parts))
-
-
-def _mask(text: str) -> str:
-    return re.sub(r"[^\W_]", lambda letter: "x" if letter[0].isascii() else "字", text)
+    if key in ("text", "content"):
+        return mask_text(value)
+    digest = hashlib.sha256(value.encode("utf-8", "replace")).hexdigest()
+    if key.lower().endswith("id"):
+        return value if _KEPT_ID.fullmatch(value) else digest[:20]
+    return f"https://example.com/{digest[:8]}" if value.startswith(("http://", "https://")) else mask(value)
 
 
 def anonymize_stream(data: bytes, protocol: str) -> bytes:
     """A recorded answer without tokens, ids and texts, up to what breaks it, in the form of `tests/wire/`."""
-    pieces = []
+    frames: list[tuple[int, bytes]] = []
     with suppress(WireError):
         if protocol == "classic":
             for event in SSEParser().feed(data):
-                pieces.append(encode_sse(_anonymize_json(event.encode())))
+                frames.append((0, event.encode()))
         else:
             for flags, payload in EnvelopeParser().feed(data):
-                pieces.append(encode_envelope(_anonymize_json(payload).encode(), flags & 0xFE))
-    return b"".join(pieces)
+                frames.append((flags & 0xFE, bytes(payload)))
+    values, texts = [_read_frame(payload) for _, payload in frames], io.StringIO()
+    anonymize(values, texts.write)
+    masked = io.StringIO(mask(texts.getvalue()))
+    lines = map(encode_json, anonymize(values, lambda text: masked.read(len(text))))
+    if protocol == "classic":
+        return b"".join(map(encode_sse, lines))
+    return b"".join(encode_envelope(line.encode(), flags) for (flags, _), line in zip(frames, lines, strict=True))
 
 
-def _anonymize_json(data: bytes | bytearray) -> str:
-    try:
-        value = parse_json(data, surrogates=True)
-    except WireError:
-        value = data.decode("utf-8", "replace")
-    return encode_json(anonymize(value))
+def _read_frame(data: bytes) -> Any:
+    with suppress(WireError):
+        return parse_json(data, surrogates=True)
+    return data.decode("utf-8", "replace")
 
 
 _COMMANDS: Final[Mapping[str, tuple[Callable[[Settings, argparse.Namespace], int], str]]] = {
