@@ -943,7 +943,7 @@ class Answer:
         for position, value in enumerate(values):
             page = dig(value, "searchResult") or dig(value, "webOpenUrl") or value
             base = dig(page, "base") or page
-            keys = [dig_word(page, "refIndex")]
+            keys = [dig_word(page, "refIndex") or dig_word(value, "refIndex")]
             if call_id:
                 number = dig_word(value, "searchResult", "id")
                 is_number = re.fullmatch("[0-9]{1,9}", number)

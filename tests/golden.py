@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from kimi_proxy import (
+    Chain,
     Citation,
+    CitationFilter,
     ClassicAnswer,
     ConnectAnswer,
     EnvelopeParser,
@@ -69,16 +71,26 @@ def read_stream(path: Path) -> Iterator[tuple[str, list[Event]]]:
 
 
 def render_stream(path: Path) -> list[Any]:
-    """The events of a recorded stream as JSON; a failure is the last of them."""
-    rendered: list[Any] = []
+    """The events of a recorded stream as JSON; then a failure, or what is shown of a text with citations."""
+    events: list[Event] = []
+    failure = ""
     try:
-        for _, events in read_stream(path):
-            rendered += map(render_event, events)
+        for _, read in read_stream(path):
+            events += read
     except ProxyError as error:
-        rendered.append(["failure", error.code])
+        failure = error.code
     except WireError:
-        rendered.append(["failure", "wire"])
-    return rendered
+        failure = "wire"
+    rendered = [*map(render_event, events), *([["failure", failure]] if failure else [])]
+    shown, sources = "", list[str]()
+    for event in Chain([CitationFilter()]).feed(events):
+        if isinstance(event, Sources):
+            sources = [hit.url for hit in event.hits]
+        elif isinstance(event, Citation):
+            shown += f"[{event.number}]"
+        elif type(event) is Text:
+            shown += event.text
+    return [*rendered, *([["shown", shown, *sources]] if sources else [])]
 
 
 def main() -> int:

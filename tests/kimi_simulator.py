@@ -65,8 +65,9 @@ the end, ``{}`` or ``{"error":{…}}``; some saw 0x80 for the end [open]. Object
 says when text carries thinking; ``block.tool.contents[]`` and ``message.refs.searchChunks[]``, ``usedSearchChunks[]``
 have hits, bare or as ``searchResult``, ``base{title,url}`` and ``refIndex``, the same one more than once; older:
 ``block.search.webPages``. Citations are U+E3A0 ``cite`` U+E3A3 key … U+E3A8, cut anywhere (U+1F6E0 for U+E3A3 [open]),
-older ``[^n^]``. ``{"heartbeat":{}}`` says nothing, ``{"done":{}}`` that the text is over; an error can follow it in the
-end envelope. Errors: ``{"error":{"code","message","details":[{"debug":{"reason","localizedMessage":{"message"}}}]}}``,
+older ``[^n^]``, or U+1F6E0 key U+1F6E0 [open]. ``{"heartbeat":{}}`` says nothing, ``{"done":{}}``
+that the text is over; an error can follow it in the end envelope. Errors:
+``{"error":{"code","message","details":[{"debug":{"reason","localizedMessage":{"message"}}}]}}``,
 codes ``unauthenticated``, ``resource_exhausted``, ``permission_denied``, ``invalid_argument``, ``not_found``,
 ``unavailable``, ``internal``; models, ``POST /apiv2/kimi.gateway.config.v1.ConfigService/GetAvailableModels`` ``{}`` →
 ``availableModels[{scenario, displayName, key, id, thinking, kimiPlusId, agentMode}]``, ``defaultScenario{scenario,

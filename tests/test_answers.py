@@ -295,10 +295,11 @@ CONNECT_ANSWERS: dict[str, tuple[list[Any], list[Event]]] = {
                 }
             },
             {"message": {"refs": {"searchChunks": [RAW], "usedSearchChunks": [{"searchResult": RAW}]}}},
+            {"message": {"refs": {"searchChunks": [{"searchResult": {"base": RAW["base"]}, "refIndex": "k"}]}}},
             {"block": {"search": {"webPages": [{"title": "Old", "url": "https://old.cd"}]}}},
             block("text", "a"),
         ],
-        [OPENED, HIT_1, SearchHit("Old", "https://old.cd"), Text("a"), Finished("stop")],
+        [OPENED, HIT_1, hit("k"), SearchHit("Old", "https://old.cd"), Text("a"), Finished("stop")],
     ),
     "odd shapes": (
         [
