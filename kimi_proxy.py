@@ -2891,26 +2891,25 @@ class Encoder:
     def feed(self, events: list[Event]) -> bytes:
         """The bytes for `events`. Empty until there is something to show: before that, a failure has its own status."""
         for event in events:
-            match event:
-                case Thinking():
-                    self._thought += weigh(event.text)
-                    self._add_text("thinking", event.text)
-                case Text():
-                    self._written += weigh(event.text)
-                    self._add_text("text", self._renderer.feed(event))
-                case ToolCall():
-                    self._written += weigh(render_tool_call(event.name, event.arguments))
-                    self._blocks.append(("call", event))
-                    self.chunks += 1
-                    if self._streamed:
-                        self._stream_call(event)
-                case _:
-                    if isinstance(event, Opened):
-                        self._conversation_id = event.conversation_id
-                    if text := self._renderer.feed(event):
-                        self._add_text("text", text)
-                    if isinstance(event, Finished):
-                        self._add_end(event)
+            if isinstance(event, Thinking):
+                self._thought += weigh(event.text)
+                self._add_text("thinking", event.text)
+            elif isinstance(event, Text):
+                self._written += weigh(event.text)
+                self._add_text("text", self._renderer.feed(event))
+            elif isinstance(event, ToolCall):
+                self._written += weigh(render_tool_call(event.name, event.arguments))
+                self._blocks.append(("call", event))
+                self.chunks += 1
+                if self._streamed:
+                    self._stream_call(event)
+            else:
+                if isinstance(event, Opened):
+                    self._conversation_id = event.conversation_id
+                if text := self._renderer.feed(event):
+                    self._add_text("text", text)
+                if isinstance(event, Finished):
+                    self._add_end(event)
         data = b"".join(self._output) if self._streamed else b""
         self._output.clear()
         return data
@@ -5539,7 +5538,14 @@ class LiveAnswer:
             try:
                 if self._chain.retry_reason:
                     await self._ask_again()
-                events = self._chain.feed(await self._read_stream())
+                exchange: Any = self._exchange
+                stream = exchange.stream
+                events = await stream.read()
+                if not exchange.conversation_id:
+                    self._gateway.note_opened(exchange, stream.answer.conversation_id)
+                if stream.answer.segment_id and self._continuations_left:
+                    events = await self._go_on(exchange, events)
+                events = self._chain.feed(events)
             except ProxyError as failure:
                 # Where the second try fails, the first answer may still be of use.
                 events = self._chain.give_up() if self._is_second_try and failure.status != 422 else []
@@ -5631,25 +5637,18 @@ class LiveAnswer:
                 raise ProxyError("conversation_not_found", failure.detail, param="conversation_id") from None
             raise
 
-    async def _read_stream(self) -> list[Event]:
-        """The events of one network read; an answer that met its length limit is asked to go on."""
-        exchange = cast(Exchange, self._exchange)
+    async def _go_on(self, exchange: Exchange, events: list[Event]) -> list[Event]:
+        """Have an answer that met its length limit go on: its last `events`, without the end where it does."""
         stream = cast(AnswerStream, exchange.stream)
-        events = await stream.read()
-        if not exchange.conversation_id:
-            self._gateway.note_opened(exchange, stream.answer.conversation_id)
-        if events is None:  # cannot be: the last event finishes the answer
-            raise ProxyError("answer_broken", "Kimi's answer has no end")
-        if stream.answer.segment_id and self._continuations_left:
-            self._continuations_left -= 1
-            await stream.drain(END_SECONDS)
-            exchange.question = replace(exchange.question, segment_id=stream.answer.segment_id)
-            try:
-                await self._gateway.ask(exchange, self._deadline)
-                return events[:-1]  # it did not finish
-            except ProxyError as failure:
-                logger.warning("! the answer is cut short: %s", failure)
-        return events
+        self._continuations_left -= 1
+        await stream.drain(END_SECONDS)
+        exchange.question = replace(exchange.question, segment_id=stream.answer.segment_id)
+        try:
+            await self._gateway.ask(exchange, self._deadline)
+            return events[:-1]
+        except ProxyError as failure:
+            logger.warning("! the answer is cut short: %s", failure)
+            return events
 
     async def _ask_again(self) -> None:
         """The second try, told what was wrong with the first; in the same conversation where that is kept."""
@@ -6093,7 +6092,7 @@ class ResponseWriter:
         """
         self._ended = is_last
         try:
-            response = self.response or await self._begin(len(data))
+            response = await self._begin(len(data)) if self.response is None else self.response
             await (response.write_eof(data) if is_last else response.write(data))
         except ConnectionError:
             raise asyncio.CancelledError from None
