@@ -1030,7 +1030,7 @@ class ConnectAnswer(Answer):
         if value and "heartbeat" not in value:
             self.progress += 1
         self.done = self.done or "done" in value
-        events = [] if self._is_of_other(value) else self._read_frame(value)
+        events = [] if "messageId" in value and self._is_of_other(value) else self._read_frame(value)
         return events + self._end(self._ending) if self._ending else events
 
     def _is_of_other(self, value: dict[str, Any]) -> bool:
