@@ -6916,6 +6916,8 @@ def _setup_command(settings: Settings, options: argparse.Namespace) -> int:
     else:
         others = read_text(path).splitlines() if path.exists() else []
         lines = [line for line in others if not re.match(r"\s*(export\s+)?KIMI_REFRESH_TOKEN\b", line)]
+        if settings.refresh_token and lines == others:
+            print("KIMI_REFRESH_TOKEN is set in the environment, which wins over a file: unset it.", file=sys.stderr)
         lines.append(f"KIMI_REFRESH_TOKEN={token}")
     try:
         replace_file(path, "\n".join([*lines, ""]).encode())
@@ -6977,10 +6979,13 @@ def _ask_command(settings: Settings, options: argparse.Namespace) -> int:
 
 def _type_question() -> str:
     """What the user types next; empty at the end."""
+    with suppress(ImportError):  # on Windows
+        import readline  # noqa: F401, PLC0415  # makes lines editable
+
     try:
         while not (line := input("> ").strip()):
             pass
-    except EOFError:
+    except (EOFError, KeyboardInterrupt):
         print()
         return ""
     return line

@@ -23,9 +23,11 @@ for word; do # systemd would put variables in place of $NAME
     set -- "$@" "$(printf '%s' "$word" | sed 's/\$/$$/g')"
     shift
 done
+command=$1
+shift
 # shellcheck disable=SC2086 # $as is several words
 exec systemd-run --quiet --collect --wait --pty --pipe $as -p UMask=0077 \
     -p EnvironmentFile=-/etc/kimi-proxy/kimi-proxy.env \
     -p LoadCredential=token:/etc/kimi-proxy/token -p 'SetCredential=token:\n' \
     -p LoadCredential=keys:/etc/kimi-proxy/keys -p 'SetCredential=keys:\n' \
-    /opt/kimi-proxy/venv/bin/python /opt/kimi-proxy/kimi_proxy.py "$@"
+    /opt/kimi-proxy/venv/bin/python /opt/kimi-proxy/kimi_proxy.py "$command" --env-file /dev/null "$@"

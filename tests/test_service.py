@@ -383,6 +383,9 @@ async def test_ask_without_a_question_is_a_chat_that_ends_at_ctrl_d(simulator: S
         await terminal.read("> ", 3)
         terminal.type("two\n")
         await terminal.read("> ", 4)
+        terminal.type("thre\x1b[De\n")  # and the key that goes left
+        await terminal.read("user:three")
+        await terminal.read("> ", 5)
         terminal.type("\x04")
         assert await terminal.end() == 0
     assert "user:one\r\nassistant:user:one\r\n\r\nuser:two" in terminal.shown
@@ -438,6 +441,9 @@ async def test_setup_in_a_terminal_does_not_show_the_token_and_refuses_one_of_no
         assert says in terminal.shown and (not token or token not in terminal.shown)
         assert "Traceback" not in terminal.shown
     assert (tmp_path / ".env").read_text() == f"KIMI_REFRESH_TOKEN={good}\n"
+    (tmp_path / ".env").unlink()
+    status, _, err = await run("setup", text=good, KIMI_BASE_URL=simulator.url, KIMI_REFRESH_TOKEN="old")
+    assert status == 0 and "set in the environment, which wins" in err
 
 
 async def check(simulator: Simulator, token: str, *arguments: str, **environment: str) -> tuple[int, str, str]:
