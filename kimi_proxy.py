@@ -312,12 +312,12 @@ FAILURES: Final[Mapping[str, Failure]] = {
     "method_not_allowed": Failure(405, -2000, "This path does not take that method."),
     "body_timeout": Failure(408, -2000, "The body did not arrive in time. Send it again, or a smaller one."),
     "body_too_large": Failure(413, -2000, "The body is too large. Send less."),
-    "encoding_unknown": Failure(415, -2000, "This encoding is not known. Send the body as it is, or with gzip."),
+    "encoding_unknown": Failure(415, -2000, "This encoding is not known. Send the body as it is, or JSON with gzip."),
     "file_too_large": Failure(413, -2004, "The file is too large. See PROXY_MAX_FILE_MB and PROXY_MAX_INLINE_MB."),
     "tool_call_failed": Failure(422, -2001, "The model made no valid tool call, twice. Simplify the tool's schema."),
     "structured_output_failed": Failure(422, -2001, "The answer did not fit response_format, twice. Simplify it."),
     "answer_running": Failure(429, -2001, "Kimi still answers another question of this account. Wait for it.", 5),
-    "queue_full": Failure(429, -2001, "Too many requests wait for this account. Try again shortly.", 5),
+    "queue_full": Failure(429, -2001, "This account has too many requests. Try again shortly.", 5),
     "rate_limited": Failure(429, -2001, "Kimi limits this account for now. Wait as long as Retry-After says.", 60),
     "service_busy": Failure(429, -2001, "Kimi serves paying users first for now. Try again shortly.", 30),
     "quota_used_up": Failure(429, -2001, "This account's quota is used up. Ask another model, or wait.", 3600),
@@ -363,12 +363,12 @@ _CHINESE: Final[Mapping[str, str]] = {  # the texts for whoever reads Chinese
     "method_not_allowed": "此路径不支持该请求方法。",
     "body_timeout": "请求正文未及时到达。请重新发送，或减小正文。",
     "body_too_large": "请求正文过大。请减小后再发送。",
-    "encoding_unknown": "不支持这种编码。请不压缩，或使用 gzip。",
+    "encoding_unknown": "不支持这种编码。请不要压缩，JSON 可用 gzip。",
     "file_too_large": "文件过大。参见 PROXY_MAX_FILE_MB 和 PROXY_MAX_INLINE_MB。",
     "tool_call_failed": "模型两次都没有给出有效的工具调用。请简化工具的 schema。",
     "structured_output_failed": "回答两次都不符合 response_format。请将其简化。",
     "answer_running": "Kimi 仍在回答这个账号的另一个问题。请等它结束。",
-    "queue_full": "等待这个账号的请求过多。请稍后重试。",
+    "queue_full": "这个账号的请求过多。请稍后重试。",
     "rate_limited": "Kimi 暂时限制了这个账号。请按 Retry-After 等待。",
     "service_busy": "Kimi 目前优先服务付费用户。请稍后重试。",
     "quota_used_up": "这个账号的额度已用完。请换一个模型，或等待。",
@@ -3621,7 +3621,7 @@ class StateFiles:
         path = self.directory / f"{name}.json"
         try:
             value: Any = parse_json(path.read_bytes()) if self.is_kept else {"service": ""}
-            return parse(value) if value.pop("service", self.service) == self.service else None
+            return parse(value) if value.pop("service", "kimi") == self.service else None
         except FileNotFoundError:
             pass
         except OSError as error:
@@ -5729,9 +5729,6 @@ def read_secrets(name: str, text: str, file_name: str, environ: Mapping[str, str
         raise SettingsError(f"{name}: {error.message}") from None
     if file_name and not words:
         raise SettingsError(f"{name}_FILE: {file_name} is empty")
-    for number, word in enumerate(words, 1):
-        if not TOKEN_SHAPE.fullmatch(word):
-            raise SettingsError(f"{name}: word {number} has characters that no key has")
     return words
 
 
@@ -5742,7 +5739,7 @@ def _hash(key: str) -> bytes:
 def _split_key(number: int, word: str) -> tuple[str, str]:
     """Key and name of the `number`th key, `word`, which is `key` or `name:key`. Raises `SettingsError`."""
     name, key = word.split(":", 1) if ":" in word else (f"#{number}", word)
-    if not key or not re.fullmatch(r"[#A-Za-z0-9_.-]{1,32}", name):
+    if not TOKEN_SHAPE.fullmatch(key) or not re.fullmatch(r"[#A-Za-z0-9_.-]{1,32}", name):
         raise SettingsError(f"PROXY_API_KEYS: word {number} must be a key or name:key; names: letters, digits, _ . -")
     return key, name
 

@@ -46,7 +46,7 @@ STATE: Final = Path("/var/lib/private/kimi-proxy")
 DROP_IN: Final = Path("/run/systemd/system/kimi-proxy.service.d/test.conf")
 QUICK: Final = "[Service]\nWatchdogSec=4\nTimeoutStopSec=5\nRestartSec=100ms\n"
 CLI: Final = HOME / "bin/kimi-proxy"
-KEY: Final = "a-key-of-anna"
+KEY: Final = "a-long-key-of-anna"
 
 
 # ---- Within the container ---------------------------------------------------

@@ -417,8 +417,9 @@ async def test_tokens_of_another_service_are_not_used(tmp_path: Path) -> None:
     assert set(service.asked) == {"r"}
 
 
-async def test_tokens_of_an_older_version_are_used(tmp_path: Path) -> None:
+async def test_tokens_of_an_older_version_are_used_at_kimi_alone(tmp_path: Path) -> None:
     service = Rotating()
+    service.rotates = False
     accounts = make_accounts(service, directory=tmp_path)
     await accounts.access_token(accounts.get("r"))
     (path,) = (tmp_path / "tokens").glob("*.json")
@@ -427,6 +428,8 @@ async def test_tokens_of_an_older_version_are_used(tmp_path: Path) -> None:
     path.write_text(json.dumps(value))
     again = make_accounts(service, directory=tmp_path)
     assert await again.access_token(again.get("r")) == "access-1"
+    elsewhere = Accounts(service.refresh, BackgroundTasks(), StateFiles(tmp_path, Metrics(), "https://kimi.example"))
+    assert await elsewhere.access_token(elsewhere.get("r")) == "access-2"
 
 
 # The lock of an account's state.

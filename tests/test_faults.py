@@ -1057,6 +1057,7 @@ async def test_a_state_directory_of_no_use_is_told_and_the_proxy_works(
     assert simulator.account(token).count("refresh") == 1
     status, log = await running.stop()
     assert status == 0 and log.count("state cannot be kept in") == 1, log
+    assert log.index("state cannot be kept in") < log.index(" POST "), log
     assert "Traceback" not in log and "\n    at " not in log and token not in log, log
 
 
