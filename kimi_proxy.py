@@ -5828,7 +5828,6 @@ MAX_BODIES_MB: Final = 256  # bodies of all running requests together, but alway
 MAX_FORM_LINES: Final = 1000  # those between its fields
 GRACE_SECONDS: Final = 3.0  # on shutdown, a connection that waits for a request may still send one
 CLIENT_CLOSED: Final = 499  # as nginx logs a client that went away
-REFUSED: Final = ("token_dead", "token_expired", "key_refused")
 OPEN_PATHS: Final = frozenset({"/", "/ping", "/health"})
 BODY_ERRORS: Final = (web.RequestPayloadError, aiohttp.ClientPayloadError, HttpProcessingError)
 
@@ -5889,8 +5888,7 @@ async function check() {
   checking?.abort();
   const {signal} = checking = new AbortController();
   $("accounts").replaceChildren();
-  $("checked").className = "";
-  $("checked").textContent = "Asking Kimi …";
+  Object.assign($("checked"), {className: "", textContent: "Asking Kimi …"});
   try {
     const state = await (await call("/health?accounts", {signal})).json();
     const started = new Date(Date.now() - state.uptime_seconds * 1000).toLocaleString();
@@ -5909,9 +5907,7 @@ async function check() {
     $("checked").textContent = names.length ? `Models: ${names.join(", ")}` : "Enter your token, then Check.";
     sessionStorage.setItem("key", $("key").value);
   } catch (error) {
-    if (signal.aborted) return;
-    $("checked").className = "bad";
-    $("checked").textContent = error.message;
+    if (!signal.aborted) Object.assign($("checked"), {className: "bad", textContent: error.message});
   }
 }
 
@@ -5928,8 +5924,7 @@ function showSources(annotations) {
 
 async function ask() {
   running = new AbortController();
-  for (const id of ["thinking", "answer", "failure"]) $(id).textContent = "";
-  $("sources").replaceChildren();
+  for (const id of ["thinking", "answer", "failure", "sources"]) $(id).replaceChildren();
   $("answer").ariaBusy = "true";
   $("stop").hidden = false;
   $("stop").focus();
@@ -5969,25 +5964,20 @@ async function ask() {
   $("stop").hidden = true;
 }
 
-async function copy() {
-  const done = navigator.clipboard ? navigator.clipboard.writeText($("setting").textContent) : Promise.reject();
-  await done.catch(() => { getSelection().selectAllChildren($("setting")); document.execCommand("copy"); });
-  $("copied").textContent = "copied";
-}
-
-function choose() {
-  $("setting").textContent = settings[$("program").value];
-  $("copied").textContent = "";
-}
-
 for (const name of Object.keys(settings)) add($("program"), "option", name);
 $("key").value = sessionStorage.getItem("key") || "";
 $("check").onsubmit = event => { event.preventDefault(); check(); };
 $("try").onsubmit = event => { event.preventDefault(); ask(); };
 $("stop").onclick = () => running.abort();
-$("program").onchange = choose;
-$("copy").onclick = copy;
-choose();
+$("copy").onclick = async () => {
+  const done = navigator.clipboard ? navigator.clipboard.writeText($("setting").textContent) : Promise.reject();
+  await done.catch(() => { getSelection().selectAllChildren($("setting")); document.execCommand("copy"); });
+  $("copied").textContent = "copied";
+};
+($("program").onchange = () => {
+  $("setting").textContent = settings[$("program").value];
+  $("copied").textContent = "";
+})();
 check();
 """
 _START_PAGE: Final = f"""<!doctype html>
@@ -6567,7 +6557,7 @@ def _render_failure(request: web.Request, failure: BaseException, error: ProxyEr
     response = json_response(body, error.status, error.retry_after_seconds)
     if isinstance(failure, web.HTTPMethodNotAllowed):
         response.headers["Allow"] = failure.headers["Allow"]
-    if error.code in REFUSED or (error.status == 429 and error.retry_after_seconds > 60):
+    if error.status == 401 or (error.status == 429 and error.retry_after_seconds > 60):
         response.headers["x-should-retry"] = "false"  # Anthropic's and OpenAI's SDKs read it
     if error.code.startswith("body_"):  # what is left of the body is not worth reading
         response.force_close()
