@@ -24,7 +24,7 @@ demo: $(VENV)/run.stamp ## see the proxy answer, with a simulator in place of Ki
 	@$(RUN) tests/demo.py
 
 run: $(VENV)/run.stamp ## start the proxy on this machine
-	@$(RUN) kimi_proxy.py
+	@$(RUN) -m kimi_proxy
 
 test: $(VENV)/test.stamp ## run all tests
 	PYTHONASYNCIODEBUG=1 $(RUN) -W error -m pytest $(WORKERS)

@@ -26,6 +26,24 @@ section 18. What is known of Kimi, and how surely, is told by the docstring of `
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import struct
+import sys
+from contextlib import suppress
+from importlib.machinery import SourceFileLoader
+
+if __spec__ is None and os.name == "posix" and sys.argv[0].endswith(".py") and not sys.dont_write_bytecode:
+    # Python keeps the syntax tree of a script, 17 MB, for as long as it runs. So start anew in the compiled form that
+    # an import uses, where that can be written. A debugger or profiler that runs this as its script is left alone.
+    SourceFileLoader("kimi_proxy", __file__).get_code("kimi_proxy")  # has it written, unless it is there and new
+    compiled, source = importlib.util.cache_from_source(__file__), os.stat(__file__)
+    head = struct.pack("<4s3I", importlib.util.MAGIC_NUMBER, 0, int(source.st_mtime) & 0xFFFFFFFF, source.st_size)
+    flags, words = sys.orig_argv[1 : -len(sys.argv)], sys.orig_argv[-len(sys.argv) :]
+    with suppress(OSError), open(compiled, "rb") as file:
+        if file.read(len(head)) == head and words == sys.argv and not sys.gettrace():
+            os.execv(sys.executable, [sys.executable, *flags, compiled, *words[1:]])
+
 import argparse
 import asyncio
 import base64
@@ -42,15 +60,12 @@ import ipaddress
 import json
 import logging
 import mimetypes
-import os
 import platform
 import random
 import re
 import secrets
 import signal
 import socket
-import struct
-import sys
 import tempfile
 import time
 import traceback
@@ -60,14 +75,7 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import (
-    AbstractAsyncContextManager,
-    ExitStack,
-    asynccontextmanager,
-    contextmanager,
-    nullcontext,
-    suppress,
-)
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, contextmanager, nullcontext
 from contextvars import ContextVar
 from copy import copy
 from dataclasses import Field, asdict, dataclass, field, fields, replace

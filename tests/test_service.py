@@ -12,6 +12,7 @@ import re
 import shlex
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -56,7 +57,8 @@ async def run(*arguments: str, text: str | None = None, **environment: str) -> t
 
 
 def clean_environment() -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("KIMI_", "PROXY_"))}
+    others = ("KIMI_", "PROXY_", "PYTHONDONTWRITEBYTECODE")  # as its users start it: it runs in compiled form
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(others)}
     return {**kept, "PROXY_STATE_DIR": ""}
 
 
@@ -1065,6 +1067,24 @@ async def test_what_a_killed_process_left_open_is_removed_by_the_next_one(
     status, log = await heir.stop()
     assert status == 0 and "left open by a process that ended" in log and token not in log
     assert list((tmp_path / "conversations-127.0.0.1").iterdir()) == []
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_a_script_runs_in_its_newest_compiled_form_where_that_can_be_kept(tmp_path: Path, writable: bool) -> None:
+    program, main = tmp_path / "kimi_proxy.py", 'if __name__ == "__main__":\n'
+    if not writable:
+        (tmp_path / "__pycache__").write_text("no directory")
+    for version in ("first", "another"):
+        told = f"    print({version!r}, __file__, sys.argv[1:], sys.warnoptions, input())\n"
+        program.write_text(MODULE.read_text("utf-8").replace(main, main + told), "utf-8")
+        for _ in range(2):
+            command = [sys.executable, "-W", "error", str(program), "--nope", "a b"]
+            result = subprocess.run(
+                command, check=False, input="?", capture_output=True, text=True, env=clean_environment()
+            )
+            said, words, rest = result.stdout.partition(" ['--nope', 'a b'] ['error'] ?\n")
+            assert said.startswith(f"{version} {tmp_path}/") and said.endswith(".pyc" if writable else "/kimi_proxy.py")
+            assert words and not rest and result.returncode == 2 and "--nope" in result.stderr
 
 
 async def test_a_missing_package_is_told_with_what_to_run(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def proxy_environment(simulator: Simulator, protocol: str, state_dir: str) -> di
 
 
 def proxy_command(*options: str) -> list[str]:
-    """The command that starts a proxy as its users do: the module is compiled anew each time."""
+    """The command that starts a proxy as its users do: it compiles the module each time, and starts anew."""
     return [sys.executable, str(PROGRAM), "--env-file", os.devnull, *options]
 
 
