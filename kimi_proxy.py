@@ -3851,9 +3851,12 @@ class Accounts:
     def _note_state(self, account: Account, state: str, level: int, words: str) -> None:
         before, account.state = account.state, state
         if account.is_held and state != before:
-            twin = "kimi.ai" if twin_of(account) == "global" else "kimi.com"
-            place = twin if self.state.service == "kimi" else self.state.service
-            logger.log(level, "held account %s of %s %s", account.label, place, words)
+            logger.log(level, "held account %s of %s %s", account.label, self.place_of(account), words)
+
+    def place_of(self, account: Account) -> str:
+        """Which of the twins an account is of, or the host of a service of another name."""
+        twin = "kimi.ai" if twin_of(account) == "global" else "kimi.com"
+        return twin if self.state.service == "kimi" else self.state.service
 
     async def _find_access_token(self, account: Account) -> str:
         is_refused = loop_time() < account.refused_until
@@ -6886,13 +6889,12 @@ async def _identify(settings: Settings, token: str) -> tuple[str, str]:
     """Whose a refresh token is, in words, and the newest token of that account. Raises `ProxyError`."""
     alone = replace(settings, host="127.0.0.1", port=0, state_dir="", refresh_token="", refresh_token_file="")
     async with run_server(replace(alone, api_keys="", api_keys_file="")) as (_, runner):
-        gateway = runner.app[STATE].gateway
-        account = gateway.accounts.get(token)
-        claims = read_claims(await gateway.accounts.access_token(account))
-        user, region = claims.get("sub"), region_of(claims) or account.twin
-        host = URL(gateway.protocol_of(account).base_url_for(account)).host
-        words = f"account {account.label}" + f", user {user}" * bool(user) + f", region {region}" * bool(region)
-        return f"{words}, at {host}", account.tokens.refresh_token or token
+        accounts = runner.app[STATE].gateway.accounts
+        account = accounts.get(token)
+        user = read_claims(await accounts.access_token(account)).get("sub")
+        newest = account.tokens.refresh_token or token  # its label is what the log will say
+        words = f"account {accounts.get(newest).label} of {accounts.place_of(account)}" + f", user {user}" * bool(user)
+        return f"{words}, works until {until}" if (until := lives_until(account)) else words, newest
 
 
 def _setup_command(settings: Settings, options: argparse.Namespace) -> int:

@@ -413,7 +413,7 @@ async def test_setup_checks_a_token_and_writes_it_where_the_next_start_finds_it(
     (tmp_path / "token").write_text("old")
     status, out, err = await run("setup", *arguments, text=f'{{"refresh_token": "{token}"}}\n')
     assert status == 0, err
-    assert "Kimi takes this token: account " in out and "at 127.0.0.1" in out and str(tmp_path / place) in out
+    assert "of 127.0.0.1, user d" in out and str(tmp_path / place) in out
     assert "base URL http://127.0.0.1:8123/v1, API key: any text" in out
     written, kept = (tmp_path / place), simulator.account(token).refresh_tokens[-1]
     assert kept != token and written.stat().st_mode & 0o777 == 0o600 and kept not in out + err
@@ -421,6 +421,7 @@ async def test_setup_checks_a_token_and_writes_it_where_the_next_start_finds_it(
         assert written.read_text() == f"{kept}\n"
     else:
         assert written.read_text().splitlines() == [*lines[:3], "KIMI_SOURCES=none", f"KIMI_REFRESH_TOKEN={kept}"]
+    assert f"account {hashlib.sha256(kept.encode()).hexdigest()[:8]} of" in out
     status, out, _ = await run("check", *arguments)
     assert status == 0, out
 
