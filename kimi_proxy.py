@@ -502,7 +502,8 @@ class RedactingFormatter(logging.Formatter):
 
 def _clean(text: str) -> str:
     """`text` without secrets, on one line and without control characters."""
-    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in redact(text))
+    text = redact(text)
+    return text if text.isprintable() else "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 
 def _trace(error: BaseException | None) -> list[str]:
@@ -2142,7 +2143,7 @@ class Attachment:
         return (len(self.data) - self.start) * 27 // 40
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(slots=True, repr=False)
 class Message:
     """One message, or with one of `RESULT_ROLES` the result of the call `tool_call_id` of `tool_name`, if known."""
 
@@ -2154,7 +2155,7 @@ class Message:
     tool_name: str = ""
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(slots=True, repr=False)
 class ChatRequest:
     """A chat that a client asks for, by any API. `use_search` is None where it does not say.
 
@@ -2308,7 +2309,8 @@ def parse_chat_request(body: bytes | bytearray) -> ChatRequest:
     """The request in the body of `POST /v1/chat/completions` (OpenAI API reference, "Create chat completion")."""
     root = _parse_body(body)
     request = _make_request(root, "messages", _parse_items(_get_items(root["messages"])))
-    return replace(request, conversation_id=root["conversation_id"].word)
+    request.conversation_id = root["conversation_id"].word
+    return request
 
 
 def parse_completion_request(body: bytes | bytearray) -> ChatRequest:
@@ -2340,9 +2342,9 @@ def parse_responses_request(body: bytes | bytearray, find_item: FindItem = lambd
     items = _get_items(root["input"], find_item)
     tools = [tool for item in items if item["type"].text in _TOOL_KINDS for tool in item["tools"].objects]
     request = _make_request(root, "input", _parse_items(items), root["instructions"].text, tools)
-    return replace(
-        request, previous_response_id=root["previous_response_id"].word, store=root["store"].read(bool, True)
-    )
+    request.previous_response_id = root["previous_response_id"].word
+    request.store = root["store"].read(bool, True)
+    return request
 
 
 def _make_request(
@@ -2360,8 +2362,8 @@ def _make_request(
     choice_node = root["function_call" if is_legacy else "tool_choice"]
     choice, tools = _parse_choice(choice_node, tools, foreign)
     form, options = _parse_format(root), root["stream_options"].object
-    described = [form and form.schema, *([tool.description, tool.parameters] for tool in tools)]
-    root["tools"].check(len(encode_json(described)), "characters of text")
+    if described := [*([tool.description, tool.parameters] for tool in tools), *([form.schema] if form else [])]:
+        root["tools"].check(len(encode_json(described)), "characters of text")
     is_serial = is_legacy or dig(choice_node.value, "disable_parallel_tool_use") is True
     words = {*model.split("-")[1:], *(["search"] if _SEARCH in foreign else [])}
     by_name = "nosearch" not in words if words & {"search", "nosearch"} else None
@@ -2655,6 +2657,9 @@ def add_messages(request: ChatRequest, before: Sequence[Message], param: str) ->
     seen: set[Attachment] = set()
     limited: list[Message] = []
     for message in reversed(messages):
+        if not message.attachments:
+            limited.append(message)
+            continue
         fresh = [one for one in dict.fromkeys(message.attachments) if one not in seen]
         if not limited:
             node.check(len(fresh), unit)
@@ -2875,7 +2880,7 @@ class Encoder:
         self.content_type = "text/event-stream" if request.stream else "application/json"
         self.keep_alive = self.keep_alive if request.stream else b""
         self._streamed = request.stream
-        self._request = replace(request, messages=())  # their files are large
+        self._request = request
         self._created = created
         self._conversation_id = ""
         self._renderer = ContentRenderer(
@@ -4705,7 +4710,7 @@ class KimiClient:
             return session.request(
                 method,
                 URL(self.base_url_for(account, step) + path.format(chat), encoded=True),
-                data=io.BytesIO(body) if body else None,  # sent in pieces
+                data=io.BytesIO(body) if len(body) > MEGABYTE else body or None,  # a large one is sent in pieces
                 headers=self._render_headers(account, step, token, chat),
                 allow_redirects=False,
                 trace_request_ctx=kept,
@@ -6263,8 +6268,9 @@ async def _read_question(api: Api, request: web.Request) -> tuple[Encoder, LiveA
     if chat.left_out:
         logger.info("tools that are not known here are left out: %s", ", ".join(map(quote_name, chat.left_out)))
     created, response_id = int(time.time()), f"resp_{secrets.token_hex(24)}"
-    encoder = api.make_encoder(chat, created=created, sources=settings.sources, prompt=prompt, response_id=response_id)
-    start_chain = partial(make_chain, replace(chat, messages=()), lambda: f"{api.call_prefix}_{secrets.token_hex(12)}")
+    bare = replace(chat, messages=())  # their files are large
+    encoder = api.make_encoder(bare, created=created, sources=settings.sources, prompt=prompt, response_id=response_id)
+    start_chain = partial(make_chain, bare, lambda: f"{api.call_prefix}_{secrets.token_hex(12)}")
     # Where nobody says, the web is searched for people alone, not with files or for programs.
     is_plain = chat.is_plain and not chat.attachments
     use_search = settings.use_search and is_plain if chat.use_search is None else chat.use_search
