@@ -6520,7 +6520,7 @@ async def _metrics(request: web.Request) -> web.StreamResponse:
         "kimi_proxy_accounts": len(state.gateway.accounts.known),
         "kimi_proxy_orphans": sum(map(len, state.gateway.conversations.orphans.values())),
     }
-    for account in state.held_accounts():
+    for account in filter(lambda one: one.state, state.held_accounts()):
         gauges[f'kimi_proxy_account_live{{account="{account.label}"}}'] = float(account.state == "live")
     with suppress(OSError), open("/proc/self/statm", "rb") as file:  # noqa: ASYNC230  # no disk; Linux alone has it
         gauges["process_resident_memory_bytes"] = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -6599,7 +6599,7 @@ def _log_request(request: web.Request, status: int, seconds: float) -> None:
     metrics.count("kimi_proxy_requests_total", route=route, status=str(status))
     metrics.count("kimi_proxy_chunks_total", outcome.told.get("chunks", 0))
     path = route if request.path == route else quote_name(request.path)
-    told = {"status": status, "seconds": round(seconds, 3), "client": request.remote, "key": outcome.key}
+    told = {"status": status, "seconds": round(seconds, 3), "client": request.remote or "", "key": outcome.key}
     told |= {**outcome.told, "upstream_status": outcome.upstream_status or "", "code": code, "reason": reason}
     fields = {name: value for name, value in told.items() if value != ""}
     logger.log(level, "%s %s", request.method, path, extra={"fields": fields})
