@@ -18,10 +18,10 @@ Data is pulled, by `await answer.read()`, and flows through return values. Two s
 plain values: *events* (what Kimi says, in either protocol) and *encoders* (the form that the client wants). Sections 5
 to 11 do no I/O and read no clock; each section uses only names from above it.
 
-Run it with ``python kimi_proxy.py``; ``--help`` lists the settings, ``ask "question"`` is a terminal client, ``check``
-tries every step of Kimi with your token. To read it, start at ``Gateway`` in section 16, then at the handlers in
-section 18. What is known of Kimi, and how surely, is told by the docstring of ``tests/kimi_simulator.py``; [ref],
-[2+], [1] and [open] below are its marks.
+Run it with ``python kimi_proxy.py``; ``--help`` lists the settings, ``setup`` keeps your token, ``ask "question"`` is a
+terminal client, ``check`` tries every step of Kimi. To read it, start at ``Gateway`` in section 16, then at the
+handlers in section 18. What is known of Kimi, and how surely, is told by the docstring of ``tests/kimi_simulator.py``;
+[ref], [2+], [1] and [open] below are its marks.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ __version__: Final = "2.0.0"
 # ==== 2. Settings ===========================================================
 #
 # One row per setting. Its variable and unit follow from its name, its check from the type of its default. A flag wins
-# over the variable. Secrets have no flag: `ps` shows flags.
+# over the variable, and that over a file. Secrets have no flag: `ps` shows flags.
 
 MEGABYTE: Final = 1_048_576
 TOKEN_SHAPE: Final = re.compile(r"[!-+\--~]{1,8192}")  # of a token or a key: no whitespace, no comma
@@ -6747,7 +6747,7 @@ def make_app(settings: Settings, hosts: Sequence[str] = ()) -> web.Application:
 # ==== 19. Service ===========================================================
 #
 # The program around the application: listening, signals, systemd's protocol, and the command line with its terminal
-# client `ask` and its self-test `check`.
+# client `ask`, its self-test `check`, and `setup`.
 
 IDLE_SECONDS: Final = 75.0  # limit for a request's head to arrive, and of an idle connection
 _FIRST_DESCRIPTOR: Final = 3
