@@ -1694,8 +1694,6 @@ class MarkFilter(Filter):
     marks: re.Pattern[str]  # each alternative begins with a character, which makes looking for it fast
 
     def _take_text(self, event: Text) -> list[Event]:
-        if not self._held and not self.marks.search(event.text):
-            return [event]
         text, self._held = self._held + event.text, ""
         events: list[Event] = []
         at = 0
@@ -5528,6 +5526,7 @@ class LiveAnswer:
     owner: bytes = b""  # the digest of the account that is asked
     wait_seconds: float = 0.0  # in line for accounts
     references: Sequence[Reference] = ()  # to what was uploaded of the question
+    degraded: str = ""  # the service's words when a weaker model answers
     _account: Account | None = None  # whose slot is taken
     _exchange: Exchange | None = None
     _first: list[Event] = field(default_factory=list)
@@ -5696,6 +5695,7 @@ class LiveAnswer:
         exchange, self._exchange = self._exchange, None
         account, self._account = self._account, None
         if exchange is not None:
+            self.degraded = exchange.stream.answer.degraded if exchange.stream is not None else ""
             self._gateway.tasks.start(self._gateway.clean_up(exchange, account), "clean up")
         elif account is not None:
             account.slots.release()
@@ -6318,7 +6318,7 @@ async def _answer(api: Api, request: web.Request) -> web.StreamResponse:
         writer.close()
         state.answers_running -= 1
         outcome.told |= {"account": answer.owner.hex()[:8], "wait_seconds": round(answer.wait_seconds, 3)}
-        outcome.told["chunks"] = encoder.chunks
+        outcome.told |= {"chunks": encoder.chunks, "degraded": answer.degraded}
 
 
 def _note_failure(request: web.Request, failure: BaseException) -> ProxyError | None:

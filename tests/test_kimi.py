@@ -1023,6 +1023,7 @@ async def test_a_weaker_model_is_logged_and_counted(
     async with http.post(f"{proxy}/v1/chat/completions", json=chat_body("hi"), headers=bearer(token)) as response:
         assert response.status == 200
     await log_lines.wait_for("weaker model: K2.6 answers instead of K3")
+    await log_lines.wait_for("degraded=")
     async with http.get(f"{proxy}/metrics") as response:
         assert "kimi_proxy_degraded_answers_total 1" in await response.text()
 
