@@ -26,6 +26,7 @@ handlers in section 18. What is known of Kimi, and how surely, is told by the do
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import struct
@@ -44,6 +45,9 @@ if __spec__ is None and os.name == "posix" and sys.argv[0].endswith(".py") and n
         if file.read(len(head)) == head and words == sys.argv and not sys.gettrace():
             os.execv(sys.executable, [sys.executable, *flags, compiled, *words[1:]])
 
+if __name__ == "__main__":
+    gc.disable()  # until all is loaded: there is little to free yet, and each look takes longer
+
 import argparse
 import asyncio
 import base64
@@ -52,7 +56,6 @@ import codecs
 import ctypes
 import difflib
 import errno
-import gc
 import getpass
 import hashlib
 import io
@@ -6860,7 +6863,6 @@ async def _serve(settings: Settings) -> None:
     stop = _listen_for_signals()
     async with run_server(settings, _take_sockets(os.environ)) as (address, runner):
         _trim_memory()  # of what imports took and freed: a sixth of all memory as the service
-        gc.freeze()  # what is loaded stays: else each full collection stops all streams for long enough to look at it
         print(f"kimi_proxy {__version__} is ready. Base URL for your program: {_tell_address(address)}", flush=True)
         notify(READY="1")
         beating = asyncio.create_task(_beat(runner.app[STATE]))
@@ -7394,4 +7396,6 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what is loaded stays: else each full collection stops all streams for long enough to look at it
+    gc.enable()
     sys.exit(main(sys.argv[1:]))

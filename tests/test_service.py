@@ -1072,12 +1072,12 @@ async def test_what_a_killed_process_left_open_is_removed_by_the_next_one(
 
 @pytest.mark.parametrize("writable", [True, False])
 def test_a_script_runs_in_its_newest_compiled_form_where_that_can_be_kept(tmp_path: Path, writable: bool) -> None:
-    program, main = tmp_path / "kimi_proxy.py", 'if __name__ == "__main__":\n'
+    program, start = tmp_path / "kimi_proxy.py", "    sys.exit(main("
     if not writable:
         (tmp_path / "__pycache__").write_text("no directory")
     for version in ("first", "another"):
         told = f"    print({version!r}, __file__, sys.argv[1:], sys.warnoptions, input())\n"
-        program.write_text(MODULE.read_text("utf-8").replace(main, main + told), "utf-8")
+        program.write_text(MODULE.read_text("utf-8").replace(start, told + start), "utf-8")
         for _ in range(2):
             command = [sys.executable, "-W", "error", str(program), "--nope", "a b"]
             result = subprocess.run(
