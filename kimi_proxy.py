@@ -1148,7 +1148,7 @@ class ConnectAnswer(Answer):
             if _MODERATION.search(dig_word(error, "reason")):
                 self._ending = "content_filter"
             elif error and isinstance(error, dict):
-                raise error_of_reply(200, {"code": "internal", **error}, "asking")
+                raise error_of_reply(200, error, "asking")
 
     def _read_tool(self, identifier: str, part: dict[str, Any], append: bool) -> list[Event]:
         self._read_status(part.get("status"))

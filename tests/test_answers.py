@@ -543,6 +543,7 @@ def test_exceptions_and_errors_of_blocks_are_failures(part: dict[str, Any]) -> N
     with pytest.raises(ProxyError) as caught:
         connect(OPENING, {"block": {"id": "9", **part}})
     assert caught.value.code == "service_busy" and "OVERLOADED" in caught.value.message
+    assert "HTTP 500" not in caught.value.message  # nobody said so
 
 
 def test_a_quota_waits_as_long_as_the_service_says_and_half_an_hour_at_least() -> None:
