@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import sys
@@ -225,6 +226,7 @@ def draw_chart(results: Results, machine: dict[str, Any]) -> str:
 async def measure(rounds: int) -> Results:
     """All rows but those of files."""
     os.sched_setaffinity(0, {min(1, (os.cpu_count() or 1) - 1)})
+    gc.disable()  # while it runs, all wait, which would be told as their latency: see `NotingSimulator.forget`
     simulator = NotingSimulator()
     async with simulator:
         run = Run(simulator, rounds)

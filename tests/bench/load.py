@@ -7,6 +7,7 @@ measured is a process of its own on the other core, of which the kernel tells th
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import random
@@ -43,11 +44,12 @@ class NotingSimulator(Simulator):
             yield piece
 
     def forget(self) -> None:
-        """Forget calls and conversations that are over, so that long runs do not slow down."""
+        """Forget calls and conversations that are over, so that long runs do not slow down, and collect them."""
         for account in self._accounts.values():
             account.calls.clear()
             account.conversations.clear()
         self._used_connections.clear()
+        gc.collect()
 
     async def rest(self) -> None:
         """Return once nothing runs, and every conversation that was opened is removed."""
