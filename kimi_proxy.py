@@ -6579,7 +6579,7 @@ def _render_failure(request: web.Request, failure: BaseException, error: ProxyEr
         response.headers["Allow"] = failure.headers["Allow"]
     if error.status == 401 or (error.status == 429 and error.retry_after_seconds > 60):
         response.headers["x-should-retry"] = "false"  # Anthropic's and OpenAI's SDKs read it
-    if error.code.startswith("body_"):  # what is left of the body is not worth reading
+    if not request.content.is_eof():  # what is left of the body is not worth reading
         response.force_close()
     return response
 

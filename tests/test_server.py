@@ -1034,6 +1034,23 @@ async def test_a_body_in_an_unknown_encoding_is_a_415_that_names_it(
         assert response.status == 415 and "zstd" in await response.text()
 
 
+@pytest.mark.parametrize("is_whole", [True, False])
+@pytest.mark.parametrize(
+    ("path", "token", "encoding", "status"),
+    [(CHAT, "hello", "zstd", 415), (CHAT, "-", "gzip", 401), ("/v1/none", "hello", "gzip", 404)],
+)
+async def test_who_is_refused_need_not_send_the_rest_of_the_body(
+    proxy: str, path: str, token: str, encoding: str, status: int, is_whole: bool
+) -> None:
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nContent-Encoding: {encoding}\r\n"
+    size = 5 if is_whole else 5_000_000
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(proxy.rpartition(":")[2]))
+    writer.write(f"{head}Content-Length: {size}\r\n\r\n12345".encode())
+    answer = (await reader.readuntil(b"\r\n\r\n")).decode()
+    assert f" {status} " in answer and ("Connection: close" in answer) is not is_whole
+    writer.close()
+
+
 @pytest.mark.parametrize(
     ("faults", "headers", "status", "is_final"),
     [
