@@ -698,7 +698,7 @@ class EnvelopeParser:
     `limit_bytes` bounds a payload. A compressed one (flag 0x01), which nobody asked for, is an error.
     """
 
-    def __init__(self, limit_bytes: int = 4_194_304) -> None:
+    def __init__(self, limit_bytes: int = 1_048_576) -> None:
         self._limit_bytes = limit_bytes
         self._buffer = bytearray()
 
@@ -735,7 +735,7 @@ def _refuse_constant(name: str) -> NoReturn:
     raise WireError(f"{name} is not JSON")
 
 
-MAX_MARKS: Final = 1_000_000  # commas, colons and brackets, of which a value takes at least one
+MAX_MARKS: Final = 600_000  # commas, colons and brackets, of which a value takes at least one
 _DECODER: Final = json.JSONDecoder(parse_constant=_refuse_constant)
 _ENCODER: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
@@ -874,6 +874,9 @@ Event = Opened | Text | Thinking | SearchHit | Citation | Sources | ToolCall | F
 # Frames in, events out, one object per answer. What is unknown is ignored, never a failure. An answer that ends without
 # any text is an error, not an empty success.
 
+MAX_TEXT: Final = 2_000_000  # characters of an answer, with thinking
+MAX_HITS: Final = 1000  # of an answer
+MAX_PIECE: Final = 8192  # characters of a text: some clients read no line longer than 64 KiB
 IDENTIFIER: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")  # an id of the service that may stand in a path as it is
 
 
@@ -929,6 +932,7 @@ class Answer:
         self.degraded = ""  # the service's words when a weaker model answers
         self.unknown_fields: set[tuple[str, str]] = set()  # what was ignored, as (where, name)
         self._has_text = False
+        self.size = 0  # characters
         self._halves: dict[type[Text], str] = {}  # of surrogate pairs that wait for the next text [open]
         self._hits: set[tuple[str, str]] = set()  # those emitted, as (url, key)
 
@@ -944,15 +948,20 @@ class Answer:
             content = self._halves.pop(kind, "") + content
         if "\ud800" <= content[-1] <= "\udbff":
             self._halves[kind], content = content[-1], content[:-1]
-        return [kind(join_surrogates(content))] if content else []
+        self.size += len(content)
+        if self.size > MAX_TEXT:
+            raise ProxyError("answer_broken", f"more than {MAX_TEXT} characters")
+        text = join_surrogates(content)
+        return [kind(text[at : at + MAX_PIECE]) for at in range(0, len(text), MAX_PIECE)]
 
-    def _read_hits(self, values: list[Any], call_id: str = "") -> list[Event]:
+    def _read_hits(self, values: list[Any], call_id: str = "", first: int = 0) -> list[Event]:
         """The hits that were not emitted yet, once by each key: `tools://CALL#N` [2+] and the older `refIndex`.
 
-        N counts from 0: a search result is number `id` - 1, an opened page is where it stands among `values`.
+        N counts from 0: a search result is number `id` - 1, an opened page is where it stands among the contents of
+        the call, of which `values` are those from the `first` on.
         """
         events: list[Event] = []
-        for position, value in enumerate(values):
+        for position, value in enumerate(values, first):
             page = dig(value, "searchResult") or dig(value, "webOpenUrl") or value
             base = dig(page, "base") or page
             keys = [dig_word(page, "refIndex") or dig_word(value, "refIndex")]
@@ -962,7 +971,7 @@ class Answer:
                 keys.insert(0, f"tools://{call_id}#{int(number) - 1 if is_number else position}")
             url = join_surrogates(dig_word(base, "url"))
             for key in keys:
-                if url and (url, key) not in self._hits:
+                if url and (url, key) not in self._hits and len(self._hits) < 2 * MAX_HITS:
                     self._hits |= {(url, key), (url, "")}
                     events.append(SearchHit(join_surrogates(dig_word(base, "title")) or url, url, key))
         return events
@@ -1050,6 +1059,10 @@ class ConnectAnswer(Answer):
         identifier = value.get("messageId") or value.get("message_id")
         return isinstance(identifier, str) and identifier in self._other_messages
 
+    def _note_unknown(self, where: str, name: str) -> None:
+        if len(self.unknown_fields) < 20:
+            self.unknown_fields.add((where, name))
+
     def _read_status(self, status: object) -> None:
         """Note where the model waits for the user: the answer ends there [1]."""
         if str(status).upper().endswith("ASK_USER_QUESTION"):
@@ -1064,7 +1077,7 @@ class ConnectAnswer(Answer):
             if key == "status":
                 self._read_status(part)
             elif key not in _FRAME_PARTS:
-                self.unknown_fields.add(("message", key))
+                self._note_unknown("message", key)
             elif not isinstance(part, dict) or self._is_of_other(part):
                 continue
             elif key == "block":
@@ -1114,7 +1127,7 @@ class ConnectAnswer(Answer):
             elif key in ("exception", "error"):
                 self._read_exception(part)
             else:
-                self.unknown_fields.add(("block", key))
+                self._note_unknown("block", key)
         return events
 
     def _read_text(self, kind: type[Text], identifier: str, part: object, append: bool) -> list[Event]:
@@ -1128,7 +1141,9 @@ class ConnectAnswer(Answer):
             begun = self._texts[identifier, kind] = io.StringIO()
         added = content
         if not append:
-            before = begun.getvalue()
+            begun.seek(0)
+            before = begun.read(len(content) + 1)  # all of it, where `content` extends it
+            begun.seek(0, 2)
             if before.startswith(content):
                 return []
             added = content[len(before) :] if content.startswith(before) else ""
@@ -1152,14 +1167,13 @@ class ConnectAnswer(Answer):
 
     def _read_tool(self, identifier: str, part: dict[str, Any], append: bool) -> list[Event]:
         self._read_status(part.get("status"))
-        tool = self._tools.setdefault(identifier, {})
-        before = dig_list(tool, "contents")
-        tool |= {key: value for key, value in part.items() if value}
-        if append:
-            tool["contents"] = before + dig_list(part, "contents")
+        tool, contents = self._tools.setdefault(identifier, {}), dig_list(part, "contents")
+        first = 0 if contents and not append else tool.get("count", 0)
+        tool |= {key: part[key] for key in ("name", "toolCallId") if part.get(key)}
+        tool["count"] = first + len(contents)
         if _SANDBOX.search(dig_word(tool, "name")):
             return []
-        return self._read_hits(dig_list(tool, "contents"), dig_word(tool, "toolCallId"))
+        return self._read_hits(contents, dig_word(tool, "toolCallId"), first)
 
 
 _CODES: Final = {  # by a word of classic's `error_type` [ref] or of a reason in connect [2+], [1]
@@ -1190,7 +1204,7 @@ def error_of_reply(
     error = dig(value, "error") if isinstance(dig(value, "error"), dict) else value
     name = dig_word(value, "error_type") or dig_word(error, "code")
     status = _CONNECT_STATUSES.get(name, status)
-    parts = [error, *(dig(part, "debug") for part in [error, *dig_list(error, "details")])]
+    parts = [error, *(dig(part, "debug") for part in [error, *dig_list(error, "details")[:10]])]
     reasons = [dig_word(part, "reason") for part in parts]
     said = [dig_word(part, *path) for path in (("message",), ("localizedMessage", "message")) for part in parts]
     said = [word for word in dict.fromkeys(said + reasons) if word] or [words]
@@ -1263,6 +1277,7 @@ _NEXT_VALUE: Final = re.compile(r"[\s,]*+(?=[{\[])")
 _JSON_PARTS: Final = re.compile(
     rf'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[{{}}\[\]]|,(?=\s*+(?:[}}\]<`]|\Z))|```|{CALL_MARKUP.pattern}', re.DOTALL
 )
+MAX_CALLS: Final = 100  # or other JSON, in an answer
 _LENIENT_DECODER: Final = json.JSONDecoder(strict=False)  # takes raw line ends in strings
 
 
@@ -1294,10 +1309,10 @@ def _read_value(text: str, start: int, *, is_cut: bool = False) -> tuple[Any, in
 
 
 def find_json(text: str) -> list[Any]:
-    """The first 100 objects and arrays in `text`, which may have words and code fences around them. Linear time."""
+    """The first objects and arrays in `text`, which may have words and code fences around them. Linear time."""
     values: list[Any] = []
     at = 0
-    while len(values) < 100 and (start := _OPENER.search(text, at)):
+    while len(values) < MAX_CALLS and (start := _OPENER.search(text, at)):
         value, at = _read_value(text, start.start())
         values += [] if value is None else [value]
     return values
@@ -1860,8 +1875,8 @@ class LengthFilter(Filter):
 
 
 _CALL_BEGIN: Final = re.compile(  # with the fence before it, or what may become one
-    rf"\s{{0,40}}+(?:```\w{{0,20}}+\s{{0,20}}+)?(?P<mark>{CALL_MARKUP.pattern})"
-    r"|\s{0,40}+(?:`{1,2}|(?:```\w{0,20}+\s{0,20}+)?(?:<(?:/?t?o?o?l?_?c?a?l?l?|\|[a-z_]{0,29}\|?))?)\Z"
+    rf"(?:(?<!\s)\s{{0,40}}+)?(?:```\w{{0,20}}+\s{{0,20}}+)?(?P<mark>{CALL_MARKUP.pattern})"
+    r"|(?:(?<!\s)\s{0,40}+)?(?:`{1,2}|(?:```\w{0,20}+\s{0,20}+)?(?:<(?:/?t?o?o?l?_?c?a?l?l?|\|[a-z_]{0,29}\|?))?)\Z"
 )
 _CODE: Final = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
 
@@ -1942,7 +1957,7 @@ class ToolCallFilter(Filter):
 
     def _find_calls(self, text: str, is_cut: bool) -> list[Call]:
         """The calls in an answer, quoted ones left out. JSON without marks may be the call that is demanded."""
-        calls = list(self._reader.find_marked(text, is_cut=is_cut))
+        calls = [*islice(self._reader.find_marked(text, is_cut=is_cut), MAX_CALLS)]
         if not calls and self._demanded and not is_cut:
             calls = [call for call in self._reader.find_bare(text) if not call.wrong][:1]
         return [] if _is_quoted(text) and all(call.wrong for call in calls) else calls
@@ -2111,6 +2126,7 @@ LIMITS: Final[Mapping[str, int]] = {
 }
 _BEYOND: Final = 10 ** LIMITS["digits"]
 MAX_MARKED_URLS: Final = 100
+MAX_MARKED_TEXT: Final = 100_000  # characters of a message in which they are looked for
 NEW_CONVERSATION: Final = "new"
 RESULT_ROLES: Final = ("tool", "function")
 _KINDS: Final[Mapping[type, str]] = {str: "a string", list: "a list", dict: "an object", bool: "true or false"}
@@ -2707,7 +2723,9 @@ def _mark_urls(messages: Sequence[Message]) -> list[Message]:
         return f'<url id="" type="url" status="" title="" wc="">{found[0]}</url>' if is_marked else found[0]
 
     marked = [
-        replace(one, text=_URL_OR_LITERAL.sub(mark, one.text)) if one.role == "user" and "://" in one.text else one
+        replace(one, text=_URL_OR_LITERAL.sub(mark, one.text))
+        if one.role == "user" and "://" in one.text and len(one.text) <= MAX_MARKED_TEXT
+        else one
         for one in reversed(messages)
     ]
     return marked[::-1]
@@ -2765,7 +2783,6 @@ def make_chain(request: ChatRequest, make_id: Callable[[], str]) -> Chain:
 
 MODERATED_SENTENCE: Final = "\n[内容由于不合规被停止生成，我们换个话题吧]"
 _SOURCES_HEAD: Final = "\n\n搜索结果来自：\n"
-MAX_CHUNK_CHARACTERS: Final = 8192  # some clients read no line longer than 64 KiB
 
 
 _JSON_START: Final = re.compile(r"\s*(?:```\w*\s*)?(?:\{\s*[\"}]|\[\s*[\"{\[\]])")
@@ -2787,6 +2804,7 @@ class ContentRenderer:
         self._inline = False
         self._after_hits = False
         self._hits: list[SearchHit] = []
+        self._annotated = 0
         self._cited: set[str] = set()
         self._start = ""  # of the answer
 
@@ -2841,7 +2859,8 @@ class ContentRenderer:
         return f"{number}. [{title}]({url})\n"
 
     def _annotate(self, hit: SearchHit, start: int, text: str) -> None:
-        if self._sources != "none":
+        self._annotated += 1
+        if self._sources != "none" and self._annotated <= MAX_HITS:
             citation = {"url": hit.url, "title": hit.title, "start_index": start, "end_index": start + len(text)}
             self.annotations.append({"type": "url_citation", "url_citation": citation})
 
@@ -2947,8 +2966,8 @@ class Encoder:
             self._kind = kind
             self._begin_text(kind)
         before, after = self._template
-        for start in range(0, len(text), MAX_CHUNK_CHARACTERS):
-            piece = text[start : start + MAX_CHUNK_CHARACTERS]
+        for start in range(0, len(text), MAX_PIECE):
+            piece = text[start : start + MAX_PIECE]
             self._output += (before, encode_json(piece).encode(), after)
             self.chunks += 1
 
@@ -3229,8 +3248,8 @@ class ResponsesEncoder(Encoder):
         if item is None or item.type != item_type:
             item = self._begin_item(item_type, self._renderer.length - len(text))
         item.text += text.encode("utf-8", "replace")
-        for start in range(0, len(text), MAX_CHUNK_CHARACTERS):
-            piece = encode_json(text[start : start + MAX_CHUNK_CHARACTERS]).encode()
+        for start in range(0, len(text), MAX_PIECE):
+            piece = encode_json(text[start : start + MAX_PIECE]).encode()
             self._output += (item.delta_start, piece, b',"sequence_number":%d}\n\n' % self._number)
             self._number += 1
             self.chunks += 1
@@ -4315,7 +4334,9 @@ _REFRESH: Final = "refreshing the token"
 END_SECONDS: Final = 1.0  # how long the end of the stream is awaited once the text is over
 MAX_REPLY_BYTES: Final = 1_048_576
 MAX_MODELS: Final = 200  # of a list
+MAX_ANSWER_BYTES: Final = 64 * MEGABYTE
 READ_BYTES: Final = 16_384  # of an answer at once, which are parsed without a wait
+READ_EVENTS: Final = 16  # in them, which are sent to the client without a wait
 
 # All of one browser version: the service may compare them.
 _BROWSER_HEADERS: Final = {
@@ -4565,7 +4586,8 @@ class AnswerStream:
     deadline: float
     raw: list[bytes] | None = None
     _failure: ProxyError | None = None  # raised by the next read
-    _first: list[Event] = field(default_factory=list)  # returned by the next read
+    _next: list[Event] = field(default_factory=list)  # returned by the next reads
+    _size: int = 0  # bytes
     _waits: bool = False
     _progress: int = -1  # of `answer`, when silence began
     _silent_since: float = 0.0
@@ -4576,13 +4598,13 @@ class AnswerStream:
         self._watchdog = Watchdog(self._check, min(self.silence_seconds, self.deadline - self._loop.time()))
 
     async def read(self) -> list[Event] | None:
-        """The events of one network read, perhaps none; None once the answer is over.
+        """Some of the events of one network read, perhaps none; None once the answer is over.
 
         Raises `ProxyError`, after the events that came before the failure were returned.
         """
-        if self._first:
-            events, self._first = self._first, []
-            return events
+        if self._next:
+            await asyncio.sleep(0)  # the loop is everybody's
+            return self._take_some()
         if self._failure is not None:
             raise self._failure
         if self.answer.ended:
@@ -4601,13 +4623,14 @@ class AnswerStream:
             raise self._failure from None
         finally:
             self._waits = False
-        return self._feed(piece)
+        self._next = self._feed(piece)
+        return self._take_some()
 
     async def peek(self) -> None:
         """Wait for the first events, which the next `read` returns."""
         try:
-            while not self._first and not self.answer.ended:
-                self._first = await self.read() or []
+            while not self._next and not self.answer.ended:
+                self._next = [*(await self.read() or []), *self._next]
         except BaseException:
             self.close()
             raise
@@ -4625,6 +4648,10 @@ class AnswerStream:
         self._watchdog.stop()
         self.response.close()
 
+    def _take_some(self) -> list[Event]:
+        events, self._next = self._next[:READ_EVENTS], self._next[READ_EVENTS:]
+        return events
+
     async def _read_end(self) -> bytes:
         """What follows the text: the end or an error [2+]; nothing where neither comes."""
         with suppress(TimeoutError):
@@ -4636,7 +4663,10 @@ class AnswerStream:
         events: list[Event] = []
         if self.raw is not None:
             self.raw.append(piece)
+        self._size += len(piece)
         try:
+            if self._size > MAX_ANSWER_BYTES:
+                raise WireError(f"more than {MAX_ANSWER_BYTES} bytes")
             for frame in self.parser.feed(piece):
                 events += self.answer.feed(frame)
                 if self._debug:
@@ -5561,9 +5591,13 @@ class LiveAnswer:
                 events = await stream.read()
                 if not exchange.conversation_id:
                     self._gateway.note_opened(exchange, stream.answer.conversation_id)
-                if stream.answer.segment_id and self._continuations_left:
+                is_over = events and isinstance(events[-1], Finished)
+                if is_over and stream.answer.segment_id and self._continuations_left:
                     events = await self._go_on(exchange, events)
-                events = self._chain.feed(events)
+                if is_over and stream.answer.size > 65_536:  # what was held of a long answer is read in a thread
+                    events = await asyncio.to_thread(self._chain.feed, events)
+                else:
+                    events = self._chain.feed(events)
             except ProxyError as failure:
                 # Where the second try fails, the first answer may still be of use.
                 events = self._chain.give_up() if self._is_second_try and failure.status != 422 else []
@@ -5844,6 +5878,8 @@ KEEP_ALIVE_SECONDS: Final = 20.0  # a stream silent for this long gets a comment
 SEND_SECONDS: Final = 60.0  # drop a client that reads nothing for this long
 BODY_SECONDS: Final = 60.0  # limit for the body of a request to arrive
 MAX_BODIES_MB: Final = 256  # bodies of all running requests together, but always room for one
+WRITE_BYTES: Final = 16_384  # of an answer at once, so that little waits for a client that reads slowly
+MAX_LOOP_BYTES: Final = 65_536  # of a body that is parsed without a thread
 MAX_FORM_LINES: Final = 1000  # those between its fields
 GRACE_SECONDS: Final = 3.0  # on shutdown, a connection that waits for a request may still send one
 CLIENT_CLOSED: Final = 499  # as nginx logs a client that went away
@@ -6099,6 +6135,11 @@ class ResponseWriter:
         self._ended = is_last
         try:
             response = await self._begin(len(data)) if self.response is None else self.response
+            start = 0
+            while len(data) - start > WRITE_BYTES:
+                await response.write(data[start : start + WRITE_BYTES])
+                start += WRITE_BYTES
+            data = data[start:]
             await (response.write_eof(data) if is_last else response.write(data))
         except ConnectionError:
             raise asyncio.CancelledError from None
@@ -6203,7 +6244,7 @@ async def parse_body(request: web.Request, parse: Callable[[bytearray], Result])
     """What `parse` makes of the request's body: of a large one in a thread, so that others need not wait."""
     state = request.app[STATE]
     body = await read_body(request, state.gateway.settings.max_body_bytes)
-    if len(body) <= MEGABYTE:
+    if len(body) <= MAX_LOOP_BYTES:
         return parse(body)
     return await asyncio.get_running_loop().run_in_executor(state.parsers, parse, body)
 

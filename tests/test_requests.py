@@ -821,6 +821,7 @@ def test_a_choice_among_many_tools_is_read_at_once() -> None:
 
 
 def test_marks_in_a_long_text_are_bounded() -> None:
-    text = "https://ab.cd/x " * 200_000
+    text = "https://ab.cd/x " * 6000
     prompt = merge([Message("user", text)])
     assert prompt.count("<url") == 100 and len(prompt) < len(text) + 10_000
+    assert "<url" not in merge([Message("user", text * 2)])  # nobody wants all its pages read
