@@ -4043,15 +4043,10 @@ def classify_address(text: str) -> str:
     return next(verdict for network, verdict in ADDRESS_RULES if address in network)
 
 
-# Ports of other protocols (WHATWG Fetch, "port blocking"), and 0.
-# fmt: off
-_BAD_PORTS: Final = frozenset((
-    0, 1, 7, 9, 11, 13, 15, 17, 19, 20, 21, 22, 23, 25, 37, 42, 43, 53, 69, 77, 79, 87, 95, 101, 102, 103, 104, 109,
-    110, 111, 113, 115, 117, 119, 123, 135, 137, 139, 143, 161, 179, 389, 427, 465, 512, 513, 514, 515, 526, 530, 531,
-    532, 540, 548, 554, 556, 563, 587, 601, 636, 989, 990, 993, 995, 1719, 1720, 1723, 2049, 3659, 4045, 4190, 5060,
-    5061, 6000, 6566, 6665, 6666, 6667, 6668, 6669, 6679, 6697, 10080,
-))
-# fmt: on
+# Ports of other protocols (WHATWG Fetch, "port blocking"): all below 1024 but the web's own, and some above.
+_BAD_PORTS: Final = {*range(80), 87, *range(91, 443), *range(444, 1024), 1719, 1720, 1723, 2049, 3659, 4045} | {
+    *(4190, 5060, 5061, 6000, 6566, *range(6665, 6670), 6679, 6697, 10080)
+}
 
 
 def check_file_url(text: str) -> URL:

@@ -97,6 +97,7 @@ http://exa\tmple.com/
 http://example.com/\rx
 http://example.com/\0x
 http://example.com:25/
+http://example.com:445/
 http://example.com:6667/
 http://example.com:-1/
 http://[::1/
