@@ -63,6 +63,7 @@ import ipaddress
 import json
 import logging
 import mimetypes
+import operator
 import platform
 import random
 import re
@@ -78,7 +79,7 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, contextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
 from contextvars import ContextVar
 from copy import copy
 from dataclasses import Field, asdict, dataclass, field, fields, replace
@@ -957,8 +958,8 @@ class Answer:
     def _read_hits(self, values: list[Any], call_id: str = "", first: int = 0) -> list[Event]:
         """The hits that were not emitted yet, once by each key: `tools://CALL#N` [2+] and the older `refIndex`.
 
-        N counts from 0: a search result is number `id` - 1, an opened page is where it stands among the contents of
-        the call, of which `values` are those from the `first` on.
+        N counts from 0: a search result is number `id` - 1, an opened page is where it stands in its call, of which
+        `values` are those from the `first` on.
         """
         events: list[Event] = []
         for position, value in enumerate(values, first):
@@ -1059,10 +1060,6 @@ class ConnectAnswer(Answer):
         identifier = value.get("messageId") or value.get("message_id")
         return isinstance(identifier, str) and identifier in self._other_messages
 
-    def _note_unknown(self, where: str, name: str) -> None:
-        if len(self.unknown_fields) < 20:
-            self.unknown_fields.add((where, name))
-
     def _read_status(self, status: object) -> None:
         """Note where the model waits for the user: the answer ends there [1]."""
         if str(status).upper().endswith("ASK_USER_QUESTION"):
@@ -1077,7 +1074,7 @@ class ConnectAnswer(Answer):
             if key == "status":
                 self._read_status(part)
             elif key not in _FRAME_PARTS:
-                self._note_unknown("message", key)
+                self.unknown_fields.add(("message", key))
             elif not isinstance(part, dict) or self._is_of_other(part):
                 continue
             elif key == "block":
@@ -1127,7 +1124,7 @@ class ConnectAnswer(Answer):
             elif key in ("exception", "error"):
                 self._read_exception(part)
             else:
-                self._note_unknown("block", key)
+                self.unknown_fields.add(("block", key))
         return events
 
     def _read_text(self, kind: type[Text], identifier: str, part: object, append: bool) -> list[Event]:
@@ -1225,17 +1222,16 @@ def error_of_reply(
 
 # ==== 8. Tools ==============================================================
 #
-# What programs ask beyond text: calls of their functions, and answers in a given form. Kimi's web service knows
-# neither, so both are described in the prompt and read back from the answer, in the form that open models were trained
-# on: `<tool_call>`, a JSON object, `</tool_call>`. Definitions, results and schemas are data from strangers: tags in
-# them are escaped before they reach the prompt, and every search and check here takes bounded time.
+# Calls of a client's functions, and answers in a given form. Kimi's web service knows neither, so both are described in
+# the prompt and read back from the answer: `<tool_call>`, a JSON object, `</tool_call>`. What strangers define has its
+# tags escaped before it reaches the prompt, and every search and check here takes bounded time.
 
 
 @dataclass(frozen=True, slots=True)
 class Tool:
     """A tool of the client. `parameters` is the JSON schema of a call's arguments; True takes any object.
 
-    The `name` of one in a `namespace` begins with that and a dot: so the model knows it.
+    The `name` of one in a `namespace` begins with that and a dot.
     """
 
     name: str = field(repr=False)
@@ -1309,7 +1305,7 @@ def _read_value(text: str, start: int, *, is_cut: bool = False) -> tuple[Any, in
 
 
 def find_json(text: str) -> list[Any]:
-    """The first objects and arrays in `text`, which may have words and code fences around them. Linear time."""
+    """The first objects and arrays in `text`, amid words and code fences."""
     values: list[Any] = []
     at = 0
     while len(values) < MAX_CALLS and (start := _OPENER.search(text, at)):
@@ -1335,10 +1331,10 @@ def _has_type(value: Any, names: Any) -> bool:
 _CHECKS: Final[Mapping[str, tuple[Any, Callable[[Any, Any], bool]]]] = {  # of what, and what holds
     "type": (object, _has_type),
     "enum": (object, lambda value, options: value in options),
-    "const": (object, lambda value, other: bool(value == other)),
+    "const": (object, operator.eq),
     "required": (dict, lambda value, names: all(name in value for name in names)),
-    "minimum": ((int, float), lambda value, limit: value >= limit),
-    "maximum": ((int, float), lambda value, limit: value <= limit),
+    "minimum": ((int, float), operator.ge),
+    "maximum": ((int, float), operator.le),
     "minLength": (str, lambda value, limit: len(value) >= limit),
     "maxLength": (str, lambda value, limit: len(value) <= limit),
     "minItems": (list, lambda value, limit: len(value) >= limit),
@@ -1348,10 +1344,9 @@ _CHECKS: Final[Mapping[str, tuple[Any, Callable[[Any, Any], bool]]]] = {  # of w
 
 def _fits(value: Any, keyword: str, limit: Any) -> bool:
     kind, check = _CHECKS[keyword]
-    try:
+    with suppress(TypeError, LookupError):  # a limit that makes no sense
         return not isinstance(value, kind) or check(value, limit)
-    except (TypeError, LookupError):  # a limit that makes no sense
-        return True
+    return True
 
 
 def _list_at(schema: dict[str, Any], keyword: str) -> list[Any]:
@@ -1359,10 +1354,10 @@ def _list_at(schema: dict[str, Any], keyword: str) -> list[Any]:
 
 
 class SchemaCheck:
-    """Fits the values of one answer to schemas. `MAX_CHECK_STEPS`, for all of them together, bound its time.
+    """Fits the values of one answer to schemas, within `MAX_CHECK_STEPS` for all of them together.
 
     Of JSON Schema (2020-12) this knows `_CHECKS`, properties, additionalProperties, items, anyOf, allOf, local `$ref`,
-    and oneOf, taken as anyOf. All else allows anything: above all `pattern`, since a hostile one would stop the loop.
+    and oneOf as anyOf. All else allows anything, `pattern` above all: a hostile one would stop the loop.
     """
 
     def __init__(self) -> None:
@@ -1459,7 +1454,7 @@ class Call(NamedTuple):
 
 
 class CallReader:
-    """Reads the calls of `tools` in the texts of one question's answers, in linear time."""
+    """Reads the calls of `tools` in the texts of one question's answers."""
 
     def __init__(self, tools: Mapping[str, Tool]) -> None:
         self._tools = tools
@@ -2126,7 +2121,7 @@ LIMITS: Final[Mapping[str, int]] = {
 }
 _BEYOND: Final = 10 ** LIMITS["digits"]
 MAX_MARKED_URLS: Final = 100
-MAX_MARKED_TEXT: Final = 100_000  # characters of a message in which they are looked for
+MAX_MARKED_TEXT: Final = 100_000  # characters around them
 NEW_CONVERSATION: Final = "new"
 RESULT_ROLES: Final = ("tool", "function")
 _KINDS: Final[Mapping[type, str]] = {str: "a string", list: "a list", dict: "an object", bool: "true or false"}
@@ -3760,15 +3755,16 @@ class OpenConversations:
 
     def recover(self) -> int:
         """Take over what dead processes left open; its number."""
-        with ExitStack() as locks, suppress(OSError):
-            read: list[Path] = []
-            for path in self._path.parent.iterdir() if self._journal is not None else ():
-                with suppress(OSError):  # a living process's is passed over
-                    locks.enter_context(self._state.take_lock(path))
-                    self._open |= _parse_journal(path.read_bytes())
-                    read.append(path)
-            if read and self._compact():
-                for path in read:
+        read: list[tuple[Path, IO[bytes]]] = []
+        for path in self._path.parent.iterdir() if self._journal is not None else ():
+            with suppress(OSError):  # a living process's is passed over
+                lock = self._state.take_lock(path)
+                self._open |= _parse_journal(path.read_bytes())
+                read.append((path, lock))
+        is_written = bool(read) and self._compact()
+        for path, lock in read:
+            with lock, suppress(OSError):
+                if is_written:
                     path.unlink()
         for conversation_id in self._open:
             self.postpone(conversation_id)
@@ -3992,9 +3988,8 @@ class Accounts:
 
 # ==== 14. Files =============================================================
 #
-# Streams a file without holding it in memory: from its origin, from base64, or from a temporary file where its size is
-# not known in advance. URLs come from strangers: `AddressGuard.make_socket` begins every connection to an origin, and
-# decides on the very address, whatever name, spelling or redirect led there.
+# Streams a file from its origin, from base64, or from a temporary file where its size is not known in advance. URLs
+# come from strangers: `AddressGuard.make_socket` begins every connection to an origin, and decides on the very address.
 
 FILE_SECONDS: Final = 60.0  # limit for an origin to send more
 TRANSFER_SECONDS: Final = 120.0  # limit for a whole file
@@ -4043,10 +4038,8 @@ def classify_address(text: str) -> str:
     return next(verdict for network, verdict in ADDRESS_RULES if address in network)
 
 
-# Ports of other protocols (WHATWG Fetch, "port blocking"): all below 1024 but the web's own, and some above.
-_BAD_PORTS: Final = {*range(80), 87, *range(91, 443), *range(444, 1024), 1719, 1720, 1723, 2049, 3659, 4045} | {
-    *(4190, 5060, 5061, 6000, 6566, *range(6665, 6670), 6679, 6697, 10080)
-}
+# Ports of other protocols: those below 1024 that are not the web's, X11's and IRC's.
+_BAD_PORTS: Final = {*range(80), 87, *range(91, 443), *range(444, 1024), 6000, *range(6665, 6670), 6697}
 
 
 def check_file_url(text: str) -> URL:
@@ -4310,11 +4303,9 @@ async def _ask_origin(work: Awaitable[Result]) -> Result:
 
 def _disposition_name(response: aiohttp.ClientResponse) -> str:
     """The file name in `Content-Disposition` (RFC 6266), or empty."""
-    try:
-        disposition = response.content_disposition
-    except (ValueError, LookupError):  # a hostile header
-        return ""
-    return (disposition and disposition.filename) or ""
+    with suppress(ValueError, LookupError):  # a hostile header
+        return getattr(response.content_disposition, "filename", None) or ""
+    return ""
 
 
 # ==== 15. Kimi ==============================================================
@@ -4329,9 +4320,8 @@ _REFRESH: Final = "refreshing the token"
 END_SECONDS: Final = 1.0  # how long the end of the stream is awaited once the text is over
 MAX_REPLY_BYTES: Final = 1_048_576
 MAX_MODELS: Final = 200  # of a list
-MAX_ANSWER_BYTES: Final = 64 * MEGABYTE
 READ_BYTES: Final = 16_384  # of an answer at once, which are parsed without a wait
-READ_EVENTS: Final = 16  # in them, which are sent to the client without a wait
+READ_EVENTS: Final = 16  # of them, which are filtered and sent without a wait
 
 # All of one browser version: the service may compare them.
 _BROWSER_HEADERS: Final = {
@@ -4582,7 +4572,6 @@ class AnswerStream:
     raw: list[bytes] | None = None
     _failure: ProxyError | None = None  # raised by the next read
     _next: list[Event] = field(default_factory=list)  # returned by the next reads
-    _size: int = 0  # bytes
     _waits: bool = False
     _progress: int = -1  # of `answer`, when silence began
     _silent_since: float = 0.0
@@ -4658,10 +4647,7 @@ class AnswerStream:
         events: list[Event] = []
         if self.raw is not None:
             self.raw.append(piece)
-        self._size += len(piece)
         try:
-            if self._size > MAX_ANSWER_BYTES:
-                raise WireError(f"more than {MAX_ANSWER_BYTES} bytes")
             for frame in self.parser.feed(piece):
                 events += self.answer.feed(frame)
                 if self._debug:
@@ -5478,7 +5464,7 @@ class Gateway:
         if (stream := exchange.stream) is None:
             return
         answer = stream.answer
-        for what, name in answer.unknown_fields:
+        for what, name in islice(answer.unknown_fields, 20):
             self.metrics.warn_once(what, name)
         if answer.degraded:
             self.metrics.count("kimi_proxy_degraded_answers_total")
@@ -5754,8 +5740,7 @@ class KeptResponse:
 # ==== 17. Access ============================================================
 #
 # Who may call, and for which accounts. Without a held account each client brings its own token, and nothing is checked.
-# While one is held, web pages are kept out: a page that a user visits can make a browser call any address, or have its
-# own name resolve to it (DNS rebinding).
+# While one is held, web pages are kept out: a page can make a browser call any address (DNS rebinding).
 
 
 MIN_KEY_LENGTH: Final = 16  # of a key that other machines may try to guess
@@ -5873,8 +5858,8 @@ KEEP_ALIVE_SECONDS: Final = 20.0  # a stream silent for this long gets a comment
 SEND_SECONDS: Final = 60.0  # drop a client that reads nothing for this long
 BODY_SECONDS: Final = 60.0  # limit for the body of a request to arrive
 MAX_BODIES_MB: Final = 256  # bodies of all running requests together, but always room for one
-WRITE_BYTES: Final = 16_384  # of an answer at once, so that little waits for a client that reads slowly
-MAX_LOOP_BYTES: Final = 65_536  # of a body that is parsed without a thread
+WRITE_BYTES: Final = 16_384  # of an answer at once
+MAX_LOOP_BYTES: Final = 65_536  # of a body, to be parsed without a thread
 MAX_FORM_LINES: Final = 1000  # those between its fields
 GRACE_SECONDS: Final = 3.0  # on shutdown, a connection that waits for a request may still send one
 CLIENT_CLOSED: Final = 499  # as nginx logs a client that went away
@@ -6200,7 +6185,7 @@ async def _inflate(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
             except zlib.error:
                 raise ProxyError("body_broken") from None
             if inflater.unused_data:
-                raise ProxyError("body_broken", "something follows its compressed form")
+                raise ProxyError("body_broken")
             inflated += len(piece)
             if inflated > MEGABYTE + 100 * received:
                 raise ProxyError("body_too_large", "more than 100 times its compressed size")
