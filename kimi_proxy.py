@@ -877,7 +877,7 @@ Event = Opened | Text | Thinking | SearchHit | Citation | Sources | ToolCall | F
 
 MAX_TEXT: Final = 2_000_000  # characters of an answer, with thinking
 MAX_HITS: Final = 1000  # of an answer
-MAX_PIECE: Final = 8192  # characters of a text: some clients read no line longer than 64 KiB
+MAX_PIECE: Final = 8192  # characters: some clients read no line longer than 64 KiB
 IDENTIFIER: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")  # an id of the service that may stand in a path as it is
 
 
@@ -958,8 +958,7 @@ class Answer:
     def _read_hits(self, values: list[Any], call_id: str = "", first: int = 0) -> list[Event]:
         """The hits that were not emitted yet, once by each key: `tools://CALL#N` [2+] and the older `refIndex`.
 
-        N counts from 0: a search result is number `id` - 1, an opened page is where it stands in its call, of which
-        `values` are those from the `first` on.
+        N counts from 0: a search result is number `id` - 1, an opened page is where it stands among all of its call.
         """
         events: list[Event] = []
         for position, value in enumerate(values, first):
@@ -1315,7 +1314,7 @@ def find_json(text: str) -> list[Any]:
 
 
 MAX_CHECK_STEPS: Final = 50_000
-_Mistake = tuple[str, Any] | None  # a path, and the keyword that is broken with its limit, or a sentence
+_Mistake = tuple[str, Any] | None  # a path, and the broken keyword with its limit or a sentence
 _JSON_TYPES: Final[Mapping[str, set[type]]] = {
     "string": {str}, "number": {int, float}, "integer": {int}, "boolean": {bool}, "null": {type(None)},
     "array": {list}, "object": {dict},
@@ -1323,7 +1322,7 @@ _JSON_TYPES: Final[Mapping[str, set[type]]] = {
 
 
 def _has_type(value: Any, names: Any) -> bool:
-    """Whether the value is of one of these types; true is no number, 1.0 is an integer."""
+    """Whether the value has one of these types; true is no number, 1.0 is an integer."""
     kind = int if isinstance(value, float) and value.is_integer() else type(value)
     return any(kind in _JSON_TYPES[name] for name in (names if isinstance(names, list) else [names]))
 
@@ -1435,7 +1434,7 @@ class SchemaCheck:
         return [*fitted.values()] if is_list else fitted, None
 
     def _resolve(self, reference: Any) -> Any:
-        """What a reference like `#/$defs/a` leads to (RFC 6901); None, which allows anything, where it is nothing."""
+        """What `#/$defs/a` or the like leads to (RFC 6901); None, which allows anything, where it is nothing."""
         is_short = isinstance(reference, str) and len(reference) <= 200
         root, *names = unquote(reference).split("/") if is_short else [""]
         found: Any = self._root if root == "#" else None
@@ -1462,7 +1461,7 @@ class CallReader:
         self.names = encode_json([*islice(tools, 20)])[:200]
 
     def find_marked(self, text: str, *, is_cut: bool) -> Iterator[Call]:
-        """The calls behind the marks in `text`; marks in JSON strings are none. A cut one is not repaired."""
+        """The calls behind the marks in `text`, but in JSON strings. A cut one is not repaired."""
         at = 0
         while start := _CALL_START.search(text, at):
             at = start.end()
@@ -1475,7 +1474,7 @@ class CallReader:
                 yield from map(self._read, value if isinstance(value, list) else [value])
 
     def find_bare(self, text: str) -> Iterator[Call]:
-        """The JSON in `text` as calls, or as the arguments of the only tool that there is."""
+        """The JSON in `text` as calls, or as the arguments of the only tool."""
         for value in find_json(text):
             is_call = len(self._tools) != 1 or ("name" in value and "arguments" in value)
             yield self._read(value if is_call else {"name": next(iter(self._tools)), "arguments": value})
@@ -1508,7 +1507,7 @@ def escape_tags(text: str) -> str:
 
 
 def render_tool_call(name: str, arguments: str) -> str:
-    """A call that the model made before, as it wrote it; `arguments` is JSON, or what the client has in its place."""
+    """A call that the model made before, as it wrote it; `arguments` should be JSON."""
     value: Any = arguments
     with suppress(WireError):
         value = parse_json(arguments.encode("utf-8", "replace")) if arguments.strip() else {}
@@ -1887,9 +1886,8 @@ class ToolCallFilter(Filter):
 
     From the first mark of a call on all text is held, and everything where `choice` demands a call. One valid call
     passes on all that have a name and arguments. Without one, where a call is demanded or tried, the model is asked
-    again; of that answer only the calls are used, imperfect ones too: the client's error tells the model more than
-    silence. Without any the first answer's text follows, freed of marks; but a demanded call that is not valid raises
-    `tool_call_failed`. A cut answer is neither repaired nor retried.
+    again; of that answer only the calls are used, imperfect ones too. Without any the first answer's text follows,
+    freed of marks; but a demanded call that is not valid raises `tool_call_failed`. A cut answer is not repaired.
     """
 
     def __init__(self, tools: Sequence[Tool], choice: ToolChoice, parallel: bool, make_id: Callable[[], str]) -> None:
@@ -3897,7 +3895,7 @@ class Accounts:
             account.tokens = replace(account.tokens, life_seconds=0.0)
 
     async def read_kept(self, account: Account, key: str = "") -> Mapping[str, tuple[str, str]]:
-        """The conversations that the client with the `key` of that name keeps: by id, protocol and last answer's id."""
+        """The conversations that the client with that key keeps: by id, protocol and last answer's id."""
         await self._load(account)
         return {one: known[:2] for one, known in account.kept.items() if known[2] == key}
 
@@ -4038,7 +4036,7 @@ def classify_address(text: str) -> str:
     return next(verdict for network, verdict in ADDRESS_RULES if address in network)
 
 
-# Ports of other protocols: those below 1024 that are not the web's, X11's and IRC's.
+# Ports of other protocols than the web's.
 _BAD_PORTS: Final = {*range(80), 87, *range(91, 443), *range(444, 1024), 6000, *range(6665, 6670), 6697}
 
 
@@ -4181,7 +4179,7 @@ class ReceivedFile:
 
 
 class Files:
-    """Opens what clients attach. Owns the connections to origins, which see only the most ordinary headers."""
+    """Opens what clients attach. Owns the connections to origins."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._limit_mb = settings.max_file_mb
@@ -4213,7 +4211,7 @@ class Files:
             for piece in decode_base64(attachment.data, attachment.start):
                 digest.update(piece)
                 size_bytes += len(piece)
-                await asyncio.sleep(0)  # the loop is everybody's
+                await asyncio.sleep(0)
         except WireError as error:
             raise ProxyError("invalid_request", f"{attachment.path}: {error}") from None
         self.check_size(size_bytes)
@@ -4587,7 +4585,7 @@ class AnswerStream:
         Raises `ProxyError`, after the events that came before the failure were returned.
         """
         if self._next:
-            await asyncio.sleep(0)  # the loop is everybody's
+            await asyncio.sleep(0)
             return self._take_some()
         if self._failure is not None:
             raise self._failure
@@ -5575,7 +5573,7 @@ class LiveAnswer:
                 is_over = events and isinstance(events[-1], Finished)
                 if is_over and stream.answer.segment_id and self._continuations_left:
                     events = await self._go_on(exchange, events)
-                if is_over and stream.answer.size > 65_536:  # what was held of a long answer is read in a thread
+                if is_over and stream.answer.size > 65_536:  # much may be held
                     events = await asyncio.to_thread(self._chain.feed, events)
                 else:
                     events = self._chain.feed(events)
@@ -5790,7 +5788,7 @@ def _read_address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | 
 
 
 def is_loopback(host: str) -> bool:
-    """Whether what listens on `host` can be reached from this machine alone."""
+    """Whether only this machine reaches what listens on `host`."""
     address = _read_address(host)
     return host == "localhost" if address is None else address.is_loopback
 
@@ -6191,7 +6189,7 @@ async def _inflate(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
                 raise ProxyError("body_too_large", "more than 100 times its compressed size")
             if piece:
                 yield piece
-            await asyncio.sleep(0)  # the loop is everybody's
+            await asyncio.sleep(0)
     if received and not inflater.eof:
         raise ProxyError("body_broken")
 
