@@ -6772,7 +6772,6 @@ def make_app(settings: Settings, hosts: Sequence[str] = ()) -> web.Application:
 # client `ask`, its self-test `check`, and `setup`.
 
 IDLE_SECONDS: Final = 75.0  # limit for a request's head to arrive, and of an idle connection
-_FIRST_DESCRIPTOR: Final = 3
 
 
 @asynccontextmanager
@@ -6846,24 +6845,20 @@ def _take_sockets(environ: Mapping[str, str]) -> list[socket.socket]:
     count = environ.get("LISTEN_FDS", "")
     if environ.get("LISTEN_PID") != str(os.getpid()) or not count.isdigit():
         return []
-    return [socket.socket(fileno=_FIRST_DESCRIPTOR + number) for number in range(int(count))]
+    return [socket.socket(fileno=number) for number in range(3, 3 + int(count))]
 
 
 def _listen_for_signals() -> asyncio.Event:
     """An event that the first SIGINT or SIGTERM sets; a second one ends the process at once."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
 
-    def take(number: int) -> None:
+    def take(number: int, _: object) -> None:
         if stop.is_set():
             os._exit(128 + number)
-        stop.set()
+        loop.call_soon_threadsafe(stop.set)
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        try:
-            loop.add_signal_handler(number, take, number)
-        except NotImplementedError:  # Windows
-            signal.signal(number, lambda number, _: loop.call_soon_threadsafe(take, number))
+        signal.signal(number, take)  # the loop's own method is missing on Windows
     return stop
 
 
@@ -6912,11 +6907,22 @@ class CommandError(Exception):
         self.status = status
 
 
+@asynccontextmanager
+async def _open_gateway(settings: Settings) -> AsyncIterator[Gateway]:
+    """What a proxy works with, where none listens and no account is held."""
+    settings = replace(settings, refresh_token="", refresh_token_file="", api_keys="", api_keys_file="")
+    runner = web.AppRunner(make_app(settings, ["127.0.0.1"]))
+    await runner.setup()
+    try:
+        yield runner.app[STATE].gateway
+    finally:
+        await runner.cleanup()
+
+
 async def _identify(settings: Settings, token: str) -> tuple[str, str]:
     """Whose a refresh token is, in words, and the newest token of that account. Raises `ProxyError`."""
-    alone = replace(settings, host="127.0.0.1", port=0, state_dir="", refresh_token="", refresh_token_file="")
-    async with run_server(replace(alone, api_keys="", api_keys_file="")) as (_, runner):
-        accounts = runner.app[STATE].gateway.accounts
+    async with _open_gateway(replace(settings, state_dir="")) as gateway:
+        accounts = gateway.accounts
         account = accounts.get(token)
         user = read_claims(await accounts.access_token(account)).get("sub")
         newest = account.tokens.refresh_token or token  # its label is what the log will say
@@ -6983,36 +6989,30 @@ def _ask_command(settings: Settings, options: argparse.Namespace) -> int:
     body = {"model": f"{options.model}-silent", "stream": True}  # silent: the sources are listed here
     body |= {} if options.search is None else {"use_search": options.search}
     messages: list[dict[str, Any]] = []
-    is_chat = not question
-    while question or (question := _type_question()):
-        messages.append({"role": "user", "content": [*parts, {"type": "text", "text": question}]})
+    for asked in [question] if question else _type_questions():
+        turn = {"role": "user", "content": [*parts, {"type": "text", "text": asked}]}
         try:
-            answer = asyncio.run(_print_answer(url, token, body | {"messages": messages}))
-            messages.append({"role": "assistant", "content": answer})
-            parts = []
+            answer = asyncio.run(_print_answer(url, token, body | {"messages": [*messages, turn]}))
         except CommandError as error:
-            if not is_chat:
+            if question:
                 raise
             print(f"kimi_proxy: {error}", file=sys.stderr)
-            messages.pop()
-        if not is_chat:
-            break
-        question = ""
+        else:
+            messages += turn, {"role": "assistant", "content": answer}
+            parts = []
     return 0
 
 
-def _type_question() -> str:
-    """What the user types next; empty at the end."""
+def _type_questions() -> Iterator[str]:
+    """What the user types, line by line, until Ctrl-D."""
     with suppress(ImportError):  # on Windows
         import readline  # noqa: F401, PLC0415  # makes lines editable
 
-    try:
-        while not (line := input("> ").strip()):
-            pass
-    except (EOFError, KeyboardInterrupt):
-        print()
-        return ""
-    return line
+    with suppress(EOFError, KeyboardInterrupt):
+        while True:
+            if line := input("> ").strip():
+                yield line
+    print()
 
 
 def _render_part(path: str) -> dict[str, Any]:
@@ -7131,107 +7131,96 @@ class _Screen:
 
 
 def _check_command(settings: Settings, options: argparse.Namespace) -> int:
-    """Walk every step of Kimi once; 0 where a program in front would work."""
+    """Walk every step of Kimi once, in the protocols that the settings admit; 0 where a program in front would work."""
     if not (token := _read_held_token(settings)):
         raise SettingsError("set KIMI_REFRESH_TOKEN, or run `kimi_proxy.py setup`")
     configure_logging("warning")
-    return asyncio.run(_check(settings, token, options.record))
-
-
-async def _check(settings: Settings, token: str, record: str | None) -> int:
-    """Check the protocols that the settings admit. They share the state directory, so that a token that a running proxy
-    rotated is used, not rotated away.
-    """
-    tasks, url, good, seen = BackgroundTasks(), settings.proxy_url, [], list[str]()
-    state = StateFiles(find_state_dir(settings.state_dir, os.environ), Metrics(), settings.base_url)
-    async with open_service_session(url) as session, open_service_session(url, reuse=False) as transfers:
-        for protocol in (Classic, Connect):
-            if settings.protocol not in ("auto", protocol.name):
-                continue
-            check = _Check(partial(protocol, session, transfers, metrics=Metrics(), settings=settings), tasks, state)
-            if await check.run(token):
-                good.append(protocol.name)
-            for step, pieces in check.recorded.items() if record else ():
-                ending = "sse" if protocol is Classic else "connect"
-                path = f"{record}-{step.replace(' ', '-')}.{ending}"
-                shown = anonymize_stream(b"".join(pieces), protocol.name)
-                await asyncio.to_thread(Path(path).write_bytes, shown)
-                print(f"recorded: {path}")
-            seen += check.seen
-        await tasks.drain(REMOVAL_SECONDS)
+    good, seen = list[str](), list[str]()
+    for name in ("classic", "connect") if settings.protocol == "auto" else (settings.protocol,):
+        check = _Check(name)
+        if asyncio.run(check.run(settings, token)):
+            good.append(name)
+        for step, pieces in check.recorded.items() if options.record else ():
+            path = f"{options.record}-{step.replace(' ', '-')}.{'sse' if name == 'classic' else 'connect'}"
+            Path(path).write_bytes(anonymize_stream(b"".join(pieces), name))
+            print(f"recorded: {path}")
+        seen += check.seen
     print(f"A program in front would work: {'yes, with ' + ' and '.join(good) if good else 'no'}.")
     versions = f"kimi_proxy {__version__}, Python {platform.python_version()}, aiohttp {aiohttp.__version__}"
     print(f"For a bug report: {versions}; {'; '.join(seen)}.")
     return 0 if good else 1
 
 
+_QUESTIONS: Final = {
+    "answer": Question("user:Say OK.\n", use_search=False),
+    "search": Question("user:Who makes Kimi?\n", use_search=True),
+    "stop": Question("user:Count to 100.\n", use_search=False),
+    "system prompt": Question(
+        "system:Begin each answer with the word OKAPI.\nuser:Say OK.\n",
+        use_search=False,
+        preface="system:Begin each answer with the word OKAPI.\n",
+    ),
+}
+_SMALL_FILE: Final = Attachment("file", "check", data="T0suCg==", name="check.txt", content_type="text/plain")
+_CITATION_FORMS: Final = (("<REF>", b"tools://"), ("U+E3A0", "\ue3a0".encode()), ("[^n^]", b"[^"))
+
+
 class _Check:
     """One protocol, step by step: what was `seen`, and the bytes of its answers as `recorded`, by step."""
 
-    def __init__(self, make: Callable[[Accounts], KimiProtocol], tasks: BackgroundTasks, state: StateFiles) -> None:
-        accounts = Accounts(lambda account: self.protocol.refresh(account), tasks, state)  # noqa: PLW0108  # made below
-        self.protocol = make(accounts)
+    def __init__(self, name: str) -> None:
         self.recorded: dict[str, list[bytes]] = {}
-        self.seen: list[str] = [self.protocol.name]
+        self.seen = [name]
+        self._name = name
 
-    async def run(self, token: str) -> bool:
+    async def run(self, settings: Settings, token: str) -> bool:
         """Walk the steps until one fails that a chat needs; whether none did."""
-        account = self.protocol.accounts.get(token)
-        question = Question("user:Say OK.\n", use_search=False)
-        chats = {
-            "search": replace(question, text="user:Who makes Kimi?\n", use_search=True),
-            "stop": replace(question, text="user:Count to 100.\n"),
-        }
-        try:
-            await self._step("token", self.protocol.accounts.access_token(account))
-            self.seen.append(f"at {URL(self.protocol.base_url_for(account)).host}")
-            if isinstance(self.protocol, Connect):
-                model = choose_model("kimi", await self._step("models", self.protocol.models(account)))[0]
-                chats = {what: replace(asked, model=model) for what, asked in chats.items()}
-                preface = "system:Begin each answer with the word OKAPI.\n"
-                question.model = model
-                chats["system prompt"] = replace(question, text=preface + question.text, preface=preface)
-            await self._chat(account, question, "answer")
-        except ProxyError:
-            return False
-        for what, asked in chats.items():
-            with suppress(ProxyError):  # their lines say so: chats work all the same
-                await self._chat(account, asked, what)
-        with suppress(ProxyError):
-            await self._step("upload", self._upload(account))
+        # With the state directory, so that a token that a running proxy rotated is used, not rotated away.
+        async with _open_gateway(replace(settings, protocol=self._name)) as gateway:
+            protocol, account, model = gateway.current, gateway.accounts.get(token), KIMI
+            try:
+                await self._step("token", gateway.accounts.access_token(account))
+                self.seen.append(f"at {URL(protocol.base_url_for(account)).host}")
+                if isinstance(protocol, Connect):
+                    model = choose_model("kimi", await self._step("models", protocol.models(account)))[0]
+                await self._chat("answer", protocol, account, model)
+            except ProxyError:
+                return False
+            for what in ("search", "stop", "system prompt")[: 3 if protocol is gateway.connect else 2]:
+                with suppress(ProxyError):  # their lines say so: chats work all the same
+                    await self._chat(what, protocol, account, model)
+            with suppress(ProxyError):
+                await self._step("upload", gateway.uploads.upload(account, protocol, [_SMALL_FILE]))
         return True
 
-    async def _chat(self, account: Account, question: Question, what: str) -> None:
-        """Ask in a conversation of its own, which is removed; a `stop` is stopped at its first text."""
-        conversation_id = ""
-        if isinstance(self.protocol, Classic):
-            conversation_id = await self._step("open", self.protocol.open(account, question.model))
-        deadline = loop_time() + self.protocol.settings.silence_seconds
-        answer: Answer | None = None
+    async def _chat(self, what: str, protocol: KimiProtocol, account: Account, model: Model) -> None:
+        """Ask in a conversation of its own, which is removed."""
+        exchange = Exchange(account, protocol, replace(_QUESTIONS[what], model=model), kept=False)
+        if isinstance(protocol, Classic):
+            exchange.conversation_id = await self._step("open", protocol.open(account, model))
         try:
-            stream = await self.protocol.ask(account, conversation_id, question, deadline)
-            stream.raw, answer = self.recorded.setdefault(what, []), stream.answer
-            await self._step(what, self._read(account, stream, conversation_id, stops=what == "stop"))
-        except ProxyError as error:
-            if answer is None:
-                self._tell("FAIL", what, error.message)
-            raise
+            await self._step(what, self._read(exchange, what))
         finally:
-            if conversation_id := conversation_id or (answer.conversation_id if answer is not None else ""):
-                await self._step("remove", self.protocol.remove(account, conversation_id))
+            if exchange.conversation_id:
+                await self._step("remove", protocol.remove(account, exchange.conversation_id))
 
-    async def _read(self, account: Account, stream: AnswerStream, conversation_id: str, *, stops: bool) -> list[Event]:
-        events: list[Event] = []
+    async def _read(self, exchange: Exchange, what: str) -> list[Event]:
+        """The events of an answer; `stop` is stopped at its first text."""
+        account, protocol, events = exchange.account, exchange.protocol, list[Event]()
+        deadline = loop_time() + protocol.settings.silence_seconds
+        stream = await protocol.ask(account, exchange.conversation_id, exchange.question, deadline)
+        stream.raw = self.recorded.setdefault(what, [])
         try:
             while (more := await stream.read()) is not None:
                 events += more
-                if stops and any(isinstance(event, Text) for event in more):
-                    told = conversation_id or stream.answer.conversation_id
-                    await self.protocol.stop(account, told, stream.answer.message_id)
+                if what == "stop" and any(isinstance(event, Text) for event in more):
+                    told = exchange.conversation_id or stream.answer.conversation_id
+                    await protocol.stop(account, told, stream.answer.message_id)
                     break
         finally:
+            exchange.conversation_id = exchange.conversation_id or stream.answer.conversation_id
             await stream.drain(END_SECONDS)
-        if form := next((form for form, mark in _CITATION_FORMS if mark in b"".join(stream.raw or ())), ""):
+        if form := next((form for form, mark in _CITATION_FORMS if mark in b"".join(stream.raw)), ""):
             self.seen.append(f"citations as {form}")
         if "OKAPI" in "".join(event.text for event in events if isinstance(event, Text)):
             self.seen.append("which is obeyed")
@@ -7240,7 +7229,7 @@ class _Check:
     async def _step(self, what: str, work: Awaitable[Result]) -> Result:
         started = time.monotonic()
         if sys.stdout.isatty():
-            print(f"...   {self.protocol.name:8} {what}", end="\r", flush=True)
+            print(f"...   {self._name:8} {what}", end="\r", flush=True)
         try:
             result = await work
         except ProxyError as error:
@@ -7252,17 +7241,8 @@ class _Check:
         return result
 
     def _tell(self, verdict: str, what: str, text: str, seen: str = "") -> None:
-        print(f"{verdict:5} {self.protocol.name:8} {what:19} {text}{seen}", flush=True)
+        print(f"{verdict:5} {self._name:8} {what:19} {text}{seen}", flush=True)
         self.seen.append(f"{what} {verdict}{seen}")
-
-    async def _upload(self, account: Account) -> None:
-        small = Attachment("file", "check", data="T0suCg==", name="check.txt", content_type="text/plain")
-        settings = self.protocol.settings
-        files = Files(settings, Metrics())
-        try:
-            await Uploads(files, settings).upload(account, self.protocol, [small])
-        finally:
-            await files.close()
 
 
 def _render_seen(result: object) -> str:
@@ -7271,14 +7251,14 @@ def _render_seen(result: object) -> str:
         shape = "new" if any(model.efforts for model in result) else "old"
         names = (f"{model.id} ({model.default_effort})" if model.efforts else model.id for model in result[:8])
         return f", {shape} list: " + ", ".join(names)
-    counts = Counter(type(event).__name__ for event in result) if isinstance(result, list) else {}
+    events = result if isinstance(result, list) else ()
+    counts = Counter(type(event).__name__ for event in events if isinstance(event, Event))
     return "".join(f", {number} {kind}" for kind, number in counts.items())
 
 
 _KEPT_KEY: Final = re.compile("event|type|op|mask|role|status|name|scenario|code|reason|error_type")
 _KEPT_VALUE: Final = re.compile(r"[A-Za-z_.$]{1,48}|[A-Z0-9_]{1,60}")
 _KEPT_ID: Final = re.compile(r"[a-z_]*:?[0-9]{1,4}")  # of a block, or of a call that marks name
-_CITATION_FORMS: Final = (("<REF>", b"tools://"), ("U+E3A0", "\ue3a0".encode()), ("[^n^]", b"[^"))
 _KEPT_MARK: Final = re.compile(
     "(<REF>cite|(?:tools://)?[a-z_]+:[0-9]+#[0-9]+(?::~:text=)?|</REF>|</?think>"
     "|\ue3a0cite[\ue3a3\U0001f6e0a-z_0-9:#]*\ue3a8|\\[\\^[0-9]+\\^\\])"
@@ -7299,7 +7279,7 @@ def anonymize(value: Any, mask_text: Callable[[str], object] = mask, key: str = 
     """
     if isinstance(value, dict):
         return {name: anonymize(inner, mask_text, name) for name, inner in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [anonymize(inner, mask_text, key) for inner in value]
     if not isinstance(value, str) or (_KEPT_KEY.fullmatch(key) and _KEPT_VALUE.fullmatch(value)):
         return value
@@ -7313,27 +7293,24 @@ def anonymize(value: Any, mask_text: Callable[[str], object] = mask, key: str = 
 
 def anonymize_stream(data: bytes, protocol: str) -> bytes:
     """A recorded answer without tokens, ids and texts, up to what breaks it, in the form of `tests/wire/`."""
-    frames: list[tuple[int, bytes]] = []
+    parser, frames = SSEParser() if protocol == "classic" else EnvelopeParser(), list[tuple[int, Any]]()
     with suppress(WireError):
-        if protocol == "classic":
-            for event in SSEParser().feed(data):
-                frames.append((0, event.encode()))
-        else:
-            for flags, payload in EnvelopeParser().feed(data):
-                frames.append((flags & 0xFE, bytes(payload)))
-    values, texts = [_read_frame(payload) for _, payload in frames], io.StringIO()
-    anonymize(values, texts.write)
+        for frame in parser.feed(data):
+            flags, payload = (0, frame) if isinstance(frame, str) else frame
+            frames.append((flags, _read_frame(payload)))
+    texts = io.StringIO()
+    anonymize(frames, texts.write)
     masked = io.StringIO(mask(texts.getvalue()))
-    lines = map(encode_json, anonymize(values, lambda text: masked.read(len(text))))
+    lines = [(flags, encode_json(anonymize(value, lambda text: masked.read(len(text))))) for flags, value in frames]
     if protocol == "classic":
-        return b"".join(map(encode_sse, lines))
-    return b"".join(encode_envelope(line.encode(), flags) for (flags, _), line in zip(frames, lines, strict=True))
+        return b"".join(encode_sse(line) for _, line in lines)
+    return b"".join(encode_envelope(line.encode(), flags) for flags, line in lines)
 
 
-def _read_frame(data: bytes) -> Any:
+def _read_frame(data: str | bytes | bytearray) -> Any:
     with suppress(WireError):
         return parse_json(data, surrogates=True)
-    return data.decode("utf-8", "replace")
+    return data if isinstance(data, str) else data.decode("utf-8", "replace")
 
 
 _COMMANDS: Final[Mapping[str, tuple[Callable[[Settings, argparse.Namespace], int], str]]] = {
