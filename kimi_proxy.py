@@ -2278,13 +2278,16 @@ class Node:
 
 def _parse_body(body: bytes | bytearray) -> Node:
     """The JSON object in a body; half of a surrogate pair becomes U+FFFD."""
-    data = body.removeprefix(codecs.BOM_UTF8)
+    data = body.removeprefix(codecs.BOM_UTF8).strip(b" \t\r\n")
     try:
         try:
             value = parse_json(data)
         except WireError:
-            if data.lower().count(b"\\ud") > MAX_MARKS // 2:
-                raise WireError("too many halves of surrogate pairs") from None
+            halves = data.lower().count(b"\\ud")
+            if not halves:
+                raise
+            if halves > MAX_MARKS // 2:
+                raise WireError("too many halves of pairs") from None
             text = json.dumps(parse_json(data, surrogates=True), ensure_ascii=False)
             value = parse_json(join_surrogates(text))
     except (WireError, RecursionError) as error:
