@@ -877,7 +877,7 @@ Event = Opened | Text | Thinking | SearchHit | Citation | Sources | ToolCall | F
 
 MAX_TEXT: Final = 2_000_000  # characters of an answer, with thinking
 MAX_HITS: Final = 1000  # of an answer
-MAX_PIECE: Final = 8192  # characters: some clients read no line longer than 64 KiB
+MAX_PIECE: Final = 4096  # characters: some clients read no line longer than 64 KiB
 IDENTIFIER: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")  # an id of the service that may stand in a path as it is
 
 
