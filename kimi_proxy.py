@@ -6688,7 +6688,8 @@ ROUTES: Final[Mapping[str, Handler]] = {
 }
 
 
-async def _own_state(settings: Settings, access: Access, app: web.Application) -> AsyncIterator[None]:
+@asynccontextmanager
+async def own_state(settings: Settings, access: Access, app: web.Application) -> AsyncIterator[None]:
     """Open what the application owns, and close it in reverse: removals first, the connections last."""
     tasks, metrics, url = BackgroundTasks(), Metrics(), settings.proxy_url
     state_files = StateFiles(find_state_dir(settings.state_dir, os.environ), metrics, settings.base_url)
@@ -6707,13 +6708,15 @@ async def _own_state(settings: Settings, access: Access, app: web.Application) -
                 accounts.get(token)  # so that it is found by its digest
             tasks.start(gateway.remove_orphans(list(conversations.orphans)), "remove")
         app[STATE] = State(gateway, files, access)
-        yield
-        if late := await tasks.drain(REMOVAL_SECONDS):
-            logger.warning("! %d background tasks did not end in %g s", late, REMOVAL_SECONDS)
-        await accounts.save()
-        app[STATE].parsers.shutdown(wait=False)
-        conversations.close()
-        await files.close()
+        try:
+            yield
+        finally:
+            if late := await tasks.drain(REMOVAL_SECONDS):
+                logger.warning("! %d background tasks did not end in %g s", late, REMOVAL_SECONDS)
+            await accounts.save()
+            app[STATE].parsers.shutdown(wait=False)
+            conversations.close()
+            await files.close()
 
 
 def describe_start(state: State) -> None:
@@ -6760,7 +6763,7 @@ def _any_spelling(path: str) -> str:
 def make_app(settings: Settings, hosts: Sequence[str] = ()) -> web.Application:
     """The application; `hosts` as `Access` takes them. Raises `SettingsError` for secrets of no use."""
     app = web.Application(middlewares=[request_middleware], client_max_size=settings.max_body_bytes)
-    app.cleanup_ctx.append(partial(_own_state, settings, Access(settings, os.environ, hosts)))
+    app.cleanup_ctx.append(partial(own_state, settings, Access(settings, os.environ, hosts)))
     app.on_response_prepare.append(_add_headers)
     make = {"GET": web.get, "POST": web.post, "DELETE": web.delete}
     for route, handler in ROUTES.items():
@@ -6781,10 +6784,7 @@ IDLE_SECONDS: Final = 75.0  # limit for a request's head to arrive, and of an id
 async def run_server(
     settings: Settings, sockets: Sequence[socket.socket] = ()
 ) -> AsyncIterator[tuple[str, web.AppRunner]]:
-    """A running proxy, on `sockets` or where the settings say: its (first) `http://host:port`, and what runs it.
-
-    Raises `SettingsError` where it cannot listen, or holds secrets of no use.
-    """
+    """A running proxy, on `sockets` or where the settings say: its (first) `http://host:port`, and what runs it."""
     runner = web.AppRunner(
         make_app(settings, [str(one.getsockname()[0]) for one in sockets]),
         handler_cancellation=True,
@@ -6910,22 +6910,11 @@ class CommandError(Exception):
         self.status = status
 
 
-@asynccontextmanager
-async def _open_gateway(settings: Settings) -> AsyncIterator[Gateway]:
-    """What a proxy works with, where none listens and no account is held."""
-    settings = replace(settings, refresh_token="", refresh_token_file="", api_keys="", api_keys_file="")
-    runner = web.AppRunner(make_app(settings, ["127.0.0.1"]))
-    await runner.setup()
-    try:
-        yield runner.app[STATE].gateway
-    finally:
-        await runner.cleanup()
-
-
 async def _identify(settings: Settings, token: str) -> tuple[str, str]:
     """Whose a refresh token is, in words, and the newest token of that account. Raises `ProxyError`."""
-    async with _open_gateway(replace(settings, state_dir="")) as gateway:
-        accounts = gateway.accounts
+    app = web.Application()
+    async with own_state(replace(settings, state_dir=""), Access(Settings(), {}), app):
+        accounts = app[STATE].gateway.accounts
         account = accounts.get(token)
         user = read_claims(await accounts.access_token(account)).get("sub")
         newest = account.tokens.refresh_token or token  # its label is what the log will say
@@ -7154,15 +7143,12 @@ def _check_command(settings: Settings, options: argparse.Namespace) -> int:
     return 0 if good else 1
 
 
+_PREFACE: Final = "system:Begin each answer with the word OKAPI.\n"
 _QUESTIONS: Final = {
     "answer": Question("user:Say OK.\n", use_search=False),
     "search": Question("user:Who makes Kimi?\n", use_search=True),
     "stop": Question("user:Count to 100.\n", use_search=False),
-    "system prompt": Question(
-        "system:Begin each answer with the word OKAPI.\nuser:Say OK.\n",
-        use_search=False,
-        preface="system:Begin each answer with the word OKAPI.\n",
-    ),
+    "system prompt": Question(_PREFACE + "user:Say OK.\n", use_search=False, preface=_PREFACE),
 }
 _SMALL_FILE: Final = Attachment("file", "check", data="T0suCg==", name="check.txt", content_type="text/plain")
 _CITATION_FORMS: Final = (("<REF>", b"tools://"), ("U+E3A0", "\ue3a0".encode()), ("[^n^]", b"[^"))
@@ -7179,7 +7165,9 @@ class _Check:
     async def run(self, settings: Settings, token: str) -> bool:
         """Walk the steps until one fails that a chat needs; whether none did."""
         # With the state directory, so that a token that a running proxy rotated is used, not rotated away.
-        async with _open_gateway(replace(settings, protocol=self._name)) as gateway:
+        app = web.Application()
+        async with own_state(replace(settings, protocol=self._name), Access(Settings(), {}), app):
+            gateway = app[STATE].gateway
             protocol, account, model = gateway.current, gateway.accounts.get(token), KIMI
             try:
                 await self._step("token", gateway.accounts.access_token(account))
@@ -7230,33 +7218,32 @@ class _Check:
         return events
 
     async def _step(self, what: str, work: Awaitable[Result]) -> Result:
-        started = time.monotonic()
+        started, verdict, text, seen = time.monotonic(), "FAIL", "stopped", ""
         if sys.stdout.isatty():
             print(f"...   {self._name:8} {what}", end="\r", flush=True)
         try:
             result = await work
+            seen, text = _render_seen(result), f"{time.monotonic() - started:.2f} s"
+            verdict = "warn" if "moderated" in seen else "ok"
         except ProxyError as error:
-            self._tell("FAIL", what, error.message)
+            text = error.message
             raise
-        is_moderated = isinstance(result, list) and Finished("content_filter") in result
-        verdict, seconds = "warn" if is_moderated else "ok", f"{time.monotonic() - started:.2f} s"
-        self._tell(verdict, what, seconds, _render_seen(result) + ", moderated by Kimi" * is_moderated)
+        finally:
+            print(f"{verdict:5} {self._name:8} {what:19} {text}{seen}", flush=True)
+            self.seen.append(f"{what} {verdict}{seen}")
         return result
-
-    def _tell(self, verdict: str, what: str, text: str, seen: str = "") -> None:
-        print(f"{verdict:5} {self._name:8} {what:19} {text}{seen}", flush=True)
-        self.seen.append(f"{what} {verdict}{seen}")
 
 
 def _render_seen(result: object) -> str:
     """What a step's result is worth telling: numbers and names of models, never tokens or texts."""
-    if isinstance(result, tuple) and result and isinstance(result[0], Model):
+    if isinstance(result, tuple):
         shape = "new" if any(model.efforts for model in result) else "old"
         names = (f"{model.id} ({model.default_effort})" if model.efforts else model.id for model in result[:8])
         return f", {shape} list: " + ", ".join(names)
-    events = result if isinstance(result, list) else ()
-    counts = Counter(type(event).__name__ for event in events if isinstance(event, Event))
-    return "".join(f", {number} {kind}" for kind, number in counts.items())
+    events = [one for one in result if isinstance(one, Event)] if isinstance(result, list) else []
+    counts = Counter(type(event).__name__ for event in events)
+    words = [*(f", {number} {kind}" for kind, number in counts.items())]
+    return "".join(words) + ", moderated by Kimi" * (Finished("content_filter") in events)
 
 
 _KEPT_KEY: Final = re.compile("event|type|op|mask|role|status|name|scenario|code|reason|error_type")
@@ -7276,10 +7263,7 @@ def mask(text: str) -> str:
 
 
 def anonymize(value: Any, mask_text: Callable[[str], object] = mask, key: str = "") -> Any:
-    """A JSON value with every text, id and URL replaced; names of the protocol stay.
-
-    `mask_text` gets the pieces of an answer's text: a mark that is cut between two is known in the whole alone.
-    """
+    """A JSON value with every text, id and URL replaced; names of the protocol stay. `mask_text` gets the texts."""
     if isinstance(value, dict):
         return {name: anonymize(inner, mask_text, name) for name, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -7301,7 +7285,7 @@ def anonymize_stream(data: bytes, protocol: str) -> bytes:
         for frame in parser.feed(data):
             flags, payload = (0, frame) if isinstance(frame, str) else frame
             frames.append((flags, _read_frame(payload)))
-    texts = io.StringIO()
+    texts = io.StringIO()  # as one, since a mark may be cut between two
     anonymize(frames, texts.write)
     masked = io.StringIO(mask(texts.getvalue()))
     lines = [(flags, encode_json(anonymize(value, lambda text: masked.read(len(text))))) for flags, value in frames]
