@@ -566,7 +566,7 @@ METRICS: Final[Mapping[str, tuple[str, str]]] = {
     "kimi_proxy_first_text_seconds": ("histogram", "Time to the first piece of an answer."),
     "kimi_proxy_removals_failed_total": ("counter", "Conversations that may be left at Kimi."),
     "kimi_proxy_orphans": ("gauge", "Conversations still to be removed."),
-    "kimi_proxy_orphans_dropped_total": ("counter", "Conversations given up after 7 days."),
+    "kimi_proxy_orphans_dropped_total": ("counter", "Conversations given up, as too many could not be removed."),
     "kimi_proxy_denied_addresses_total": ("labelled counter", "Denied connections to file addresses, by verdict."),
     "kimi_proxy_state_failures_total": ("counter", "Failed uses of the state directory."),
     "kimi_proxy_degraded_answers_total": ("counter", "Answers that Kimi gave with a weaker model."),
@@ -3453,6 +3453,8 @@ QUEUE_SECONDS: Final = 60.0  # limit of a request's wait for its turn
 SERIALIZED_SECONDS: Final = 600.0  # how long answers run one by one once Kimi asked for that
 LOCK_SECONDS: Final = 30.0  # limit of the wait for another process
 REFUSAL_SECONDS: Final = 10.0  # programs repeat a 401 many times; Kimi is asked once in this time
+MAX_OPEN: Final = 10_000  # conversations that wait for their removal
+MAX_JOURNAL_BYTES: Final = 4 * MEGABYTE  # more than those take
 _DAY_SECONDS: Final = 86_400
 
 
@@ -3721,51 +3723,49 @@ class OpenConversations:
     """The conversations that are open at Kimi, for the next process to remove should this one die.
 
     Each process appends to a journal of its own, and locks it: that tells the living from the dead. A line is
-    `[id, protocol, account, since]` for one that was opened, `[id]` once it is removed. Without locks, none is noted.
+    `[id, protocol, account]` for one that was opened, `[id]` once it is removed. Without locks, none is noted.
     """
 
     def __init__(self, state: StateFiles) -> None:
         self.orphans: dict[bytes, dict[str, str]] = {}  # to be removed: by account, ids and protocols
         self._state = state
         self._path = state.directory / f"conversations-{state.service}" / f"{os.getpid()}-{secrets.token_hex(8)}"
-        self._open: dict[str, tuple[str, str, int]] = {}  # by id: protocol, digest of the account, since (Unix seconds)
+        self._open: dict[str, tuple[str, str]] = {}  # by id, the oldest first: protocol, digest of the account
         self._journal: IO[bytes] | None = None
-        self._lines = 0
         if state.has_locks:
             try:
                 self._journal = state.take_lock(self._path)
             except OSError as error:
                 state.note_failure(error)
 
-    def add(self, account: bytes, protocol: str, conversation_id: str) -> None:
-        """Note a conversation of the account with that digest."""
-        if self._journal is not None:
-            self._open[conversation_id] = (protocol, account.hex(), int(time.time()))
-            self._append(conversation_id)
+    def add(self, account: bytes, protocol: str, conversation_id: str) -> bool:
+        """Note a conversation of the account with that digest; whether that went well."""
+        if self._journal is None:
+            return False
+        self._open[conversation_id] = (protocol, account.hex())
+        is_written = self._write(conversation_id)
+        if len(self._open) > MAX_OPEN:
+            if self._state.metrics.count("kimi_proxy_orphans_dropped_total") == 1:
+                logger.warning("! more than %d conversations could not be removed, the oldest stay at Kimi", MAX_OPEN)
+            self.discard(next(iter(self._open)))
+        return is_written
 
     def discard(self, conversation_id: str) -> None:
         """It is removed, or its client's to keep."""
         if self._open.pop(conversation_id, None) is not None:
-            self._append(conversation_id)
+            self._write(conversation_id)
 
     def postpone(self, conversation_id: str) -> None:
         """It could not be removed: that is tried again when its account calls."""
         if conversation_id in self._open:
-            protocol, account, _ = self._open[conversation_id]
+            protocol, account = self._open[conversation_id]
             self.orphans.setdefault(bytes.fromhex(account), {})[conversation_id] = protocol
 
     def recover(self) -> int:
         """Take over what dead processes left open; its number."""
-        read: list[tuple[Path, IO[bytes]]] = []
         for path in self._path.parent.iterdir() if self._journal is not None else ():
-            with suppress(OSError):  # a living process's is passed over
-                lock = self._state.take_lock(path)
-                self._open |= _parse_journal(path.read_bytes())
-                read.append((path, lock))
-        is_written = bool(read) and self._compact()
-        for path, lock in read:
-            with lock, suppress(OSError):
-                if is_written:
+            with suppress(OSError), self._state.take_lock(path):  # a living process's is passed over
+                if not [known for known in _parse_journal(path.read_bytes()) if not self.add(*known)]:
                     path.unlink()
         for conversation_id in self._open:
             self.postpone(conversation_id)
@@ -3778,48 +3778,31 @@ class OpenConversations:
                 if not self._open:
                     self._path.unlink()
 
-    def _append(self, conversation_id: str) -> None:
-        if self._lines < 2 * len(self._open) + 1000:
-            self._write([conversation_id])
-        else:
-            self._compact()
-
-    def _compact(self) -> bool:
-        """Write the journal anew, without what is removed or too old."""
-        first = time.time() - 7 * _DAY_SECONDS
-        rest = [(one, known) for one, known in self._open.items() if known[2] >= first][-10_000:]
-        if dropped := len(self._open) - len(rest):
-            self._state.metrics.count("kimi_proxy_orphans_dropped_total", dropped)
-            logger.warning("! %d conversations could not be removed for 7 days, and may be left at Kimi", dropped)
-            self._open = dict(rest)
-        return self._write([*self._open], anew=True)
-
-    def _write(self, ids: Sequence[str], *, anew: bool = False) -> bool:
-        # Each line end comes first: it ends a line that a full disk cut.
-        data = "".join("\n" + encode_json([one, *self._open.get(one, ())]) for one in ids).encode()
-        journal = cast(IO[bytes], self._journal)
+    def _write(self, conversation_id: str) -> bool:
+        """Append what is known of a conversation, or write a journal anew that is long; whether that went well."""
+        journal, ids = cast(IO[bytes], self._journal), [conversation_id]
         try:
-            if anew:
+            if journal.tell() > MAX_JOURNAL_BYTES:
                 journal.truncate(0)
-                self._lines = 0
-            is_whole = journal.write(data) == len(data)
+                ids = list(self._open)
+            # Each line end comes first: it ends a line that a full disk cut.
+            data = "".join("\n" + encode_json([one, *self._open.get(one, ())]) for one in ids).encode()
+            return journal.write(data) == len(data)
         except OSError as error:
             self._state.note_failure(error)
             return False
-        self._lines += len(ids)
-        return is_whole
 
 
-def _parse_journal(data: bytes) -> dict[str, tuple[str, str, int]]:
-    """What a journal says is open. Lines that cannot be read are passed over."""
-    opened: dict[str, tuple[str, str, int]] = {}
+def _parse_journal(data: bytes) -> list[tuple[bytes, str, str]]:
+    """What a journal says is open: accounts, protocols and ids. Lines that cannot be read are passed over."""
+    opened: dict[str, tuple[bytes, str, str]] = {}
     for line in data.split(b"\n"):
-        with suppress(ValueError, TypeError, IndexError, ArithmeticError):
+        with suppress(ValueError, TypeError, IndexError):
             conversation_id, *row = parse_json(line)
             opened.pop(conversation_id, None)
             if row:
-                opened[conversation_id] = (str(row[0]), bytes.fromhex(row[1]).hex(), int(row[2]))
-    return opened
+                opened[conversation_id] = (bytes.fromhex(row[1]), str(row[0]), conversation_id)
+    return list(opened.values())
 
 
 def _parse_account(value: dict[str, Any]) -> tuple[TokenPair, dict[str, KeptConversation]]:
@@ -4472,16 +4455,12 @@ class Question:
     has_tools: bool = False  # the client's own
     preface: str = field(default="", repr=False)  # with which `text` begins; connect takes it as a system prompt
     segment_id: str = ""  # of an answer at its length limit, which is to go on (classic)
-    conversation_id: str = ""  # the one to continue, or `new` for one that is kept
+    conversation_id: str = ""  # the one to continue
+    keeps: bool = False  # its conversation, or a new one, for the client
     key: str = ""  # the name of the client's, for whom it is kept
     parent_id: str = ""  # the message to continue after (connect)
     attachments: list[Attachment] = field(default_factory=list, repr=False)  # emptied when no longer needed
     file_ids: tuple[str, ...] = ()  # of what was uploaded
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether it is asked in a conversation that exists."""
-        return self.conversation_id not in ("", NEW_CONVERSATION)
 
 
 async def _note_reuse(_: aiohttp.ClientSession, context: Any, params: aiohttp.TraceConnectionReuseconnParams) -> None:
@@ -5127,37 +5106,35 @@ class KeptTable(Generic[Result]):
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._tables: dict[Owner, dict[object, tuple[Result, int]]] = {}
-        self._sizes: Counter[Owner] = Counter()
+        self._values: dict[tuple[Owner, object], tuple[Result, int]] = {}  # with its size, the oldest first
 
     def keep(self, owner: Owner, key: object, value: Result, size: int = 1) -> None:
         """Keep a value as the newest of its owner's; one that is larger than the limit is not."""
         if size > self._limit:
             return
         self.forget([owner], key)
-        self._tables.setdefault(owner, {})[key] = value, size
-        self._sizes[owner] += size
-        while self._sizes.total() > self._limit:
-            largest = max(self._sizes, key=self._sizes.__getitem__)
-            self.forget([largest], next(iter(self._tables[largest])))
+        self._values[owner, key] = value, size
+        sizes = Counter[Owner]()
+        for (one, _), (_, taken) in self._values.items():
+            sizes[one] += taken
+        while sizes.total() > self._limit:
+            largest = max(sizes, key=sizes.__getitem__)
+            oldest = next(known for known in self._values if known[0] == largest)
+            sizes[largest] -= self._values.pop(oldest)[1]
 
     def find(self, owners: Iterable[Owner], key: object) -> Result | None:
         """The value of one of `owners`; None where it is not kept, or a stranger's."""
-        tables = (self._tables.get(owner, {}) for owner in owners)
-        return next((table[key][0] for table in tables if key in table), None)
+        return next((self._values[owner, key][0] for owner in owners if (owner, key) in self._values), None)
 
     def find_all(self, owners: Iterable[Owner]) -> list[Result]:
         """All values of `owners`, the newest of each first."""
-        return [value for owner in owners for value, _ in reversed(self._tables.get(owner, {}).values())]
+        rows = list(reversed(self._values.items()))
+        return [value for owner in owners for (one, _), (value, _) in rows if one == owner]
 
     def forget(self, owners: Iterable[Owner], key: object) -> None:
         """Forget a value of `owners`, if it is kept."""
         for owner in owners:
-            _, size = self._tables.get(owner, {}).pop(key, (None, 0))
-            self._sizes[owner] -= size
-            if not self._tables.get(owner):
-                self._tables.pop(owner, None)
-                del self._sizes[owner]
+            self._values.pop((owner, key), None)
 
 
 class Uploads:
@@ -5594,7 +5571,7 @@ class LiveAnswer:
         """The account that the question's conversation or files belong to, else all. Raises `ProxyError` for two."""
         question = self._question
         owners = {one.uploaded[0] for one in question.attachments if one.uploaded is not None}
-        if question.goes_on:
+        if question.conversation_id:
             read = self._gateway.accounts.read_kept
             keepers = [
                 one.digest for one in self._accounts if question.conversation_id in await read(one, question.key)
@@ -5622,7 +5599,7 @@ class LiveAnswer:
                     "model %s is not known, %s is asked instead", quote_name(self._question.model_name), model.id
                 )
             question = replace(self._question, model=model)
-            if question.goes_on:
+            if question.conversation_id:
                 kept = (await gateway.accounts.read_kept(account, question.key)).get(question.conversation_id)
                 if kept is None:  # dropped by another process, while this question waited
                     raise ProxyError("conversation_not_found", param="conversation_id")
@@ -5646,7 +5623,7 @@ class LiveAnswer:
             file_ids = dict.fromkeys(kimi_id for _, _, kimi_id in self.references)
             question = replace(question, attachments=[], file_ids=tuple(file_ids))
         self._chain = self._start_chain()
-        exchange = Exchange(account, protocol, question, kept=question.goes_on)
+        exchange = Exchange(account, protocol, question, kept=bool(question.conversation_id))
         await self._start(exchange)
         opened = [Opened(exchange.conversation_id, protocol.hits_inline)] if exchange.conversation_id else []
         events = self._chain.feed(list[Event](opened))
@@ -5658,8 +5635,7 @@ class LiveAnswer:
         """Let go of the exchange before, and have a task ask that outlives a client who leaves. Raises `ProxyError`."""
         gateway, question = self._gateway, exchange.question
         former, self._exchange = self._exchange, exchange
-        if question.goes_on:
-            exchange.conversation_id = question.conversation_id
+        exchange.conversation_id = question.conversation_id
         if former is not None:  # Kimi may give the account one answer at a time
             await asyncio.shield(gateway.tasks.start(gateway.clean_up(former, None), "clean up"))
         await gateway.accounts.access_token(exchange.account)  # a client who leaves meanwhile opens nothing
@@ -5667,7 +5643,7 @@ class LiveAnswer:
         try:
             await asyncio.shield(exchange.starting)
         except ProxyError as failure:
-            if question.goes_on and failure.upstream_status == 404:
+            if question.conversation_id and failure.upstream_status == 404:
                 raise ProxyError("conversation_not_found", failure.detail, param="conversation_id") from None
             raise
 
@@ -5687,7 +5663,7 @@ class LiveAnswer:
     async def _ask_again(self) -> None:
         """The second try, told what was wrong with the first; in the same conversation where that is kept."""
         logger.debug("= the answer cannot be used, asking once more")
-        first, chain, stays = cast(Exchange, self._exchange), self._chain, bool(self._question.conversation_id)
+        first, chain, stays = cast(Exchange, self._exchange), self._chain, self._question.keeps
         words = describe_failure(chain.retry_reason, "" if stays else chain.previous)
         text = words if stays else f"{first.question.text}system:{words}"
         question = replace(first.question, text=text, segment_id="")
@@ -5703,7 +5679,7 @@ class LiveAnswer:
     async def _finish(self) -> None:
         """Note that the answer is over, and keep its conversation where the client wants that: before it is told."""
         self._over = True
-        if self._question.conversation_id:
+        if self._question.keeps:
             exchange = cast(Exchange, self._exchange)
             message_id = cast(AnswerStream, exchange.stream).answer.message_id or exchange.question.parent_id
             exchange.keeping = self._gateway.tasks.start(self._gateway.keep(exchange, message_id), "keep")
@@ -6303,7 +6279,8 @@ async def _read_question(api: Api, request: web.Request) -> tuple[Encoder, LiveA
         state.told_of_search = True
         logger.info("no web search: the request has tools; a model such as kimi-search searches all the same")
     question = Question(prompt, use_search, chat.model, effort=chat.effort, has_tools=bool(chat.tools))
-    question.conversation_id, question.key = chat.conversation_id, request[OUTCOME].key
+    question.conversation_id = chat.conversation_id if chat.continues else ""
+    question.keeps, question.key = bool(chat.conversation_id), request[OUTCOME].key
     question.attachments = [
         replace(one, uploaded=_find_file(state, owners, one.file_id, one.path).reference) if one.file_id else one
         for one in chat.attachments

@@ -9,7 +9,6 @@ import hashlib
 import io
 import json
 import os
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -733,15 +732,13 @@ async def test_files_of_an_answer_are_not_known_in_another_protocol(
 # Conversations that a process which died left open.
 
 
-def leave_orphans(
-    simulator: Simulator, directory: Path, token: str, protocol: str, count: int, days: float = 0
-) -> None:
+def leave_orphans(simulator: Simulator, directory: Path, token: str, protocol: str, count: int) -> None:
     """Conversations at the service, and the file of the process that opened them."""
     ids = [f"orphan-{number}-{hashlib.sha256(token.encode()).hexdigest()[:8]}" for number in range(count)]
     simulator.account(token).conversations |= {one: Conversation() for one in ids}
     place = directory / "conversations-127.0.0.1"
     place.mkdir(exist_ok=True, parents=True)
-    known = (protocol, hashlib.sha256(token.encode()).hexdigest(), int(time.time() - days * 86_400))
+    known = (protocol, hashlib.sha256(token.encode()).hexdigest())
     lines = [json.dumps([one, *known]) for one in ids]
     (place / f"{len(list(place.iterdir()))}-died").write_text("\n".join(lines))
 
@@ -936,27 +933,6 @@ async def test_one_that_the_service_does_not_know_any_more_counts_as_removed(
     await start_proxy.close()
     assert files_in(tmp_path) == []
     assert "was not removed" not in log_lines.text
-
-
-async def test_after_7_days_they_are_dropped_logged_and_counted(
-    simulator: Simulator,
-    start_proxy: StartProxy,
-    http: aiohttp.ClientSession,
-    protocol: str,
-    tmp_path: Path,
-    log_lines: LogRecorder,
-) -> None:
-    old, young = simulator.token("hello"), simulator.token("hello")
-    leave_orphans(simulator, tmp_path, old, protocol, 2, days=7.1)
-    leave_orphans(simulator, tmp_path, young, protocol, 1, days=6.9)
-    proxy = await start_proxy(state_dir=str(tmp_path), refresh_token=f"{old},{young}")
-    await simulator.settle(young)
-    async with http.get(f"{proxy}/metrics") as response:
-        assert "kimi_proxy_orphans_dropped_total 2" in await response.text()
-    assert "2 conversations could not be removed for 7 days" in log_lines.text
-    assert {call.step for call in simulator.account(old).calls} <= {"refresh"}
-    await start_proxy.close()
-    assert files_in(tmp_path) == []
 
 
 async def test_a_conversation_is_noted_while_it_is_open_and_of_no_other_process(
