@@ -4302,6 +4302,7 @@ _POLL_SECONDS: Final = 0.5
 _PARSING: Final = "having a file read"
 _REFRESH: Final = "refreshing the token"
 END_SECONDS: Final = 1.0  # how long the end of the stream is awaited once the text is over
+ID_SECONDS: Final = 5.0  # and the id of a conversation that was left while it was opened
 MAX_REPLY_BYTES: Final = 1_048_576
 MAX_MODELS: Final = 200  # of a list
 READ_BYTES: Final = 16_384  # of an answer at once, which are parsed without a wait
@@ -5436,7 +5437,7 @@ class Gateway:
             if exchange.conversation_id:
                 starting.cancel()
             # What opens a conversation is finished, so that its id is known: the call has a limit of its own.
-            await asyncio.wait({starting}, timeout=END_SECONDS if exchange.protocol is self.connect else None)
+            await asyncio.wait({starting}, timeout=ID_SECONDS if exchange.protocol is self.connect else None)
             starting.cancel()
             await asyncio.wait({starting})
         if (stream := exchange.stream) is None:
@@ -5452,10 +5453,11 @@ class Gateway:
             if answer.done or stream.response.content.at_eof():
                 return
         with suppress(ProxyError, TimeoutError):
-            async with asyncio.timeout(END_SECONDS):
+            async with asyncio.timeout(END_SECONDS if exchange.conversation_id else ID_SECONDS - END_SECONDS) as limit:
                 while exchange.protocol is self.connect and not answer.message_id and await stream.read() is not None:
-                    if not exchange.conversation_id:
+                    if not exchange.conversation_id and answer.conversation_id:
                         self.note_opened(exchange, answer.conversation_id)
+                        limit.reschedule(loop_time() + END_SECONDS)
         stream.close()
         if exchange.conversation_id and answer.message_id:
             try:
