@@ -567,7 +567,7 @@ async def test_a_client_that_never_reads_is_dropped(
     account = simulator.account(token)
     with small_window(proxy, 4096) as raw:
         # A whole answer has to end, and be larger than what the system holds for the client.
-        limits = {} if stream else {"max_tokens": 500_000}
+        limits = {} if stream else {"max_tokens": 300_000}
         await asyncio.get_running_loop().sock_sendall(raw, chat_bytes(token, stream, **limits))
         await simulator.wait_until(lambda: account.streams_open == 1)
         await simulator.wait_until(lambda: account.streams_open == 0, 20)
