@@ -953,6 +953,8 @@ class Answer:
         if self.size > MAX_TEXT:
             raise ProxyError("answer_broken", f"more than {MAX_TEXT} characters")
         text = join_surrogates(content)
+        if len(text) <= MAX_PIECE:
+            return [kind(text)] if text else []
         return [kind(text[at : at + MAX_PIECE]) for at in range(0, len(text), MAX_PIECE)]
 
     def _read_hits(self, values: list[Any], call_id: str = "", first: int = 0) -> list[Event]:
@@ -4588,7 +4590,10 @@ class AnswerStream:
             raise self._failure from None
         finally:
             self._waits = False
-        self._next = self._feed(piece)
+        events = self._feed(piece)
+        if len(events) <= READ_EVENTS:
+            return events
+        self._next = events
         return self._take_some()
 
     async def peek(self) -> None:
