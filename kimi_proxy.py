@@ -6798,13 +6798,12 @@ async def run_server(
         await runner.cleanup()
 
 
-def notify(**fields: str) -> None:
-    """Tell systemd `fields`, such as READY="1", where it listens (sd_notify(3)); a full queue drops them."""
+def notify(message: str) -> None:
+    """Tell systemd, where it listens (sd_notify(3)); a full queue drops it."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address.startswith(("/", "@")):
         with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             sender.setblocking(False)
-            message = "\n".join(map("=".join, fields.items()))
             sender.sendto(message.encode(), address if address.startswith("/") else f"\0{address[1:]}")
 
 
@@ -6821,7 +6820,7 @@ async def _beat(state: State) -> None:
     while True:
         accounts = len(state.gateway.accounts.known)
         status = f"{state.answers_running} answers, {len(state.running)} requests, {accounts} accounts"
-        notify(WATCHDOG="1", STATUS=status)
+        notify(f"WATCHDOG=1\nSTATUS={status}")
         if not state.running:
             _trim_memory()
         await asyncio.sleep(min(microseconds / 2e6 or 10.0, 10.0))
@@ -6865,14 +6864,14 @@ async def _serve(settings: Settings) -> None:
     async with run_server(settings, _take_sockets(os.environ)) as (address, runner):
         _trim_memory()  # of what imports took and freed: a sixth of all memory as the service
         print(f"kimi_proxy {__version__} is ready. Base URL for your program: {_tell_address(address)}", flush=True)
-        notify(READY="1")
+        notify("READY=1")
         beating = asyncio.create_task(_beat(runner.app[STATE]))
         await stop.wait()
         running, seconds = runner.app[STATE].answers_running, settings.drain_delay_seconds + settings.drain_seconds
         waiting = f": waiting for {running} answer{'s' * (running > 1)}, at most {seconds:g} s; Ctrl-C again stops now"
         logger.info("shutting down%s", waiting if running else "")
         seconds += REMOVAL_SECONDS + 10
-        notify(STOPPING="1", EXTEND_TIMEOUT_USEC=str(int(seconds * 1e6)))
+        notify(f"STOPPING=1\nEXTEND_TIMEOUT_USEC={int(seconds * 1e6)}")
         runner.app[STATE].draining = True
         await asyncio.sleep(settings.drain_delay_seconds)
     beating.cancel()
@@ -6962,8 +6961,8 @@ def _ask_command(settings: Settings, options: argparse.Namespace) -> int:
         parts = [*map(_render_part, options.file)]
     except OSError as error:
         raise SettingsError(f"{error.filename}: {error.strerror}") from None
-    body = {"model": f"{options.model}-silent", "stream": True}  # silent: the sources are listed here
-    body |= {} if options.search is None else {"use_search": options.search}
+    # silent: the sources are listed here
+    body = {"model": f"{options.model}-silent", "stream": True, "use_search": options.search}
     messages: list[dict[str, Any]] = []
     for asked in [question] if question else _type_questions():
         turn = {"role": "user", "content": [*parts, {"type": "text", "text": asked}]}
@@ -7290,34 +7289,21 @@ _COMMANDS: Final[Mapping[str, tuple[Callable[[Settings, argparse.Namespace], int
     "check": (_check_command, "Try each step of Kimi with the held account, and say what was seen."),
     "serve": (_serve_command, "Serve programs: the same as without a command."),
 }
-_ABOUT: Final = "An OpenAI-compatible gateway in front of the Kimi web service.\n\ncommands, each with a --help:\n"
-
-
-class _CommandLine(argparse.ArgumentParser):
-    """Tells what is wrong in one line, with what was probably meant."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise `SettingsError`, which quotes no value: it may be a secret."""
-        unknown = re.search(r"unrecognized arguments: ([^\s=]+)", message)
-        if unknown is None:
-            raise SettingsError(message)
-        known = re.findall("--[a-z-]+", self.format_help() + make_parser("serve").format_help())
-        nearest = difflib.get_close_matches(unknown[1], [*_COMMANDS, *known], 1)
-        meant = f"do you mean {nearest[0]}?" if nearest else "see --help"
-        raise SettingsError(f"{quote_name(unknown[1])}: there is no such option or command; {meant}")
 
 
 def make_parser(command: str) -> argparse.ArgumentParser:
     """The parser of a command's flags. None can be abbreviated: it might be meant for a secret."""
     is_main = command == "serve"
     commands = [f"  {name:8} {about}" for name, (_, about) in _COMMANDS.items()]
-    parser = _CommandLine(
-        "kimi_proxy.py" if is_main else f"kimi_proxy.py {command}",
+    about = "An OpenAI-compatible gateway in front of the Kimi web service.\n\ncommands, each with a --help:\n"
+    parser = argparse.ArgumentParser(
+        f"kimi_proxy.py {command}",
         usage="kimi_proxy.py [command] [--option X ...]" if is_main else None,
-        description=_ABOUT + "\n".join(commands) if is_main else _COMMANDS[command][1],
+        description=about + "\n".join(commands) if is_main else _COMMANDS[command][1],
         epilog="KIMI_REFRESH_TOKEN, PROXY_API_KEYS and KIMI_PROXY_URL are secrets, and have no flag.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        exit_on_error=False,
     )
     parser.add_argument("--version", action="version", version=f"kimi_proxy {__version__}")
     parser.add_argument("--env-file", metavar="FILE", help="NAME=VALUE lines to take settings from (default: .env)")
@@ -7336,6 +7322,13 @@ def make_parser(command: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _explain_unknown(word: str, command: str) -> str:
+    known = re.findall("--[a-z-]+", make_parser(command).format_help() + make_parser("serve").format_help())
+    nearest = difflib.get_close_matches(word, [*_COMMANDS, *known], 1)
+    meant = f"do you mean {nearest[0]}?" if nearest else "see --help"
+    return f"{quote_name(word)}: there is no such option or command; {meant}"
+
+
 def _load_env_file(name: str | None) -> None:
     """Take settings from the file, or from .env where there is one. What the environment has wins."""
     lines = ENV_LINE.findall(read_text(Path(name or ".env"))) if name or os.path.isfile(".env") else []
@@ -7349,10 +7342,12 @@ def main(argv: Sequence[str]) -> int:
     """Run the command in `argv`; the exit status: 0, 1 for a failure, 2 for a setting that is not usable."""
     command, *arguments = argv if argv and argv[0] in _COMMANDS else ("serve", *argv)
     try:
-        options = make_parser(command).parse_intermixed_args(arguments)
+        options, unknown = make_parser(command).parse_known_intermixed_args(arguments)
+        if unknown:
+            raise SettingsError(_explain_unknown(unknown[0].partition("=")[0], command))
         _load_env_file(options.env_file)
         return _COMMANDS[command][0](Settings.load(os.environ, vars(options)), options)
-    except (SettingsError, CommandError) as error:
+    except (SettingsError, CommandError, argparse.ArgumentError) as error:
         print(f"kimi_proxy: {error}", file=sys.stderr)
         return error.status if isinstance(error, CommandError) else 2
     except (KeyboardInterrupt, EOFError):
