@@ -5071,13 +5071,11 @@ KimiProtocol = Classic | Connect
 # what outlives a request. `LiveAnswer` asks, and is left through one place, `_leave`: a tracked task stops the exchange
 # that is open then, and removes its conversation.
 
-
 MODELS_SECONDS: Final = 300.0  # how long Kimi's list of models is used
 NO_MODELS_SECONDS: Final = 30.0  # and a built-in one in its place
 DEAD_SECONDS: Final = 600.0  # an account whose token was refused is not asked for this long, if there are others
 MAX_REMOVAL_FAILURES: Final = 3  # one after the other
 MAX_CONTINUATIONS: Final = 3  # of one answer that meets its length limit (classic)
-
 MAX_KEPT_FILES: Final = 4096
 MAX_KEPT_RESPONSES: Final = 1000
 MAX_KEPT_BYTES: Final = 64 * MEGABYTE  # of them
@@ -5096,12 +5094,11 @@ class UploadedFile:
 
 def keep_messages(messages: Sequence[Message], references: Sequence[Reference]) -> tuple[Message, ...]:
     """`messages` with their attachments as references to what was uploaded: nothing large is kept."""
-    rest = iter(references)
-
-    def keep(one: Attachment) -> Attachment:
-        return Attachment(one.kind, one.path, uploaded=next(rest))
-
-    return tuple(replace(message, attachments=tuple(map(keep, message.attachments))) for message in messages)
+    rest, kept = iter(references), list[Message]()
+    for message in messages:
+        uploaded = (Attachment(one.kind, one.path, uploaded=next(rest)) for one in message.attachments)
+        kept.append(replace(message, attachments=tuple(uploaded)))
+    return tuple(kept)
 
 
 class KeptTable(Generic[Result]):
@@ -5405,15 +5402,9 @@ class Gateway:
 
     async def keep(self, exchange: Exchange, message_id: str) -> None:
         """Remember the conversation of `exchange`, and its last answer, for its client. Raises `ProxyError`."""
-        conversation_id = exchange.conversation_id
-        self.conversations.discard(conversation_id)  # first: better left than removed, once it is kept
-        try:
-            name, key = exchange.protocol.name, exchange.question.key
-            await self.accounts.keep(exchange.account, conversation_id, name, message_id, key)
-        except BaseException:
-            if not exchange.kept:
-                self.note_opened(exchange, conversation_id)
-            raise
+        name, key = exchange.protocol.name, exchange.question.key
+        await self.accounts.keep(exchange.account, exchange.conversation_id, name, message_id, key)
+        self.conversations.discard(exchange.conversation_id)
         exchange.kept = True
 
     async def clean_up(self, exchange: Exchange, account: Account | None) -> None:
@@ -5490,15 +5481,14 @@ class Gateway:
             account = await self.accounts.recall(owner)
             if account is None or not (orphans := self.conversations.orphans.pop(owner, {})):
                 continue
-            removed = failed = 0
+            tries: list[bool] = []
             for conversation_id, name in orphans.items():
-                if failed == MAX_REMOVAL_FAILURES:
+                if tries.count(False) == MAX_REMOVAL_FAILURES:
                     self.conversations.postpone(conversation_id)
-                elif await self._remove(account, self.protocol_of(account, name), conversation_id):
-                    removed += 1
                 else:
-                    failed += 1
-            logger.info("removed %d of %d conversations of account %s left open", removed, len(orphans), account.label)
+                    tries.append(await self._remove(account, self.protocol_of(account, name), conversation_id))
+            words = "removed %d of %d conversations of account %s left open"
+            logger.info(words, sum(tries), len(orphans), account.label)
 
 
 def _is_unanswered(asking: asyncio.Task[None]) -> bool:
@@ -5578,11 +5568,9 @@ class LiveAnswer:
         """The account that the question's conversation or files belong to, else all. Raises `ProxyError` for two."""
         question = self._question
         owners = {one.uploaded[0] for one in question.attachments if one.uploaded is not None}
-        if question.conversation_id:
-            read = self._gateway.accounts.read_kept
-            keepers = [
-                one.digest for one in self._accounts if question.conversation_id in await read(one, question.key)
-            ]
+        if conversation_id := question.conversation_id:
+            read, key = self._gateway.accounts.read_kept, question.key
+            keepers = [one.digest for one in self._accounts if conversation_id in await read(one, key)]
             if not keepers:
                 raise ProxyError("conversation_not_found", param="conversation_id")
             owners.add(keepers[0])
@@ -5645,7 +5633,6 @@ class LiveAnswer:
         exchange.conversation_id = question.conversation_id
         if former is not None:  # Kimi may give the account one answer at a time
             await asyncio.shield(gateway.tasks.start(gateway.clean_up(former, None), "clean up"))
-        await gateway.accounts.access_token(exchange.account)  # a client who leaves meanwhile opens nothing
         exchange.starting = gateway.tasks.start(gateway.ask(exchange, self._deadline), "ask")
         try:
             await asyncio.shield(exchange.starting)
