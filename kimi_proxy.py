@@ -3351,20 +3351,16 @@ class ResponsesEncoder(Encoder):
 class Api:
     """How one API is spoken; `call_prefix` begins the ids of calls."""
 
-    name: str
     parse: Callable[[bytes | bytearray, FindItem], ChatRequest]
     make_encoder: type[Encoder]
-    render_error: Callable[[ProxyError], dict[str, Any]] = render_error
     call_prefix: str = "call"
 
 
 APIS: Final[Mapping[str, Api]] = {
-    "/v1/chat/completions": Api("chat", lambda body, _: parse_chat_request(body), ChatEncoder),
-    "/v1/completions": Api("completions", lambda body, _: parse_completion_request(body), CompletionEncoder),
-    "/v1/messages": Api(
-        "messages", lambda body, _: parse_messages_request(body), MessagesEncoder, render_messages_error, "toolu"
-    ),
-    "/v1/responses": Api("responses", parse_responses_request, ResponsesEncoder),
+    "/v1/chat/completions": Api(lambda body, _: parse_chat_request(body), ChatEncoder),
+    "/v1/completions": Api(lambda body, _: parse_completion_request(body), CompletionEncoder),
+    "/v1/messages": Api(lambda body, _: parse_messages_request(body), MessagesEncoder, "toolu"),
+    "/v1/responses": Api(parse_responses_request, ResponsesEncoder),
 }
 
 
@@ -5695,13 +5691,13 @@ class KeptResponse:
     """One answer of the Responses API that can be continued."""
 
     owner: bytes = field(repr=False)  # the account's digest
-    response: Mapping[str, Any] = field(repr=False)
+    shown: Mapping[str, Any] = field(repr=False)
     messages: tuple[Message, ...] = field(repr=False)
 
     @property
     def size_bytes(self) -> int:
         """About how much memory it takes."""
-        texts = [encode_json(self.response)]
+        texts = [encode_json(self.shown)]
         for one in self.messages:
             texts += (one.text, one.tool_call_id, one.tool_name)
             texts += (text for call in one.calls for text in (call.id, call.name, call.arguments))
@@ -5736,10 +5732,6 @@ def read_secrets(name: str, text: str, file_name: str, environ: Mapping[str, str
     return words
 
 
-def _hash(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
-
-
 def _split_key(number: int, word: str) -> tuple[str, str]:
     """Key and name of the `number`th key, `word`, which is `key` or `name:key`. Raises `SettingsError`."""
     name, key = word.split(":", 1) if ":" in word else (f"#{number}", word)
@@ -5772,19 +5764,17 @@ class Access:
     def __init__(self, settings: Settings, environ: Mapping[str, str], hosts: Sequence[str] = ()) -> None:
         self._token_source = (settings.refresh_token, settings.refresh_token_file, environ)
         self.tokens = read_secrets("KIMI_REFRESH_TOKEN", *self._token_source)
-        self.holds = bool(self.tokens)
         words = read_secrets("PROXY_API_KEYS", settings.api_keys, settings.api_keys_file, environ)
-        keys = dict(_split_key(number, word) for number, word in enumerate(words, 1))
-        self.keys = {_hash(key): name for key, name in keys.items()}
+        self.keys = dict(_split_key(number, word) for number, word in enumerate(words, 1))
         self._names = {"localhost", *map(_name_of, (settings.host, *settings.allowed_hosts))} - {""}
-        self._origins = frozenset(settings.cors_origins) - ({"*"} if self.holds else set())
+        self._origins = frozenset(settings.cors_origins) - ({"*"} if self.tokens else set())
         self.allows_all_origins = "*" in self._origins
-        if keys and not self.holds:
+        if self.keys and not self.tokens:
             raise SettingsError("PROXY_API_KEYS: there is no held account to guard; set KIMI_REFRESH_TOKEN too")
         exposed = [host for host in hosts or (settings.host,) if not is_loopback(host)]
-        if exposed and self.holds and not keys:
+        if exposed and self.tokens and not self.keys:
             raise SettingsError(f"PROXY_HOST={exposed[0]}: anyone there could use the held account; set PROXY_API_KEYS")
-        if short := [name for key, name in keys.items() if len(key) < MIN_KEY_LENGTH]:
+        if short := [name for key, name in self.keys.items() if len(key) < MIN_KEY_LENGTH]:
             advice = f"shorter than {MIN_KEY_LENGTH} characters can be guessed: {', '.join(short)}"
             if exposed:
                 raise SettingsError(f"PROXY_API_KEYS: keys {advice}; make one by `openssl rand -hex 24`")
@@ -5803,7 +5793,7 @@ class Access:
 
     def check_page(self, host: str, origin: str | None) -> None:
         """Raise `ProxyError` for a request that a web page may have made: `host_denied`, `origin_denied`."""
-        if not self.holds:
+        if not self.tokens:
             return
         name = _name_of(host)
         if name not in self._names and _read_address(name) is None:
@@ -5814,10 +5804,9 @@ class Access:
 
     def check_key(self, key: str) -> str:
         """The name of the client's key. Raises `ProxyError` `key_refused`."""
-        name = self.keys.get(_hash(key))  # the time that a search by digest takes tells nothing of a key
-        if name is None:
+        if key not in self.keys:  # a search by hash, whose time tells nothing of a key
             raise ProxyError("key_refused")
-        return name
+        return self.keys[key]
 
 
 # ==== 18. Server ============================================================
@@ -5835,7 +5824,7 @@ MAX_FORM_LINES: Final = 1000  # those between its fields
 GRACE_SECONDS: Final = 3.0  # on shutdown, a connection that waits for a request may still send one
 CLIENT_CLOSED: Final = 499  # as nginx logs a client that went away
 OPEN_PATHS: Final = frozenset({"/", "/ping", "/health"})
-BODY_ERRORS: Final = (web.RequestPayloadError, aiohttp.ClientPayloadError, HttpProcessingError)
+BODY_ERRORS: Final = (web.RequestPayloadError, aiohttp.ClientPayloadError, HttpProcessingError, zlib.error)
 
 _STYLE: Final = """
 :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
@@ -6025,13 +6014,12 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @dataclass(slots=True)
 class Outcome:
-    """What becomes of one request, filled on the way; `body_bytes` of its body are in memory."""
+    """What becomes of one request, filled on the way."""
 
     key: str = ""
-    failure: ProxyError | None = None
-    upstream_status: int = 0
-    body_bytes: int = 0
-    told: dict[str, Any] = field(default_factory=dict)  # in its log line
+    body_bytes: int = 0  # of its body in memory
+    level: int = logging.INFO  # of its log line
+    told: dict[str, Any] = field(default_factory=dict)  # in that line
 
 
 @dataclass(slots=True)
@@ -6144,57 +6132,44 @@ class ResponseWriter:
 
 
 async def _inflate(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
-    """The pieces of a compressed body: at most 100 to 1 after the first megabyte. Raises `ProxyError`."""
+    """The pieces of a compressed body. Raises `zlib.error`."""
     inflater = zlib.decompressobj(47)  # gzip and zlib
-    received = inflated = 0
-    while rest := await content.readany():
-        received += len(rest)
-        piece = b"more"
-        while piece:
-            try:
-                piece, rest = inflater.decompress(rest, 65_536), inflater.unconsumed_tail
-            except zlib.error:
-                raise ProxyError("body_broken") from None
-            if inflater.unused_data:
-                raise ProxyError("body_broken")
-            inflated += len(piece)
-            if inflated > MEGABYTE + 100 * received:
-                raise ProxyError("body_too_large", "more than 100 times its compressed size")
-            if piece:
-                yield piece
+    while not inflater.unused_data and (rest := await content.readany()):
+        while piece := inflater.decompress(rest, 65_536):
+            yield piece
+            rest = inflater.unconsumed_tail
             await asyncio.sleep(0)
-    if received and not inflater.eof:
-        raise ProxyError("body_broken")
+    if inflater.unused_data or not inflater.eof:
+        raise zlib.error("cut, or something follows")
 
 
-async def read_body(request: web.Request, limit_bytes: int) -> bytearray:
-    """The request's body, of which there is no other copy. Raises `ProxyError`: `body_…`, `too_busy`."""
+async def parse_body(request: web.Request, parse: Callable[[bytearray], Result]) -> Result:
+    """What `parse` makes of the request's body: of a large one in a thread, so that others need not wait.
+
+    Raises `ProxyError`: `body_…`, `encoding_unknown`, `too_busy`.
+    """
     state, outcome, body = request.app[STATE], request[OUTCOME], bytearray()
-    expected_bytes = request.content_length or 0
-    encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
+    content, limit_bytes = request.content, state.gateway.settings.max_body_bytes
+    encoding = request.headers.get("Content-Encoding", "").strip().lower()
     if encoding not in ("", "identity", "gzip", "deflate"):
         raise ProxyError("encoding_unknown", f"Content-Encoding: {quote_words(encoding)[:24]}")
+    pieces = _inflate(content) if encoding in ("gzip", "deflate") else content.iter_any()
+    size_bytes = request.content_length or 0
     try:
         async with asyncio.timeout(BODY_SECONDS):
-            pieces = _inflate(request.content) if encoding in ("gzip", "deflate") else request.content.iter_any()
-            while expected_bytes <= limit_bytes and (piece := await anext(pieces, b"")):
+            while size_bytes <= limit_bytes and (piece := await anext(pieces, b"")):
                 body += piece
-                outcome.body_bytes = expected_bytes = len(body)
+                outcome.body_bytes = size_bytes = len(body)
+                if size_bytes > MEGABYTE + 100 * content.total_bytes:
+                    raise ProxyError("body_too_large", "more than 100 times its compressed size")
                 if sum(one.body_bytes for one in state.running.values()) > max(MAX_BODIES_MB * MEGABYTE, limit_bytes):
                     raise ProxyError("too_busy", "no room for this body beside those of other requests")
     except TimeoutError:
         raise ProxyError("body_timeout", f"not within {BODY_SECONDS:g} s") from None
     except BODY_ERRORS:
         raise ProxyError("body_broken") from None
-    if expected_bytes > limit_bytes:
+    if size_bytes > limit_bytes:
         raise ProxyError("body_too_large", f"at most {limit_bytes} bytes; see PROXY_MAX_INLINE_MB")
-    return body
-
-
-async def parse_body(request: web.Request, parse: Callable[[bytearray], Result]) -> Result:
-    """What `parse` makes of the request's body: of a large one in a thread, so that others need not wait."""
-    state = request.app[STATE]
-    body = await read_body(request, state.gateway.settings.max_body_bytes)
     if len(body) <= MAX_LOOP_BYTES:
         return parse(body)
     return await asyncio.get_running_loop().run_in_executor(state.parsers, parse, body)
@@ -6207,21 +6182,20 @@ def read_credential(request: web.Request) -> str:
     return key or (text.strip() if scheme.lower() == "bearer" else "")
 
 
-def find_accounts(request: web.Request) -> list[Account]:
-    """The accounts that a request is for: those that the proxy holds, else those of the client's own tokens."""
+def find_accounts(request: web.Request, *, is_needed: bool = True) -> list[Account]:
+    """The accounts that a request is for: those that the proxy holds, else those of the client's own tokens.
+
+    Raises `ProxyError` `token_missing` where there are none, and one is needed.
+    """
     state = request.app[STATE]
-    if state.access.holds:
+    if state.access.tokens:
         return state.held_accounts()
     tokens = read_pasted_tokens(read_credential(request))
-    if not tokens or len(tokens) > 32:
-        raise ProxyError("invalid_request", "at most 32 tokens") if tokens else ProxyError("token_missing")
+    if not tokens and is_needed:
+        raise ProxyError("token_missing")
+    if len(tokens) > 32:
+        raise ProxyError("invalid_request", "at most 32 tokens")
     return [state.gateway.accounts.get(token) for token in tokens]
-
-
-def find_named_accounts(request: web.Request) -> list[Account]:
-    """The accounts that a request is for; none where the client need not show any, and does not."""
-    is_named = request.app[STATE].access.holds or bool(read_credential(request))
-    return find_accounts(request) if is_named else []
 
 
 def _find_owners(request: web.Request, accounts: Iterable[Account]) -> list[Owner]:
@@ -6232,13 +6206,7 @@ def _find_owners(request: web.Request, accounts: Iterable[Account]) -> list[Owne
 def _find_item(state: State, owners: Sequence[Owner], item_id: str) -> Mapping[str, Any] | None:
     """The item of a kept answer; None where there is none. Its id has the answer's within it."""
     kept = state.responses.find(owners, f"resp_{item_id.partition('_')[2].rpartition('_')[0]}")
-    return next((item for item in kept.response["output"] if item["id"] == item_id), None) if kept else None
-
-
-def _find_file(state: State, owners: Sequence[Owner], file_id: str, param: str) -> UploadedFile:
-    if (file := state.uploaded.find(owners, file_id)) is None:
-        raise ProxyError("file_not_found", param=param)
-    return file
+    return next((item for item in kept.shown["output"] if item["id"] == item_id), None) if kept else None
 
 
 def _parse_question(api: Api, state: State, owners: Sequence[Owner], body: bytearray) -> tuple[ChatRequest, str, bytes]:
@@ -6272,14 +6240,22 @@ async def _read_question(api: Api, request: web.Request) -> tuple[Encoder, LiveA
     if chat.use_search is None and settings.use_search and (chat.tools or chat.left_out) and not state.told_of_search:
         state.told_of_search = True
         logger.info("no web search: the request has tools; a model such as kimi-search searches all the same")
-    question = Question(prompt, use_search, chat.model, effort=chat.effort, has_tools=bool(chat.tools))
-    question.conversation_id = chat.conversation_id if chat.continues else ""
-    question.keeps, question.key = bool(chat.conversation_id), request[OUTCOME].key
-    question.attachments = [
-        replace(one, uploaded=_find_file(state, owners, one.file_id, one.path).reference) if one.file_id else one
-        for one in chat.attachments
-    ]
-    question.preface = render_tools(chat) if settings.system_prompt else ""
+    question = Question(
+        prompt,
+        use_search,
+        chat.model,
+        effort=chat.effort,
+        has_tools=bool(chat.tools),
+        preface=render_tools(chat) if settings.system_prompt else "",
+        conversation_id=chat.conversation_id if chat.continues else "",
+        keeps=bool(chat.conversation_id),
+        key=request[OUTCOME].key,
+    )
+    for one in chat.attachments:
+        file = state.uploaded.find(owners, one.file_id)
+        if one.file_id and file is None:
+            raise ProxyError("file_not_found", param=one.path)
+        question.attachments.append(one if file is None else replace(one, uploaded=file.reference))
     answer = state.gateway.answer(accounts, question, start_chain)
     return encoder, answer, chat.messages if chat.store else ()
 
@@ -6299,7 +6275,7 @@ async def _answer(api: Api, request: web.Request) -> web.StreamResponse:
             while (events := await answer.read()) is not None:
                 if data := encoder.feed(events):
                     await writer.write(data)
-        outcome.upstream_status = 200
+        outcome.told["upstream_status"] = 200
         if messages and encoder.response is not None:
             said = (*messages, answer_message(encoder.response))
             kept = KeptResponse(answer.owner, encoder.response, said)
@@ -6315,10 +6291,11 @@ async def _answer(api: Api, request: web.Request) -> web.StreamResponse:
         state.answers_running -= 1
         outcome.told |= {"account": answer.owner.hex()[:8], "wait_seconds": round(answer.wait_seconds, 3)}
         outcome.told |= {"chunks": encoder.chunks, "degraded": answer.degraded}
+        state.gateway.metrics.count("kimi_proxy_chunks_total", encoder.chunks)
 
 
 def _note_failure(request: web.Request, failure: BaseException) -> ProxyError | None:
-    """What the client is told of a failure; it is counted. None where nobody can be told."""
+    """What the client is told of a failure, which is counted and noted; None where nobody can be told."""
     state, outcome = request.app[STATE], request[OUTCOME]
     if isinstance(failure, ProxyError):
         error = failure
@@ -6333,7 +6310,10 @@ def _note_failure(request: web.Request, failure: BaseException) -> ProxyError | 
         logger.error("! the proxy itself failed", exc_info=failure)
         error = ProxyError("internal_error")
     failure.__traceback__ = None  # it goes in circles: all that its frames hold would wait for the garbage collector
-    outcome.failure, outcome.upstream_status = error, error.upstream_status
+    outcome.told |= {"status": error.status, "upstream_status": error.upstream_status or "", "code": error.code}
+    if error.status >= 500 or error.status in (401, 429):
+        outcome.level = logging.ERROR if error.status >= 500 else logging.WARNING
+        outcome.told["reason"] = error.message
     state.gateway.metrics.count("kimi_proxy_failures_total", code=error.code)
     if error.code == "token_dead":
         state.access.reload_tokens()
@@ -6352,17 +6332,19 @@ async def _count_tokens(request: web.Request) -> web.StreamResponse:
     return json_response({"input_tokens": estimate_tokens(prompt)})
 
 
-async def _response(request: web.Request) -> web.StreamResponse:
-    """GET and DELETE of an answer that is kept."""
-    responses, response_id = request.app[STATE].responses, request.match_info["id"]
-    owners = _find_owners(request, find_accounts(request))
-    kept = responses.find(owners, response_id)
-    if kept is None:
-        raise ProxyError("response_not_found")
+async def _kept(request: web.Request) -> web.StreamResponse:
+    """GET and DELETE of a kept answer, or of an uploaded file, whose content is at Kimi."""
+    state, kept_id, route = request.app[STATE], request.match_info["id"], _name_route(request)
+    is_file = route.startswith("/v1/files")
+    table, owners = state.uploaded if is_file else state.responses, _find_owners(request, find_accounts(request))
+    if (kept := table.find(owners, kept_id)) is None:
+        raise ProxyError("file_not_found" if is_file else "response_not_found")
+    if route.endswith("/content"):
+        raise ProxyError("invalid_request", "the content of a file: Kimi gives none back, and the proxy keeps none")
     if request.method == "DELETE":
-        responses.forget(owners, response_id)
-        return json_response({"id": response_id, "object": "response", "deleted": True})
-    return json_response(kept.response)
+        table.forget(owners, kept_id)
+        return json_response({"id": kept_id, "object": kept.shown["object"], "deleted": True})
+    return json_response(kept.shown)
 
 
 _MODEL_FORM: Final = {
@@ -6374,7 +6356,7 @@ _MODEL_FORM: Final = {
 async def _models(request: web.Request) -> web.StreamResponse:
     """The list of models, each also with search, or one of them; in OpenAI's and Anthropic's forms at once."""
     state, wanted = request.app[STATE], request.match_info.get("id")
-    accounts, gateway = find_named_accounts(request), state.gateway
+    accounts, gateway = find_accounts(request, is_needed=False), state.gateway
     found = await gateway.ask_in_turn(accounts, gateway.models) if accounts else await gateway.models(None)
     models = {
         name: {"id": name, "display_name": name, **_MODEL_FORM, **model.describe()}
@@ -6440,27 +6422,17 @@ async def _create_file(request: web.Request) -> web.StreamResponse:
     return json_response(file.shown)
 
 
-async def _files(request: web.Request) -> web.StreamResponse:
-    """GET of the list of files that a client uploaded, GET and DELETE of one; their content is at Kimi."""
-    state, file_id = request.app[STATE], request.match_info.get("id")
+async def _list_files(request: web.Request) -> web.StreamResponse:
     owners = _find_owners(request, find_accounts(request))
-    if file_id is None:
-        data = [file.shown for file in state.uploaded.find_all(owners)]
-        return json_response({"object": "list", "data": data, "has_more": False})
-    file = _find_file(state, owners, file_id, "file_id")
-    if _name_route(request).endswith("/content"):
-        raise ProxyError("invalid_request", "the content of a file: Kimi gives none back, and the proxy keeps none")
-    if request.method == "DELETE":
-        state.uploaded.forget(owners, file_id)
-        return json_response({"id": file_id, "object": "file", "deleted": True})
-    return json_response(file.shown)
+    data = [file.shown for file in request.app[STATE].uploaded.find_all(owners)]
+    return json_response({"object": "list", "data": data, "has_more": False})
 
 
 async def _token_check(request: web.Request) -> web.StreamResponse:
     """The reference's `POST /token/check`: whether Kimi takes a refresh token [ref]."""
     accounts = request.app[STATE].gateway.accounts
     try:
-        token = cast(Any, parse_json(await read_body(request, 65_536)))["token"]
+        token = cast(Any, await parse_body(request, parse_json))["token"]
         if not TOKEN_SHAPE.fullmatch(token) or is_access_token(read_claims(token)):
             raise ProxyError("invalid_request", "token: must be a refresh token", param="token")
     except (WireError, LookupError, TypeError):
@@ -6477,20 +6449,18 @@ async def _token_check(request: web.Request) -> web.StreamResponse:
 async def _health(request: web.Request) -> web.StreamResponse:
     """Whether it lives, and whether it should be sent requests: not while it shuts down.
 
-    With `?accounts` also what the page at `/` shows: each account is asked, and where none of those held lives, the
-    status is 503.
+    With `?accounts` also what the page at `/` shows: each account is asked, and where no held one lives, it is a 503.
     """
     state = request.app[STATE]
     health: dict[str, Any] = {"live": True, "ready": not state.draining}
-    is_good = not state.draining
+    fails = state.draining
     if "accounts" in request.query:
-        uptime = int(time.time() - state.started)
+        accounts = [await _describe_account(request, one) for one in find_accounts(request, is_needed=False)]
+        holds, uptime = bool(state.access.tokens), int(time.time() - state.started)
+        fails = fails or (holds and not any(one["live"] for one in accounts))
         health |= {"version": __version__, "uptime_seconds": uptime, "answers_running": state.answers_running}
-        accounts = [await _describe_account(request, one) for one in find_named_accounts(request)]
-        health |= {"holds_account": state.access.holds, "accounts": accounts}
-        is_good = is_good and (not state.access.holds or any(one["live"] for one in accounts))
-    status, wait_seconds = (200, 0) if is_good else (503, FAILURES["shutting_down"].retry_after_seconds)
-    return json_response(health, status, wait_seconds)
+        health |= {"holds_account": holds, "accounts": accounts}
+    return json_response(health, 503 if fails else 200, FAILURES["shutting_down"].retry_after_seconds * fails)
 
 
 async def _describe_account(request: web.Request, account: Account) -> dict[str, Any]:
@@ -6541,7 +6511,7 @@ def json_response(value: object, status: int = 200, retry_after_seconds: float =
 @web.middleware
 async def request_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Around every request: its id, who may call, and how many, failures in the client's form, and its log line."""
-    state, started, status = request.app[STATE], time.monotonic(), CLIENT_CLOSED
+    state, started, response = request.app[STATE], time.monotonic(), None
     task = cast(asyncio.Task[Any], asyncio.current_task())
     given = request.headers.get("X-Request-Id", "")
     request_id.set(given if re.fullmatch(r"[A-Za-z0-9._:/+=-]{1,128}", given) else secrets.token_hex(6))
@@ -6552,15 +6522,13 @@ async def request_middleware(request: web.Request, handler: Handler) -> web.Stre
         if len(state.running) > limit and request.path not in (*OPEN_PATHS, "/metrics"):
             raise ProxyError("too_busy", f"{limit} requests run; see PROXY_MAX_REQUESTS")
         response = web.Response(status=204) if is_preflight else await handler(request)
-        status = response.status
     except BaseException as failure:
         if (error := _note_failure(request, failure)) is None:
             raise
         response = _render_failure(request, failure, error)
-        status = response.status
     finally:
         del state.running[task]
-        _log_request(request, status, time.monotonic() - started)
+        _log_request(request, CLIENT_CLOSED if response is None else response.status, time.monotonic() - started)
     return response
 
 
@@ -6586,17 +6554,12 @@ def _name_route(request: web.Request) -> str:
 
 def _log_request(request: web.Request, status: int, seconds: float) -> None:
     metrics, outcome, route = request.app[STATE].gateway.metrics, request[OUTCOME], _name_route(request)
-    level = logging.DEBUG if (route, status) == ("/health", 200) else logging.INFO  # a balancer looks all the time
-    code = reason = ""
-    if failure := outcome.failure:
-        status, code = failure.status, failure.code  # a stream had sent its status before it failed
-        level = logging.ERROR if status >= 500 else logging.WARNING if status in (401, 429) else level
-        reason = failure.message * (level >= logging.WARNING)
-    metrics.count("kimi_proxy_requests_total", route=route, status=str(status))
-    metrics.count("kimi_proxy_chunks_total", outcome.told.get("chunks", 0))
-    path = route if request.path == route else quote_name(request.path)
     told = {"status": status, "seconds": round(seconds, 3), "client": request.remote or "", "key": outcome.key}
-    told |= {**outcome.told, "upstream_status": outcome.upstream_status or "", "code": code, "reason": reason}
+    told |= outcome.told  # the status of a stream that failed is its failure's
+    metrics.count("kimi_proxy_requests_total", route=route, status=str(told["status"]))
+    # A balancer looks at the health all the time.
+    level = logging.DEBUG if (route, status) == ("/health", 200) else outcome.level
+    path = route if request.path == route else quote_name(request.path)
     fields = {name: value for name, value in told.items() if value != ""}
     logger.log(level, "%s %s", request.method, path, extra={"fields": fields})
 
@@ -6642,15 +6605,15 @@ async def _add_headers(request: web.Request, response: web.StreamResponse) -> No
 ROUTES: Final[Mapping[str, Handler]] = {
     **{f"POST {path}": partial(_answer, api) for path, api in APIS.items()},
     "POST /v1/messages/count_tokens": _count_tokens,
-    "GET /v1/responses/{id}": _response,
-    "DELETE /v1/responses/{id}": _response,
+    "GET /v1/responses/{id}": _kept,
+    "DELETE /v1/responses/{id}": _kept,
     "GET /v1/models": _models,
     "GET /v1/models/{id}": _models,
     "POST /v1/files": _create_file,
-    "GET /v1/files": _files,
-    "GET /v1/files/{id}": _files,
-    "DELETE /v1/files/{id}": _files,
-    "GET /v1/files/{id}/content": _files,
+    "GET /v1/files": _list_files,
+    "GET /v1/files/{id}": _kept,
+    "DELETE /v1/files/{id}": _kept,
+    "GET /v1/files/{id}/content": _kept,
     "POST /token/check": _token_check,
     "GET /ping": _ping,
     "GET /health": _health,
