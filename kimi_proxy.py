@@ -3377,6 +3377,18 @@ def loop_time() -> float:
     return asyncio.get_running_loop().time()
 
 
+async def drain(tasks: Iterable[asyncio.Task[Any]], seconds: float) -> int:
+    """Wait for all `tasks`, those that come meanwhile included; cancel what is left after `seconds`: its number."""
+    deadline = loop_time() + seconds
+    while (late := set(tasks)) and (left := deadline - loop_time()) > 0:
+        await asyncio.wait(late, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+    for task in late:
+        task.cancel()
+    if late:
+        await asyncio.wait(late, timeout=2)
+    return len(late)
+
+
 class BackgroundTasks:
     """Tasks that belong to the application, not to a request."""
 
@@ -3397,16 +3409,8 @@ class BackgroundTasks:
         return task
 
     async def drain(self, seconds: float) -> int:
-        """Wait for all tasks, those they start included; cancel what is left after `seconds`, and return its number."""
-        deadline = time.monotonic() + seconds
-        while self._tasks and (left := deadline - time.monotonic()) > 0:
-            await asyncio.wait(set(self._tasks), timeout=left, return_when=asyncio.FIRST_COMPLETED)
-        late = set(self._tasks)
-        for task in late:
-            task.cancel()
-        if late:
-            await asyncio.wait(late, timeout=1)
-        return len(late)
+        """Wait for all as `drain` does."""
+        return await drain(self._tasks, seconds)
 
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
@@ -6055,9 +6059,8 @@ class ResponseWriter:
         self.response: web.StreamResponse | None = None  # once the head went out
         self._request = request
         self._encoder = encoder
-        self._loop = asyncio.get_running_loop()
         self._ended = False
-        self._silent_at = self._loop.time() + KEEP_ALIVE_SECONDS
+        self._silent_at = loop_time() + KEEP_ALIVE_SECONDS
         self._unsent = (0, 0.0)  # bytes, and since when there are so many
         self._watchdog = Watchdog(self._check, min(KEEP_ALIVE_SECONDS, SEND_SECONDS))
 
@@ -6086,13 +6089,13 @@ class ResponseWriter:
             if not is_last or self._request.transport is None:
                 raise
             self._request.transport.close()  # once all is sent: nothing may follow the end of an answer
-        self._silent_at = self._loop.time() + KEEP_ALIVE_SECONDS
+        self._silent_at = loop_time() + KEEP_ALIVE_SECONDS
         return response
 
     async def _begin(self, size_bytes: int) -> web.StreamResponse:
         """Send the head; `size_bytes` come next, which is all where the answer is whole."""
-        content_type = f"{self._encoder.content_type}; charset=utf-8"
-        headers = {"Content-Type": content_type, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        headers["Content-Type"] = f"{self._encoder.content_type}; charset=utf-8"
         response = self.response = web.StreamResponse(headers=headers)
         if not self._encoder.keep_alive:
             response.content_length = size_bytes
@@ -6178,7 +6181,7 @@ async def parse_body(request: web.Request, parse: Callable[[bytearray], Result])
 def read_credential(request: web.Request) -> str:
     """What a client shows: `x-api-key` or `api-key`, else the Bearer token (RFC 6750), if any."""
     scheme, _, text = request.headers.get("Authorization", "").partition(" ")
-    key = request.headers.get("x-api-key", "").strip() or request.headers.get("api-key", "").strip()
+    key = request.headers.get("x-api-key") or request.headers.get("api-key")
     return key or (text.strip() if scheme.lower() == "bearer" else "")
 
 
@@ -6203,22 +6206,21 @@ def _find_owners(request: web.Request, accounts: Iterable[Account]) -> list[Owne
     return [(account.digest, request[OUTCOME].key) for account in accounts]
 
 
-def _find_item(state: State, owners: Sequence[Owner], item_id: str) -> Mapping[str, Any] | None:
-    """The item of a kept answer; None where there is none. Its id has the answer's within it."""
-    kept = state.responses.find(owners, f"resp_{item_id.partition('_')[2].rpartition('_')[0]}")
-    return next((item for item in kept.shown["output"] if item["id"] == item_id), None) if kept else None
-
-
 def _parse_question(api: Api, state: State, owners: Sequence[Owner], body: bytearray) -> tuple[ChatRequest, str, bytes]:
     """A request, its prompt, and the digest of the account that gave the answer before it, if any."""
-    chat = api.parse(body, partial(_find_item, state, owners))
-    if not chat.previous_response_id:
-        return chat, render_prompt(chat), b""
-    before = state.responses.find(owners, chat.previous_response_id)
-    if before is None:
-        raise ProxyError("previous_response_not_found", param="previous_response_id")
-    chat = add_messages(chat, before.messages, "input")
-    return chat, render_prompt(chat), before.owner
+
+    def find_item(item_id: str) -> Mapping[str, Any] | None:
+        """The item of a kept answer, if there is one. Its id has the answer's within it."""
+        kept = state.responses.find(owners, f"resp_{item_id.partition('_')[2].rpartition('_')[0]}")
+        return next((item for item in kept.shown["output"] if item["id"] == item_id), None) if kept else None
+
+    chat, owner = api.parse(body, find_item), b""
+    if chat.previous_response_id:
+        before = state.responses.find(owners, chat.previous_response_id)
+        if before is None:
+            raise ProxyError("previous_response_not_found", param="previous_response_id")
+        chat, owner = add_messages(chat, before.messages, "input"), before.owner
+    return chat, render_prompt(chat), owner
 
 
 async def _read_question(api: Api, request: web.Request) -> tuple[Encoder, LiveAnswer, tuple[Message, ...]]:
@@ -6568,13 +6570,10 @@ def _check_access(request: web.Request) -> bool:
     """Whether this is a browser's preflight. Raises `ProxyError` for a web page, or a client, that may not call."""
     access, headers = request.app[STATE].access, request.headers
     is_open = request.path in OPEN_PATHS and "accounts" not in request.query
-    hosts, origin = headers.getall("Host", [""]), headers.get("Origin")
-    if "://" in request.raw_path.partition("?")[0]:  # an absolute-form target (RFC 9112, section 3.2.2) has a name too
-        hosts.append(request.raw_path.partition("://")[2].partition("/")[0])
+    origin = headers.get("Origin")
     if origin is None and headers.get("Sec-Fetch-Site") == "cross-site" and not is_open:
         origin = "null"  # of a page that shows ours as an image or the like
-    for host in hosts:
-        access.check_page(host, origin)
+    access.check_page(headers.get("Host", ""), origin)
     is_preflight = request.method == "OPTIONS" and "Access-Control-Request-Method" in headers
     if access.keys and not is_open and not is_preflight:
         request[OUTCOME].key = access.check_key(read_credential(request))
@@ -6598,8 +6597,6 @@ async def _add_headers(request: web.Request, response: web.StreamResponse) -> No
         headers["Access-Control-Allow-Headers"] = request.headers.get("Access-Control-Request-Headers", "Authorization")
         headers["Access-Control-Allow-Methods"] = "GET, POST, DELETE, OPTIONS"
         headers["Access-Control-Max-Age"] = "86400"
-        if "Access-Control-Request-Private-Network" in request.headers:
-            headers["Access-Control-Allow-Private-Network"] = "true"
 
 
 ROUTES: Final[Mapping[str, Handler]] = {
@@ -6665,27 +6662,20 @@ def describe_start(state: State) -> None:
 
 
 async def end_requests(runner: web.AppRunner) -> None:
-    """Accept no connection, and close those that wait for a request with its answer, or after the grace, which is for
-    an end that was announced (`draining`). What runs may finish for the drain's time, else it gets `shutting_down`.
+    """Accept no connection, and let what runs finish within the drain's time; what does not gets `shutting_down`.
 
-    To be called before aiohttp closes, which drops what comes of a request's body.
+    An end that was announced (`draining`) lets open connections send one more request within the grace, too. To be
+    called before aiohttp closes, which drops what comes of a request's body.
     """
-    state, loop = runner.app[STATE], asyncio.get_running_loop()
-    deadline = loop.time() + GRACE_SECONDS * state.draining
-    state.draining = state.closing = True
+    state, deadline = runner.app[STATE], loop_time() + GRACE_SECONDS
     for site in runner.sites:
         await site.stop()
-    while loop.time() < deadline:
+    is_announced, state.draining, state.closing = state.draining, True, True
+    while is_announced and loop_time() < deadline:
         await asyncio.sleep(0.05)  # at first, too: it takes a moment until a connection is counted
         if runner.server is None or len(runner.server.connections) <= len(state.running):
             break
-    deadline = loop.time() + state.gateway.settings.drain_seconds
-    while state.running and (left := deadline - loop.time()) > 0:
-        await asyncio.wait(set(state.running), timeout=left)
-    if late := set(state.running):
-        for task in late:
-            task.cancel()
-        await asyncio.wait(late, timeout=2)
+    await drain(state.running, state.gateway.settings.drain_seconds)
 
 
 def _any_spelling(path: str) -> str:
@@ -6696,7 +6686,7 @@ def _any_spelling(path: str) -> str:
 
 def make_app(settings: Settings, hosts: Sequence[str] = ()) -> web.Application:
     """The application; `hosts` as `Access` takes them. Raises `SettingsError` for secrets of no use."""
-    app = web.Application(middlewares=[request_middleware], client_max_size=settings.max_body_bytes)
+    app = web.Application(middlewares=[request_middleware])
     app.cleanup_ctx.append(partial(own_state, settings, Access(settings, os.environ, hosts)))
     app.on_response_prepare.append(_add_headers)
     make = {"GET": web.get, "POST": web.post, "DELETE": web.delete}
