@@ -7049,6 +7049,8 @@ def _check_command(settings: Settings, options: argparse.Namespace) -> int:
     """Walk every step of Kimi once, in the protocols that the settings admit; 0 where a program in front would work."""
     if not (token := _read_held_token(settings)):
         raise SettingsError("set KIMI_REFRESH_TOKEN, or run `kimi_proxy.py setup`")
+    if options.record and not Path(options.record).parent.is_dir():
+        raise SettingsError(f"--record: there is no directory {Path(options.record).parent}")
     configure_logging("warning")
     good, seen = list[str](), list[str]()
     for name in ("classic", "connect") if settings.protocol == "auto" else (settings.protocol,):

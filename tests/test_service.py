@@ -512,6 +512,8 @@ async def test_check_says_what_is_missing_or_not_reached() -> None:
     status, _, err = await run("check")
     assert status == 2 and "KIMI_REFRESH_TOKEN" in err
     environment = {"KIMI_BASE_URL": "http://no-such-host.invalid", "KIMI_REFRESH_TOKEN": "x"}
+    status, out, err = await run("check", "--record", "/no/such/place/seen", **environment)
+    assert status == 2 and out == "" and "/no/such/place" in err and "Traceback" not in err
     status, out, _ = await run("check", **environment)
     assert status == 1 and "cannot be resolved" in out
 
