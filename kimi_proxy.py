@@ -6570,10 +6570,13 @@ def _check_access(request: web.Request) -> bool:
     """Whether this is a browser's preflight. Raises `ProxyError` for a web page, or a client, that may not call."""
     access, headers = request.app[STATE].access, request.headers
     is_open = request.path in OPEN_PATHS and "accounts" not in request.query
-    origin = headers.get("Origin")
+    hosts, origin = headers.getall("Host", [""]), headers.get("Origin")
+    if "://" in request.raw_path.partition("?")[0]:  # an absolute-form target (RFC 9112, section 3.2.2) has a name too
+        hosts.append(request.raw_path.partition("://")[2].partition("/")[0])
     if origin is None and headers.get("Sec-Fetch-Site") == "cross-site" and not is_open:
         origin = "null"  # of a page that shows ours as an image or the like
-    access.check_page(headers.get("Host", ""), origin)
+    for host in hosts:
+        access.check_page(host, origin)
     is_preflight = request.method == "OPTIONS" and "Access-Control-Request-Method" in headers
     if access.keys and not is_open and not is_preflight:
         request[OUTCOME].key = access.check_key(read_credential(request))
@@ -6597,6 +6600,8 @@ async def _add_headers(request: web.Request, response: web.StreamResponse) -> No
         headers["Access-Control-Allow-Headers"] = request.headers.get("Access-Control-Request-Headers", "Authorization")
         headers["Access-Control-Allow-Methods"] = "GET, POST, DELETE, OPTIONS"
         headers["Access-Control-Max-Age"] = "86400"
+        if "Access-Control-Request-Private-Network" in request.headers:
+            headers["Access-Control-Allow-Private-Network"] = "true"
 
 
 ROUTES: Final[Mapping[str, Handler]] = {

@@ -223,6 +223,16 @@ async def test_a_web_page_does_not_reach_a_held_account(
         assert response.status == 200
 
 
+async def test_an_absolute_target_of_another_name_is_refused(simulator: Simulator, start_proxy: StartProxy) -> None:
+    proxy = await start_proxy(refresh_token=simulator.token("hello"))
+    host, _, port = proxy.removeprefix("http://").partition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"GET http://evil.example/v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    answer = await reader.read()
+    writer.close()
+    assert answer.startswith(b"HTTP/1.1 403")
+
+
 @pytest.mark.parametrize("target", ["http://localhost/ping", "http://LOCALHOST:80/ping", "http://127.0.0.1/ping"])
 async def test_an_absolute_target_of_a_known_name_is_served(
     simulator: Simulator, start_proxy: StartProxy, target: str

@@ -1096,6 +1096,16 @@ async def test_a_key_may_stand_in_any_header(simulator: Simulator, proxy: str, h
             assert response.status == 200
 
 
+async def test_a_page_may_call_a_private_network(
+    simulator: Simulator, start_proxy: StartProxy, http: aiohttp.ClientSession
+) -> None:
+    proxy = await start_proxy(refresh_token=simulator.token("hello"), cors_origins=("https://good.example",))
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Private-Network": "true"}
+    for origin, allowed in (("https://good.example", "true"), ("https://evil.example", None)):
+        async with http.options(proxy + CHAT, headers={**asked, "Origin": origin}) as response:
+            assert response.headers.get("Access-Control-Allow-Private-Network") == allowed
+
+
 async def test_the_first_request_whose_tools_switch_search_off_is_told_in_the_log(
     simulator: Simulator, proxy: str, http: aiohttp.ClientSession, log_lines: LogRecorder
 ) -> None:
