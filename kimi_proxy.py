@@ -45,6 +45,9 @@ if __spec__ is None and os.name == "posix" and sys.argv[0].endswith(".py") and n
         if file.read(len(head)) == head and words == sys.argv and not sys.gettrace():
             os.execv(sys.executable, [sys.executable, *flags, compiled, *words[1:]])
 
+if sys.path[0].endswith("__pycache__"):
+    sys.path[0] = os.path.dirname(sys.path[0])  # started anew: packages may lie beside the module
+
 if __name__ == "__main__":
     gc.disable()  # until all is loaded: there is little to free yet, and each look takes longer
 
@@ -5127,7 +5130,8 @@ class KeptTable(Generic[Result]):
 
     def find(self, owners: Iterable[Owner], key: object) -> Result | None:
         """The value of one of `owners`; None where it is not kept, or a stranger's."""
-        return next((self._values[owner, key][0] for owner in owners if (owner, key) in self._values), None)
+        rows = (self._values.get((owner, key)) for owner in owners)  # one look each: threads ask, too
+        return next((row[0] for row in rows if row is not None), None)
 
     def find_all(self, owners: Iterable[Owner]) -> list[Result]:
         """All values of `owners`, the newest of each first."""
@@ -5439,6 +5443,8 @@ class Gateway:
         if (stream := exchange.stream) is None:
             return
         answer = stream.answer
+        if not exchange.conversation_id:  # nobody may have read on since it came
+            self.note_opened(exchange, answer.conversation_id)
         for what, name in islice(answer.unknown_fields, 20):
             self.metrics.warn_once(what, name)
         if answer.degraded:
@@ -5582,9 +5588,11 @@ class LiveAnswer:
         """The first events that `account` answers, when it has a slot free. Raises `ProxyError`."""
         gateway, slots, name = self._gateway, account.slots, ""
         others, started, self.owner = slots.running, loop_time(), account.digest
-        await slots.acquire(gateway.settings.queue_length)
-        self.wait_seconds += loop_time() - started
-        gateway.metrics.observe("kimi_proxy_queue_seconds", loop_time() - started)
+        try:
+            await slots.acquire(gateway.settings.queue_length)
+        finally:
+            self.wait_seconds += loop_time() - started
+            gateway.metrics.observe("kimi_proxy_queue_seconds", loop_time() - started)
         self._account = account
         try:
             await gateway.accounts.access_token(account)  # without one, a built-in list of models would not help
@@ -6074,19 +6082,25 @@ class ResponseWriter:
 
         Raises `CancelledError` where the client is gone, as aiohttp does in any other wait of a handler.
         """
-        self._ended = is_last
+        self._ended, given = is_last, 0  # to aiohttp, bytes of it
         try:
             response = await self._begin(len(data)) if self.response is None else self.response
-            start = 0
-            while len(data) - start > WRITE_BYTES:
-                await response.write(data[start : start + WRITE_BYTES])
-                start += WRITE_BYTES
-            data = data[start:]
-            await (response.write_eof(data) if is_last else response.write(data))
+            while len(data) - given > WRITE_BYTES:
+                given += WRITE_BYTES
+                await response.write(data[given - WRITE_BYTES : given])
+                self._silent_at = loop_time() + KEEP_ALIVE_SECONDS  # nothing may stand within an event
+            rest, given = data[given:], len(data)
+            await (response.write_eof(rest) if is_last else response.write(rest))
         except ConnectionError:
             raise asyncio.CancelledError from None
         except asyncio.CancelledError:
-            if not is_last or self._request.transport is None:
+            if self._request.transport is None:
+                raise
+            if (rest := data[given:]) and self.response is not None and self.response.prepared:
+                with suppress(ConnectionError, TimeoutError):  # what was begun is sent whole, and not waited for
+                    async with asyncio.timeout(0):
+                        await (self.response.write_eof(rest) if is_last else self.response.write(rest))
+            if not is_last:
                 raise
             self._request.transport.close()  # once all is sent: nothing may follow the end of an answer
         self._silent_at = loop_time() + KEEP_ALIVE_SECONDS
@@ -6754,7 +6768,7 @@ def notify(message: str) -> None:
 
 def _trim_memory() -> None:
     """Give back to the system what is free within the heap."""
-    with suppress(OSError, AttributeError):  # glibc's; elsewhere there is no such function
+    with suppress(OSError, AttributeError, TypeError):  # glibc's; elsewhere there is no such function, or library
         ctypes.CDLL(None).malloc_trim(0)
 
 

@@ -12,6 +12,7 @@ import asyncio
 import gzip
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -625,6 +626,31 @@ async def test_nothing_follows_the_end_of_an_answer_that_shutdown_finds_unread(
         await stopping
     assert answer.count(b"HTTP/1.1") == 1 and b"shutting_down" not in answer
     assert answer.partition(b"data: [DONE]\n\n")[2] == b"\r\n0\r\n\r\n"
+
+
+async def test_what_was_begun_is_sent_whole_though_the_shutdown_ends_it(
+    simulator: Simulator, start_proxy: StartProxy, log_lines: LogRecorder, stream: bool
+) -> None:
+    proxy, loop = await start_proxy(drain_seconds=0.2), asyncio.get_running_loop()
+    account = simulator.account(token := simulator.token("broad", "endless"))
+    with small_window(proxy, 4096) as raw:
+        await loop.sock_sendall(raw, chat_bytes(token, stream, max_tokens=300_000))
+        await simulator.wait_until(lambda: account.count("ask") == 1 and (stream or account.streams_open == 0), 20)
+        if stream:
+            await loop.sock_recv(raw, 100)
+        stopping = asyncio.create_task(start_proxy.close())
+        await log_lines.wait_for(f"POST {CHAT} ", 10)
+        answer = b""
+        while data := await loop.sock_recv(raw, 65_536):
+            answer += data
+        await stopping
+    head, _, body = answer.partition(b"\r\n\r\n")
+    if stream:
+        text = re.sub(rb"(?:\r\n|\A)[0-9a-f]+\r\n", b"", body)  # without the lines of the transfer coding
+        events = [json.loads(line[6:]) for line in text.split(b"\n") if line.startswith(b"data: ")]
+        assert events[-1]["error"]["code"] == "shutting_down"
+    else:
+        assert f"Content-Length: {len(body)}".encode() in head and len(body) > 1_000_000
 
 
 async def read_to_the_end(url: str, data: bytes, seconds: float = 5.0) -> bytes:

@@ -134,7 +134,7 @@ def is_internal(module: str) -> bool:
     return module.partition(".")[0] == "aiohttp" and module not in AIOHTTP
 
 
-MAX_LINES, MAX_BYTES, MAX_CLASS_LINES = 7320, 370_000, 250  # on the way to 6,000 lines
+MAX_LINES, MAX_BYTES, MAX_CLASS_LINES = 7360, 372_500, 250  # on the way to 6,000 lines
 
 
 def check_sizes(source: str) -> list[str]:
