@@ -278,8 +278,15 @@ def read_text(path: Path) -> str:
         raise SettingsError(f"{path} cannot be read ({reason})") from None
 
 
-# A line of a file of settings, as Docker and systemd take it.
-ENV_LINE: Final = re.compile(r"""(?m)^\s*(?:export\s+)?((?:KIMI|PROXY)_\w+)[ \t]*=[ \t]*(["']?)(.*?)\2[ \t]*$""")
+# A line of a file of settings, as Docker and systemd take it; whitespace and # begin a comment outside of quotes.
+_ENV_LINE: Final = re.compile(
+    r"""(?m)^\s*(?:export\s+)?((?:KIMI|PROXY)_\w+)[ \t]*=[ \t]*(["']?)(.*?)\2(?:[ \t]*(?<=[ \t])#.*)?[ \t]*$"""
+)
+
+
+def parse_env(text: str) -> dict[str, str]:
+    """The variables in the text of a file of settings; of two with one name the last one counts."""
+    return {name: value for name, _, value in _ENV_LINE.findall(text)}
 
 
 # ==== 3. Errors =============================================================
@@ -5725,14 +5732,19 @@ class KeptResponse:
 MIN_KEY_LENGTH: Final = 16  # of a key that other machines may try to guess
 
 
+def find_secrets(file_name: str, environ: Mapping[str, str]) -> Path:
+    """The file of secrets; a relative name is first looked up in systemd's credentials (systemd.exec(5))."""
+    found = Path(environ.get("CREDENTIALS_DIRECTORY", ""), file_name)
+    return found if found.exists() else Path(file_name)
+
+
 def read_secrets(name: str, text: str, file_name: str, environ: Mapping[str, str]) -> tuple[str, ...]:
     """The words of the setting `name`, or of its file, each once. Raises `SettingsError`."""
     if text and file_name:
         raise SettingsError(f"{name} and {name}_FILE: set one of them")
     try:
-        if file_name:  # a relative name is first looked up in systemd's credentials (systemd.exec(5))
-            found = Path(environ.get("CREDENTIALS_DIRECTORY", ""), file_name)
-            text = read_text(found if found.exists() else Path(file_name))
+        if file_name:
+            text = read_text(find_secrets(file_name, environ))
         is_key = name == "PROXY_API_KEYS"
         words = tuple(dict.fromkeys(re.findall(r"[^,\s]+", text))) if is_key else read_pasted_tokens(text, r",\s")
     except SettingsError as error:
@@ -6809,10 +6821,12 @@ def _listen_for_signals() -> asyncio.Event:
 
 def _tell_address(address: str) -> str:
     """The base URL at `address`; where that stands for all of this machine, one to use here and one for elsewhere."""
-    here = address.replace("//0.0.0.0:", "//127.0.0.1:")
-    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("192.0.2.1", 9))  # sends nothing, but chooses an address of this machine
-        there = address.replace("0.0.0.0", probe.getsockname()[0])
+    is_six = "//[::]:" in address
+    here = address.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+    with suppress(OSError), socket.socket(socket.AF_INET6 if is_six else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("2001:db8::1" if is_six else "192.0.2.1", 9))  # sends nothing, but chooses an address
+        own = probe.getsockname()[0]
+        there = address.replace("[::]", f"[{own}]").replace("0.0.0.0", own)
         return f"{here}/v1" + f", elsewhere {there}/v1" * (here != address)
     return f"{here}/v1"
 
@@ -6864,25 +6878,38 @@ async def _identify(settings: Settings, token: str) -> tuple[str, str]:
         return f"{words}, works until {until}" if (until := lives_until(account)) else words, newest
 
 
+def _join_tokens(text: str, pasted: str, newest: str) -> list[str]:
+    """The held tokens in `text` with `newest` in place of its user's; else of an only one, or as one more."""
+    held = list[str]()
+    with suppress(SettingsError):  # no start would take them
+        held += read_secrets("KIMI_REFRESH_TOKEN", text, "", {})
+    users = {token: read_claims(token).get("sub") for token in [newest, *held]}
+    user = users[newest]
+    if len(held) == 1 and not (user and users[held[0]]):
+        held = []
+    return [*(one for one in held if one not in (pasted, newest) and not (user and users[one] == user)), newest]
+
+
 def _setup_command(settings: Settings, options: argparse.Namespace) -> int:
     """Ask for a refresh token, check it at Kimi, and write it where the next start finds it."""
     ask = partial(getpass.getpass, "Refresh token (it is not shown): ")
     try:
-        token = read_pasted_token(ask() if sys.stdin.isatty() else sys.stdin.buffer.read().decode("utf-8", "replace"))
-        if is_access_token(read_claims(token)):
+        pasted = read_pasted_token(ask() if sys.stdin.isatty() else sys.stdin.buffer.read().decode("utf-8", "replace"))
+        if is_access_token(read_claims(pasted)):
             raise ProxyError("token_malformed", "this is an access token")
-        words, token = asyncio.run(_identify(settings, token))
+        words, token = asyncio.run(_identify(settings, pasted))
     except ProxyError as error:
         raise CommandError(error.message) from None
-    path, lines = Path(options.env_file or ".env"), [token]
-    if settings.refresh_token_file:
-        path = path.parent / settings.refresh_token_file
-    else:
-        others = read_text(path).splitlines() if path.exists() else []
-        lines = [line for line in others if not re.match(r"\s*(export\s+)?KIMI_REFRESH_TOKEN\b", line)]
-        if settings.refresh_token and lines == others:
-            print("KIMI_REFRESH_TOKEN is set in the environment, which wins over a file: unset it.", file=sys.stderr)
-        lines.append(f"KIMI_REFRESH_TOKEN={token}")
+    for name, advice in ("KIMI_REFRESH_TOKEN", "unset it"), ("KIMI_REFRESH_TOKEN_FILE", "the next start needs it, too"):
+        if name in os.environ and name not in options.from_file:
+            print(f"{name} is set in the environment, which wins over a file: {advice}.", file=sys.stderr)
+    file_name = settings.refresh_token_file
+    path = find_secrets(file_name, os.environ) if file_name else Path(options.env_file or ".env")
+    old = read_text(path) if path.exists() else ""
+    lines = tokens = _join_tokens(old if file_name else parse_env(old).get("KIMI_REFRESH_TOKEN", ""), pasted, token)
+    if not file_name:
+        lines = [line for line in old.splitlines() if not re.match(r"\s*(export\s+)?KIMI_REFRESH_TOKEN\b", line)]
+        lines.append(f"KIMI_REFRESH_TOKEN={','.join(tokens)}")
     try:
         replace_file(path, "\n".join([*lines, ""]).encode())
     except OSError as error:
@@ -6890,6 +6917,7 @@ def _setup_command(settings: Settings, options: argparse.Namespace) -> int:
     key = "one of PROXY_API_KEYS" if settings.api_keys or settings.api_keys_file else "any text"
     url = _tell_address(str(URL.build(scheme="http", host=settings.host or "127.0.0.1", port=settings.port)))
     print(f"Kimi takes this token: {words}. It is in {path.absolute()}, which you alone can read.")
+    print(f"Accounts held there now: {len(tokens)}.")
     print(f"Start the proxy again, and set in your program: base URL {url}, API key: {key}, model: kimi.")
     return 0
 
@@ -7290,23 +7318,28 @@ def _explain_unknown(word: str, command: str) -> str:
     return f"{quote_name(word)}: there is no such option or command; {meant}"
 
 
-def _load_env_file(name: str | None) -> None:
-    """Take settings from the file, or from .env where there is one. What the environment has wins."""
-    lines = ENV_LINE.findall(read_text(Path(name or ".env"))) if name or os.path.isfile(".env") else []
-    for variable, _, value in lines:
-        os.environ.setdefault(variable, value)
-    if lines and not name:
-        print(f"kimi_proxy: .env in this directory sets {', '.join(line[0] for line in lines)}", file=sys.stderr)
+def _load_env_file(name: str | None, command: str) -> list[str]:
+    """Take settings from the file, or from .env where there is one, and name them. What the environment has wins."""
+    path = Path(name or ".env")
+    if (not name or command == "setup") and not path.is_file():  # `setup` makes it
+        return []
+    found = {name: value for name, value in parse_env(read_text(path)).items() if name not in os.environ}
+    os.environ.update(found)
+    if found and not name:
+        print(f"kimi_proxy: .env in this directory sets {', '.join(found)}", file=sys.stderr)
+    return [*found]
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command in `argv`; the exit status: 0, 1 for a failure, 2 for a setting that is not usable."""
     command, *arguments = argv if argv and argv[0] in _COMMANDS else ("serve", *argv)
+    end = [*arguments, "--"].index("--")  # what follows is a question, which Python 3.11 would read as options
     try:
-        options, unknown = make_parser(command).parse_known_intermixed_args(arguments)
+        options, unknown = make_parser(command).parse_known_intermixed_args(arguments[:end])
+        (options.question if command == "ask" else unknown).extend(arguments[end + 1 :])
         if unknown:
             raise SettingsError(_explain_unknown(unknown[0].partition("=")[0], command))
-        _load_env_file(options.env_file)
+        options.from_file = _load_env_file(options.env_file, command)
         return _COMMANDS[command][0](Settings.load(os.environ, vars(options)), options)
     except (SettingsError, CommandError, argparse.ArgumentError) as error:
         print(f"kimi_proxy: {error}", file=sys.stderr)

@@ -17,6 +17,7 @@ if [ "$(id -u)" -ne 0 ]; then
     exit 1
 fi
 if [ "$1" = setup ]; then
+    cd /etc/kimi-proxy # where the service takes a token file from
     exec /opt/kimi-proxy/venv/bin/python /opt/kimi-proxy/kimi_proxy.py "$@" --env-file /etc/kimi-proxy/kimi-proxy.env
 fi
 for word; do # systemd would put variables in place of $NAME

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import json
 import os
@@ -42,10 +43,12 @@ def no_env_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-async def run(*arguments: str, text: str | None = None, **environment: str) -> tuple[int, str, str]:
+async def run(
+    *arguments: str, text: str | None = None, program: Sequence[str] = PROGRAM, **environment: str
+) -> tuple[int, str, str]:
     """Run the program to its end: exit status, standard output, standard error."""
     process = await asyncio.create_subprocess_exec(
-        *PROGRAM,
+        *program,
         *arguments,
         stdin=PIPE if text is not None else asyncio.subprocess.DEVNULL,
         stdout=PIPE,
@@ -151,6 +154,7 @@ async def test_a_port_in_use_stops_the_start_with_one_line() -> None:
         (["check", "--kimi-protcol", "x"], {}, "do you mean --kimi-protocol?"),
         (["--kimi-refresh-token", "eyJzZXNhbWU"], {}, "do you mean --kimi-refresh-token-file?"),
         ([], {"KIMI_BASE_URL": "https://www.kimi.com/v1"}, "without a path; the one with /v1 is the proxy's"),
+        (["--", "aks"], {}, "do you mean ask?"),
         (["--env-file", "/no/such/file"], {}, "/no/such/file cannot be read"),
     ],
 )
@@ -165,7 +169,8 @@ async def test_settings_from_a_file_as_docker_and_systemd_write_them(tmp_path: P
     path = tmp_path / "my.env"
     path.write_bytes(
         b'\xef\xbb\xbf# KIMI_USE_SEARCH=false\r\nKIMI_BASE_URL="http://no-such-host.invalid"\r\n\r\n'
-        b"export KIMI_PROTOCOL='classic'\r\nKIMI_REFRESH_TOKEN = eyJ0.a=b'c\r\nOTHER=1\r\n"
+        b"KIMI_PROTOCOL=connect\r\n"
+        b"export KIMI_PROTOCOL='classic'\r\nKIMI_REFRESH_TOKEN = eyJ0.a=b'c # mine\r\nOTHER=1\r\n"
     )
     status, out, err = await run("check", "--env-file", str(path))
     assert status == 1 and "FAIL  classic  token" in out and "FAIL  connect" not in out and err == ""
@@ -176,6 +181,8 @@ async def test_settings_from_a_file_as_docker_and_systemd_write_them(tmp_path: P
     assert "FAIL  classic  token" in out and err == (
         "kimi_proxy: .env in this directory sets KIMI_BASE_URL, KIMI_PROTOCOL, KIMI_REFRESH_TOKEN\n"
     )
+    _, _, err = await run("check", KIMI_PROTOCOL="classic", KIMI_REFRESH_TOKEN="x")
+    assert err == "kimi_proxy: .env in this directory sets KIMI_BASE_URL\n"
 
 
 async def test_help_and_version() -> None:
@@ -193,6 +200,12 @@ async def test_help_and_version() -> None:
 async def test_ask_prints_the_answer(simulator: Simulator, proxy: str) -> None:
     token = simulator.token("hello")
     assert await run("ask", "hi", "--url", proxy, KIMI_REFRESH_TOKEN=token) == (0, HELLO + "\n", "")
+
+
+async def test_ask_takes_what_follows_two_dashes_as_the_question(simulator: Simulator, proxy: str) -> None:
+    token = simulator.token("echo")
+    status, out, _ = await run("ask", "say", "--url", proxy, "--", "--why", "--", "-x", KIMI_REFRESH_TOKEN=token)
+    assert (status, out) == (0, "user:say --why -- -x\n\n")
 
 
 async def test_ask_takes_an_address_without_a_scheme(simulator: Simulator, proxy: str) -> None:
@@ -444,9 +457,79 @@ async def test_setup_in_a_terminal_does_not_show_the_token_and_refuses_one_of_no
         assert says in terminal.shown and (not token or token not in terminal.shown)
         assert "Traceback" not in terminal.shown
     assert (tmp_path / ".env").read_text() == f"KIMI_REFRESH_TOKEN={good}\n"
-    (tmp_path / ".env").unlink()
-    status, _, err = await run("setup", text=good, KIMI_BASE_URL=simulator.url, KIMI_REFRESH_TOKEN="old")
-    assert status == 0 and "set in the environment, which wins" in err
+
+
+@pytest.mark.parametrize("name", ["KIMI_REFRESH_TOKEN", "KIMI_REFRESH_TOKEN_FILE"])
+async def test_setup_makes_its_file_and_warns_where_the_environment_wins(
+    simulator: Simulator, tmp_path: Path, name: str
+) -> None:
+    environment = {"KIMI_BASE_URL": simulator.url, "PROXY_PORT": "8123", "PROXY_HOST": "::"}
+    arguments, token = ("setup", "--env-file", "new.env"), simulator.token("hello")
+    status, out, err = await run(*arguments, text=token, **environment)
+    assert (status, err) == (0, "") and "base URL http://[::1]:8123/v1" in out and "//[::]" not in out
+    assert (tmp_path / "new.env").read_text() == f"KIMI_REFRESH_TOKEN={token}\n"
+    (tmp_path / "new.env").write_text(f"{name}=x\n")
+    assert (await run(*arguments, text=token, **environment))[2] == ""
+    status, _, err = await run(*arguments, text=token, **environment, **{name: "x"})
+    assert status == 0 and f"{name} is set in the environment, which wins" in err
+
+
+def make_refresh_token(number: int, user: str) -> str:
+    claims = base64.urlsafe_b64encode(json.dumps({"sub": user}).encode()).decode().rstrip("=")
+    return f"hello~{number}.{claims}.s"
+
+
+ANNA, ANNAS_NEW, BEN = make_refresh_token(1, "anna"), make_refresh_token(2, "anna"), make_refresh_token(3, "ben")
+
+
+@pytest.mark.parametrize(
+    ("held", "new", "kept"),
+    [
+        ([ANNA, BEN], ANNAS_NEW, [BEN, ANNAS_NEW]),
+        ([ANNA], BEN, [ANNA, BEN]),
+        ([ANNA], "hello~4", ["hello~4"]),
+        (["hello~4"], ANNA, [ANNA]),
+        (["hello~4", "hello~5"], "hello~6", ["hello~4", "hello~5", "hello~6"]),
+        (["hello~4", "hello~5"], "hello~4", ["hello~5", "hello~4"]),
+        (["<token>"], ANNA, [ANNA]),
+        ([], ANNA, [ANNA]),
+    ],
+)
+async def test_setup_keeps_the_tokens_of_others(
+    simulator: Simulator, tmp_path: Path, held: list[str], new: str, kept: list[str]
+) -> None:
+    (tmp_path / ".env").write_text(f"KIMI_REFRESH_TOKEN={','.join(held)}\n")
+    status, out, err = await run("setup", text=new, KIMI_BASE_URL=simulator.url)
+    assert status == 0, err
+    assert f"Accounts held there now: {len(kept)}.\n" in out
+    assert (tmp_path / ".env").read_text() == f"KIMI_REFRESH_TOKEN={','.join(kept)}\n"
+    (tmp_path / "token").write_text("\n".join(held))
+    assert (await run("setup", text=new, KIMI_BASE_URL=simulator.url, KIMI_REFRESH_TOKEN_FILE="token"))[0] == 0
+    assert (tmp_path / "token").read_text().split() == kept
+
+
+@pytest.mark.parametrize("place", ["credentials", "wrapper", ""])
+async def test_setup_writes_the_token_file_that_the_next_start_reads(
+    simulator: Simulator, tmp_path: Path, place: str
+) -> None:
+    for name in ("conf", "credentials"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "conf/kimi-proxy.env").write_text(f"KIMI_REFRESH_TOKEN_FILE=token\nKIMI_BASE_URL={simulator.url}\n")
+    (tmp_path / "credentials/token").write_text("\n")
+    environment = {"CREDENTIALS_DIRECTORY": str(tmp_path / "credentials")} if place == "credentials" else {}
+    token, arguments = simulator.token("hello"), ["--env-file", "conf/kimi-proxy.env"]
+    if place == "wrapper":  # as installed, but for its places, and who calls it
+        script = (MODULE.parent / "systemd/kimi-proxy.sh").read_text()
+        script = script.replace("/opt/kimi-proxy/venv/bin/python", sys.executable)
+        script = script.replace("/opt/kimi-proxy/kimi_proxy.py", PROGRAM[-1])
+        script = script.replace("/etc/kimi-proxy", str(tmp_path / "conf"))
+        program = ["/bin/sh", "-c", f"id() {{ echo 0; }}\n{script}", "kimi-proxy"]
+        assert (await run("setup", text=token, program=program))[0] == 0
+        assert (tmp_path / "conf/token").read_text() == f"{token}\n"  # what the units load
+        return
+    assert (await run("setup", *arguments, text=token, **environment))[0] == 0
+    assert (tmp_path / place / "token").read_text() == f"{token}\n"
+    assert (await run("check", *arguments, **environment))[0] == 0
 
 
 async def check(simulator: Simulator, token: str, *arguments: str, **environment: str) -> tuple[int, str, str]:
