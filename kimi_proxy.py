@@ -34,6 +34,9 @@ import sys
 from contextlib import suppress
 from importlib.machinery import SourceFileLoader
 
+if sys.version_info < (3, 11):  # noqa: UP036  # for whoever has an older one: so the syntax here is that of 3.9
+    sys.exit("kimi_proxy needs Python 3.11 or later; this is Python " + sys.version.partition(" ")[0])
+
 if __spec__ is None and os.name == "posix" and sys.argv[0].endswith(".py") and not sys.dont_write_bytecode:
     # Python keeps the syntax tree of a script, 17 MB, for as long as it runs. So start anew in the compiled form that
     # an import uses, where that can be written. A debugger or profiler that runs this as its script is left alone.
@@ -2819,30 +2822,29 @@ class ContentRenderer:
     def feed(self, event: Event) -> str:
         """The text that `event` adds to the content."""
         text = ""
-        match event:
-            case Text():
-                if len(self._start) < 40:
-                    self._start += event.text[:40]
-                    if self._sources == "text" and _JSON_START.match(self._start):
-                        self._sources = "annotations"  # a program reads it, a title say
-                text = "\n" + event.text if self._after_hits else event.text
-                self._after_hits = False
-            case Opened():
-                self._inline = event.hits_inline
-            case SearchHit() if self._inline and self._streamed:
-                self._after_hits = True
-                text = f"检索 {event.title}({event.url}) ...\n"
-                self._annotate(event, self.length, text[:-1])
-            case SearchHit() if self._inline:
-                self._hits.append(event)
-            case Citation() if self._sources != "none":
-                text = "" if _JSON_START.match(self._start) else f"[{event.number}]"
-                self._cited.add(event.hit.url)
-                self._annotate(event.hit, self.length, text)
-            case Sources():
-                self._hits = list(event.hits)
-            case Finished("content_filter") if self._sentence:
-                text = MODERATED_SENTENCE if self.length else MODERATED_SENTENCE.lstrip()
+        if isinstance(event, Text):
+            if len(self._start) < 40:
+                self._start += event.text[:40]
+                if self._sources == "text" and _JSON_START.match(self._start):
+                    self._sources = "annotations"  # a program reads it, a title say
+            text = "\n" + event.text if self._after_hits else event.text
+            self._after_hits = False
+        elif isinstance(event, Opened):
+            self._inline = event.hits_inline
+        elif isinstance(event, SearchHit) and self._inline and self._streamed:
+            self._after_hits = True
+            text = f"检索 {event.title}({event.url}) ...\n"
+            self._annotate(event, self.length, text[:-1])
+        elif isinstance(event, SearchHit) and self._inline:
+            self._hits.append(event)
+        elif isinstance(event, Citation) and self._sources != "none":
+            text = "" if _JSON_START.match(self._start) else f"[{event.number}]"
+            self._cited.add(event.hit.url)
+            self._annotate(event.hit, self.length, text)
+        elif isinstance(event, Sources):
+            self._hits = list(event.hits)
+        elif isinstance(event, Finished) and event.reason == "content_filter" and self._sentence:
+            text = MODERATED_SENTENCE if self.length else MODERATED_SENTENCE.lstrip()
         self.length += len(text)
         return text
 
