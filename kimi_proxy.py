@@ -5091,6 +5091,7 @@ MAX_CONTINUATIONS: Final = 3  # of one answer that meets its length limit (class
 MAX_KEPT_FILES: Final = 4096
 MAX_KEPT_RESPONSES: Final = 1000
 MAX_KEPT_BYTES: Final = 64 * MEGABYTE  # of them
+MAX_LOOP_SIZE: Final = 65_536  # bytes of a body, characters of an answer, to be handled without a thread
 
 Owner = tuple[bytes, str]  # of what is kept: the account's digest, and the name of the key that used it
 Reference = tuple[bytes, str, str]  # of an uploaded file: its owner's digest, the protocol, Kimi's id
@@ -5565,7 +5566,7 @@ class LiveAnswer:
                 is_over = events and isinstance(events[-1], Finished)
                 if is_over and stream.answer.segment_id and self._continuations_left:
                     events = await self._go_on(exchange, events)
-                if is_over and stream.answer.size > 65_536:  # much may be held
+                if is_over and stream.answer.size > MAX_LOOP_SIZE:  # much may be held
                     events = await asyncio.to_thread(self._chain.feed, events)
                 else:
                     events = self._chain.feed(events)
@@ -5845,7 +5846,6 @@ SEND_SECONDS: Final = 60.0  # drop a client that reads nothing for this long
 BODY_SECONDS: Final = 60.0  # limit for the body of a request to arrive
 MAX_BODIES_MB: Final = 256  # bodies of all running requests together, but always room for one
 WRITE_BYTES: Final = 16_384  # of an answer at once
-MAX_LOOP_BYTES: Final = 65_536  # of a body, to be parsed without a thread
 MAX_FORM_LINES: Final = 1000  # those between its fields
 GRACE_SECONDS: Final = 3.0  # on shutdown, a connection that waits for a request may still send one
 CLIENT_CLOSED: Final = 499  # as nginx logs a client that went away
@@ -6201,7 +6201,7 @@ async def parse_body(request: web.Request, parse: Callable[[bytearray], Result])
         raise ProxyError("body_broken") from None
     if size_bytes > limit_bytes:
         raise ProxyError("body_too_large", f"at most {limit_bytes} bytes; see PROXY_MAX_INLINE_MB")
-    if len(body) <= MAX_LOOP_BYTES:
+    if len(body) <= MAX_LOOP_SIZE:
         return parse(body)
     return await asyncio.get_running_loop().run_in_executor(state.parsers, parse, body)
 
